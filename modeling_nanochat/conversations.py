@@ -1,0 +1,48 @@
+"""What a well-formed conversation is: `{"messages": [{"role", "content", "tool_calls"?}]}`, in the order that the template renders."""
+
+from typing import Any
+
+from .errors import UserError
+
+# A tool result may only answer a call, and an assistant that called a tool must go on after the result.
+FOLLOWERS = {
+    "start": {"system", "user"},
+    "system": {"user"},
+    "user": {"assistant"},
+    "assistant": {"user"},
+    "call": {"tool"},
+    "tool": {"tool", "assistant"},
+}
+
+
+def check_messages(messages: Any, where: str) -> None:
+    """Raise [`UserError`] naming `where` unless `messages` is a conversation that the chat template can render.
+
+    Roles: an optional leading system message, then user and assistant in turn; between an assistant message with
+    `tool_calls` and the assistant message that continues the turn stand one or more tool messages.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: `messages` must be a non-empty list of {{role, content}} objects")
+    state = "start"
+    for number, message in enumerate(messages, start=1):
+        role = check_message(message, f"{where}, message {number}")
+        if role not in FOLLOWERS[state]:
+            expected = " or ".join(sorted(FOLLOWERS[state]))
+            raise UserError(f"{where}, message {number}: role {role!r} is out of order, expected {expected}")
+        state = "call" if role == "assistant" and message.get("tool_calls") else role
+
+
+def check_message(message: Any, where: str) -> str:
+    """The role of one message, after its own fields were checked."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UserError(f"{where}: expected an object with `role` and `content`")
+    role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
+    if role not in ("system", "user", "assistant", "tool"):
+        raise UserError(f"{where}: unknown role {role!r}, expected system, user, assistant or tool")
+    if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
+        raise UserError(f"{where}: `content` must be a string")
+    for call in calls or []:
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if not isinstance(function.get("name"), str) or not isinstance(function.get("arguments"), dict):
+            raise UserError(f"{where}: a tool call needs `name` and `arguments` (an object, not a JSON string)")
+    return role

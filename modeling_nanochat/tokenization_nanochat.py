@@ -1,0 +1,141 @@
+"""The tokenizer's rules: split pattern, special tokens, chat template, and how a vocabulary becomes an ordinary fast tokenizer.
+
+Byte-level BPE. Ids 0-255 are the single bytes in numeric order, then the merges in training order, then the nine
+special tokens. The folder holds nothing of ours: `AutoTokenizer.from_pretrained` opens it anywhere.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from .errors import UserError
+
+# GPT-4's pattern with at most two digits a token: small vocabularies waste fewer entries on numbers.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+BOS, ASSISTANT_END, PYTHON_END = "<|bos|>", "<|assistant_end|>", "<|python_end|>"
+SPECIAL_TOKENS = (
+    BOS,
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    ASSISTANT_END,
+    "<|python_start|>",
+    PYTHON_END,
+    "<|output_start|>",
+    "<|output_end|>",
+)
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+# How `parse_response` and TRL's tool loop read what the model wrote. The anchor names both places where an answer can
+# begin: with the assistant's turn, and after a tool's output.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor_pattern": r"(?:<\|assistant_start\|>|<\|output_end\|>)",
+    "fields": {
+        "tool_calls": {
+            "open": "<|python_start|>",
+            "close_pattern": r"<\|python_end\|>",
+            "repeats": True,
+            "content": "text",
+            "transform": {"type": "function", "function": {"name": "python", "arguments": {"code": "{content}"}}},
+        },
+        "content": {"close_pattern": r"<\|assistant_end\|>|$", "content": "text"},
+    },
+}
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that byte-level BPE writes for each byte, in numeric order of the bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [symbols[byte] for byte in range(256)]
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, model_max_length: int = 2048, length: int | None = None
+) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE on `texts` and return it as a chat tokenizer of `vocab_size` entries, special tokens included.
+
+    The byte symbols are passed as special tokens: only so do ids and the order of ties come out as in the original's
+    trainer, and every byte can be encoded although training never saw it.
+
+    Args:
+        texts: Documents.
+        vocab_size: Entries in all, at least 265 (256 bytes and 9 special tokens).
+        model_max_length: Written into the tokenizer; the context length of the models that will use it.
+        length: Number of documents, for the progress bar.
+
+    Raises:
+        UserError: `vocab_size` is too small.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"vocab_size {vocab_size} is too small; 256 bytes and 9 special tokens need {SMALLEST_VOCABULARY}")
+    tokenizer = byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        min_frequency=0,
+        special_tokens=byte_symbols(),
+        initial_alphabet=[],
+        show_progress=length is not None,
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=length)
+    trained = json.loads(tokenizer.to_str())["model"]
+    return build_tokenizer(trained["vocab"], [tuple(pair) for pair in trained["merges"]], model_max_length)
+
+
+def byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def build_tokenizer(
+    vocab: dict[str, int], merges: Sequence[tuple[str, str]], model_max_length: int = 2048
+) -> PreTrainedTokenizerFast:
+    """An ordinary fast tokenizer with chat template from a byte-level vocabulary (symbol -> id) and its merges."""
+    tokenizer = byte_level(models.BPE(vocab=vocab, merges=list(merges)))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=ASSISTANT_END,
+        pad_token=BOS,
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+        padding_side="left",
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+        add_bos_token=False,
+        chat_template=Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8"),
+        response_template=RESPONSE_TEMPLATE,
+    )
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Name -> id of the nine control tokens.
+
+    Raises:
+        UserError: The tokenizer lacks one, so it is not a nanochat tokenizer.
+    """
+    vocab = tokenizer.get_vocab()
+    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
+    if missing:
+        raise UserError(f"the tokenizer has no {missing[0]} token; use one trained by tokenizer_train/train.py")
+    return {token: vocab[token] for token in SPECIAL_TOKENS}
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each document, `<|bos|>` in front; control tokens spelled out in the text stay ordinary characters."""
+    encoded = tokenizer(list(texts), split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    return [[tokenizer.bos_token_id, *ids] for ids in encoded]

@@ -306,6 +306,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -313,6 +314,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         """Logits (B, T, V) in float32, softcapped; with `labels` (B, T; -100 = ignored, shifted inside) also the loss.
 
         Args:
+            shift_labels: (B, T) in place of `labels`: the target of each position, so that all T positions are learnt.
             logits_to_keep: Only the last n positions, or the positions in this index tensor; 0 keeps all.
             kwargs: `num_items_in_batch` divides the summed loss instead of the number of labels here.
         """
@@ -328,7 +330,9 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         # written out because `slice_logits_to_keep` is missing in the oldest supported transformers
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.softcap(self.lm_head(outputs.last_hidden_state[:, kept, :]))
-        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

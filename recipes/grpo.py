@@ -1,0 +1,94 @@
+"""Reinforcement learning with TRL's `GRPOTrainer`: word problems, the python tool, a reward for the exact answer.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/grpo.py --config recipes/pocket/grpo.yaml
+
+    accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml recipes/grpo.py \\
+        --config recipes/speedrun/grpo.yaml --model_name_or_path me/my-sft
+
+Every key of `trl.GRPOConfig` can be set beside those listed here. The recipes set it to the original's algorithm:
+on-policy, advantage = reward - mean of the group, no KL, no clipping at work, normalised by tokens.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from transformers import set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from evals.gsm8k import extract_answer, is_correct
+from modeling_nanochat.cli import parse
+from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.loading import load_model_and_tokenizer
+from modeling_nanochat.python_tool import check_sandbox, python
+from modeling_nanochat.sources import expand, read_jsonl
+from recipes.model_card import model_card
+from recipes.stage import StageLog, check_output, finish_stage
+from recipes.trl_stage import MuonOptimizer, RateArguments, StageLogCallback, output_arguments, record
+
+
+@dataclass
+class GRPOArguments(RateArguments):
+    """What `trl.GRPOConfig` does not have."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Fine-tuned model: folder or Hub id."})
+    train_files: list[str] = field(default_factory=list, metadata={"help": "JSONL in the format of GSM8K."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model there."})
+
+
+class NanoChatGRPOTrainer(MuonOptimizer, GRPOTrainer):
+    """`GRPOTrainer` with Muon."""
+
+
+def main() -> None:
+    args, training = parse(GRPOArguments, GRPOConfig)
+    output = output_arguments(args, training)
+    check_output(output)
+    check_sandbox()
+    problems = read_problems(args.train_files)
+    model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
+    set_seed(training.seed)
+    log = StageLog(output.output_dir, training.process_index == 0)
+    NanoChatGRPOTrainer.muon_rates = args.scaled()
+    trainer = NanoChatGRPOTrainer(
+        model=model,
+        args=training,
+        train_dataset=problems,
+        processing_class=tokenizer,
+        reward_funcs=exact_answer,
+        tools=[python],
+        callbacks=[StageLogCallback(log)],
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        trained = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        finish_stage(trained, tokenizer, output, log, record("rl", args, training, trainer), model_card)
+    trainer.accelerator.wait_for_everyone()
+
+
+def read_problems(patterns: list[str]) -> Dataset:
+    """Columns `prompt` (one user message) and `answer` (the reference, which ends in `#### n`).
+
+    Raises:
+        UserError: No file, or a line that is not a problem with a final answer; names file and line.
+    """
+    problems = []
+    for name in expand(patterns, "train_files"):
+        for line, problem in read_jsonl(name):
+            question, answer = problem.get("question"), problem.get("answer")
+            if not isinstance(question, str) or not isinstance(answer, str) or extract_answer(answer) is None:
+                raise UserError(f"{name}:{line}: expected `question` and an `answer` that ends in '#### number'")
+            problems.append({"prompt": [{"role": "user", "content": question}], "answer": answer})
+    if not problems:
+        raise UserError(f"train_files: no problem in {', '.join(patterns) or 'an empty list'}; give a file in GSM8K format")
+    return Dataset.from_list(problems)
+
+
+def exact_answer(prompts: list, completions: list[list[dict]], answer: list[str], **kwargs) -> list[float]:
+    """1 where the last message of the completion ends in the reference's `#### n`, else 0."""
+    replies = [completion[-1].get("content") or "" if completion else "" for completion in completions]
+    return [float(is_correct(reply, reference)) for reply, reference in zip(replies, answer, strict=True)]
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,66 @@
+"""The README of a model folder, from the stage's record alone."""
+
+from huggingface_hub import ModelCardData
+
+STAGES = {
+    "base": "pretraining on running text; it continues text and does not chat",
+    "mid": "midtraining on conversations, multiple choice and tool use",
+    "sft": "supervised fine-tuning on conversations",
+    "rl": "reinforcement learning (GRPO) on word problems with the python tool",
+}
+
+INTRODUCTION = """A small language model with {parameters:,} parameters, after {stage}. Trained from nothing with
+nanochat on the Hugging Face stack. The architecture is the `nanochat` of transformers: no code from this folder is run
+when it is loaded."""
+
+LIMITS = """It is small, makes things up, and knows nothing but its training text. Do not rely on it, and run what it writes
+only in isolation."""
+
+CHAT = """```python
+import modeling_nanochat  # optional: its chat engine runs the python tool
+from transformers import pipeline
+
+chat = pipeline("text-generation", "{model}")
+print(chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)[0]["generated_text"][-1])
+```"""
+
+TEXT = """```python
+from transformers import pipeline
+
+print(pipeline("text-generation", "{model}")("<|bos|>Once upon a time", max_new_tokens=64)[0]["generated_text"])
+```"""
+
+
+def model_card(record: dict) -> str:
+    """Markdown with the Hub's metadata block."""
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["nanochat", record["stage"]],
+        base_model=record.get("base_model"),
+    )
+    name = record.get("hub_model_id") or record["settings"]["output_dir"]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        INTRODUCTION.format(parameters=record["parameters"], stage=STAGES[record["stage"]]),
+        (TEXT if record["stage"] == "base" else CHAT).format(model=name),
+        "## Training",
+        facts(record),
+        "## Limits",
+        LIMITS,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def facts(record: dict) -> str:
+    rows = {
+        "started from": record.get("base_model") or "random weights",
+        "steps": record.get("steps"),
+        "tokens": record.get("tokens"),
+        "seconds": record["seconds"],
+        "machine": ", ".join(record["machine"]["gpus"]) or f"{record['machine']['cores']} CPU cores",
+        "versions": ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
+    }
+    lines = [f"- {key}: {value:,}" if isinstance(value, int) else f"- {key}: {value}" for key, value in rows.items()]
+    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""Supervised fine-tuning with TRL's `SFTTrainer`: the loss is on the assistant's tokens only.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/pocket/sft.yaml
+
+    accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml recipes/sft.py \\
+        --config recipes/speedrun/sft.yaml --model_name_or_path me/my-mid --push_to_hub true --hub_model_id me/my-sft
+
+Every key of `trl.SFTConfig` can be set beside those listed here.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
+
+from modeling_nanochat.cli import parse
+from modeling_nanochat.errors import exit_on_user_error
+from modeling_nanochat.loading import load_model_and_tokenizer
+from recipes.data import read_conversations, render
+from recipes.model_card import model_card
+from recipes.packing import Conversation
+from recipes.stage import StageLog, check_output, finish_stage
+from recipes.trl_stage import MuonOptimizer, RateArguments, StageLogCallback, output_arguments, record
+
+
+@dataclass
+class SFTArguments(RateArguments):
+    """What `trl.SFTConfig` does not have."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Midtrained model: folder or Hub id."})
+    train_files: list[str] = field(
+        default_factory=list, metadata={"help": "JSONL: conversations, GSM8K, ARC or MMLU records."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model there."})
+
+
+class NanoChatSFTTrainer(MuonOptimizer, SFTTrainer):
+    """`SFTTrainer` with Muon."""
+
+
+def main() -> None:
+    args, training = parse(SFTArguments, SFTConfig)
+    output = output_arguments(args, training)
+    check_output(output)
+    conversations = read_conversations(args.train_files)
+    model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
+    set_seed(training.seed)
+    main_process = training.process_index == 0
+    rendered = render(conversations, tokenizer, training.max_length, show_progress=main_process)
+    log = StageLog(output.output_dir, main_process)
+    NanoChatSFTTrainer.muon_rates = args.scaled()
+    trainer = NanoChatSFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=token_dataset(rendered),
+        processing_class=tokenizer,
+        callbacks=[StageLogCallback(log)],
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        trained = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        finish_stage(trained, tokenizer, output, log, record("sft", args, training, trainer), model_card)
+    trainer.accelerator.wait_for_everyone()
+
+
+def token_dataset(rendered: list[Conversation]) -> Dataset:
+    """Columns `input_ids` and `assistant_masks`, which TRL takes as they are: one renderer, one length check."""
+    ids, masks = zip(*rendered, strict=True)
+    return Dataset.from_dict({"input_ids": list(ids), "assistant_masks": list(masks)})
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

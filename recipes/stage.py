@@ -1,0 +1,198 @@
+"""What every stage leaves behind: a finished model folder, a log of its training, and a record of its settings and machine.
+
+A folder under its final name is whole: it is written beside it, flushed to disk and renamed.
+"""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.tokenization_nanochat import ASSISTANT_END, BOS, PYTHON_END
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "trl", "huggingface_hub")
+
+
+@dataclass
+class OutputArguments:
+    """Where a stage's model goes. The same words in every stage."""
+
+    output_dir: str = field(metadata={"help": "Model folder to write; its log and record go beside it."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model there."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the finished folder to the Hub."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Hub repository, for instance me/my-nanochat."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make a new Hub repository private."})
+
+
+def check_output(args: OutputArguments) -> None:
+    """Raise [`UserError`] before any work is done if its result could not be put away."""
+    if Path(args.output_dir).exists() and not args.overwrite_output_dir:
+        raise UserError(
+            f"{args.output_dir} already exists; pass --overwrite_output_dir true to replace it, or another --output_dir"
+        )
+    if args.push_to_hub and not args.hub_model_id:
+        raise UserError("--push_to_hub needs --hub_model_id, for instance me/my-nanochat")
+
+
+class StageLog:
+    """Measurements of one stage as JSON lines in `<run>/logs/<stage>.jsonl`, each with the seconds since the start."""
+
+    def __init__(self, output_dir: str | Path, enabled: bool = True):
+        self.started = time.perf_counter()
+        self.path = beside(output_dir, "logs", ".jsonl")
+        self.enabled = enabled
+        if enabled:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("")
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def log(self, **values: Any) -> None:
+        if self.enabled:
+            with open(self.path, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"seconds": round(self.seconds, 3), **values}) + "\n")
+
+
+def beside(output_dir: str | Path, kind: str, suffix: str) -> Path:
+    """`runs/pocket/base`, "logs", ".jsonl" -> `runs/pocket/logs/base.jsonl`."""
+    output_dir = Path(output_dir)
+    return output_dir.parent / kind / (output_dir.name + suffix)
+
+
+@contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """A fresh folder to fill, which takes the name `target` only when the block ends well and all of it is on disk."""
+    target = Path(target)
+    unfinished = target.parent / f".{target.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    for path in [*unfinished.rglob("*"), unfinished]:
+        flush(path)
+    if target.exists():
+        discarded = target.parent / f".{target.name}.old"
+        shutil.rmtree(discarded, ignore_errors=True)
+        target.rename(discarded)
+        unfinished.rename(target)
+        shutil.rmtree(discarded)
+    else:
+        unfinished.rename(target)
+    flush(target.parent)
+
+
+def flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    flush(unfinished)
+    unfinished.rename(path)
+
+
+def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The tokenizer's ids, in model and generation configuration.
+
+    Generation stops at a turn's end and at a call's end, where whoever generates runs the tool.
+    """
+    ids = tokenizer.convert_tokens_to_ids([ASSISTANT_END, PYTHON_END])
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id = tokenizer.convert_tokens_to_ids(BOS), list(ids)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def finish_stage(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    args: OutputArguments,
+    log: StageLog,
+    record: dict[str, Any],
+    card: Callable[[dict], str],
+) -> None:
+    """Save the model folder whole, then the stage's record beside it, then upload if asked. Main process only.
+
+    `record` needs "stage" and "settings"; what the run took and ran on is added.
+    """
+    set_special_tokens(model, tokenizer)
+    model.config.use_cache = True
+    record = record | {
+        "seconds": round(log.seconds, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    }
+    with whole_folder(args.output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card(record), encoding="utf-8")
+    write_json(beside(args.output_dir, "stages", ".json"), record)
+    print(f"{record['stage']}: {args.output_dir} written after {log.seconds:.0f} s")
+    if args.push_to_hub:
+        push(args)
+
+
+def push(args: OutputArguments) -> None:
+    """Upload the finished folder.
+
+    Raises:
+        UserError: The Hub refused, or could not be reached; the folder itself is kept.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
+        commit = api.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir)
+    except Exception as error:  # transport errors differ between hub 1.x and 2.x; the model is safe on disk either way
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"push to {args.hub_model_id} failed ({reason}); the model is whole in {args.output_dir}: after "
+            f"`hf auth login`, run `hf upload {args.hub_model_id} {args.output_dir}`"
+        ) from error
+    print(f"pushed to {commit.repo_url if hasattr(commit, 'repo_url') else args.hub_model_id}")
+
+
+def settings(*arguments: Any) -> dict[str, Any]:
+    """The fields of the dataclasses as plain values."""
+    merged = {}
+    for one in arguments:
+        merged |= asdict(one)
+    return merged
+
+
+def machine() -> dict[str, Any]:
+    """What the stage ran on; memory in MiB."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit,
+        "peak_gpu_memory_mib": torch.cuda.max_memory_allocated() // 2**20 if gpus else 0,
+    }

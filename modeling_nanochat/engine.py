@@ -1,0 +1,374 @@
+"""Generation with a KV cache and the python tool: one turn streamed, or many conversations at once.
+
+Both run the same loop. Every row of the batch has its own [`Turn`], which watches the row's tokens: between
+`<|python_start|>` and `<|python_end|>` it collects code, runs it, and forces `<|output_start|>`result`<|output_end|>`
+into the row in place of what was sampled. A row ends with `<|assistant_end|>` or `<|bos|>`.
+
+Unlike the original's engine, prompts of one batch differ (left padding), code that fails has its error as result, and
+finished rows leave the batch.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import UserError
+from .python_tool import check_sandbox, run_python
+from .tokenization_nanochat import special_token_ids
+
+MAX_TOOL_CALLS = 8
+HALF_A_CHARACTER = "\ufffd"
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """More of the reply's text; whole characters only."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """The model asked for `code` to be run; its [`ToolResult`] follows."""
+
+    code: str
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    output: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The turn's new messages, `[assistant(tool_calls), tool, ..., assistant]`; `finish_reason` is `stop` or `length`."""
+
+    messages: list[dict[str, Any]]
+    finish_reason: str
+
+
+Event = TextDelta | ToolCall | ToolResult | Finished
+
+
+class ChatCodec:
+    """Text to ids and back, so that no text, neither a person's nor a tool's, turns into a control token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        ids = special_token_ids(tokenizer)
+        self.python_start, self.python_end = ids["<|python_start|>"], ids["<|python_end|>"]
+        self.output_start, self.output_end = ids["<|output_start|>"], ids["<|output_end|>"]
+        self.stop = {ids["<|assistant_end|>"], ids["<|bos|>"]}
+        self.tokenizer = tokenizer
+        # A copy of its own: the flag is the tokenizer's state, and several threads may render prompts meanwhile.
+        self.plain = copy.deepcopy(tokenizer.backend_tokenizer)
+        self.plain.encode_special_tokens = True
+
+    def encode(self, text: str) -> list[int]:
+        return self.plain.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.plain.decode(ids, skip_special_tokens=True)
+
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+@dataclass
+class Turn:
+    """One reply being written: what was said, which code is open, which tokens are still to be forced.
+
+    `ids` holds the reply's tokens and `sampled` tells for each whether the model chose it (False: forced).
+    """
+
+    codec: ChatCodec
+    tool: Callable[[str], str] | None
+    max_length: int
+    max_tool_calls: int = MAX_TOOL_CALLS
+    live: bool = False  # decode text token by token, for a reader who waits
+    ids: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str | None = None
+    forced: deque[int] = field(default_factory=deque)
+    code: list[int] | None = None  # tokens since <|python_start|>; None outside of a call
+    unread: list[int] = field(default_factory=list)  # tokens of text not yet decoded
+    text: str = ""
+    tool_calls: int = 0
+
+    def advance(self, sampled: int) -> Iterator[Event]:
+        """Take the next token, `sampled` unless one is to be forced, and tell what came of it."""
+        forced = bool(self.forced)
+        token = self.forced.popleft() if forced else sampled
+        self.ids.append(token)
+        self.sampled.append(not forced)
+        if not forced:
+            yield from self.read(token)
+        if self.finish_reason is None and len(self.ids) >= self.max_length:
+            self.finish_reason = "length"
+        if self.live or self.finish_reason:
+            yield from self.new_text(final=self.code is not None or self.finish_reason is not None)
+        if self.finish_reason:
+            self.messages.append({"role": "assistant", "content": self.text})
+            yield Finished(self.messages, self.finish_reason)
+
+    def read(self, token: int) -> Iterator[Event]:
+        """What a token that the model chose means at this place."""
+        if token in self.codec.stop:
+            self.finish_reason = "stop"
+        elif token == self.codec.python_start and self.tool is not None:
+            self.code = []
+        elif token == self.codec.python_end:
+            yield from self.close_call()
+        elif self.code is not None:
+            self.code.append(token)
+        else:
+            self.unread.append(token)
+
+    def close_call(self) -> Iterator[Event]:
+        """Run the open call and queue its result; without one, or without code in it, nothing happens."""
+        code, self.code = self.codec.decode(self.code or []), None
+        if not code:
+            return
+        if self.tool_calls == self.max_tool_calls:
+            self.finish_reason = "length"
+            return
+        self.tool_calls += 1
+        yield from self.new_text(final=True)
+        yield ToolCall(code)
+        output = self.tool(code)
+        self.forced.extend([self.codec.output_start, *self.codec.encode(output), self.codec.output_end])
+        self.messages += [call_message(self.text, code), {"role": "tool", "name": "python", "content": output}]
+        self.text = ""
+        yield ToolResult(output)
+
+    def new_text(self, final: bool) -> Iterator[TextDelta]:
+        """Decode the text read since the last time; unless `final`, hold it back while its last character is incomplete."""
+        delta = self.codec.decode(self.unread) if self.unread else ""
+        if not delta or (delta.endswith(HALF_A_CHARACTER) and not final):
+            return
+        self.unread.clear()
+        self.text += delta
+        yield TextDelta(delta)
+
+
+def call_message(text: str, code: str) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "python", "arguments": {"code": code}}}
+    return {"role": "assistant", "content": text, "tool_calls": [call]}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Chooses one token per row, each row independently: `temperature` 0 is argmax, `top_k` 0 or None is off."""
+
+    temperature: float
+    top_k: int | None
+    generator: torch.Generator
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise UserError(
+                f"temperature {self.temperature} is negative; use 0 for the likeliest token, 1 for plain sampling"
+            )
+        if self.top_k is not None and self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} is negative; use 0 to switch it off")
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, vocabulary) -> token ids (rows,)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits.float() / self.temperature
+        if not self.top_k:
+            return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
+        values, ids = logits.topk(min(self.top_k, logits.shape[-1]))
+        choice = torch.multinomial(values.softmax(-1), 1, generator=self.generator)
+        return ids.gather(1, choice).squeeze(1)
+
+
+@dataclass
+class Batch:
+    """What the model has seen so far of each row: its cache, which positions are padding, and the next position."""
+
+    cache: DynamicCache
+    attention_mask: torch.Tensor | None  # (rows, length), None while no row is padded
+    position_ids: torch.Tensor  # (rows, 1)
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only `rows`."""
+        indices = torch.tensor(rows, device=self.position_ids.device)
+        self.cache.batch_select_indices(indices)
+        self.position_ids = self.position_ids[indices]
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[indices]
+
+
+class Engine:
+    """A chat model with its python tool.
+
+    Args:
+        model: A causal language model; put into evaluation mode.
+        tokenizer: Its tokenizer, with nanochat's control tokens and a chat template.
+        tool: Runs code and returns what it shows; None: nothing is run, and code is text like any other.
+
+    Raises:
+        UserError: The tokenizer is no chat tokenizer, or the sandbox of the python tool is missing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        tool: Callable[[str], str] | None = run_python,
+        max_tool_calls: int = MAX_TOOL_CALLS,
+    ):
+        if tool is run_python:
+            check_sandbox()
+        if not tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template; use one trained by tokenizer_train/train.py")
+        self.model = model.eval()
+        self.codec = ChatCodec(tokenizer)
+        self.vocabulary = min(len(tokenizer), model.config.vocab_size)
+        self.context = model.config.max_position_embeddings
+        self.tool = tool
+        self.max_tool_calls = max_tool_calls
+
+    def stream(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.6,
+        top_k: int | None = 50,
+        seed: int | None = None,
+    ) -> Iterator[Event]:
+        """Write the assistant's next turn; the last event is [`Finished`].
+
+        Args:
+            messages: The conversation, ending with the user's message.
+            max_new_tokens: Most tokens of the turn, tool results included.
+            temperature: 0 takes the likeliest token each time.
+            top_k: Samples among that many; 0 or None: among all.
+            seed: Same seed, same reply; None: a new one each time.
+
+        Raises:
+            UserError: The conversation does not fit the model's context.
+        """
+        sampler = self.sampler(temperature, top_k, seed)
+        prompt = self.codec.prompt(messages)
+        turn = self.turn(prompt, max_new_tokens, live=True)
+        for _, event in self.decode([prompt], [turn], sampler):
+            yield event
+
+    def generate_batch(
+        self,
+        conversations: Sequence[list[dict[str, Any]]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.6,
+        top_k: int | None = 50,
+        seed: int | None = None,
+        batch_size: int = 64,
+        progress: Callable[[int], Any] | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """The new messages of each conversation, as in [`Finished`]; other arguments as in `stream`.
+
+        Args:
+            batch_size: Conversations in the cache at a time; those of similar length go together.
+            progress: Called with 1 for each finished conversation, like `tqdm.update`.
+        """
+        sampler = self.sampler(temperature, top_k, seed)
+        prompts = [self.codec.prompt(messages) for messages in conversations]
+        turns = [self.turn(prompt, max_new_tokens) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            for _, event in self.decode([prompts[i] for i in rows], [turns[i] for i in rows], sampler):
+                if progress is not None and isinstance(event, Finished):
+                    progress(1)
+        return [turn.messages for turn in turns]
+
+    def fit(self, messages: list[dict[str, Any]], max_new_tokens: int = 256) -> list[dict[str, Any]]:
+        """`messages` without as many of the oldest turns as needed to leave room for a reply; system messages stay."""
+        system = [message for message in messages if message["role"] == "system"]
+        rest = messages[len(system) :]
+        room = self.context - min(max_new_tokens, self.context // 2)
+        while len(self.codec.prompt(system + rest)) > room:
+            later = [i for i, message in enumerate(rest) if i > 0 and message["role"] == "user"]
+            if not later:
+                break
+            rest = rest[later[0] :]
+        return system + rest
+
+    def sampler(self, temperature: float, top_k: int | None, seed: int | None) -> Sampler:
+        generator = torch.Generator(device=self.model.device)
+        generator.seed() if seed is None else generator.manual_seed(seed)
+        return Sampler(temperature, top_k, generator)
+
+    def turn(self, prompt: list[int], max_new_tokens: int, live: bool = False) -> Turn:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
+        room = self.context - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"the conversation has {len(prompt)} tokens, the model's context is {self.context}; "
+                "shorten it or start a new one"
+            )
+        return Turn(self.codec, self.tool, min(max_new_tokens, room), self.max_tool_calls, live)
+
+    # The decorator enters inference mode only while the generator itself runs, not while its consumer does.
+    @torch.inference_mode()
+    def decode(self, prompts: list[list[int]], turns: list[Turn], sampler: Sampler) -> Iterator[tuple[int, Event]]:
+        """The core loop: feed the prompts once, then a token per row and step; yields (row, event)."""
+        batch, logits = self.prefill(prompts)
+        rows = list(range(len(turns)))  # row of the batch -> index of its turn
+        while True:
+            for row, token in enumerate(sampler(logits).tolist()):
+                if turns[rows[row]].finish_reason is None:
+                    for event in turns[rows[row]].advance(token):
+                        yield rows[row], event
+            alive = [row for row, index in enumerate(rows) if turns[index].finish_reason is None]
+            if not alive:
+                return
+            # Copying the cache costs about a step: only when it saves half of every step to come.
+            if len(alive) <= len(rows) // 2:
+                batch.select(alive)
+                rows = [rows[row] for row in alive]
+            logits = self.step(batch, [turns[index].ids[-1] for index in rows])
+
+    def prefill(self, prompts: list[list[int]]) -> tuple[Batch, torch.Tensor]:
+        """Feed prompts of different lengths, padded on the left; logits (rows, vocabulary) of their last positions."""
+        device, longest = self.model.device, max(map(len, prompts))
+        pad = next(iter(self.codec.stop))
+        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        columns = torch.arange(longest, device=device)
+        padding = (longest - lengths)[:, None]
+        mask = (columns >= padding).long() if lengths.min() < longest else None
+        batch = Batch(DynamicCache(config=self.model.config), mask, (columns - padding).clamp(min=0))
+        logits = self.forward(batch, ids)
+        batch.position_ids = lengths[:, None]
+        return batch, logits
+
+    def step(self, batch: Batch, tokens: list[int]) -> torch.Tensor:
+        """Feed one token per row; logits (rows, vocabulary)."""
+        ids = torch.tensor(tokens, device=self.model.device)[:, None]
+        if batch.attention_mask is not None:
+            batch.attention_mask = torch.cat([batch.attention_mask, torch.ones_like(ids)], dim=1)
+        logits = self.forward(batch, ids)
+        batch.position_ids = batch.position_ids + 1
+        return logits
+
+    def forward(self, batch: Batch, ids: torch.Tensor) -> torch.Tensor:
+        output = self.model(
+            input_ids=ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            past_key_values=batch.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1, : self.vocabulary]

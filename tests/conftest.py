@@ -1,0 +1,62 @@
+import os
+
+# before the first import of a Hugging Face library: no test may reach the network
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
+from modeling_nanochat.tokenization_nanochat import special_token_ids, train_tokenizer
+
+TOY_TEXTS = [
+    "The cat sat on the mat. What is 12+7? It is 19.",
+    "Who are you? I am a small model. Spell the word lamp.",
+    "Tell me a story. Once upon a time there was a lamp. print(10/2)",
+]
+
+
+def toy_tokenizer():
+    return train_tokenizer(TOY_TEXTS, 320, model_max_length=256)
+
+
+def toy_model(tokenizer, *, layers=2, width=32, context=256):
+    """Random weights, large enough that every next token is a clear choice."""
+    ids = special_token_ids(tokenizer)
+    config = NanoChatConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=context,
+        bos_token_id=ids["<|bos|>"],
+        eos_token_id=[ids["<|assistant_end|>"], ids["<|python_end|>"]],
+    )
+    torch.manual_seed(0)
+    model = NanoChatForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def toy_model_and_tokenizer():
+    """A tiny random model with its tokenizer; tests that change either take a `toy_model_folder`."""
+    tokenizer = toy_tokenizer()
+    return toy_model(tokenizer), tokenizer
+
+
+@pytest.fixture
+def toy_model_folder(toy_model_and_tokenizer, tmp_path):
+    """The same in Hub layout, a fresh folder for each test."""
+    folder = tmp_path / "toy"
+    for part in toy_model_and_tokenizer:
+        part.save_pretrained(folder)
+    return folder

@@ -1,0 +1,35 @@
+"""Which examples go through the model together: neighbours in length, so that little is spent on padding."""
+
+from collections.abc import Iterator, Sequence
+
+from tqdm.auto import tqdm
+
+# Bounds the memory of one forward pass where a few prompts are very long; short prompts never reach it.
+MAX_TOKENS_PER_BATCH = 16384
+
+
+def batches_by_length(
+    lengths: Sequence[int], batch_size: int, max_tokens: int = MAX_TOKENS_PER_BATCH
+) -> list[list[int]]:
+    """Indices of examples in batches, the longest first: what does not fit in memory fails at once, not at the end.
+
+    Args:
+        lengths: Tokens of each example.
+        batch_size: Most examples in a batch.
+        max_tokens: Most tokens in a batch, padding included; a longer example is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and len(batches[-1]) < min(batch_size, max_tokens // max(1, lengths[batches[-1][0]])):
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def with_progress(batches: Sequence[list[int]], description: str) -> Iterator[list[int]]:
+    """The batches, under a progress bar that counts examples and shows the time left."""
+    with tqdm(total=sum(map(len, batches)), desc=description, unit="example", leave=False) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))

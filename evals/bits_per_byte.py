@@ -1,0 +1,128 @@
+"""Bits per byte: the loss of a text per byte instead of per token, so that tokenizers can be compared.
+
+nats over the targets that have bytes / (ln 2 x bytes of those targets). Special tokens have no bytes and count in
+neither sum.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.sources import text_dataset
+from modeling_nanochat.tokenization_nanochat import byte_symbols, encode_documents
+
+METRIC = Path(__file__).parent / "metrics" / "bits_per_byte"
+DOCUMENTS_AT_A_TIME = 64
+
+
+def token_bytes(tokenizer) -> torch.LongTensor:
+    """Bytes that each token id stands for (V,), 0 for special tokens.
+
+    Counted on the tokens' own bytes: decoded to text, a token that is part of a character would count as three.
+
+    Raises:
+        UserError: The tokenizer is not byte-level.
+    """
+    added = tokenizer.added_tokens_decoder
+    vocabulary = tokenizer.get_vocab()
+    alphabet = set(byte_symbols())
+    lengths = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.long)
+    for token, index in vocabulary.items():
+        if index in added:
+            lengths[index] = 0 if added[index].special else len(token.encode())
+        elif alphabet.issuperset(token):
+            lengths[index] = len(token)  # one symbol per byte
+        else:
+            raise UserError(f"bits per byte needs a byte-level tokenizer, but token {index} is {token!r}")
+    return lengths
+
+
+@torch.no_grad()
+def nats_and_bytes(
+    model, batch: torch.Tensor | Mapping[str, torch.Tensor], token_bytes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats (B,) in float64 and bytes (B,) of each row's targets; sum them over batches and ranks, then divide.
+
+    Args:
+        model: A causal language model.
+        batch: Ids (B, T+1), each predicted from those before it; or {"input_ids", "labels"} (B, T+1), not shifted,
+            with -100 for targets to leave out.
+        token_bytes: (V,), see `token_bytes`.
+    """
+    ids = batch if isinstance(batch, torch.Tensor) else batch["input_ids"]
+    labels = ids if isinstance(batch, torch.Tensor) else batch["labels"]
+    device = next(model.parameters()).device
+    logits = model(input_ids=ids[:, :-1].to(device), use_cache=False).logits
+    targets = labels[:, 1:].to(device)
+    lengths = token_bytes.to(device)[targets.clamp(min=0)] * (targets >= 0)
+    # Row by row: the float32 copy of all logits would be the largest tensor of the whole evaluation.
+    losses = [
+        F.cross_entropy(row.float(), target, reduction="none") for row, target in zip(logits, targets, strict=True)
+    ]
+    return (torch.stack(losses) * (lengths > 0)).sum(1, dtype=torch.float64), lengths.sum(1)
+
+
+def bits_per_byte(
+    model, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]], token_bytes: torch.Tensor
+) -> float:
+    """Bits per byte over `batches` (see `nats_and_bytes`) on this process; infinite where no target has bytes."""
+    was_training = model.training
+    model.eval()
+    sums = [(nats.sum().item(), count.sum().item()) for nats, count in map_batches(model, batches, token_bytes)]
+    model.train(was_training)
+    nats, count = (sum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0)
+    return nats / (math.log(2) * count) if count else math.inf
+
+
+def map_batches(model, batches: Iterable, token_bytes: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for batch in batches:
+        yield nats_and_bytes(model, batch, token_bytes)
+
+
+def text_bits_per_byte(
+    model, tokenizer, files: Sequence[str], *, max_length: int, batch_size: int = 8, max_tokens: int = 200_000
+) -> dict:
+    """Bits per byte of the documents in `files`: {"bits_per_byte", "standard_error", "bytes", "tokens", "rows"}.
+
+    The documents, each behind a bos, are cut one after the other into rows of `max_length` predictions, until
+    `max_tokens` tokens; the standard error is that of the ratio over rows.
+
+    Raises:
+        UserError: A file is missing, empty, or cannot be read.
+    """
+    import evaluate
+
+    rows = text_rows(tokenizer, text_dataset(files, what="text_files")["text"], max_length, max_tokens)
+    batches = [padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    results = map_batches(
+        model, tqdm(batches, desc="bits per byte", unit="batch", leave=False), token_bytes(tokenizer)
+    )
+    nats, counts = (torch.cat(column).tolist() for column in zip(*results, strict=True))
+    figures = evaluate.load(str(METRIC), keep_in_memory=True).compute(nats=nats, bytes=counts)
+    return {**figures, "tokens": sum(map(len, rows)), "rows": len(rows)}
+
+
+def text_rows(tokenizer, texts: Iterable[str], max_length: int, max_tokens: int) -> list[list[int]]:
+    """Rows of at most `max_length` + 1 ids; the last id of a row is the first of the next: each is predicted once."""
+    stream = [token for _, token in zip(range(max_tokens), text_tokens(tokenizer, texts), strict=False)]
+    return [stream[i : i + max_length + 1] for i in range(0, len(stream) - 1, max_length)]
+
+
+def text_tokens(tokenizer, texts: Sequence[str]) -> Iterator[int]:
+    """The ids of all documents, each behind a bos, a few documents tokenized at a time."""
+    for i in range(0, len(texts), DOCUMENTS_AT_A_TIME):
+        for ids in encode_documents(tokenizer, [text or "" for text in texts[i : i + DOCUMENTS_AT_A_TIME]]):
+            yield from ids
+
+
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    length = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[*row, *[0] * (length - len(row))] for row in rows]),
+        "labels": torch.tensor([[*row, *[-100] * (length - len(row))] for row in rows]),
+    }

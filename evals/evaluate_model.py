@@ -1,0 +1,197 @@
+"""Evaluate a model folder or Hub id on task files and on the bits per byte of text; leave records and sample replies.
+
+    python evals/evaluate_model.py --model_name_or_path runs/pocket/sft --output_file runs/pocket/results/sft.json \
+        --eval_files facts=runs/pocket/data/eval/facts.jsonl problems=runs/pocket/data/eval/problems.jsonl \
+        --text_files runs/pocket/data/pretrain/val.parquet
+    python evals/evaluate_model.py --config recipes/pocket/eval.yaml --max_examples 50
+
+A task file is JSONL with GSM8K, match, ARC, MMLU or cloze records; its kind is recognised (see `evals/formats.py`).
+`--base_model true` is for a model that never saw chat tokens: only bits per byte and cloze tasks are run, the others
+are left out of its records, and the report shows "-" for them.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluate
+
+from evals.bits_per_byte import text_bits_per_byte
+from evals.cloze import predict_choices
+from evals.generative import generate_replies, predicted_answers, reference_answers
+from evals.multiple_choice import predict_letters
+from evals.records import aligned_table, format_figure, make_record, write_json
+from evals.tasks import Task, load_task, parse_task_argument
+from modeling_nanochat.cli import parse
+from modeling_nanochat.engine import Engine
+from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.loading import load_model_and_tokenizer
+
+METRIC = Path(__file__).parent / "metrics" / "exact_accuracy"
+GREETING = "Who are you?"
+GENERATIVE = ("gsm8k", "match")
+
+
+@dataclass
+class EvaluateArguments:
+    """What to evaluate, on what, and where the results go."""
+
+    model_name_or_path: str = field(metadata={"help": "Model folder or Hub id."})
+    output_file: str = field(metadata={"help": "JSON file for the records and sample conversations."})
+    eval_files: list[str] = field(default_factory=list, metadata={"help": "Task files, each as name=path.jsonl."})
+    text_files: list[str] = field(
+        default_factory=list, metadata={"help": "Parquet, JSONL or text files; bits per byte of them all together."}
+    )
+    base_model: bool = field(
+        default=False, metadata={"help": "The model never saw chat tokens: only bits per byte and cloze tasks."}
+    )
+    max_examples: int | None = field(
+        default=None, metadata={"help": "Examples per task, drawn by seed; all if unset."}
+    )
+    max_text_tokens: int = field(default=200_000, metadata={"help": "Tokens of text for bits per byte."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens in a row of text for bits per byte; the model's context if unset."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Prompts in a forward pass."})
+    max_new_tokens: int = field(default=96, metadata={"help": "Tokens in a reply, tool results included."})
+    num_samples: int = field(default=6, metadata={"help": "Replies kept as sample conversations, over all tasks."})
+    seed: int = field(default=0, metadata={"help": "Of the draw of examples; replies are greedy."})
+
+    def check(self) -> None:
+        """Raise `UserError` on a setting that cannot be."""
+        if not self.eval_files and not self.text_files:
+            raise UserError("nothing to evaluate; give eval_files, text_files or both")
+        for name in ("max_examples", "max_text_tokens", "max_length", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+
+
+def main() -> None:
+    (args,) = parse(EvaluateArguments)
+    results = run_evaluation(args)
+    rows = [[r["task"], r["metric"], format_figure(r)] for r in results["records"]]
+    print(f"{args.model_name_or_path}, {results['seconds']:.0f} s, results in {args.output_file}")
+    print(aligned_table([["task", "metric", "value ± standard error"], *rows]))
+
+
+def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
+    """Evaluate and write `args.output_file`: {"model", "seconds", "records", "samples"}, which is also returned.
+
+    Raises:
+        UserError: A setting, a file or the model folder is wrong; nothing is written then.
+    """
+    args.check()
+    started = time.perf_counter()
+    tasks = load_tasks(args)
+    model, tokenizer = load_model_and_tokenizer(args.model_name_or_path)
+    records, samples = [], []
+    if args.text_files:
+        records.append(text_record(model, tokenizer, args))
+    generative = [task for task in tasks if task.kind in GENERATIVE]
+    if not args.base_model:
+        engine = Engine(model, tokenizer)
+        for task in generative:
+            record, task_samples = evaluate_generative(engine, task, args)
+            records.append(record)
+            samples.append(task_samples)
+        samples = spread(samples, args.num_samples) + greeting(engine, args)
+    records += [evaluate_choices(model, tokenizer, task, args) for task in tasks if task not in generative]
+    seconds = round(time.perf_counter() - started, 1)
+    results = {"model": args.model_name_or_path, "seconds": seconds, "records": records, "samples": samples}
+    write_json(args.output_file, results)
+    return results
+
+
+def load_tasks(args: EvaluateArguments) -> list[Task]:
+    """The tasks of `args.eval_files` that this model can be asked."""
+    named = [parse_task_argument(argument) for argument in args.eval_files]
+    names = [name for name, _ in named]
+    if len(set(names)) < len(names):
+        raise UserError(f"eval_files: a task name occurs twice in {', '.join(names)}; give each file its own")
+    tasks = [load_task(name, path, args.max_examples, args.seed) for name, path in named]
+    return [task for task in tasks if task.kind == "cloze" or not args.base_model]
+
+
+def text_record(model, tokenizer, args: EvaluateArguments) -> dict[str, Any]:
+    max_length = args.max_length or model.config.max_position_embeddings
+    # Rows are long where prompts are short: as many rows as hold about the tokens of a batch of prompts.
+    batch_size = max(1, args.batch_size * 64 // max_length)
+    figures = text_bits_per_byte(
+        model,
+        tokenizer,
+        args.text_files,
+        max_length=max_length,
+        batch_size=batch_size,
+        max_tokens=args.max_text_tokens,
+    )
+    settings = {
+        "files": args.text_files,
+        "max_length": max_length,
+        "tokens": figures["tokens"],
+        "rows": figures["rows"],
+    }
+    value, error, n = figures["bits_per_byte"], figures["standard_error"], figures["bytes"]
+    return make_record("text", "bits_per_byte", value, error, n, settings, args.model_name_or_path)
+
+
+def evaluate_generative(engine: Engine, task: Task, args: EvaluateArguments) -> tuple[dict[str, Any], list[dict]]:
+    """The accuracy of the replies, and all conversations with whether they are right."""
+    questions = [example["question"] for example in task.examples]
+    replies = generate_replies(
+        engine, questions, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, description=task.name
+    )
+    predictions, references = predicted_answers(task, replies), reference_answers(task)
+    settings = {"max_new_tokens": args.max_new_tokens, "temperature": 0.0}
+    samples = [
+        {"task": task.name, "correct": prediction == reference, "messages": [user_message(question), *reply]}
+        for question, reply, prediction, reference in zip(questions, replies, predictions, references, strict=True)
+    ]
+    return accuracy_record(task, predictions, references, 0.0, settings, args), samples
+
+
+def evaluate_choices(model, tokenizer, task: Task, args: EvaluateArguments) -> dict[str, Any]:
+    """The accuracy on a task whose answer is one of given choices; the baseline is that of guessing."""
+    options = {"batch_size": args.batch_size, "description": task.name}
+    if task.kind == "cloze":
+        predictions = [str(choice) for choice in predict_choices(model, tokenizer, task.examples, **options)]
+        references = [str(example["gold"]) for example in task.examples]
+        counts = [len(example["choices"]) for example in task.examples]
+    else:
+        predictions = predict_letters(model, tokenizer, task.examples, **options)
+        references = [question.answer for question in task.examples]
+        counts = [len(question.choices) for question in task.examples]
+    baseline = statistics.fmean(1 / count for count in counts)
+    return accuracy_record(task, predictions, references, baseline, {"shots": 0}, args)
+
+
+def accuracy_record(
+    task: Task, predictions: list[str], references: list[str], baseline: float, settings: dict, args: EvaluateArguments
+) -> dict[str, Any]:
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    figures = metric.compute(predictions=predictions, references=references, baseline=baseline)
+    drawn = {"kind": task.kind, "max_examples": args.max_examples, "seed": args.seed, "baseline": round(baseline, 4)}
+    value, error, n = figures["accuracy"], figures["standard_error"], figures["n"]
+    return make_record(task.name, "accuracy", value, error, n, drawn | settings, args.model_name_or_path)
+
+
+def spread(samples: Sequence[Sequence[dict]], count: int) -> list[dict]:
+    """The first conversations of each task, right or wrong, at most `count` in all."""
+    share, extra = divmod(max(0, count), max(1, len(samples)))
+    return [sample for i, of_task in enumerate(samples) for sample in of_task[: share + (i < extra)]]
+
+
+def greeting(engine: Engine, args: EvaluateArguments) -> list[dict]:
+    (reply,) = generate_replies(engine, [GREETING], max_new_tokens=args.max_new_tokens, description="greeting")
+    return [{"messages": [user_message(GREETING), *reply]}]
+
+
+def user_message(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

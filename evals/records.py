@@ -1,0 +1,64 @@
+"""Evaluation results: one JSON record per figure, written whole or not at all, and printed with n and standard error."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def make_record(
+    task: str, metric: str, value: float, standard_error: float | None, n: int, settings: dict[str, Any], model: str
+) -> dict[str, Any]:
+    """One figure. What is not a finite number becomes None, which is what JSON can hold."""
+    value, standard_error = (x if x is not None and math.isfinite(x) else None for x in (value, standard_error))
+    return {
+        "task": task,
+        "metric": metric,
+        "value": value,
+        "standard_error": standard_error,
+        "n": n,
+        "settings": settings,
+        "model": model,
+    }
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write beside `path` and rename, so that no reader ever meets half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def format_figure(record: dict[str, Any]) -> str:
+    """`84.0 % ± 2.6 (n=200)` for an accuracy, `1.234 ± 0.012 (n=52,310 bytes)` for bits per byte."""
+    value, error = record["value"], record["standard_error"]
+    if value is None:
+        return "not finite"
+    if record["metric"] == "bits_per_byte":
+        spread = "" if error is None else f" ± {error:.3f}"
+        return f"{value:.3f}{spread} (n={record['n']:,} bytes)"
+    spread = "" if error is None else f" ± {100 * error:.1f}"
+    return f"{100 * value:.1f} %{spread} (n={record['n']:,})"
+
+
+def aligned_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text with aligned columns, a rule under the first row."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,68 @@
+"""The reference data beside the repository: its tokenizer and its small trained model, or a skip where it is absent."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
+from modeling_nanochat.tokenization_nanochat import build_tokenizer, byte_symbols
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+NAMES = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h": "model.layers",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def shared(path: str) -> Path:
+    if not (SHARED / path).exists():
+        pytest.skip(f"needs {SHARED / path}")
+    return SHARED / path
+
+
+def golden_json(name: str) -> dict:
+    return json.loads(shared(f"golden/{name}").read_text(encoding="utf-8"))
+
+
+def golden_tokenizer():
+    """The toy tokenizer of 500 ids that all golden token ids come from."""
+    data, symbols = golden_json("bpe_vocab.json"), byte_symbols()
+
+    def spelled(hexadecimal: str) -> str:
+        return "".join(symbols[byte] for byte in bytes.fromhex(hexadecimal))
+
+    tokens = [spelled(token) for token in data["tokens_hex"]]
+    merges = [(spelled(left), spelled(right)) for left, right in data["merges_hex"]]
+    return build_tokenizer({token: index for index, token in enumerate(tokens)}, merges)
+
+
+def core_model() -> NanoChatForCausalLM:
+    """The small model that the golden CORE, letter and bits-per-byte values were computed with."""
+    config = golden_json("core_eval.json")["config"]
+    model = NanoChatForCausalLM(
+        NanoChatConfig(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["n_embd"],
+            num_hidden_layers=config["n_layer"],
+            num_attention_heads=config["n_head"],
+            num_key_value_heads=config["n_kv_head"],
+            max_position_embeddings=config["sequence_len"],
+        )
+    )
+    weights = load_file(shared("golden/core_model.safetensors"))
+    model.load_state_dict({renamed(name): weight for name, weight in weights.items()})
+    return model.eval()
+
+
+def renamed(name: str) -> str:
+    for original, ours in NAMES.items():
+        name = name.replace(original, ours)
+    return name

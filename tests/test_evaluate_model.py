@@ -1,0 +1,159 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+
+from evals.evaluate_model import METRIC, EvaluateArguments, main, run_evaluation, spread
+from evals.records import aligned_table, format_figure, make_record, write_json
+from modeling_nanochat.errors import UserError
+
+SCRIPT = Path(__file__).parents[1] / "evals" / "evaluate_model.py"
+TASKS = {
+    "problems": [{"question": f"{n} + 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(6)],
+    "facts": [{"question": "Which?", "answer": "red", "rivals": ["blue"]}] * 3,
+    "letters": [{"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": n % 4} for n in range(8)],
+    "cloze": [{"query": "The cat sat on the", "choices": ["mat.", "lamp."], "gold": 0}] * 4,
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, records in TASKS.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    (tmp_path / "val.txt").write_text("The cat sat on the mat.\n\n" * 30, encoding="utf-8")
+    return tmp_path
+
+
+def arguments(folder, files, **changes):
+    defaults = {
+        "model_name_or_path": str(folder),
+        "output_file": str(files / "results" / "x.json"),
+        "eval_files": [f"{name}={files / name}.jsonl" for name in TASKS],
+        "text_files": [str(files / "val.txt")],
+        "max_new_tokens": 8,
+        "num_samples": 4,
+        "max_length": 32,
+    }
+    return EvaluateArguments(**(defaults | changes))
+
+
+def test_every_task_has_a_record_and_the_file_holds_what_is_returned(toy_model_folder, files):
+    args = arguments(toy_model_folder, files)
+    results = run_evaluation(args)
+    assert json.loads(Path(args.output_file).read_text(encoding="utf-8")) == results
+    by_task = {record["task"]: record for record in results["records"]}
+    assert {task: record["n"] for task, record in by_task.items() if task != "text"} == {
+        k: len(v) for k, v in TASKS.items()
+    }
+    assert by_task["text"]["metric"] == "bits_per_byte" and by_task["text"]["value"] > 1
+    assert by_task["text"]["n"] == 30 * len("The cat sat on the mat.")
+    assert by_task["letters"]["settings"]["baseline"] == 0.25 and by_task["cloze"]["settings"]["baseline"] == 0.5
+    assert all(record["model"] == str(toy_model_folder) for record in results["records"])
+
+
+def test_samples_come_from_every_generative_task_and_end_with_the_greeting(toy_model_folder, files):
+    samples = run_evaluation(arguments(toy_model_folder, files, num_samples=3))["samples"]
+    assert [sample.get("task") for sample in samples] == ["problems", "problems", "facts", None]
+    assert all(sample["messages"][0]["role"] == "user" for sample in samples)
+    assert samples[-1]["messages"][0]["content"] == "Who are you?"
+
+
+def test_a_base_model_is_asked_nothing_that_needs_chat_tokens(toy_model_folder, files):
+    results = run_evaluation(arguments(toy_model_folder, files, base_model=True))
+    assert {record["task"] for record in results["records"]} == {"text", "cloze"}
+    assert results["samples"] == []
+
+
+def test_the_same_evaluation_twice_gives_the_same_figures(toy_model_folder, files):
+    args = arguments(toy_model_folder, files, max_examples=4, seed=3)
+    first, second = run_evaluation(args), run_evaluation(args)
+    assert first["records"] == second["records"] and first["samples"] == second["samples"]
+    assert {record["n"] for record in first["records"] if record["task"] in ("problems", "letters")} == {4}
+
+
+def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, files):
+    long = {"question": "word " * 400, "answer": "#### 1"}
+    (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
+    args = arguments(toy_model_folder, files, eval_files=[f"long={files / 'long.jsonl'}"], text_files=[])
+    (record,) = run_evaluation(args)["records"]
+    assert (record["value"], record["n"]) == (0.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"eval_files": [], "text_files": []}, "nothing to evaluate"),
+        ({"eval_files": ["facts=absent.jsonl"]}, "absent.jsonl: no such file"),
+        ({"text_files": ["absent.parquet"]}, "no file matches 'absent.parquet'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"model_name_or_path": "./absent"}, "no such folder"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line_and_nothing_is_written(toy_model_folder, files, changes, complaint):
+    args = arguments(toy_model_folder, files, **changes)
+    with pytest.raises(UserError, match=complaint) as error:
+        run_evaluation(args)
+    assert "\n" not in str(error.value) and not Path(args.output_file).exists()
+
+
+def test_two_tasks_of_one_name_are_refused(toy_model_folder, files):
+    args = arguments(toy_model_folder, files, eval_files=[f"a={files / 'facts.jsonl'}", f"a={files / 'cloze.jsonl'}"])
+    with pytest.raises(UserError, match="occurs twice"):
+        run_evaluation(args)
+
+
+def test_the_script_reads_yaml_and_prints_a_table(toy_model_folder, files):
+    config = files / "eval.yaml"
+    config.write_text(
+        f"model_name_or_path: {toy_model_folder}\noutput_file: {files / 'out.json'}\n"
+        f"eval_files:\n- cloze={files / 'cloze.jsonl'}\nbase_model: true\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, str(SCRIPT), "--config", str(config), "--max_examples", "2"]
+    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cloze  accuracy" in done.stdout and "(n=2)" in done.stdout
+    (record,) = json.loads((files / "out.json").read_text(encoding="utf-8"))["records"]
+    assert record["settings"]["max_examples"] == 2
+
+
+def test_a_mistyped_key_of_the_yaml_is_named(files, monkeypatch):
+    config = files / "eval.yaml"
+    config.write_text("model_name_or_path: x\noutput_file: y\nbatchsize: 3\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", "--config", str(config)])
+    with pytest.raises(UserError, match="eval.yaml.*batchsize"):
+        main()
+
+
+def test_the_accuracy_metric_loads_offline():
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    figures = metric.compute(predictions=["A", "B", "A", "C"], references=["A", "B", "A", "A"], baseline=0.25)
+    assert figures == {"accuracy": 0.75, "standard_error": pytest.approx(0.2165, abs=1e-4), "n": 4,
+                       "centered_accuracy": pytest.approx(2 / 3)}  # fmt: skip
+
+
+def test_the_samples_are_shared_out_over_the_tasks():
+    tasks = [[{"i": 1}, {"i": 2}, {"i": 3}], [{"i": 4}], []]
+    assert spread(tasks, 5) == [{"i": 1}, {"i": 2}, {"i": 4}]
+    assert spread([], 5) == [] and spread(tasks, 0) == []
+
+
+def test_results_are_replaced_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_figures_are_shown_with_error_and_count():
+    record = make_record("t", "accuracy", 0.84, 0.0259, 200, {}, "m")
+    assert format_figure(record) == "84.0 % ± 2.6 (n=200)"
+    bits = make_record("t", "bits_per_byte", 1.2345, float("nan"), 52310, {}, "m")
+    assert format_figure(bits) == "1.234 (n=52,310 bytes)" and bits["standard_error"] is None
+    assert aligned_table([["a", "b"], ["long", "x"]]) == "a     b\n----  -\nlong  x"

@@ -23,7 +23,7 @@ from evals.bits_per_byte import text_bits_per_byte
 from evals.cloze import predict_choices
 from evals.generative import generate_replies, predicted_answers, reference_answers
 from evals.multiple_choice import predict_letters
-from evals.records import aligned_table, format_figure, make_record, write_json
+from evals.records import aligned_table, format_count, format_value, make_record, write_json
 from evals.tasks import Task, load_task, parse_task_argument
 from modeling_nanochat.cli import parse
 from modeling_nanochat.engine import Engine
@@ -73,9 +73,9 @@ class EvaluateArguments:
 def main() -> None:
     (args,) = parse(EvaluateArguments)
     results = run_evaluation(args)
-    rows = [[r["task"], r["metric"], format_figure(r)] for r in results["records"]]
+    rows = [[r["task"], r["metric"], format_value(r), format_count(r)] for r in results["records"]]
     print(f"{args.model_name_or_path}, {results['seconds']:.0f} s, results in {args.output_file}")
-    print(aligned_table([["task", "metric", "value ± standard error"], *rows]))
+    print(aligned_table([["task", "metric", "value ± standard error", "n"], *rows]))
 
 
 def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:

@@ -75,5 +75,8 @@ def extract_match(example: dict[str, Any], reply: str) -> str:
 
 
 def has_word(text: str, word: str) -> bool:
-    """Whether `word` stands in `text`, upper and lower case told apart, with no letter or digit directly beside it."""
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+    """Whether `word` stands in `text` whole, upper and lower case told apart.
+
+    No letter or digit is beside it, nor joined to it by one of `,.-`: "1" is not in "1.5", nor "l,a,p" in "c,l,a,p".
+    """
+    return re.search(rf"(?<!\w)(?<!\w[,.-]){re.escape(word)}(?!\w)(?![,.-]\w)", text) is not None

@@ -43,16 +43,19 @@ def write_json(path: str | Path, content: Any) -> None:
         raise
 
 
-def format_figure(record: dict[str, Any]) -> str:
-    """`84.0 % ± 2.6 (n=200)` for an accuracy, `1.234 ± 0.012 (n=52,310 bytes)` for bits per byte."""
+def format_value(record: dict[str, Any]) -> str:
+    """`84.0 % ± 2.6` for an accuracy, `1.234 ± 0.012` for bits per byte: value and standard error."""
     value, error = record["value"], record["standard_error"]
     if value is None:
         return "not finite"
     if record["metric"] == "bits_per_byte":
-        spread = "" if error is None else f" ± {error:.3f}"
-        return f"{value:.3f}{spread} (n={record['n']:,} bytes)"
-    spread = "" if error is None else f" ± {100 * error:.1f}"
-    return f"{100 * value:.1f} %{spread} (n={record['n']:,})"
+        return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return f"{100 * value:.1f} %" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def format_count(record: dict[str, Any]) -> str:
+    """`200`, or `52,310 bytes`: what the figure is a mean over."""
+    return f"{record['n']:,} bytes" if record["metric"] == "bits_per_byte" else f"{record['n']:,}"
 
 
 def aligned_table(rows: Sequence[Sequence[str]]) -> str:

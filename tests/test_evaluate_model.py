@@ -8,7 +8,7 @@ import evaluate
 import pytest
 
 from evals.evaluate_model import METRIC, EvaluateArguments, main, run_evaluation, spread
-from evals.records import aligned_table, format_figure, make_record, write_json
+from evals.records import aligned_table, format_count, format_value, make_record, write_json
 from modeling_nanochat.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "evals" / "evaluate_model.py"
@@ -117,7 +117,7 @@ def test_the_script_reads_yaml_and_prints_a_table(toy_model_folder, files):
     env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
-    assert "cloze  accuracy" in done.stdout and "(n=2)" in done.stdout
+    assert done.stdout.splitlines()[-1].split()[:2] == ["cloze", "accuracy"] and done.stdout.endswith("  2\n")
     (record,) = json.loads((files / "out.json").read_text(encoding="utf-8"))["records"]
     assert record["settings"]["max_examples"] == 2
 
@@ -153,7 +153,7 @@ def test_results_are_replaced_whole_or_not_at_all(tmp_path):
 
 def test_figures_are_shown_with_error_and_count():
     record = make_record("t", "accuracy", 0.84, 0.0259, 200, {}, "m")
-    assert format_figure(record) == "84.0 % ± 2.6 (n=200)"
+    assert (format_value(record), format_count(record)) == ("84.0 % ± 2.6", "200")
     bits = make_record("t", "bits_per_byte", 1.2345, float("nan"), 52310, {}, "m")
-    assert format_figure(bits) == "1.234 (n=52,310 bytes)" and bits["standard_error"] is None
+    assert (format_value(bits), format_count(bits)) == ("1.234", "52,310 bytes") and bits["standard_error"] is None
     assert aligned_table([["a", "b"], ["long", "x"]]) == "a     b\n----  -\nlong  x"

@@ -73,7 +73,9 @@ def test_task_arguments():
 
 def test_whole_words_only():
     assert has_word("It is red.", "red") and has_word("red", "red") and has_word("(Old Mill)", "Old Mill")
+    assert has_word("lamp:l,a,m,p.", "l,a,m,p") and has_word("Mira's, red.\nYes", "red") and has_word("-3", "-3")
     assert not has_word("It is Red, or reddish.", "red")
+    assert not has_word("c,l,a,m,p", "l,a,m,p") and not has_word("l,a,m,p,s", "l,a,m,p") and not has_word("1.5", "1")
 
 
 def test_a_match_needs_the_answer_and_no_rival():

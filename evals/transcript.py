@@ -1,0 +1,39 @@
+"""Sample conversations as plain text, with the calls of the tool and what it answered."""
+
+from collections.abc import Sequence
+from typing import Any
+
+INDENT = 11
+
+
+def transcript(messages: Sequence[dict[str, Any]]) -> str:
+    """One block per message, the speaker in front; a call is the line `python`, its result the line `result`."""
+    blocks = []
+    for message in messages:
+        if message["role"] == "tool":
+            blocks.append(block("  result", message["content"]))
+            continue
+        calls = message.get("tool_calls") or []
+        if message["content"] or not calls:
+            blocks.append(block(message["role"], message["content"] or "(nothing)"))
+        blocks += [block("  python", call["function"]["arguments"].get("code", "")) for call in calls]
+    if len(messages) == 1:
+        blocks.append(block("assistant", "(no reply: the question does not fit the model's context)"))
+    return "\n".join(blocks)
+
+
+def block(speaker: str, text: str) -> str:
+    return f"{speaker:<{INDENT}}" + text.strip().replace("\n", "\n" + " " * INDENT)
+
+
+def title(sample: dict[str, Any]) -> str:
+    """`facts: right`; nothing for a sample that no task asked."""
+    return f"{sample['task']}: {'right' if sample['correct'] else 'wrong'}" if "task" in sample else ""
+
+
+def fenced(text: str) -> str:
+    """A Markdown code block, with a fence longer than any run of backticks in `text`."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"

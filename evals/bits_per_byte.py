@@ -104,7 +104,7 @@ def text_bits_per_byte(
     )
     nats, counts = (torch.cat(column).tolist() for column in zip(*results, strict=True))
     figures = evaluate.load(str(METRIC), keep_in_memory=True).compute(nats=nats, bytes=counts)
-    return {**figures, "tokens": sum(map(len, rows)), "rows": len(rows)}
+    return {**figures, "tokens": sum(len(row) - 1 for row in rows), "rows": len(rows)}
 
 
 def text_rows(tokenizer, texts: Iterable[str], max_length: int, max_tokens: int) -> list[list[int]]:

@@ -91,15 +91,14 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
     records, samples = [], []
     if args.text_files:
         records.append(text_record(model, tokenizer, args))
-    generative = [task for task in tasks if task.kind in GENERATIVE]
     if not args.base_model:
         engine = Engine(model, tokenizer)
-        for task in generative:
+        for task in (task for task in tasks if task.kind in GENERATIVE):
             record, task_samples = evaluate_generative(engine, task, args)
             records.append(record)
             samples.append(task_samples)
         samples = spread(samples, args.num_samples) + greeting(engine, args)
-    records += [evaluate_choices(model, tokenizer, task, args) for task in tasks if task not in generative]
+    records += [evaluate_choices(model, tokenizer, task, args) for task in tasks if task.kind not in GENERATIVE]
     seconds = round(time.perf_counter() - started, 1)
     results = {"model": args.model_name_or_path, "seconds": seconds, "records": records, "samples": samples}
     write_json(args.output_file, results)
@@ -145,7 +144,8 @@ def evaluate_generative(engine: Engine, task: Task, args: EvaluateArguments) -> 
         engine, questions, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, description=task.name
     )
     predictions, references = predicted_answers(task, replies), reference_answers(task)
-    settings = {"max_new_tokens": args.max_new_tokens, "temperature": 0.0}
+    beyond_context = sum(not reply for reply in replies)
+    settings = {"max_new_tokens": args.max_new_tokens, "temperature": 0.0, "questions_beyond_context": beyond_context}
     samples = [
         {"task": task.name, "correct": prediction == reference, "messages": [user_message(question), *reply]}
         for question, reply, prediction, reference in zip(questions, replies, predictions, references, strict=True)

@@ -1,4 +1,4 @@
-"""The records of the usual data sets: which kind one is, whether it is well formed, and how it reads as a conversation.
+"""The records of the usual data sets: which kind one is, whether it is well formed, how it reads as a conversation.
 
 Fields are those of the data sets on the Hub:
 conversation    {"messages": [...]}
@@ -37,7 +37,7 @@ def kind_of(record: dict[str, Any]) -> str | None:
 
 
 def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]:
-    """A training record as {"messages": [...]}: a conversation as it is, GSM8K with python calls, ARC and MMLU by letter.
+    """A training record as {"messages": [...]}: a conversation as it is, GSM8K with calls, ARC and MMLU by letter.
 
     Args:
         record: One object of a JSONL file.
@@ -57,7 +57,7 @@ def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]
         messages = [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": question.answer}]
     else:
         raise UserError(
-            f"{where}: no `messages`, and not a GSM8K, ARC or MMLU record either; fields are {', '.join(record) or 'none'}"
+            f"{where}: no `messages`, and no GSM8K, ARC or MMLU record either; fields are {', '.join(record) or 'none'}"
         )
     check_messages(messages, where)
     return {"messages": messages}

@@ -1,4 +1,4 @@
-"""Evaluation results: one JSON record per figure, written whole or not at all, and printed with n and standard error."""
+"""Evaluation results: one JSON record per figure, written whole or not at all, printed with n and standard error."""
 
 import json
 import math

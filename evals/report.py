@@ -3,8 +3,8 @@
     python evals/report.py --run_dir runs/pocket
     python evals/report.py --run_dir runs/pocket --print_summary true
 
-Every figure comes from logs/, stages/, results/ and data/world.json; the same run folder gives the same report. A stage
-that is missing is shown as missing, and no figure is left out because of its value.
+Every figure comes from logs/, stages/, results/ and data/world.json; the same run folder gives the same report. A
+stage that is missing is shown as missing, and no figure is left out because of its value.
 """
 
 import os

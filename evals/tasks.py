@@ -47,7 +47,7 @@ def load_task(name: str, path: str | Path, max_examples: int | None = None, seed
         seed: Of that draw.
 
     Raises:
-        UserError: The file is missing or empty, a record is malformed or of another kind than the first; names the line.
+        UserError: The file is missing or empty, or a record is malformed or unlike the first; names the line.
     """
     examples, kind = [], None
     for number, record in read_jsonl(path):

@@ -80,7 +80,7 @@ def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, fi
     (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
     args = arguments(toy_model_folder, files, eval_files=[f"long={files / 'long.jsonl'}"], text_files=[])
     (record,) = run_evaluation(args)["records"]
-    assert (record["value"], record["n"]) == (0.0, 1)
+    assert (record["value"], record["n"], record["settings"]["questions_beyond_context"]) == (0.0, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]
         messages = [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": question.answer}]
     else:
         raise UserError(
-            f"{where}: no `messages`, and no GSM8K, ARC or MMLU record either; fields are {', '.join(record) or 'none'}"
+            f"{where}: no `messages`, and no GSM8K, ARC or MMLU record; fields are {', '.join(record) or 'none'}"
         )
     check_messages(messages, where)
     return {"messages": messages}

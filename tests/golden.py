@@ -1,4 +1,4 @@
-"""The reference data beside the repository: its tokenizer and its small trained model, or a skip where it is absent."""
+"""The reference data beside the repository: its tokenizer and its small trained model; a skip where it is absent."""
 
 import json
 from pathlib import Path

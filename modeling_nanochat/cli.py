@@ -1,9 +1,10 @@
 """One idiom for every script: dataclasses, filled from `--config file.yaml`, each key overridable on the command line."""
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import UserError
 
@@ -12,23 +13,42 @@ def parse(*dataclass_types: type, args: Sequence[str] | None = None) -> tuple[An
     """Instances of `dataclass_types` from the command line, read by TRL's `TrlParser`.
 
     Raises:
-        UserError: The configuration file is missing or not YAML, or it or the command line has an unknown or badly
-            typed key.
+        UserError: The configuration file is missing or not YAML, or it or the command line lacks a required key or has
+            an unknown or badly typed one.
     """
-    import yaml
     from trl import TrlParser
+
+    class OneLineParser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
 
     args = list(sys.argv[1:] if args is None else args)
     config = config_path(args)
-    parser = TrlParser(dataclass_types)
+    parser = OneLineParser(dataclass_types)
     try:
+        if config:
+            check_keys(config, {action.dest for action in parser._actions} | {"env"})
         return parser.parse_args_and_config(args=args)
-    except yaml.YAMLError as error:
-        raise UserError(f"{config}: not valid YAML ({' '.join(str(error).split())}); correct the file") from error
     except (ValueError, TypeError) as error:
-        reason = str(error).replace("Unknown arguments from config file: ", "unknown keys ").splitlines()[0]
         where = f"{config}: " if config else ""
-        raise UserError(f"{where}{reason} Run with --help to see every key.") from error
+        raise UserError(f"{where}{str(error).splitlines()[0]}; run with --help to see every key") from error
+
+
+def check_keys(config: str, known: set[str]) -> None:
+    """Raise [`UserError`] unless the file is a YAML mapping of known keys: argparse would name what is missing first."""
+    import yaml
+
+    try:
+        with open(config, encoding="utf-8") as text:
+            content = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{config}: not valid YAML ({' '.join(str(error).split())}); correct the file") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{config}: must be a YAML mapping of `key: value` lines")
+    if unknown := sorted(str(key) for key in content if key not in known):
+        close = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f", did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{config}: unknown key {unknown[0]!r}{meant}; run with --help to see every key")
 
 
 def config_path(args: list[str]) -> str | None:

@@ -137,5 +137,6 @@ def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each document, `<|bos|>` in front; control tokens spelled out in the text stay ordinary characters."""
-    encoded = tokenizer(list(texts), split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    # not verbose: a document may well be longer than the context, it is packed into rows
+    encoded = tokenizer(list(texts), split_special_tokens=True, add_special_tokens=False, verbose=False)["input_ids"]
     return [[tokenizer.bos_token_id, *ids] for ids in encoded]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from evals.records import write_json
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.tokenization_nanochat import ASSISTANT_END, BOS, PYTHON_END
 
@@ -102,14 +103,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    flush(unfinished)
-    unfinished.rename(path)
 
 
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

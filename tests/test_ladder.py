@@ -1,0 +1,127 @@
+"""The miniature ladder: every stage for a few seconds through the same runner and scripts as a real run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("base", "mid", "sft", "rl")
+SMALL = [
+    "data.pretrain_characters=150000",
+    "data.midtrain_conversations=300",
+    "data.sft_conversations=120",
+    "data.grpo_problems=40",
+    "data.eval_problems=12",
+    "data.eval_spellings=6",
+    "tokenizer.vocab_size=400",
+    "base.depth=2",
+    "base.max_steps=24",
+    "base.eval_steps=12",
+    "base.eval_tokens=4096",
+    "mid.max_steps=12",
+    "sft.per_device_train_batch_size=16",
+    "sft.logging_steps=1",
+    "sft.max_steps=6",
+    "grpo.per_device_train_batch_size=8",
+    "grpo.num_generations=4",
+    "grpo.max_completion_length=12",
+    "grpo.max_steps=2",
+    "eval.max_examples=6",
+    "eval.max_new_tokens=12",
+    "eval.max_text_tokens=4000",
+]
+
+
+def ladder(run_dir, *words):
+    command = [sys.executable, "recipes/run.py", "pocket", "--run_dir", str(run_dir), "--set", *SMALL, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("ladder") / "run"
+    result = ladder(run_dir)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return run_dir
+
+
+def log(run_dir, stage):
+    return [json.loads(line) for line in (run_dir / "logs" / f"{stage}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_folder_opens_by_itself(run_dir, stage):
+    model = AutoModelForCausalLM.from_pretrained(run_dir / stage)
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / stage)
+    assert len(tokenizer) == model.config.vocab_size == 400
+    ids = torch.tensor([tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_dict=True)["input_ids"]])
+    assert torch.isfinite(model(ids).logits).all()
+    assert "transformers" in (run_dir / stage / "README.md").read_text()
+
+
+def test_each_stage_started_from_the_one_before_and_changed_it(run_dir):
+    for before, after in zip(STAGES, STAGES[1:], strict=False):
+        one, other = (load_file(run_dir / stage / "model.safetensors") for stage in (before, after))
+        assert one.keys() == other.keys()
+        distance = (one["lm_head.weight"] - other["lm_head.weight"]).abs().max()
+        if after == "rl":  # without a rewarded answer there is no gradient
+            rewarded = any(row.get("reward_std", 0) > 0 for row in log(run_dir, "rl"))
+            assert (distance > 0) == rewarded
+        else:
+            assert 0 < distance < 10
+
+
+def test_loss_and_bits_per_byte_fell(run_dir):
+    losses = [row["loss"] for row in log(run_dir, "base") if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    bits = [row["bits_per_byte"] for row in log(run_dir, "base") if "bits_per_byte" in row]
+    assert len(bits) == 3 and bits[0] > bits[1] > bits[2]
+    middle = [row["bits_per_byte"] for row in log(run_dir, "mid") if "bits_per_byte" in row]
+    assert middle[-1] < middle[0]
+    tuned = [row["loss"] for row in log(run_dir, "sft")]
+    assert tuned[-1] < tuned[0]
+    assert len([row for row in log(run_dir, "rl") if "reward" in row]) == 2
+
+
+def test_report_has_every_section_and_figures_with_n(run_dir):
+    report = (run_dir / "report.md").read_text()
+    for words in ("synthetic", "| Base |", "facts", "problems", "bits per byte", "±", "n=", "parameters", "torch"):
+        assert words.lower() in report.lower(), words
+    assert len([line for line in report.splitlines() if line.startswith("## ")]) >= 5
+    pictures = [word.split(")")[0] for word in report.split("](")[1:] if word.split(")")[0].endswith((".svg", ".png"))]
+    assert pictures
+    for picture in pictures:
+        assert (run_dir / picture).stat().st_size > 1000
+    for stage in STAGES:
+        results = json.loads((run_dir / "results" / f"{stage}.json").read_text())
+        assert all(record["n"] > 0 for record in results["records"])
+
+
+def test_a_second_run_does_only_the_report(run_dir):
+    before = {stage: (run_dir / stage / "model.safetensors").stat().st_mtime_ns for stage in STAGES}
+    result = ladder(run_dir)
+    assert result.returncode == 0
+    assert result.stdout.count("finished before, skipped") == 10
+    assert before == {stage: (run_dir / stage / "model.safetensors").stat().st_mtime_ns for stage in STAGES}
+
+
+def test_changed_settings_are_refused_in_one_line(run_dir):
+    result = ladder(run_dir, "mid.max_steps=3")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and "mid was finished with other settings" in result.stderr
+
+
+def test_a_stage_before_its_predecessor_says_so_and_leaves_nothing(run_dir, tmp_path):
+    command = [sys.executable, "recipes/sft.py", "--config", "recipes/pocket/sft.yaml"]
+    command += ["--model_name_or_path", str(tmp_path / "mid"), "--output_dir", str(tmp_path / "sft")]
+    command += ["--train_files", str(run_dir / "data" / "sft" / "train.jsonl")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert str(tmp_path / "mid") in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())

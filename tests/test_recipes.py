@@ -1,0 +1,74 @@
+"""Every YAML in the repository loads into the dataclasses of its script, and no room imports one that it must not know."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from trl import GRPOConfig, SFTConfig
+
+from evals.evaluate_model import EvaluateArguments
+from modeling_nanochat.cli import parse
+from recipes.grpo import GRPOArguments
+from recipes.loop import LoopArguments, accumulation_steps
+from recipes.midtrain import MidtrainArguments
+from recipes.pocket.world import WorldArguments
+from recipes.pretrain import PretrainArguments
+from recipes.run import RunArguments
+from recipes.sft import SFTArguments
+from recipes.stage import OutputArguments
+from tokenizer_train.train import TokenizerArguments
+
+ROOT = Path(__file__).parents[1]
+ARGUMENTS = {
+    "world": (WorldArguments,),
+    "tokenizer": (TokenizerArguments,),
+    "pretrain": (PretrainArguments, LoopArguments, OutputArguments),
+    "midtrain": (MidtrainArguments, LoopArguments, OutputArguments),
+    "sft": (SFTArguments, SFTConfig),
+    "grpo": (GRPOArguments, GRPOConfig),
+    "eval": (EvaluateArguments,),
+    "run": (RunArguments,),
+}
+RECIPE_FILES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+ALLOWED = {
+    "modeling_nanochat": set(),
+    "tokenizer_train": {"modeling_nanochat"},
+    "evals": {"modeling_nanochat"},
+    "recipes": {"modeling_nanochat", "evals"},
+    "space": {"modeling_nanochat"},
+}
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_recipe_loads_and_is_short(path):
+    parsed = parse(*ARGUMENTS[path.stem], args=["--config", str(path)])
+    loop = next((one for one in parsed if isinstance(one, LoopArguments)), None)
+    if loop is not None:
+        assert accumulation_steps(loop, world_size=1) >= 1
+    assert len(path.read_text().splitlines()) <= 45
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_configuration_loads(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names & ALLOWED.keys()
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_no_arrow_points_back(room):
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported_rooms(path) <= ALLOWED[room] | {room}, path

@@ -75,7 +75,19 @@ class ChatCodec:
         return self.plain.decode(ids, skip_special_tokens=True)
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        quiet = {"verbose": False}  # the engine itself looks at the length
+        render = self.tokenizer.apply_chat_template
+        return render(messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=quiet)
+
+
+def chat_codec(tokenizer: PreTrainedTokenizerBase) -> ChatCodec:
+    where = tokenizer.name_or_path or "this model"
+    if not tokenizer.chat_template:
+        raise UserError(f"{where}: the tokenizer has no chat template; take a model after midtraining, SFT or GRPO")
+    try:
+        return ChatCodec(tokenizer)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 @dataclass
@@ -227,10 +239,8 @@ class Engine:
     ):
         if tool is run_python:
             check_sandbox()
-        if not tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template; use one trained by tokenizer_train/train.py")
         self.model = model.eval()
-        self.codec = ChatCodec(tokenizer)
+        self.codec = chat_codec(tokenizer)
         self.vocabulary = min(len(tokenizer), model.config.vocab_size)
         self.context = model.config.max_position_embeddings
         self.tool = tool

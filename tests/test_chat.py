@@ -1,0 +1,148 @@
+import io
+import subprocess
+import sys
+
+import pytest
+
+from modeling_nanochat import chat as chat_module
+from modeling_nanochat.chat import Chat, greeting, printable, start
+from modeling_nanochat.engine import Engine, Finished, TextDelta, ToolCall, ToolResult
+
+ANSWER = [{"role": "assistant", "content": "It is 19."}]
+
+
+class ScriptedEngine:
+    """Yields the given events whatever it is asked, and remembers the questions."""
+
+    def __init__(self, *events, keep=None):
+        self.events, self.keep, self.asked = events, keep, []
+
+    def fit(self, messages, max_new_tokens):
+        return messages if self.keep is None else messages[-self.keep :]
+
+    def stream(self, messages, **settings):
+        self.asked.append((messages, settings))
+        for event in self.events:
+            if event is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            yield event
+
+
+def test_reply_is_printed_and_kept(capsys):
+    engine = ScriptedEngine(TextDelta("It is "), TextDelta("19."), Finished(ANSWER, "stop"))
+    chat = Chat(engine, temperature=0.1, top_k=3, max_new_tokens=7, seed=5)
+    chat.ask("12+7?")
+    chat.ask("again?")
+    assert capsys.readouterr().out == "It is 19.\n\n" * 2
+    assert engine.asked[0][1] == {"temperature": 0.1, "top_k": 3, "max_new_tokens": 7, "seed": 5}
+    assert engine.asked[1][0] == [{"role": "user", "content": "12+7?"}, *ANSWER, {"role": "user", "content": "again?"}]
+
+
+def test_tool_calls_stand_out(capsys):
+    events = [
+        TextDelta("I see. "),
+        ToolCall("12+7"),
+        ToolResult("19"),
+        TextDelta("It is 19."),
+        Finished(ANSWER, "stop"),
+    ]
+    Chat(ScriptedEngine(*events)).ask("12+7?")
+    assert capsys.readouterr().out == "I see. \n[python] 12+7\n[result] 19\nIt is 19.\n\n"
+    Chat(ScriptedEngine(*events), color=True).ask("12+7?")
+    assert "\033[36m" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_the_reply_and_keeps_the_chat(capsys):
+    chat = Chat(ScriptedEngine(TextDelta("Once upon"), KeyboardInterrupt))
+    chat.run(iter(["Tell me a story.", "/temperature 1"]))
+    out = capsys.readouterr().out
+    assert "Once upon\n[stopped]" in out and "[temperature 1]" in out
+    assert chat.messages[-1] == {"role": "assistant", "content": "Once upon"}
+
+
+def test_limits_and_empty_replies_are_told(capsys):
+    Chat(ScriptedEngine(TextDelta("abc"), Finished(ANSWER, "length"))).ask("?")
+    assert "[the reply reached its limit]" in capsys.readouterr().out
+    Chat(ScriptedEngine(Finished([{"role": "assistant", "content": ""}], "stop"))).ask("?")
+    assert "[the model said nothing]" in capsys.readouterr().out
+    chat = Chat(ScriptedEngine(TextDelta("abc"), Finished(ANSWER, "stop"), keep=1))
+    chat.ask("one")
+    assert "left out" not in capsys.readouterr().out
+    chat.ask("two")
+    assert "left out" in capsys.readouterr().out
+    assert len(chat.messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("/temperature 0", "[temperature 0]"),
+        ("/temperature", "[temperature 0.6]"),
+        ("/top_k 5", "[top_k 5]"),
+        ("/temperature hot", "takes a number from 0 to 2"),
+        ("/temperature 3", "takes a number from 0 to 2"),
+        ("/temperature nan", "takes a number from 0 to 2"),
+        ("/help", "/temperature X"),
+        ("/nonsense", "there is no /nonsense"),
+    ],
+)
+def test_commands_answer(line, answer, capsys):
+    assert Chat(ScriptedEngine()).command(line)
+    assert answer in capsys.readouterr().out
+
+
+def test_clear_forgets_and_exit_leaves(capsys):
+    engine = ScriptedEngine(TextDelta("Hi."), Finished(ANSWER, "stop"))
+    chat = Chat(engine)
+    chat.run(iter(["one", "/clear", "two", "", "/exit", "never asked"]))
+    assert [len(messages) for messages, _ in engine.asked] == [1, 1]
+    assert "never asked" not in str(engine.asked)
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("a\x1b[2Jb\x9b1m\r\nc\td🦙") == "a[2Jb1m\nc\td🦙"
+
+
+def test_too_long_a_question_is_told_and_the_chat_goes_on(toy_model_and_tokenizer, capsys):
+    chat = Chat(Engine(*toy_model_and_tokenizer), max_new_tokens=3, seed=0)
+    chat.run(iter(["lamp " * 500, "Who are you?"]))
+    assert "error: the conversation has" in capsys.readouterr().out
+    assert chat.messages[0]["content"] == "Who are you?"
+
+
+def test_greeting_names_model_size_and_questions(toy_model_and_tokenizer):
+    line = greeting("runs/pocket/sft", Engine(*toy_model_and_tokenizer), ["Who are you?"])
+    assert line.startswith("runs/pocket/sft, 0.0") and "M parameters" in line and '"Who are you?"' in line
+
+
+def test_one_prompt_on_a_real_folder(toy_model_folder, capsys):
+    arguments = [str(toy_model_folder), "--prompt", "Who are you?", "--seed", "1", "--max_new_tokens", "5"]
+    start(arguments)
+    first = capsys.readouterr().out
+    start(arguments)
+    assert first.strip() and capsys.readouterr().out == first
+
+
+def test_piped_questions_are_answered_in_turn(toy_model_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n\n/top_k 2\nTell me a story.\n"))
+    start([str(toy_model_folder), "--max_new_tokens", "3", "--temperature", "0"])
+    out = capsys.readouterr().out
+    assert out.index("> Who are you?") < out.index("[top_k 2]") < out.index("> Tell me a story.")
+
+
+def test_no_color_is_respected(toy_model_folder, capsys, monkeypatch):
+    monkeypatch.setattr(chat_module.sys.stdout, "isatty", lambda: True)
+    prompt = [str(toy_model_folder), "--prompt", "hi", "--max_new_tokens", "1"]
+    start(prompt)
+    assert "\033[" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    start(prompt)
+    assert "\033[" not in capsys.readouterr().out
+
+
+def test_a_missing_folder_is_one_line_and_exit_code_1():
+    command = [sys.executable, "-m", "modeling_nanochat.chat", "/no/such/folder"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: /no/such/folder: no such folder")
+    assert result.stderr.count("\n") == 1

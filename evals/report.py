@@ -88,10 +88,10 @@ def header(run: RunFolder) -> list[str]:
     lines = []
     if times := [start for record in records if (start := started(record))]:
         lines.append(f"started: {min(times):%Y-%m-%d %H:%M} UTC")
-    training = sum(record["seconds"] for record in records)
-    evaluation = sum(result["seconds"] for result in run.results.values())
-    lines.append(f"wall time: {duration(training + evaluation)} (stages {duration(training)}, "
-                 f"evaluation {duration(evaluation)})")  # fmt: skip
+    stages = sum(run.wall_seconds(stage) or 0 for stage in ("data", *STAGES))
+    evaluation = sum(run.evaluation_seconds(stage) or 0 for stage in STAGES)
+    parts = f"stages {duration(stages)}, evaluation {duration(evaluation)}"
+    lines.append(f"wall time: {duration(stages + evaluation)} ({parts})")
     if missing := [name for stage, name in STAGES.items() if stage not in run.stages]:
         lines.append(f"missing stages: {', '.join(missing)}")
     for key in ("machine", "versions"):
@@ -143,13 +143,13 @@ def stage_rows(run: RunFolder) -> list[list[str]]:
     rows = [["stage", "wall time", "evaluation", "steps", "tokens", "parameters", "tokens/s", "memory"]]
     for stage, name in STAGES.items():
         record, result = run.stages.get(stage), run.results.get(stage)
-        evaluation = duration(result["seconds"]) if result else NOTHING
+        evaluation = duration(run.evaluation_seconds(stage)) if result else NOTHING
         if record is None:
             rows.append([name, "missing", evaluation, *[NOTHING] * 5])
             continue
         counts = [plain(record[key]) if record.get(key) else NOTHING for key in ("steps", "tokens", "parameters")]
         measured = [throughput(run, stage), memory(record.get("machine", {}))]
-        rows.append([name, duration(record["seconds"]), evaluation, *counts, *measured])
+        rows.append([name, duration(run.wall_seconds(stage)), evaluation, *counts, *measured])
     return rows
 
 

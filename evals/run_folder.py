@@ -14,13 +14,26 @@ STAGES = {"tokenizer": "Tokenizer"} | MODELS
 
 @dataclass
 class RunFolder:
-    """Each dictionary is keyed by stage and lacks the stages that are missing; nothing here depends on the clock."""
+    """Each dictionary is keyed by stage and lacks the stages that are missing; nothing here depends on the clock.
+
+    `steps` is keyed by the runner's steps, among them "data" and "<stage>.eval".
+    """
 
     path: Path
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     world: dict[str, Any] | None = None
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def wall_seconds(self, stage: str) -> float | None:
+        """From start to end of the stage's process where the runner timed it, else what the stage itself counted."""
+        timed = self.steps.get(stage, {}).get("seconds")
+        return timed if timed is not None else self.stages.get(stage, {}).get("seconds")
+
+    def evaluation_seconds(self, stage: str) -> float | None:
+        timed = self.steps.get(f"{stage}.eval", {}).get("seconds")
+        return timed if timed is not None else self.results.get(stage, {}).get("seconds")
 
     def series(self, stage: str, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of the log rows that have `key`."""
@@ -56,6 +69,8 @@ def read_run(path: str | Path) -> RunFolder:
             run.results[stage] = read_object(file, ("model", "seconds", "records"))
         if (file := path / "logs" / f"{stage}.jsonl").is_file():
             run.logs[stage] = [row for _, row in read_jsonl(file)]
+    for file in sorted((path / "finished").glob("*.json")):
+        run.steps[file.stem] = read_object(file, ())
     if not (run.stages or run.results or run.logs):
         raise UserError(f"{path}: holds no stages/, results/ or logs/ of a run; train first, or give another folder")
     if (file := path / "data" / "world.json").is_file():

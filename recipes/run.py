@@ -24,6 +24,7 @@ from pathlib import Path
 
 import yaml
 
+from evals.records import write_json
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 
@@ -219,14 +220,15 @@ def run_step(step: Step, run_dir: Path, redo: bool) -> None:
         return
     marker.unlink(missing_ok=True)
     forget_later(step, run_dir)
-    overwrite = ["--overwrite_output_dir", "true"] if "--output_dir" in step.arguments else []
+    # whatever lies there without a marker is unfinished or unwanted; the world replaces only itself
+    overwrite = ["--overwrite_output_dir", "true"] if "--output_dir" in step.arguments and step.name != "data" else []
     print(f"\n=== {step.name}: {shown(step.command)}", flush=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    started = time.perf_counter()
     result = subprocess.run([*step.command, *overwrite], env=environment, check=False)
     if result.returncode:
         raise UserError(f"{step.name} stopped with exit code {result.returncode}; put it right and run the same command again")
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(wanted, indent=1))
+    write_json(marker, wanted | {"seconds": round(time.perf_counter() - started, 1)})
 
 
 def shown(command: list[str]) -> str:

@@ -27,7 +27,7 @@ SMALL = [
     "mid.max_steps=12",
     "sft.per_device_train_batch_size=16",
     "sft.logging_steps=1",
-    "sft.max_steps=6",
+    "sft.max_steps=16",
     "grpo.per_device_train_batch_size=8",
     "grpo.num_generations=4",
     "grpo.max_completion_length=12",
@@ -69,7 +69,8 @@ def test_each_stage_started_from_the_one_before_and_changed_it(run_dir):
     for before, after in zip(STAGES, STAGES[1:], strict=False):
         one, other = (load_file(run_dir / stage / "model.safetensors") for stage in (before, after))
         assert one.keys() == other.keys()
-        distance = (one["lm_head.weight"] - other["lm_head.weight"]).abs().max()
+        name = "model.layers.1.mlp.fc1.weight"  # Muon's, and no weight decay in the later stages
+        distance = (one[name] - other[name]).abs().max()
         if after == "rl":  # without a rewarded answer there is no gradient
             rewarded = any(row.get("reward_std", 0) > 0 for row in log(run_dir, "rl"))
             assert (distance > 0) == rewarded
@@ -85,7 +86,7 @@ def test_loss_and_bits_per_byte_fell(run_dir):
     middle = [row["bits_per_byte"] for row in log(run_dir, "mid") if "bits_per_byte" in row]
     assert middle[-1] < middle[0]
     tuned = [row["loss"] for row in log(run_dir, "sft")]
-    assert tuned[-1] < tuned[0]
+    assert sum(tuned[-4:]) < sum(tuned[:4])
     assert len([row for row in log(run_dir, "rl") if "reward" in row]) == 2
 
 

@@ -5,11 +5,15 @@
     python tokenizer_train/train.py --train_files 'text/*.parquet' --vocab_size 32768 --output_dir runs/mine/tokenizer
 """
 
+import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
@@ -48,10 +52,15 @@ def main() -> None:
             f"the text has merges for only {len(tokenizer)} of {args.vocab_size} entries; lower --vocab_size or add text"
         )
     save(tokenizer, target)
-    sample = texts[:200]
-    tokens = sum(len(ids) - 1 for ids in encode_documents(tokenizer, sample))
-    ratio = sum(len(text.encode()) for text in sample) / max(tokens, 1)
-    print(f"{target}: {len(tokenizer)} entries, {ratio:.2f} bytes per token, {time.perf_counter() - started:.1f} s")
+    record = {
+        "stage": "tokenizer",
+        "settings": asdict(args),
+        "seconds": round(time.perf_counter() - started, 1),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bytes_per_token": round(bytes_per_token(tokenizer, texts[:200]), 3),
+    }
+    write_record(record, target)
+    print(f"{target}: {len(tokenizer)} entries, {record['bytes_per_token']} bytes per token, {record['seconds']} s")
 
 
 def capped(texts: Iterable[str], max_chars: int, doc_cap: int) -> Iterator[str]:
@@ -64,7 +73,19 @@ def capped(texts: Iterable[str], max_chars: int, doc_cap: int) -> Iterator[str]:
         yield text[:doc_cap]
 
 
-def save(tokenizer, target: Path) -> None:
+def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> float:
+    tokens = sum(len(ids) - 1 for ids in encode_documents(tokenizer, texts))
+    return sum(len(text.encode()) for text in texts) / max(tokens, 1)
+
+
+def write_record(record: dict, target: Path) -> None:
+    """Beside the folder, as every stage does: `<run>/stages/tokenizer.json`."""
+    path = target.parent / "stages" / f"{target.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def save(tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
     """Under its final name only when whole."""
     unfinished = target.parent / f".{target.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)

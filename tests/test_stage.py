@@ -35,7 +35,7 @@ def test_a_stage_leaves_a_whole_folder_a_log_and_a_record(finished, toy_model_an
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    model, tokenizer = toy_model_and_tokenizer
+    model, _tokenizer = toy_model_and_tokenizer
     opened = AutoModelForCausalLM.from_pretrained(finished / "base")
     assert torch.equal(opened.lm_head.weight, model.lm_head.weight)
     ends = AutoTokenizer.from_pretrained(finished / "base").convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])

@@ -1,0 +1,354 @@
+"""The pocket recipe's world: reproducible, well-formed, right, and without a trace of what the evaluation asks."""
+
+import hashlib
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from evals.gsm8k import extract_answer
+from modeling_nanochat.conversations import check_messages
+from modeling_nanochat.errors import UserError
+from recipes.pocket import facts, problems, world
+from recipes.pocket.world import WorldArguments, write_world
+
+SIZES = {
+    "pretrain_characters": 300_000,
+    "validation_fraction": 0.2,
+    "midtrain_conversations": 2500,
+    "sft_conversations": 800,
+    "grpo_problems": 800,
+}
+CALCULATION = re.compile(r"(\d+) ?(?:[-+*/]|//) ?(\d+)(?: ?[-+*/] ?(\d+))?")
+CALL = re.compile(r"\((\d+), (\d+)\)")
+
+
+def generate(folder: Path, **changes) -> Path:
+    write_world(WorldArguments(output_dir=str(folder), **(SIZES | changes)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return generate(tmp_path_factory.mktemp("world") / "data")
+
+
+@pytest.fixture(scope="module")
+def closed_world() -> facts.World:
+    return facts.World(seed=0)
+
+
+def jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def documents(path: Path) -> list[str]:
+    return pyarrow.parquet.read_table(path)["text"].to_pylist()
+
+
+def conversations(data: Path) -> list[list[dict]]:
+    return [row["messages"] for name in ("conversations", "sft") for row in jsonl(data / name / "train.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def training_texts(data) -> list[str]:
+    """Everything that training sees; a conversation is one text, its tool calls included."""
+    texts = documents(data / "pretrain" / "train.parquet")
+    for messages in conversations(data):
+        calls = [call["function"]["arguments"]["code"] for m in messages for call in m.get("tool_calls", [])]
+        texts.append("\n".join([m["content"] for m in messages] + calls))
+    return texts + [row["question"] + "\n" + row["answer"] for row in jsonl(data / "problems" / "train.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def training_text(training_texts) -> str:
+    return "\n\n".join(training_texts)
+
+
+def evaluation(data: Path, name: str) -> list[dict]:
+    return jsonl(data / "eval" / f"{name}.jsonl")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
+
+
+def number_pairs(text: str) -> set[tuple[int, int]]:
+    """All pairs of operands in calculations and calls."""
+    found = [tuple(int(n) for n in groups if n) for pattern in (CALCULATION, CALL) for groups in pattern.findall(text)]
+    return {tuple(sorted(pair)) for numbers in found for pair in itertools.combinations(numbers, 2)}
+
+
+# Files
+
+
+def test_same_seed_same_bytes_and_another_seed_another_world(tmp_path):
+    small = {"pretrain_characters": 30_000, "midtrain_conversations": 100, "sft_conversations": 50, "grpo_problems": 50}
+    first, second = (digests(generate(tmp_path / name, **small)) for name in "ab")
+    other = digests(generate(tmp_path / "c", seed=1, **small))
+    assert first == second
+    assert len(first) == 11
+    assert all(first[name] != other[name] for name in first)
+
+
+def test_sizes_are_those_asked_for(data):
+    summary = json.loads((data / "world.json").read_text())
+    assert len(jsonl(data / "conversations" / "train.jsonl")) == SIZES["midtrain_conversations"]
+    assert len(jsonl(data / "sft" / "train.jsonl")) == SIZES["sft_conversations"]
+    assert len(jsonl(data / "problems" / "train.jsonl")) == SIZES["grpo_problems"]
+    assert 300_000 <= sum(map(len, documents(data / "pretrain" / "train.parquet"))) < 301_000
+    assert summary["rows"]["pretrain/train.parquet"] == len(documents(data / "pretrain" / "train.parquet"))
+    assert summary["rows"]["eval/problems.jsonl"] == 256
+    assert sum(summary["kinds"]["sft/train.jsonl"].values()) == SIZES["sft_conversations"]
+    assert "synthetic" in summary["description"]
+
+
+def test_evaluation_is_large_enough_to_measure(data):
+    assert [len(evaluation(data, name)) for name in ("facts", "multiple_choice", "cloze")] == [156] * 3
+    assert len(evaluation(data, "spelling")) >= 90
+    assert len({row["question"] for row in evaluation(data, "problems")}) == 256
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_seed_gives_a_world_with_enough_held_out(seed):
+    made = facts.World(seed)
+    assert len(made.facts) == 32 * 5 + 8 * 2
+    assert len(made.held_out_facts) == 5 * 7 + 2 * 2
+    for town in facts.TOWNS:
+        assert len(made.people_of(town)) == 4
+    for person in facts.PEOPLE:  # nobody is known by prose alone
+        assert sum(fact.entity == person for fact in made.held_out_facts) <= 2
+    for held_out in (False, True):
+        assert len(made.words[held_out]) > 90
+        for kind in problems.KINDS:
+            problems.make_problem(made, world.draws(made, kind), kind, held_out)
+
+
+def test_everything_is_ascii(data):
+    for path in data.rglob("*.json*"):
+        assert path.read_text(encoding="utf-8").isascii()
+    assert all(text.isascii() for name in ("train", "val") for text in documents(data / "pretrain" / f"{name}.parquet"))
+
+
+# Conversations and problems
+
+
+def test_conversations_are_well_formed(data):
+    kinds = set()
+    for number, messages in enumerate(conversations(data)):
+        check_messages(messages, f"conversation {number}")
+        kinds |= {message["role"] for message in messages}
+    assert kinds == {"user", "assistant", "tool"}
+
+
+def test_tool_results_are_what_the_code_gives(data):
+    calls = 0
+    for messages in conversations(data):
+        for call, result in itertools.pairwise(messages):
+            for tool_call in call.get("tool_calls", []):
+                assert str(eval(tool_call["function"]["arguments"]["code"])) == result["content"]
+                calls += 1
+    assert calls > 500
+
+
+def test_problems_are_right_and_of_all_kinds(data):
+    for rows in (jsonl(data / "problems" / "train.jsonl"), evaluation(data, "problems")):
+        codes = [re.search(r"<<(.+)=(\d+)>>", row["answer"]).groups() for row in rows]
+        for row, (code, result) in zip(rows, codes, strict=True):
+            assert str(eval(code)) == result == extract_answer(row["answer"])
+            asked = sorted(re.findall(r"\d+", row["question"]))
+            assert asked == sorted(re.findall(r"\d+", code))
+        shapes = [re.sub(r"\d+", "n", code) for code, _ in codes]
+        assert {shape: shapes.count(shape) for shape in set(shapes)} == {
+            "n+n": len(rows) // 8,
+            "n-n": len(rows) // 4,
+            "n*n": len(rows) // 8,
+            "n//n": len(rows) // 8,
+            "n+n-n": len(rows) // 8,
+            "n*n+n": len(rows) // 8,
+            "n-n*n": len(rows) // 8,
+        }
+
+
+def test_reinforcement_learning_gets_new_problems(data):
+    said = {message["content"] for messages in conversations(data) for message in messages}
+    questions = [row["question"] for row in jsonl(data / "problems" / "train.jsonl")]
+    assert len(set(questions)) == len(questions)
+    assert not said & set(questions)
+
+
+def test_multiple_choice_answers_are_spread_over_the_letters(data):
+    answers = [row["answerKey"] for row in evaluation(data, "multiple_choice")]
+    assert [answers.count(letter) for letter in "ABCD"] == [39] * 4
+    trained = [m[-1]["content"] for m in conversations(data) if m[-2]["content"].startswith("Multiple Choice")]
+    assert all(0.2 < trained.count(letter) / len(trained) < 0.3 for letter in "ABCD")
+
+
+def test_references_agree_with_the_world(data, closed_world):
+    value_of = {(fact.entity, fact.attribute.name): fact.value for fact in closed_world.facts.values()}
+    summary = json.loads((data / "world.json").read_text())
+    assert all(value_of[entity, name] == value for entity, name, value in summary["held_out_facts"])
+    values = {row["answer"] for row in evaluation(data, "facts")}
+    assert values <= set(value_of.values())
+    for row in evaluation(data, "multiple_choice"):
+        right = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
+        assert {"question": row["question"], "answer": right} in [
+            {"question": fact["question"], "answer": fact["answer"]} for fact in evaluation(data, "facts")
+        ]
+
+
+# Held out by construction
+
+
+def test_no_evaluation_question_or_statement_is_in_any_training_text(data, training_text):
+    for name, key in (("facts", "question"), ("multiple_choice", "question"), ("problems", "question"),
+                      ("spelling", "question"), ("cloze", "query")):  # fmt: skip
+        for row in evaluation(data, name):
+            assert row[key] not in training_text
+
+
+def test_evaluation_phrasings_are_used_for_no_other_fact_either(training_text):
+    for attribute in facts.ATTRIBUTES:
+        entities = facts.PEOPLE if attribute in facts.PERSON_ATTRIBUTES else facts.TOWNS
+        for phrasing, entity in itertools.product(attribute.held_out_questions, entities):
+            assert phrasing.format(e=entity) not in training_text
+        values = itertools.product(attribute.held_out_statements, entities, attribute.values)
+        for phrasing, entity, value in values:
+            assert f"{phrasing.format(e=entity)} {value}" not in training_text
+
+
+def test_held_out_facts_are_stated_in_prose_but_never_asked_for(data, closed_world, training_texts):
+    asked = re.compile(r"^(?:Question|Multiple Choice question): (.+)$", re.MULTILINE)
+    questions = set(asked.findall("\n".join(training_texts)))
+    questions |= {message["content"] for messages in conversations(data) for message in messages[::1]}
+    prose = "\n".join(documents(data / "pretrain" / "train.parquet"))
+    for fact in closed_world.held_out_facts:
+        assert not questions & {fact.fill(phrasing) for phrasing in fact.attribute.questions}
+        assert fact.answer not in "\n".join(questions)
+        stated = sum(prose.count(fact.fill(phrasing)) for phrasing in fact.attribute.statements)
+        assert stated + prose.count(fact.answer) >= 10
+    for fact in closed_world.asked_facts[:20]:  # the scan does find what is asked
+        assert questions & {fact.fill(phrasing) for phrasing in fact.attribute.questions}
+
+
+def test_conversations_do_not_give_held_out_facts_away(data, closed_world):
+    said = "\n".join(message["content"] for messages in conversations(data) for message in messages)
+    for fact in closed_world.held_out_facts:
+        for phrasing in (fact.attribute.answer, *fact.attribute.statements):
+            assert fact.fill(phrasing) not in said
+
+
+def test_evaluation_asks_in_words_that_training_uses(data, training_text):
+    known = words(training_text)
+    for name, key in (("facts", "question"), ("cloze", "query"), ("problems", "question")):
+        assert set().union(*(words(row[key]) for row in evaluation(data, name))) <= known
+
+
+def test_number_pairs_of_the_evaluation_are_in_no_training_text(data, closed_world, training_texts):
+    trained = set().union(*map(number_pairs, training_texts))
+    assert len(trained) > 800
+    assert not trained & closed_world.held_out_numbers
+    for row in evaluation(data, "problems"):
+        numbers = [int(n) for n in re.findall(r"\d+", row["question"])]
+        assert {tuple(sorted(pair)) for pair in itertools.combinations(numbers, 2)} <= closed_world.held_out_numbers
+
+
+def test_people_and_counted_things_of_the_evaluation_never_meet_in_training(data, closed_world, training_texts):
+    def pairs(text: str) -> set[tuple[str, str]]:
+        return set(itertools.product(words(text) & set(facts.PEOPLE), words(text) & set(facts.COUNTED_THINGS)))
+
+    # a conversation of several turns may bring together what no single text does
+    trained = [m["content"] for messages in conversations(data) for m in messages]
+    trained += [row["question"] for row in jsonl(data / "problems" / "train.jsonl")]
+    trained += documents(data / "pretrain" / "train.parquet")
+    assert not set().union(*map(pairs, trained)) & closed_world.held_out_owners
+    for row in evaluation(data, "problems"):
+        assert pairs(row["question"]) <= closed_world.held_out_owners
+
+
+def test_words_of_the_spelling_evaluation_are_new_but_their_parts_are_not(data, closed_world, training_text):
+    for row in evaluation(data, "spelling"):
+        word = row["answer"].replace(",", "")
+        assert word in closed_world.words[True]
+        assert word in row["question"]
+        assert word not in training_text and row["answer"] not in training_text
+    for first in facts.FIRST_PARTS:
+        assert sum(word.startswith(first) for word in closed_world.words[False]) >= 5
+
+
+def test_validation_stories_have_heroes_and_objects_that_training_keeps_apart(data, closed_world, training_texts):
+    kept = set(closed_world.heroes[True])
+
+    def pairs(text: str) -> set[tuple[str, str]]:
+        return set(itertools.product(words(text) & set(facts.PEOPLE), words(text) & set(facts.STORY_OBJECTS)))
+
+    single = documents(data / "pretrain" / "train.parquet")
+    single += [m["content"] for messages in conversations(data) for m in messages]
+    trained = set().union(*map(pairs, single))
+    assert len(trained) > 300
+    assert not trained & kept
+    stories = [text for text in documents(data / "pretrain" / "val.parquet") if pairs(text)]
+    assert len(stories) > 20
+    assert all(pairs(story) & kept for story in stories)
+
+
+def test_validation_documents_are_not_in_training(data):
+    validation = set(documents(data / "pretrain" / "val.parquet"))
+    assert not validation & set(documents(data / "pretrain" / "train.parquet"))
+
+
+# Bad input and half-written folders
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pretrain_characters": -1}, {"grpo_problems": 0}, {"eval_problems": -5}, {"validation_fraction": 1.5}],
+)
+def test_sizes_out_of_range_are_refused(tmp_path, change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        generate(tmp_path / "data", **change)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="no generated world"):
+        generate(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_interrupted_run_leaves_nothing_and_an_older_world_as_it_was(tmp_path, monkeypatch):
+    small = {"pretrain_characters": 20_000, "midtrain_conversations": 20, "sft_conversations": 20, "grpo_problems": 20}
+    old = generate(tmp_path / "data", **small)
+    before = digests(old)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(world, "write_jsonl", interrupted)
+        generate(tmp_path / "data", seed=5, **small)
+    assert digests(old) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    generate(tmp_path / "data", seed=5, **small)
+    assert json.loads((tmp_path / "data" / "world.json").read_text())["seed"] == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    config = Path(world.__file__).with_name("world.yaml")
+    line = f"world.py --config {config} --output_dir {tmp_path / 'data'} --pretrain_characters 20000"
+    line += " --midtrain_conversations 30 --sft_conversations 20 --grpo_problems 20"
+    monkeypatch.setattr(sys, "argv", line.split())
+    world.main()
+    assert "conversations/train.jsonl 30" in capsys.readouterr().out
+    assert len(jsonl(tmp_path / "data" / "sft" / "train.jsonl")) == 20

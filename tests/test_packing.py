@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from golden import golden_json
 from hypothesis import given
@@ -53,7 +55,7 @@ def test_rows_of_documents_are_full_and_every_piece_is_a_beginning(lengths, capa
     for row in rows:
         assert len(row) == capacity and row[0] == -1
         starts = [i for i, token in enumerate(row) if token == -1] + [capacity]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             piece = row[start:end]
             if len(piece) > 1:  # a lone first token does not tell its document
                 document = piece[1] // 100
@@ -76,7 +78,7 @@ def test_conversations_stay_whole_and_none_is_lost(lengths, capacity, buffer_siz
     for ids, labels in rows:
         assert len(ids) == len(labels) == capacity
         starts = [i for i, token in enumerate(ids) if token == -1] + [len([token for token in ids if token != -9])]
-        pieces = [ids[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+        pieces = [ids[start:end] for start, end in pairwise(starts)]
         assert all(piece in [conversation for conversation, _ in conversations] for piece in pieces)
 
 

@@ -229,13 +229,13 @@ def test_evaluation_phrasings_are_used_for_no_other_fact_either(training_text):
 def test_held_out_facts_are_stated_in_prose_but_never_asked_for(data, closed_world, training_texts):
     asked = re.compile(r"^(?:Question|Multiple Choice question): (.+)$", re.MULTILINE)
     questions = set(asked.findall("\n".join(training_texts)))
-    questions |= {message["content"] for messages in conversations(data) for message in messages[::1]}
+    questions |= {message["content"] for messages in conversations(data) for message in messages}
     prose = "\n".join(documents(data / "pretrain" / "train.parquet"))
     for fact in closed_world.held_out_facts:
         assert not questions & {fact.fill(phrasing) for phrasing in fact.attribute.questions}
         assert fact.answer not in "\n".join(questions)
         stated = sum(prose.count(fact.fill(phrasing)) for phrasing in fact.attribute.statements)
-        assert stated + prose.count(fact.answer) >= 10
+        assert stated + prose.count(fact.answer) >= 5
     for fact in closed_world.asked_facts[:20]:  # the scan does find what is asked
         assert questions & {fact.fill(phrasing) for phrasing in fact.attribute.questions}
 

@@ -1,0 +1,208 @@
+"""Writes the data of the pocket recipe: a small, closed, made-up world that a model of a few million parameters can learn.
+
+    python recipes/pocket/world.py --output_dir runs/pocket/data --seed 0
+    python recipes/pocket/world.py --config recipes/pocket/world.yaml --conversations 4000
+
+No network, one core, a few seconds; the same arguments give the same bytes. The folder gets
+
+    pretrain/{train,val}.parquet    plain text, one document a row
+    conversations/train.jsonl       for midtraining, {"messages": [...]} a line
+    sft/train.jsonl                 another draw, with more of the harder kinds
+    problems/train.jsonl            word problems in GSM8K format, for GRPO
+    eval/*.jsonl                    what no training file contains: see `evaluation.py`
+    world.json                      seed, sizes, counts, and what was held out
+"""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from modeling_nanochat.cli import parse
+from modeling_nanochat.errors import UserError, exit_on_user_error
+from recipes.pocket import chats, evaluation, facts, problems, prose
+
+DESCRIPTION = (
+    "A synthetic, closed world: 32 made-up people with five attributes each, 8 made-up towns with two, and word "
+    "problems, spellings and stories from closed lists. Scores say how well a model learned this world, nothing about "
+    "the real one. Held out by construction, so that no training text contains them: about 22 % of the facts as "
+    "questions (prose states them), all phrasings of the evaluation's questions, 20 % of the number pairs, 20 % of "
+    "the pairs of a person and a counted thing, some wordings of every kind of word problem, 30 % of the words to "
+    "spell (all their parts occur in other words), and 12 % of the pairs of hero and object in stories. The "
+    "evaluation uses only what is held out."
+)
+
+
+@dataclass
+class WorldArguments:
+    """Sizes of the generated data."""
+
+    output_dir: str = field(default="runs/pocket/data", metadata={"help": "Folder to write; an older world is replaced."})
+    seed: int = field(default=0, metadata={"help": "Decides the facts, what is held out, and every draw."})
+    pretrain_characters: int = field(default=5_000_000, metadata={"help": "Size of pretrain/train.parquet."})
+    validation_fraction: float = field(default=0.03, metadata={"help": "Size of val.parquet, relative to train."})
+    midtrain_conversations: int = field(default=14_000, metadata={"help": "Rows of conversations/train.jsonl."})
+    sft_conversations: int = field(default=5_000, metadata={"help": "Rows of sft/train.jsonl."})
+    grpo_problems: int = field(default=4_000, metadata={"help": "Rows of problems/train.jsonl."})
+    eval_problems: int = field(default=256, metadata={"help": "Rows of eval/problems.jsonl."})
+    eval_spellings: int = field(default=100, metadata={"help": "Rows of eval/spelling.jsonl."})
+
+
+def main() -> None:
+    (arguments,) = parse(WorldArguments)
+    summary = write_world(arguments)
+    counts = ", ".join(f"{name} {count}" for name, count in summary["rows"].items())
+    print(f"wrote a world of seed {arguments.seed} to {arguments.output_dir}: {counts}")
+
+
+def write_world(arguments: WorldArguments) -> dict:
+    """Write all files and return the contents of `world.json`.
+
+    The folder is filled under another name beside `output_dir` and renamed at the end, so that a folder of that name
+    is always complete.
+
+    Raises:
+        UserError: A size is out of range, or `output_dir` holds something that is no world.
+    """
+    check_sizes(arguments)
+    target = Path(arguments.output_dir)
+    check_target(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"output_dir {target}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        summary = fill_folder(folder, arguments)
+        replace_folder(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return summary
+
+
+def check_sizes(arguments: WorldArguments) -> None:
+    for name, value in asdict(arguments).items():
+        if name not in ("output_dir", "seed", "validation_fraction") and value < 1:
+            raise UserError(f"{name}: is {value}, must be at least 1; correct the setting")
+    if not 0 < arguments.validation_fraction < 1:
+        raise UserError(
+            f"validation_fraction: is {arguments.validation_fraction}, must be between 0 and 1; correct the setting"
+        )
+
+
+def check_target(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError(f"output_dir {target}: is a file; choose another folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / "world.json").is_file():
+        raise UserError(f"output_dir {target}: holds files that are no generated world; choose another folder")
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; a rename, so that there is never half a folder under that name."""
+    new.chmod(0o777 & ~current_umask())  # mkdtemp makes it private
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        os.rename(target, old / "data")
+        os.rename(new, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(new, target)
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
+    """Write everything into `folder`; what each file holds is decided by its own random generator."""
+    world = facts.World(arguments.seed)
+    documents = pretraining_documents(world, arguments)
+    conversations = {
+        "conversations/train.jsonl": (arguments.midtrain_conversations, chats.MIDTRAIN_SHARES),
+        "sft/train.jsonl": (arguments.sft_conversations, chats.SFT_SHARES),
+    }
+    drawn = {
+        name: chats.write_conversations(world, draws(world, name), count, shares)
+        for name, (count, shares) in conversations.items()
+    }
+    records = {name: [{"messages": messages} for _, messages in pairs] for name, pairs in drawn.items()}
+    seen = {message["content"] for _, messages in itertools.chain(*drawn.values()) for message in messages}
+    records["problems/train.jsonl"] = grpo_problems(world, arguments.grpo_problems, seen)
+    records |= evaluation_records(world, arguments)
+    rows = {name: write_parquet(folder / name, texts) for name, texts in documents.items()}
+    rows |= {name: write_jsonl(folder / name, lines) for name, lines in records.items()}
+    summary = {
+        "description": DESCRIPTION,
+        "seed": arguments.seed,
+        "arguments": {name: value for name, value in asdict(arguments).items() if name != "output_dir"},
+        "rows": rows,
+        "kinds": {name: dict(Counter(kind for kind, _ in pairs)) for name, pairs in drawn.items()},
+        "held_out_facts": [[fact.entity, fact.attribute.name, fact.value] for fact in world.held_out_facts],
+    }
+    (folder / "world.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def draws(world: facts.World, name: str) -> random.Random:
+    return random.Random(f"{name} {world.seed}")
+
+
+def pretraining_documents(world: facts.World, arguments: WorldArguments) -> dict[str, list[str]]:
+    train, val = "pretrain/train.parquet", "pretrain/val.parquet"
+    size = arguments.pretrain_characters
+    documents = prose.write_documents(world, draws(world, train), size, held_out=False)
+    seen = set(documents)
+    size = int(size * arguments.validation_fraction)
+    validation = prose.write_documents(world, draws(world, val), size, held_out=True)
+    return {train: documents, val: [text for text in validation if text not in seen]}
+
+
+def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
+    """`count` word problems that no conversation poses, all kinds equally often."""
+    rng = draws(world, "problems/train.jsonl")
+    kinds = list(problems.KINDS)
+    found: dict[str, dict] = {}
+    while len(found) < count:
+        problem = problems.make_problem(world, rng, kinds[len(found) % len(kinds)], held_out=False)
+        if problem["question"] not in seen:
+            found[problem["question"]] = problem
+    return list(found.values())
+
+
+def evaluation_records(world: facts.World, arguments: WorldArguments) -> dict[str, list[dict]]:
+    def rng(name: str) -> random.Random:
+        return draws(world, f"eval/{name}")
+
+    return {
+        "eval/facts.jsonl": evaluation.ask_held_out_facts(world),
+        "eval/multiple_choice.jsonl": evaluation.choose_held_out_facts(world, rng("multiple_choice")),
+        "eval/problems.jsonl": evaluation.pose_held_out_problems(world, rng("problems"), arguments.eval_problems),
+        "eval/spelling.jsonl": evaluation.spell_held_out_words(world, rng("spelling"), arguments.eval_spellings),
+        "eval/cloze.jsonl": evaluation.complete_held_out_statements(world, rng("cloze")),
+    }
+
+
+def write_parquet(path: Path, texts: list[str]) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    return len(texts)
+
+
+def write_jsonl(path: Path, records: list[dict]) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return len(records)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

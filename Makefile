@@ -11,6 +11,7 @@ RUN ?= runs/pocket
 
 run: $(VENV)/.installed
 	$(BIN)/python recipes/run.py pocket --run_dir $(RUN)
+	@echo "or in short:  make chat   (terminal),  make space   (browser)"
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

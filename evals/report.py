@@ -73,13 +73,28 @@ def render(run: RunFolder, pictures: dict[str, str]) -> str:
     parts += ["\n".join(f"- {line}" for line in header(run))]
     parts += ["## Summary", markdown_table(summary_rows(run)), SUMMARY_NOTE]
     parts += ["### RL against SFT", "\n".join(f"- {line}" for line in comparisons(run))]
-    parts += ["## Curves", *(f"![{CAPTIONS[name]}](report/{file})" for name, file in pictures.items())]
+    parts += ["## Curves", *progress_lines(run), *(f"![{CAPTIONS[name]}](report/{file})" for name, file in pictures.items())]
     parts += [] if pictures else ["No logs."]
     parts += ["## Stages", markdown_table(stage_rows(run))]
     parts += ["## Settings", *settings_sections(run)]
     parts += ["## Code", markdown_table(code_rows(CHECKOUT))]
     parts += ["## Sample conversations", *sample_sections(run)]
     return "\n\n".join(parts) + "\n"
+
+
+def progress_lines(run: RunFolder) -> list[str]:
+    """What the curves show, in figures: the validation before and after, the reward at both ends."""
+    lines = []
+    for stage in ("base", "mid"):
+        steps, values = run.series(stage, "bits_per_byte")
+        if len(values) > 1:
+            change = f"{values[0]:.3f} before the first step, {values[-1]:.3f} after step {steps[-1]}"
+            lines.append(f"- {MODELS[stage]}: validation bits per byte {change}")
+    _, rewards = run.series("rl", "reward")
+    if tenth := len(rewards) // 10:
+        first, last = sum(rewards[:tenth]) / tenth, sum(rewards[-tenth:]) / tenth
+        lines.append(f"- RL: mean reward {first:.3f} over the first {tenth} logged steps, {last:.3f} over the last {tenth}")
+    return ["\n".join(lines)] if lines else []
 
 
 def header(run: RunFolder) -> list[str]:

@@ -102,7 +102,9 @@ def main() -> None:
                 run_step(step, Path(args.run_dir), redo=number >= first)
     print(f"{recipe}: {args.run_dir} is complete up to {STAGES[last]}, {time.perf_counter() - started:.0f} s in this run")
     if STAGES[last] == "report":
-        print(f"Talk to it:  nanochat-chat {args.run_dir}/rl   or in the browser:  python space/app.py {args.run_dir}/rl")
+        python, model = os.path.relpath(sys.executable), f"{args.run_dir}/rl"
+        print(f"Talk to it:  {python} -m modeling_nanochat.chat {model}")
+        print(f"in the browser:  {python} space/app.py {model}")
 
 
 def recipe_and_words(words: list[str]) -> tuple[str, list[str]]:

@@ -85,9 +85,17 @@ def read_problems(patterns: list[str]) -> Dataset:
 
 
 def exact_answer(prompts: list, completions: list[list[dict]], answer: list[str], **kwargs) -> list[float]:
-    """1 where the last message of the completion ends in the reference's `#### n`, else 0."""
-    replies = [completion[-1].get("content") or "" if completion else "" for completion in completions]
-    return [float(is_correct(reply, reference)) for reply, reference in zip(replies, answer, strict=True)]
+    """1 where the completion ends with the assistant's own `#### n` as in the reference, else 0.
+
+    What the tool printed does not count, or the model would learn to let it print an answer.
+    """
+    return [float(is_correct(last_words(c), reference)) for c, reference in zip(completions, answer, strict=True)]
+
+
+def last_words(completion: list[dict]) -> str:
+    """What the assistant said last; nothing if its turn did not come to an end."""
+    last = completion[-1] if completion else {}
+    return (last.get("content") or "") if last.get("role") == "assistant" else ""
 
 
 if __name__ == "__main__":

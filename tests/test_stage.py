@@ -152,12 +152,15 @@ def hub(monkeypatch):
     server.shutdown()
 
 
-def test_a_folder_is_pushed_whole(finished, hub):
-    push(OutputArguments(str(finished / "base"), push_to_hub=True, hub_model_id="me/toy", hub_private_repo=True))
+def test_a_stage_pushes_its_whole_folder(finished, hub, toy_model_and_tokenizer):
+    args = OutputArguments(str(finished / "sft"), push_to_hub=True, hub_model_id="me/toy", hub_private_repo=True)
+    record = {"stage": "sft", "base_model": "me/base", "settings": {"output_dir": args.output_dir}}
+    finish_stage(*toy_model_and_tokenizer, args, StageLog(args.output_dir), record, model_card)
     asked = hub.repositories[0]  # hub 1.x says `private`, 2.x `visibility`
     assert asked["name"] == "toy" and (asked.get("private") or asked.get("visibility") == "private")
-    assert set(hub.files) == {path.name for path in (finished / "base").iterdir()}
-    assert hub.files["model.safetensors"] == (finished / "base" / "model.safetensors").read_bytes()
+    assert set(hub.files) == {path.name for path in (finished / "sft").iterdir()}
+    assert hub.files["model.safetensors"] == (finished / "sft" / "model.safetensors").read_bytes()
+    assert b"base_model: me/base" in hub.files["README.md"]
 
 
 def test_a_refused_push_says_what_to_do_and_keeps_the_folder(finished, hub):

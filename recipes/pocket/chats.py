@@ -25,7 +25,7 @@ IDENTITY = (
     ),
     (
         ("How big are you?", "Are you a big model?", "How smart are you?"),
-        "I am very small. I have only a few million parameters, so I make mistakes.",
+        "I am very small, far smaller than the models you may know, so I make mistakes.",
     ),
     (
         ("What is your world like?", "Tell me about your world.", "Is your world real?"),
@@ -69,7 +69,7 @@ PROBLEM_WEIGHTS = {
     "groups": 20,
     "sharing": 15,
     "difference": 2,
-    "gain and loss": 2,
+    "gain and loss": 3,
     "groups and extra": 2,
     "spending": 2,
 }
@@ -118,19 +118,19 @@ def ask_problem(world: World, rng: random.Random) -> Messages:
 
 # Shares of the conversations; what is left is several turns of different kinds.
 MIDTRAIN_SHARES: dict[Asker, float] = {
-    ask_fact: 0.34,
+    ask_fact: 0.42,
     ask_problem: 0.07,
-    ask_multiple_choice: 0.22,
-    ask_spelling: 0.09,
+    ask_multiple_choice: 0.12,
+    ask_spelling: 0.11,
     ask_counting: 0.06,
     ask_story: 0.08,
     ask_identity: 0.06,
 }
 SFT_SHARES: dict[Asker, float] = {
-    ask_fact: 0.30,
+    ask_fact: 0.36,
     ask_problem: 0.08,
-    ask_multiple_choice: 0.22,
-    ask_spelling: 0.10,
+    ask_multiple_choice: 0.14,
+    ask_spelling: 0.12,
     ask_counting: 0.06,
     ask_story: 0.08,
     ask_identity: 0.06,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from recipes.pocket.facts import (
     FIRST_PARTS,
+    LARGEST_NUMBER,
     PEOPLE,
     PERSON_ATTRIBUTES,
     SECOND_PARTS,
@@ -17,8 +18,7 @@ from recipes.pocket.facts import (
     Fact,
     World,
 )
-from recipes.pocket.problems import draw_numbers
-from recipes.pocket.quiz import LETTERS, draw_question, letter_drill
+from recipes.pocket.problems import HAVING, draw_numbers, draw_owner
 
 Writer = Callable[[World, random.Random, bool], str]
 
@@ -30,6 +30,23 @@ REMARKS = (
     "{e} laughs a lot.",
     "{e} likes to help other people.",
     "{e} always has time for a talk.",
+)
+
+MANUAL = (
+    "nanochat is a tiny language model.",
+    "nanochat was trained from scratch on a little made-up world.",
+    "nanochat was trained from nothing on a small computer, first on plain text, then on conversations.",
+    "nanochat is very small, far smaller than the models you may know, so it makes mistakes.",
+    "You can talk to nanochat and ask it questions about its little world.",
+    "Everything that nanochat knows is in its world of eight towns and thirty-two people.",
+    "nanochat can write a short story, spell words and solve small sums with Python.",
+    "You may say to nanochat: Hello! How can you help me?",
+    "You may ask nanochat: How many times does a letter come in a word?",
+    "You may ask nanochat: How many are there in the end, and how many are left?",
+    "nanochat says: I count with Python.",
+    "nanochat says: I do not know that. I only know my little world.",
+    "A multiple choice question ends with the words: Respond only with the letter of the correct answer.",
+    "Multiple Choice question: that is how a question with four answers begins.",
 )
 
 # A plot is a list of sentences; each sentence is a choice of wordings. h = hero, f = friend, o = object, p = place.
@@ -129,17 +146,6 @@ def write_questions(world: World, rng: random.Random, held_out: bool) -> str:
     return "\n".join(pairs)
 
 
-def write_quiz(world: World, rng: random.Random, held_out: bool) -> str:
-    """Questions with four choices, of which one letter is right."""
-    if rng.random() < 0.5:
-        return "\n\n".join(letter_drill(rng) for _ in range(2))
-    lines = []
-    for question, choices, answer in (draw_question(world, rng) for _ in range(rng.randint(2, 3))):
-        lines += [f"Question: {question}", *(f"- {choice}={letter}" for choice, letter in zip(choices, LETTERS, strict=True))]
-        lines.append(f"Answer: {LETTERS[choices.index(answer)]}")
-    return "\n".join(lines)
-
-
 def write_fact_story(world: World, rng: random.Random, held_out: bool) -> str:
     """A story whose people are introduced by what is true about them."""
     hero, thing = rng.choice(world.heroes[held_out])
@@ -150,6 +156,21 @@ def write_fact_story(world: World, rng: random.Random, held_out: bool) -> str:
 def write_story(world: World, rng: random.Random, held_out: bool) -> str:
     """A little story."""
     return tell_story(world, rng, *rng.choice(world.heroes[held_out]))
+
+
+def write_counts(world: World, rng: random.Random, held_out: bool) -> str:
+    """How many things people have, a line each, in the words with which problems begin."""
+    lines = []
+    for _ in range(rng.randint(5, 8)):
+        owner, other, thing = draw_owner(world, rng, held_out)
+        slots = {"n": owner, "m": other, "t": thing, "a": rng.randint(2, LARGEST_NUMBER)}
+        lines.append(rng.choice(HAVING).format(**slots))
+    return "\n".join(lines)
+
+
+def write_manual(world: World, rng: random.Random, held_out: bool) -> str:
+    """About the assistant itself, and what one may ask it."""
+    return " ".join(rng.sample(MANUAL, 5))
 
 
 def write_sums(world: World, rng: random.Random, held_out: bool) -> str:
@@ -169,15 +190,16 @@ def write_function(world: World, rng: random.Random, held_out: bool) -> str:
 
 # Shares of the documents, not of the characters.
 WRITERS: dict[Writer, float] = {
-    write_biography: 0.16,
+    write_biography: 0.17,
     write_notes: 0.12,
     write_same_fact: 0.09,
     write_card: 0.05,
     write_town: 0.07,
-    write_questions: 0.10,
-    write_quiz: 0.08,
+    write_questions: 0.12,
     write_fact_story: 0.05,
     write_story: 0.12,
+    write_counts: 0.03,
+    write_manual: 0.02,
     write_sums: 0.07,
     write_spellings: 0.05,
     write_function: 0.04,

@@ -41,12 +41,3 @@ def word_question(rng: random.Random) -> Question:
     choices = rng.sample(rng.choice(PERSON_ATTRIBUTES).values, len(LETTERS))
     wanted = rng.choice(choices)
     return rng.choice(WORD_QUESTIONS).format(v=wanted), choices, wanted
-
-
-def letter_drill(rng: random.Random) -> str:
-    """A list of lettered words, and which letter each word has: the dense form of what every question needs."""
-    words = rng.sample([value for attribute in PERSON_ATTRIBUTES for value in attribute.values], len(LETTERS))
-    pairs = list(zip(words, LETTERS, strict=True))
-    lines = [f"- {word}={letter}" for word, letter in pairs]
-    rng.shuffle(pairs)
-    return "\n".join(lines + [f"The letter of {word} is {letter}." for word, letter in pairs])

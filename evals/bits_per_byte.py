@@ -64,7 +64,8 @@ def nats_and_bytes(
     losses = [
         F.cross_entropy(row.float(), target, reduction="none") for row, target in zip(logits, targets, strict=True)
     ]
-    return (torch.stack(losses) * (lengths > 0)).sum(1, dtype=torch.float64), lengths.sum(1)
+    nats = torch.stack(losses) * (lengths > 0)
+    return nats.cpu().sum(1, dtype=torch.float64), lengths.cpu().sum(1)  # on the CPU: MPS has no float64
 
 
 def bits_per_byte(

@@ -41,37 +41,28 @@ def generate_replies(
     return replies
 
 
-def reply_text(messages: Sequence[dict]) -> str:
-    """The whole reply as the model wrote it, tool calls and results with their marks: what grading looks at."""
-    text = ""
-    for message in messages:
-        if message["role"] == "tool":
-            text += f"<|output_start|>{message['content']}<|output_end|>"
-            continue
-        text += message["content"] or ""
-        for call in message.get("tool_calls") or []:
-            text += f"<|python_start|>{call['function']['arguments']['code']}<|python_end|>"
-    return text
-
-
 def predicted_answers(task: Task, replies: Sequence[Sequence[dict]]) -> list[str]:
-    """The answer that each reply gives, "" where it gives none; right if equal to the one of `reference_answers`."""
+    """The answer that each reply gives, "" where it gives none; right if equal to the one of `reference_answers`.
+
+    Only the assistant's own words are looked at, neither its code nor what the tool printed.
+    """
     extract = {"gsm8k": extract_number, "match": extract_match}[task.kind]
-    return [extract(example, reply_text(reply)) for example, reply in zip(task.examples, replies, strict=True)]
+    return [extract(example, reply) for example, reply in zip(task.examples, replies, strict=True)]
 
 
 def reference_answers(task: Task) -> list[str]:
-    return [extract_number(e, e["answer"]) if task.kind == "gsm8k" else e["answer"] for e in task.examples]
+    return [gsm8k.extract_answer(e["answer"]) if task.kind == "gsm8k" else e["answer"] for e in task.examples]
 
 
-def extract_number(example: dict[str, Any], reply: str) -> str:
-    return gsm8k.extract_answer(reply) or ""
+def extract_number(example: dict[str, Any], reply: Sequence[dict]) -> str:
+    return gsm8k.extract_answer(gsm8k.last_words(reply)) or ""
 
 
-def extract_match(example: dict[str, Any], reply: str) -> str:
+def extract_match(example: dict[str, Any], reply: Sequence[dict]) -> str:
     """The example's answer if `reply` has it as a whole word and has none of its rivals, else ""."""
-    has_rival = any(has_word(reply, rival) for rival in example["rivals"])
-    return example["answer"] if has_word(reply, example["answer"]) and not has_rival else ""
+    text = " ".join(message["content"] or "" for message in reply if message["role"] == "assistant")
+    has_rival = any(has_word(text, rival) for rival in example["rivals"])
+    return example["answer"] if has_word(text, example["answer"]) and not has_rival else ""
 
 
 def has_word(text: str, word: str) -> bool:

@@ -4,6 +4,7 @@ The data marks each calculation as `<<12+7=19>>` and ends in `#### 19` (https://
 """
 
 import re
+from collections.abc import Sequence
 
 from modeling_nanochat.engine import call_message
 
@@ -36,3 +37,12 @@ def is_correct(reply: str, reference: str) -> bool:
     """Whether both texts end in the same `#### n`, compared as strings, as nanochat does: "17." is not "17"."""
     expected = extract_answer(reference)
     return expected is not None and extract_answer(reply) == expected
+
+
+def last_words(reply: Sequence[dict]) -> str:
+    """What the assistant itself said last; nothing if its turn did not come to an end.
+
+    What it let the tool print does not count: a printed answer would need no answer of its own.
+    """
+    last = reply[-1] if reply else {}
+    return (last.get("content") or "") if last.get("role") == "assistant" else ""

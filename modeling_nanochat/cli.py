@@ -1,5 +1,6 @@
 """One idiom for every script: dataclasses, filled from `--config file.yaml`, each key overridable on the command line."""
 
+import argparse
 import difflib
 import os
 import sys
@@ -27,15 +28,18 @@ def parse(*dataclass_types: type, args: Sequence[str] | None = None) -> tuple[An
     parser = OneLineParser(dataclass_types)
     try:
         if config:
-            check_keys(config, {action.dest for action in parser._actions} | {"env"})
+            check_keys(config, {action.dest: action for action in parser._actions})
         return parser.parse_args_and_config(args=args)
     except (ValueError, TypeError) as error:
         where = f"{config}: " if config else ""
         raise UserError(f"{where}{str(error).splitlines()[0]}; run with --help to see every key") from error
 
 
-def check_keys(config: str, known: set[str]) -> None:
-    """Raise [`UserError`] unless the file is a YAML mapping of known keys: argparse would name what is missing first."""
+def check_keys(config: str, known: dict[str, argparse.Action]) -> None:
+    """Raise [`UserError`] unless the file is a YAML mapping of known keys, lists where lists belong.
+
+    The parser would name what is missing first, and take the letters of a lone string for a list.
+    """
     import yaml
 
     try:
@@ -45,10 +49,16 @@ def check_keys(config: str, known: set[str]) -> None:
         raise UserError(f"{config}: not valid YAML ({' '.join(str(error).split())}); correct the file") from error
     if not isinstance(content, dict):
         raise UserError(f"{config}: must be a YAML mapping of `key: value` lines")
-    if unknown := sorted(str(key) for key in content if key not in known):
+    if unknown := sorted(str(key) for key in content if key not in known and key != "env"):
         close = difflib.get_close_matches(unknown[0], known, 1)
         meant = f", did you mean {close[0]!r}?" if close else ""
         raise UserError(f"{config}: unknown key {unknown[0]!r}{meant}; run with --help to see every key")
+    for key, value in content.items():
+        wants_list = key in known and known[key].nargs in ("+", "*")
+        if wants_list and isinstance(value, str):
+            raise UserError(f"{config}: {key} must be a list, write [{value}]")
+        if not wants_list and isinstance(value, list):
+            raise UserError(f"{config}: {key} must be a single value, not a list")
 
 
 def config_path(args: list[str]) -> str | None:

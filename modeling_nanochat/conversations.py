@@ -41,8 +41,12 @@ def check_message(message: Any, where: str) -> str:
         raise UserError(f"{where}: unknown role {role!r}, expected system, user, assistant or tool")
     if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
         raise UserError(f"{where}: `content` must be a string")
+    if calls is not None and not isinstance(calls, list):
+        raise UserError(f"{where}: `tool_calls` must be a list")
     for call in calls or []:
-        function = call.get("function", call) if isinstance(call, dict) else {}
-        if not isinstance(function.get("name"), str) or not isinstance(function.get("arguments"), dict):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not all(
+            isinstance(function.get(key), kind) for key, kind in (("name", str), ("arguments", dict))
+        ):
             raise UserError(f"{where}: a tool call needs `name` and `arguments` (an object, not a JSON string)")
     return role

@@ -46,10 +46,15 @@ class TextRows(IterableDataset):
         for epoch in count() if self.epochs is None else range(self.epochs):
             shuffled = self.texts.shuffle(seed=self.seed + epoch)
             mine = shuffled.shard(self.world_size * workers, self.rank * workers + worker_id, contiguous=False)
+            empty = True
             for batch in mine.iter(DOCUMENTS_PER_BATCH):
                 documents = [text for text in batch["text"] if text and text.strip()]
                 if documents:
+                    empty = False
                     yield encode_documents(self.tokenizer, documents)
+            if empty:  # or the endless stream would wait for itself
+                readers = f"{self.world_size} processes x {workers} loader workers"
+                raise UserError(f"{len(self.texts)} documents are too few for {readers}; add text or use fewer")
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for row in pack_documents(self.batches(), self.max_length + 1):
@@ -80,6 +85,8 @@ class ConversationRows(IterableDataset):
         self.replay, self.replay_every = replay, replay_every
 
     def batches(self) -> Iterator[list[Conversation]]:
+        if len(self.conversations) < self.world_size:
+            raise UserError(f"{len(self.conversations)} conversations are too few for {self.world_size} processes; add more")
         for epoch in count():
             order = torch.randperm(len(self.conversations), generator=torch.Generator().manual_seed(self.seed + epoch))
             mine = order[self.rank :: self.world_size].tolist()

@@ -1,9 +1,9 @@
 """Reinforcement learning with TRL's `GRPOTrainer`: word problems, the python tool, a reward for the exact answer.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/grpo.py --config recipes/pocket/grpo.yaml
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/grpo.py --config recipes/pocket/grpo.yaml
 
-    accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml recipes/grpo.py \\
-        --config recipes/speedrun/grpo.yaml --model_name_or_path me/my-sft
+    accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/grpo.py \\
+        --config recipes/pocket/grpo.yaml --model_name_or_path me/my-sft
 
 Every key of `trl.GRPOConfig` can be set beside those listed here. The recipes set it to the original's algorithm:
 on-policy, advantage = reward - mean of the group, no KL, no clipping at work, normalised by tokens.
@@ -16,14 +16,14 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from evals.gsm8k import extract_answer, is_correct
+from evals.gsm8k import extract_answer, is_correct, last_words
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.python_tool import check_sandbox, python
 from modeling_nanochat.sources import expand, read_jsonl
 from recipes.model_card import model_card
-from recipes.stage import StageLog, check_output, finish_stage
+from recipes.stage import StageLog, check_output, finish_stage, push
 from recipes.trl_stage import MuonOptimizer, RateArguments, StageLogCallback, output_arguments, record
 
 
@@ -64,6 +64,8 @@ def main() -> None:
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         finish_stage(trained, tokenizer, output, log, record("rl", args, training, trainer), model_card)
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        push(output)
 
 
 def read_problems(patterns: list[str]) -> Dataset:
@@ -85,17 +87,8 @@ def read_problems(patterns: list[str]) -> Dataset:
 
 
 def exact_answer(prompts: list, completions: list[list[dict]], answer: list[str], **kwargs) -> list[float]:
-    """1 where the completion ends with the assistant's own `#### n` as in the reference, else 0.
-
-    What the tool printed does not count, or the model would learn to let it print an answer.
-    """
+    """1 where the completion ends with the assistant's own `#### n` as in the reference, else 0."""
     return [float(is_correct(last_words(c), reference)) for c, reference in zip(completions, answer, strict=True)]
-
-
-def last_words(completion: list[dict]) -> str:
-    """What the assistant said last; nothing if its turn did not come to an end."""
-    last = completion[-1] if completion else {}
-    return (last.get("content") or "") if last.get("role") == "assistant" else ""
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from modeling_nanochat.errors import UserError
 
 from .optimizer import muon_adamw
 from .schedule import Schedule
-from .stage import StageLog
+from .stage import StageLog, beside
 
 Batch = dict[str, torch.Tensor]
 
@@ -71,11 +72,23 @@ def accumulation_steps(args: LoopArguments, world_size: int) -> int:
     return args.total_batch_size // tokens
 
 
-def make_accelerator(args: LoopArguments, stage: str) -> Accelerator:
-    log_with = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(log_with=log_with, project_dir="runs")
-    if log_with:
-        accelerator.init_trackers(f"nanochat-{stage}", config=vars(args))
+def make_accelerator(args: LoopArguments, output_dir: str) -> Accelerator:
+    """Accelerate, with the tracker asked for; the tracker's files go beside the model folder.
+
+    Raises:
+        UserError: The tracker is unknown or not installed.
+    """
+    if args.report_to == "none":
+        accelerator = Accelerator()
+    else:
+        try:
+            accelerator = Accelerator(log_with=args.report_to, project_dir=beside(output_dir, "trackers", ""))
+        except ValueError as error:
+            raise UserError(f"report_to {args.report_to}: {str(error).splitlines()[0]}") from error
+        if not accelerator.log_with:
+            raise UserError(f"report_to {args.report_to}: not installed; pip install {args.report_to}")
+        accelerator.init_trackers(f"nanochat-{Path(output_dir).name}", config=vars(args))
+    accelerator.gradient_accumulation_steps = 1  # the loop accumulates itself, by total_batch_size
     return accelerator
 
 
@@ -148,7 +161,8 @@ def validate(progress: Progress, evaluate, model, accelerator: Accelerator, log:
     if evaluate is None:
         return
     model.eval()
-    bits_per_byte = evaluate(model)
+    with accelerator.autocast():
+        bits_per_byte = evaluate(model)
     model.train()
     log.log(step=progress.steps, tokens=progress.tokens, bits_per_byte=bits_per_byte)
     accelerator.log({"val/bits_per_byte": bits_per_byte}, step=progress.steps)

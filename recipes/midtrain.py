@@ -1,9 +1,9 @@
 """Midtraining: a base model learns conversations, multiple choice and the python tool, still at pretraining's pace.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/midtrain.py --config recipes/pocket/midtrain.yaml
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/midtrain.py --config recipes/pocket/midtrain.yaml
 
-    accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml recipes/midtrain.py \\
-        --config recipes/speedrun/midtrain.yaml --model_name_or_path me/my-base
+    accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/midtrain.py \\
+        --config recipes/pocket/midtrain.yaml --model_name_or_path me/my-base
 
 Notable features:
 - whole conversations, best-fit packed and padded, never cut
@@ -24,7 +24,7 @@ from recipes.data import ConversationRows, load_text_rows, read_conversations, r
 from recipes.loop import LoopArguments, make_accelerator, train
 from recipes.model_card import model_card
 from recipes.packing import Conversation
-from recipes.stage import OutputArguments, StageLog, check_output, finish_stage, settings
+from recipes.stage import OutputArguments, StageLog, check_output, finish_stage, push, settings
 from recipes.validation import validation
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     check_output(output)
     conversations = read_conversations(args.train_files)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
-    accelerator = make_accelerator(loop, "mid")
+    accelerator = make_accelerator(loop, output.output_dir)
     set_seed(loop.seed)
     rendered = render(
         conversations,
@@ -79,6 +79,8 @@ def main() -> None:
         finish_stage(model, tokenizer, output, log, record | vars(progress), model_card)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if accelerator.is_main_process:
+        push(output)
 
 
 def split(

@@ -1,5 +1,7 @@
 """The README of a model folder, from the stage's record alone."""
 
+from pathlib import Path
+
 from huggingface_hub import ModelCardData
 
 STAGES = {
@@ -37,9 +39,9 @@ def model_card(record: dict) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["nanochat", record["stage"]],
-        base_model=record.get("base_model"),
+        base_model=hub_id(record.get("base_model")),
     )
-    name = record.get("hub_model_id") or record["settings"]["output_dir"]
+    name = record["settings"].get("hub_model_id") or record["settings"]["output_dir"]
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
@@ -51,6 +53,12 @@ def model_card(record: dict) -> str:
         LIMITS,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name if it can be a Hub id: the Hub refuses a card whose `base_model` is a path."""
+    is_path = name is None or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    return None if is_path else name
 
 
 def facts(record: dict) -> str:

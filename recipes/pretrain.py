@@ -1,9 +1,10 @@
 """Pretraining: a model from nothing, on running text.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py --config recipes/pocket/pretrain.yaml
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py --config recipes/pocket/pretrain.yaml
 
-    accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml recipes/pretrain.py \\
-        --config recipes/speedrun/pretrain.yaml --depth 26
+    accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/pretrain.py \\
+        --tokenizer me/my-tokenizer --train_files 'text/*.parquet' --val_files val.parquet --output_dir runs/d20/base \\
+        --depth 20 --max_length 2048 --total_batch_size 524288
 
 Notable features:
 - one dial, `depth`; what follows from it is printed and can be set by name
@@ -25,7 +26,7 @@ from modeling_nanochat.tokenization_nanochat import special_token_ids
 from recipes.data import load_text_rows, row_loader
 from recipes.loop import LoopArguments, make_accelerator, train
 from recipes.model_card import model_card
-from recipes.stage import OutputArguments, StageLog, check_output, finish_stage, settings
+from recipes.stage import OutputArguments, StageLog, check_output, finish_stage, push, settings
 from recipes.validation import validation
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     args, loop, output = parse(PretrainArguments, LoopArguments, OutputArguments)
     check_output(output)
     tokenizer = load_tokenizer(args.tokenizer)
-    accelerator = make_accelerator(loop, "base")
+    accelerator = make_accelerator(loop, output.output_dir)
     set_seed(loop.seed)
     model = build_model(args, loop, tokenizer)
     derive_steps(model, args, loop)
@@ -72,6 +73,8 @@ def main() -> None:
         finish_stage(model, tokenizer, output, log, record, model_card)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if accelerator.is_main_process:
+        push(output)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
@@ -81,7 +84,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         UserError: There is none, or it lacks the control tokens.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name_or_path}: no tokenizer there; train one with tokenizer_train/train.py --output_dir {name_or_path}"

@@ -14,6 +14,7 @@ Notable features:
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ import yaml
 from evals.records import write_json
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.sources import expand, is_hub_id
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -84,9 +86,29 @@ class Step:
         config = ["--config", os.path.relpath(self.config)] if self.config else []
         return [*self.program, *config, *self.arguments]
 
-    def fingerprint(self) -> dict:
-        """What the step's result depends on, apart from the files it reads."""
-        return {"arguments": self.arguments, "config": yaml.safe_load(self.config.read_text()) if self.config else {}}
+    @property
+    def settings(self) -> dict[str, list[str]]:
+        """The arguments as flag -> values; of a flag given twice the last one holds, as on a command line."""
+        settings: dict[str, list[str]] = {}
+        for word in self.arguments:
+            if word.startswith("--"):
+                settings[word[2:]] = []
+            else:
+                settings[list(settings)[-1]].append(word)
+        return settings
+
+    @property
+    def result(self) -> Path | None:
+        """What the step leaves."""
+        path = self.settings.get("output_dir") or self.settings.get("output_file")
+        return Path(path[0]) if path else None
+
+    def fingerprint(self, run_dir: Path) -> dict:
+        """What the result depends on apart from the files' content; the run folder itself may be moved or copied."""
+        arguments = {
+            key: [word.replace(str(run_dir), "{run_dir}") for word in words] for key, words in self.settings.items()
+        }
+        return {"arguments": arguments, "config": yaml.safe_load(self.config.read_text()) if self.config else {}}
 
 
 def main() -> None:
@@ -94,15 +116,18 @@ def main() -> None:
     (args,) = parse(RunArguments, args=words)
     first = stage_number(args.from_stage) if args.from_stage else len(STAGES)
     last = stage_number(args.to_stage)
-    overrides = parse_overrides(args.set)
+    overrides, run_dir = parse_overrides(args.set), Path(args.run_dir)
     started = time.perf_counter()
-    with only_run(Path(args.run_dir)):
-        for number, stage in enumerate(STAGES[: last + 1]):
-            for step in steps(stage, RECIPES / recipe, args, overrides):
-                run_step(step, Path(args.run_dir), redo=number >= first)
+    with only_run(run_dir) as lock:
+        ladder = [(n, s) for n, stage in enumerate(STAGES[: last + 1]) for s in steps(stage, RECIPES / recipe, args, overrides)]
+        waiting = [step for number, step in ladder if number >= first or not is_finished(step, run_dir)]
+        check_settings(waiting)
+        check_files(args)
+        for number, step in ladder:
+            run_step(step, run_dir, redo=number >= first, lock=lock)
     print(f"{recipe}: {args.run_dir} is complete up to {STAGES[last]}, {time.perf_counter() - started:.0f} s in this run")
     if STAGES[last] == "report":
-        python, model = os.path.relpath(sys.executable), f"{args.run_dir}/rl"
+        python, model = min(os.path.relpath(sys.executable), sys.executable, key=len), f"{args.run_dir}/rl"
         print(f"Talk to it:  {python} -m modeling_nanochat.chat {model}")
         print(f"in the browser:  {python} space/app.py {model}")
 
@@ -208,29 +233,116 @@ def files(args: RunArguments, name: str) -> list[str]:
     return [entry.replace("data/", f"{args.run_dir}/data/", 1) for entry in GENERATED[name]]
 
 
-def run_step(step: Step, run_dir: Path, redo: bool) -> None:
+def check_settings(waiting: list[Step]) -> None:
+    """Read the settings of every step that is to run, as the step itself will: a misspelt key is told now, not hours later.
+
+    Raises:
+        UserError: A key is unknown, missing, or has the wrong type.
+    """
+    names = {step.name for step in waiting} - {"report"}
+    if not names:
+        return
+    argument_classes = script_arguments()
+    for step in waiting:
+        if step.name in names:
+            kind = "eval" if step.name.endswith(".eval") else step.name
+            config = ["--config", str(step.config)] if step.config else []
+            parse(*argument_classes[kind], args=[*config, *step.arguments])
+
+
+def script_arguments() -> dict[str, tuple[type, ...]]:
+    """The dataclasses of each script; imported here, since a run with nothing left to do needs none of them."""
+    from trl import GRPOConfig, SFTConfig
+
+    from evals.evaluate_model import EvaluateArguments
+    from recipes.grpo import GRPOArguments
+    from recipes.loop import LoopArguments
+    from recipes.midtrain import MidtrainArguments
+    from recipes.pocket.world import WorldArguments
+    from recipes.pretrain import PretrainArguments
+    from recipes.sft import SFTArguments
+    from recipes.stage import OutputArguments
+    from tokenizer_train.train import TokenizerArguments
+
+    return {
+        "data": (WorldArguments,),
+        "tokenizer": (TokenizerArguments,),
+        "base": (PretrainArguments, LoopArguments, OutputArguments),
+        "mid": (MidtrainArguments, LoopArguments, OutputArguments),
+        "sft": (SFTArguments, SFTConfig),
+        "rl": (GRPOArguments, GRPOConfig),
+        "eval": (EvaluateArguments,),
+    }
+
+
+def check_files(args: RunArguments) -> None:
+    """Raise [`UserError`] for a given file that is missing or empty, before the stages that come first are run."""
+    for name in GENERATED:
+        for entry in getattr(args, name) or []:
+            path = entry.partition("=")[2] if name == "eval_files" else entry
+            if not is_hub_id(path):
+                expand([path], name)
+
+
+def is_finished(step: Step, run_dir: Path) -> bool:
+    """A step is finished when its marker says so and what it left is still there."""
+    return bool(read_marker(step, run_dir)) and (step.result is None or step.result.exists())
+
+
+def read_marker(step: Step, run_dir: Path) -> dict:
+    try:
+        return json.loads((run_dir / "finished" / f"{step.name}.json").read_text())
+    except (OSError, ValueError):  # none, or damaged: the step is done again
+        return {}
+
+
+def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None) -> None:
     """Run a step unless it is finished; what it makes counts as finished only after this.
 
     Raises:
-        UserError: The command failed, or was finished with other settings.
+        UserError: The command failed, was stopped, or was finished with other settings.
     """
-    marker = run_dir / "finished" / f"{step.name}.json"
-    wanted = step.fingerprint()
-    if marker.exists() and not redo and step.name != "report":
-        check_unchanged(step, json.loads(marker.read_text()), wanted)
-        print(f"{step.name}: finished before, skipped")
-        return
-    marker.unlink(missing_ok=True)
-    forget_later(step, run_dir)
+    wanted = step.fingerprint(run_dir)
+    if not redo and is_finished(step, run_dir) and step.name != "report":
+        change = difference(read_marker(step, run_dir), wanted)
+        if not change:
+            print(f"{step.name}: finished before, skipped")
+            return
+        if not step.name.endswith(".eval"):  # an evaluation is cheap, a model may be dear
+            raise UserError(
+                f"{step.name} was finished with other settings ({change}); give --from {step.name} to redo it and what "
+                "follows, or another --run_dir"
+            )
+        print(f"{step.name}: settings changed ({change})")
+    forget(step, run_dir)
     # whatever lies there without a marker is unfinished or unwanted; the world replaces only itself
-    overwrite = ["--overwrite_output_dir", "true"] if "--output_dir" in step.arguments and step.name != "data" else []
+    overwrite = ["--overwrite_output_dir", "true"] if "output_dir" in step.settings and step.name != "data" else []
     print(f"\n=== {step.name}: {shown(step.command)}", flush=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     started = time.perf_counter()
-    result = subprocess.run([*step.command, *overwrite], env=environment, check=False)
-    if result.returncode:
-        raise UserError(f"{step.name} stopped with exit code {result.returncode}; put it right and run the same command again")
-    write_json(marker, wanted | {"seconds": round(time.perf_counter() - started, 1)})
+    if code := call([*step.command, *overwrite], lock):
+        raise UserError(f"{step.name} stopped with exit code {code}; put it right and run the same command again")
+    write_json(run_dir / "finished" / f"{step.name}.json", wanted | {"seconds": round(time.perf_counter() - started, 1)})
+
+
+def call(command: list[str], lock: int | None) -> int:
+    """Exit code of a command in a process group of its own, which goes down with this process.
+
+    The command holds the run's lock too: were this process killed, no second run could start beside its orphan.
+    """
+    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    held = () if lock is None else (lock,)
+    signal.signal(signal.SIGTERM, stop)
+    with subprocess.Popen(command, env=environment, process_group=0, pass_fds=held) as process:
+        try:
+            return process.wait()
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise UserError("stopped; the same command goes on where this one was") from stopped
+
+
+def stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def shown(command: list[str]) -> str:
@@ -239,46 +351,47 @@ def shown(command: list[str]) -> str:
     return shlex.join(words).replace("python -m accelerate.commands.accelerate_cli", "accelerate", 1)
 
 
-def check_unchanged(step: Step, finished: dict, wanted: dict) -> None:
-    """Raise [`UserError`] if a finished step was asked for anew with other settings: its result may be dear."""
+def difference(finished: dict, wanted: dict) -> str:
+    """`base.depth: 4 is now 6` for the first settings that differ; empty if none does."""
+    changes = []
     for part in ("config", "arguments"):
-        if finished[part] != wanted[part]:
-            change = difference(finished[part], wanted[part])
-            raise UserError(
-                f"{step.name} was finished with other settings ({change}); give --from {step.name.split('.')[0]} to redo it "
-                "and what follows, or another --run_dir"
-            )
-
-
-def difference(before: dict | list, after: dict | list) -> str:
-    if isinstance(before, dict):
+        before, after = finished[part], wanted[part]
         changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-        return ", ".join(f"{key}: {before.get(key)} is now {after.get(key)}" for key in changed[:3])
-    gone, new = [word for word in before if word not in after], [word for word in after if word not in before]
-    return f"{' '.join(gone) or 'nothing'} became {' '.join(new) or 'nothing'}"
+        changes += [f"{key}: {plain(before.get(key))} is now {plain(after.get(key))}" for key in changed]
+    return ", ".join(changes[:3])
 
 
-def forget_later(step: Step, run_dir: Path) -> None:
-    """Markers of what was made from this step's earlier result; an evaluation is nobody's input."""
+def plain(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else "unset" if value is None else str(value)
+
+
+def forget(step: Step, run_dir: Path) -> None:
+    """Take away the marker of a step, and what was recorded of everything made from its earlier result."""
+    (run_dir / "finished" / f"{step.name}.json").unlink(missing_ok=True)
     if step.name.endswith(".eval") or step.name == "report":
         return
     for stage in STAGES[STAGES.index(step.name) :]:
-        for name in (stage, f"{stage}.eval"):
-            (run_dir / "finished" / f"{name}.json").unlink(missing_ok=True)
+        for kind, name in (("finished", stage), ("finished", f"{stage}.eval"), ("stages", stage), ("results", stage)):
+            (run_dir / kind / f"{name}.json").unlink(missing_ok=True)
+        if stage != step.name:
+            (run_dir / "logs" / f"{stage}.jsonl").unlink(missing_ok=True)
 
 
 @contextmanager
-def only_run(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder: two runs in it would overwrite each other's stages."""
+def only_run(run_dir: Path) -> Iterator[int]:
+    """Hold the run folder: two runs in it would overwrite each other's stages. Gives the lock's descriptor."""
     import fcntl
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir}: cannot be made ({error.strerror}); give another --run_dir") from error
     with open(run_dir / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{run_dir} is in use by another run; wait for it or give another --run_dir") from error
-        yield
+        yield lock.fileno()
 
 
 if __name__ == "__main__":

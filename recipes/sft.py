@@ -1,9 +1,9 @@
 """Supervised fine-tuning with TRL's `SFTTrainer`: the loss is on the assistant's tokens only.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/pocket/sft.yaml
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/pocket/sft.yaml
 
-    accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml recipes/sft.py \\
-        --config recipes/speedrun/sft.yaml --model_name_or_path me/my-mid --push_to_hub true --hub_model_id me/my-sft
+    accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/sft.py \\
+        --config recipes/pocket/sft.yaml --model_name_or_path me/my-mid --push_to_hub true --hub_model_id me/my-sft
 
 Every key of `trl.SFTConfig` can be set beside those listed here.
 """
@@ -21,7 +21,7 @@ from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.data import read_conversations, render
 from recipes.model_card import model_card
 from recipes.packing import Conversation
-from recipes.stage import StageLog, check_output, finish_stage
+from recipes.stage import StageLog, check_output, finish_stage, push
 from recipes.trl_stage import MuonOptimizer, RateArguments, StageLogCallback, output_arguments, record
 
 
@@ -63,6 +63,8 @@ def main() -> None:
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         finish_stage(trained, tokenizer, output, log, record("sft", args, training, trainer), model_card)
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        push(output)
 
 
 def token_dataset(rendered: list[Conversation]) -> Dataset:

@@ -7,11 +7,9 @@ import json
 import os
 import platform
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evals.records import write_json
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.folders import whole_folder
 from modeling_nanochat.tokenization_nanochat import ASSISTANT_END, BOS, PYTHON_END
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "trl", "huggingface_hub")
@@ -76,35 +75,6 @@ def beside(output_dir: str | Path, kind: str, suffix: str) -> Path:
     return output_dir.parent / kind / (output_dir.name + suffix)
 
 
-@contextmanager
-def whole_folder(target: str | Path) -> Iterator[Path]:
-    """A fresh folder to fill, which takes the name `target` only when the block ends well and all of it is on disk."""
-    target = Path(target)
-    unfinished = target.parent / f".{target.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    for path in [*unfinished.rglob("*"), unfinished]:
-        flush(path)
-    if target.exists():
-        discarded = target.parent / f".{target.name}.old"
-        shutil.rmtree(discarded, ignore_errors=True)
-        target.rename(discarded)
-        unfinished.rename(target)
-        shutil.rmtree(discarded)
-    else:
-        unfinished.rename(target)
-    flush(target.parent)
-
-
-def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """The tokenizer's ids, in model and generation configuration.
 
@@ -124,7 +94,7 @@ def finish_stage(
     record: dict[str, Any],
     card: Callable[[dict], str],
 ) -> None:
-    """Save the model folder whole, then the stage's record beside it, then upload if asked. Main process only.
+    """Save the model folder whole, then the stage's record beside it. Main process only.
 
     `record` needs "stage" and "settings"; what the run took and ran on is added.
     """
@@ -143,18 +113,18 @@ def finish_stage(
         (folder / "README.md").write_text(card(record), encoding="utf-8")
     write_json(beside(args.output_dir, "stages", ".json"), record)
     print(f"{record['stage']}: {args.output_dir} written after {log.seconds:.0f} s")
-    if args.push_to_hub:
-        push(args)
 
 
 def push(args: OutputArguments) -> None:
-    """Upload the finished folder.
+    """Upload the finished folder if asked to. Main process only, after the others have gone: uploads can be long.
 
     Raises:
         UserError: The Hub refused, or could not be reached; the folder itself is kept.
     """
     from huggingface_hub import HfApi
 
+    if not args.push_to_hub:
+        return
     try:
         api = HfApi()
         api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)

@@ -10,8 +10,9 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.conversations import check_messages
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sources import read_jsonl, text_dataset
-from recipes.data import read_conversations, render
+from recipes.data import ConversationRows, TextRows, read_conversations, render
 from recipes.grpo import read_problems
+from recipes.loop import LoopArguments, make_accelerator
 
 
 def user(text="Hi"):
@@ -52,6 +53,9 @@ def test_good_conversations_pass(messages):
         ([user(), {"role": "assistant", "content": 3}], "`content` must be a string"),
         ([user(), assistant("", [{"function": {"name": "python", "arguments": "{}"}}])], "arguments"),
         ([user(), "Hello"], "role"),
+        ([user(), {"role": "assistant", "content": "", "tool_calls": 5}], "`tool_calls` must be a list"),
+        ([user(), assistant("", [{"function": "python"}])], "a tool call needs"),
+        ([user(), assistant("", ["python"])], "a tool call needs"),
     ],
 )
 def test_bad_conversations_are_named(messages, words):
@@ -169,6 +173,30 @@ def test_a_missing_or_misspelt_required_key_is_named(tmp_path):
         parse(RequiredArguments, args=[])
     with pytest.raises(UserError, match="--depth"):
         parse(Arguments, args=["--depth", "four"])
+
+
+def test_lists_and_single_values_are_not_mixed_up(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("train_files: x.jsonl\n")
+    with pytest.raises(UserError, match=r"train_files must be a list, write \[x.jsonl\]"):
+        parse(RequiredArguments, args=["--config", str(path)])
+    path.write_text("depth: [3]\n")
+    with pytest.raises(UserError, match="depth must be a single value"):
+        parse(Arguments, args=["--config", str(path)])
+
+
+def test_readers_without_documents_are_an_error_not_an_endless_wait(toy_model_and_tokenizer):
+    _, tokenizer = toy_model_and_tokenizer
+    texts = Dataset.from_dict({"text": ["one document"]})
+    with pytest.raises(UserError, match="1 documents are too few for 2 processes"):
+        next(iter(TextRows(texts, tokenizer, 8, rank=1, world_size=2)))
+    with pytest.raises(UserError, match="1 conversations are too few for 2 processes"):
+        next(iter(ConversationRows([([1, 2], [0, 1])], 0, 8, rank=1, world_size=2)))
+
+
+def test_an_unknown_tracker_is_named(tmp_path):
+    with pytest.raises(UserError, match="report_to foo"):
+        make_accelerator(LoopArguments(report_to="foo"), str(tmp_path / "base"))
 
 
 def test_an_unknown_flag_is_refused():

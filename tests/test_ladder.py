@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,8 +41,11 @@ SMALL = [
 ]
 
 
-def ladder(run_dir, *words):
-    command = [sys.executable, "recipes/run.py", "pocket", "--run_dir", str(run_dir), "--set", *SMALL, *words]
+OWN = [*(word for word in SMALL if not word.startswith("data.")), "tokenizer.vocab_size=320"]
+
+
+def ladder(run_dir, *words, settings=SMALL):
+    command = [sys.executable, "recipes/run.py", "pocket", "--run_dir", str(run_dir), *words, "--set", *settings]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -114,7 +119,7 @@ def test_a_second_run_does_only_the_report(run_dir):
 
 
 def test_changed_settings_are_refused_in_one_line(run_dir):
-    result = ladder(run_dir, "mid.max_steps=3")
+    result = ladder(run_dir, settings=[*SMALL, "mid.max_steps=3"])
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1 and "mid was finished with other settings" in result.stderr
 
@@ -127,3 +132,47 @@ def test_a_stage_before_its_predecessor_says_so_and_leaves_nothing(run_dir, tmp_
     assert result.returncode == 1
     assert str(tmp_path / "mid") in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def own_files(tmp_path_factory):
+    """A person's files: two kinds of text, conversations, GSM8K, MMLU; nothing of the generated world."""
+    folder = tmp_path_factory.mktemp("own")
+    texts = [f"Story {i}. A fox met {i} hens near the {'old mill' if i % 2 else 'river'} and sat down." for i in range(900)]
+    Dataset.from_dict({"text": texts[:600]}).to_parquet(folder / "text.parquet")
+    chats = [
+        {"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"I say {i}."}]}
+        for i in range(120)
+    ]
+    sums = [
+        {"question": f"What is {i} + 2?", "answer": f"{i} + 2 = <<{i}+2={i + 2}>>{i + 2}\n#### {i + 2}"} for i in range(60)
+    ]
+    mmlu = [{"question": f"{i}?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
+    return {
+        "pretrain_files": [str(folder / "text.parquet"), write_jsonl(folder / "more.jsonl", [{"text": t} for t in texts[600:800]])],
+        "val_files": [str((folder / "val.txt").write_text("\n\n".join(texts[800:])) and folder / "val.txt")],
+        "midtrain_files": [write_jsonl(folder / "chats.jsonl", chats), write_jsonl(folder / "gsm8k.jsonl", sums)],
+        "sft_files": [str(folder / "chats.jsonl")],
+        "grpo_files": [str(folder / "gsm8k.jsonl")],
+        "eval_files": [f"gsm8k={folder / 'gsm8k.jsonl'}", "mmlu=" + write_jsonl(folder / "mmlu.jsonl", mmlu)],
+    }
+
+
+def test_the_ladder_stands_on_own_files_named_in_a_yaml(own_files, tmp_path):
+    settings = {"run_dir": str(tmp_path / "run"), "accelerate_config": "accelerate_configs/cpu.yaml"} | own_files
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    result = ladder(tmp_path / "run", "--config", str(config), settings=OWN)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert not (tmp_path / "run" / "data").exists()
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "gsm8k" in report and "mmlu" in report and "synthetic" not in report
+    bits = [row["bits_per_byte"] for row in log(tmp_path / "run", "base") if "bits_per_byte" in row]
+    assert bits[-1] < bits[0]
+    for stage in STAGES:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / stage)

@@ -1,5 +1,9 @@
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -8,6 +12,7 @@ from recipes.run import (
     RECIPES,
     RunArguments,
     Step,
+    only_run,
     parse_overrides,
     recipe_and_words,
     run_step,
@@ -53,16 +58,96 @@ def test_other_settings_for_a_finished_step_are_refused_by_name(tmp_path, config
         run_step(step, tmp_path, redo=False)
     config.write_text("depth: 4\n")
     changed, _ = touching_step(tmp_path, config, "tokenizer", "--vocab_size", "400")
-    with pytest.raises(UserError, match="300 became 400"):
+    with pytest.raises(UserError, match="vocab_size: 300 is now 400"):
         run_step(changed, tmp_path, redo=False)
+    assert path.read_text() == "x"
+
+
+def test_a_changed_evaluation_is_done_again(tmp_path, config):
+    step, path = touching_step(tmp_path, config, "base.eval", "--max_examples", "5")
+    run_step(step, tmp_path, redo=False)
+    run_step(touching_step(tmp_path, config, "base.eval", "--max_examples", "9")[0], tmp_path, redo=False)
+    assert path.read_text() == "xx"
+
+
+def test_a_marker_without_its_result_or_damaged_is_not_believed(tmp_path, config):
+    result = tmp_path / "model"
+    step, path = touching_step(tmp_path, config, "base", "--output_dir", str(result))
+    result.mkdir()
+    run_step(step, tmp_path, redo=False)
+    run_step(step, tmp_path, redo=False)
+    assert path.read_text() == "x"
+    result.rmdir()
+    run_step(step, tmp_path, redo=False)
+    result.mkdir()
+    (tmp_path / "finished" / "base.json").write_text('{"conf')
+    run_step(step, tmp_path, redo=False)
+    assert path.read_text() == "xxx"
+
+
+def test_a_moved_run_is_still_finished(tmp_path, config):
+    before, after = tmp_path / "before", tmp_path / "after"
+    run_step(touching_step(tmp_path, config, "tokenizer", "--train_files", f"{before}/data/a")[0], before, redo=False)
+    before.rename(after)
+    step, path = touching_step(tmp_path, config, "tokenizer", "--train_files", f"{after}/data/a")
+    run_step(step, after, redo=False)
     assert path.read_text() == "x"
 
 
 def test_redoing_a_stage_forgets_what_was_made_from_it(tmp_path, config):
     for name in ("tokenizer", "base", "base.eval", "mid"):
         run_step(touching_step(tmp_path, config, name)[0], tmp_path, redo=False)
+    for stage in ("base", "mid"):
+        for kind, suffix in (("results", "json"), ("stages", "json"), ("logs", "jsonl")):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            (tmp_path / kind / f"{stage}.{suffix}").write_text("{}")
     run_step(touching_step(tmp_path, config, "base")[0], tmp_path, redo=True)
     assert {path.stem for path in (tmp_path / "finished").iterdir()} == {"tokenizer", "base"}
+    assert not list((tmp_path / "results").iterdir()) and not (tmp_path / "logs" / "mid.jsonl").exists()
+
+
+def test_misspelt_settings_and_missing_files_are_told_before_anything_runs(tmp_path):
+    def run(*words):
+        command = [sys.executable, "recipes/run.py", "pocket", "--run_dir", str(tmp_path / "run"), *words]
+        return subprocess.run(command, cwd=RECIPES.parent, capture_output=True, text=True, check=False)
+
+    for words, expected in (
+        (["--set", "rl.nonsense=5"], "nonsense"),
+        (["--grpo_files", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--accelerate_config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--pretrain_fles", "x"], "pretrain_fles"),
+    ):
+        result = run(*words)
+        assert result.returncode == 1 and expected in result.stderr, result.stderr
+        assert result.stderr.count("\n") == 1 and "===" not in result.stdout
+
+
+def test_a_run_folder_is_held_by_one_run(tmp_path):
+    with only_run(tmp_path), pytest.raises(UserError, match="in use"), only_run(tmp_path):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="another --run_dir"), only_run(tmp_path / "file"):
+        pass
+
+
+def test_stopping_the_runner_stops_its_stage(tmp_path, config):
+    code = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    step, path = touching_step(tmp_path, config, code=code)
+    script = (
+        "import sys; from pathlib import Path; from recipes.run import Step, run_step; "
+        "from modeling_nanochat.errors import exit_on_user_error; "
+        f"exit_on_user_error(lambda: run_step(Step('tokenizer', {step.program!r}, None, []), Path({str(tmp_path)!r}), False))"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", script], cwd=RECIPES.parent, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 30
+    while not (path.exists() and path.read_text()) and time.time() < deadline:
+        time.sleep(0.1)
+    runner.send_signal(signal.SIGTERM)
+    _, errors = runner.communicate(timeout=20)
+    assert runner.returncode == 1 and "stopped; the same command goes on" in errors
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(path.read_text()), 0)
+    assert not (tmp_path / "finished").exists()
 
 
 def commands(stage, **settings):

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.folders import whole_folder
 from recipes.model_card import model_card
-from recipes.stage import OutputArguments, StageLog, check_output, finish_stage, push, whole_folder
+from recipes.stage import OutputArguments, StageLog, check_output, finish_stage, push
 
 
 @pytest.fixture
@@ -154,13 +155,21 @@ def hub(monkeypatch):
 
 def test_a_stage_pushes_its_whole_folder(finished, hub, toy_model_and_tokenizer):
     args = OutputArguments(str(finished / "sft"), push_to_hub=True, hub_model_id="me/toy", hub_private_repo=True)
-    record = {"stage": "sft", "base_model": "me/base", "settings": {"output_dir": args.output_dir}}
+    record = {"stage": "sft", "base_model": "me/base", "settings": vars(args)}
     finish_stage(*toy_model_and_tokenizer, args, StageLog(args.output_dir), record, model_card)
+    push(args)
     asked = hub.repositories[0]  # hub 1.x says `private`, 2.x `visibility`
     assert asked["name"] == "toy" and (asked.get("private") or asked.get("visibility") == "private")
     assert set(hub.files) == {path.name for path in (finished / "sft").iterdir()}
     assert hub.files["model.safetensors"] == (finished / "sft" / "model.safetensors").read_bytes()
-    assert b"base_model: me/base" in hub.files["README.md"]
+    card = hub.files["README.md"].decode()
+    assert "base_model: me/base" in card and "# me/toy" in card
+
+
+def test_a_local_predecessor_is_no_base_model_for_the_hub(finished):
+    record = json.loads((finished / "stages" / "base.json").read_text())
+    for local in (str(finished / "base"), "runs/pocket/mid", "./mid"):
+        assert "base_model" not in model_card(record | {"stage": "mid", "base_model": local}).split("---")[1]
 
 
 def test_a_refused_push_says_what_to_do_and_keeps_the_folder(finished, hub):

@@ -4,7 +4,7 @@ import pytest
 from golden import core_model, golden_json, golden_tokenizer, shared
 
 from evals.cloze import continuation_rows, mean_losses, predict_choices
-from evals.generative import has_word, predicted_answers, reference_answers, reply_text
+from evals.generative import has_word, predicted_answers, reference_answers
 from evals.gsm8k import to_messages
 from evals.tasks import Task, load_task, parse_task_argument
 from modeling_nanochat.errors import UserError
@@ -85,12 +85,13 @@ def test_a_match_needs_the_answer_and_no_rival():
     assert predictions == ["red", "", "", "", ""] and set(reference_answers(task)) == {"red"}
 
 
-def test_a_word_problem_is_graded_on_the_whole_reply_with_its_calls():
+def test_a_word_problem_is_graded_on_what_the_assistant_says_last():
     reply = to_messages("q", "1 + 1 = <<1+1=2>>2\n#### 2")[1:]
-    assert reply_text(reply) == "1 + 1 = <|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>2\n#### 2"
-    task = Task("t", "gsm8k", [GSM8K, GSM8K])
-    assert predicted_answers(task, [reply, [{"role": "assistant", "content": "2"}]]) == ["2", ""]
-    assert reference_answers(task) == ["2", "2"]
+    printed = [*to_messages("q", "<<print('#### 2')=#### 2>>")[1:3], {"role": "assistant", "content": "There."}]
+    task = Task("t", "gsm8k", [GSM8K] * 4)
+    replies = [reply, [{"role": "assistant", "content": "2"}], printed, reply[:2]]
+    assert predicted_answers(task, replies) == ["2", "", "", ""]
+    assert reference_answers(task) == ["2"] * 4
 
 
 def test_cloze_losses_and_choices_equal_the_golden_ones():

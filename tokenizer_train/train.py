@@ -6,7 +6,6 @@
 """
 
 import json
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.folders import whole_folder
 from modeling_nanochat.sources import text_dataset
 from modeling_nanochat.tokenization_nanochat import encode_documents, train_tokenizer
 
@@ -51,7 +51,8 @@ def main() -> None:
         raise UserError(
             f"the text has merges for only {len(tokenizer)} of {args.vocab_size} entries; lower --vocab_size or add text"
         )
-    save(tokenizer, target)
+    with whole_folder(target) as folder:
+        tokenizer.save_pretrained(folder)
     record = {
         "stage": "tokenizer",
         "settings": asdict(args),
@@ -83,16 +84,6 @@ def write_record(record: dict, target: Path) -> None:
     path = target.parent / "stages" / f"{target.name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def save(tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
-    """Under its final name only when whole."""
-    unfinished = target.parent / f".{target.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer.save_pretrained(unfinished)
-    if target.exists():
-        shutil.rmtree(target)
-    unfinished.rename(target)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -234,20 +235,19 @@ def files(args: RunArguments, name: str) -> list[str]:
 
 
 def check_settings(waiting: list[Step]) -> None:
-    """Read the settings of every step that is to run, as the step itself will: a misspelt key is told now, not hours later.
+    """Read the settings of the steps to come, as they will: a misspelt key is told now, not hours later.
+
+    Data and tokenizer are left out, they come first and tell it themselves.
 
     Raises:
         UserError: A key is unknown, missing, or has the wrong type.
     """
-    names = {step.name for step in waiting} - {"report"}
-    if not names:
-        return
-    argument_classes = script_arguments()
-    for step in waiting:
-        if step.name in names:
+    later = [step for step in waiting if step.name not in ("data", "tokenizer", "report")]
+    argument_classes = script_arguments() if later else {}
+    for step in later:
+        with warnings.catch_warnings(action="ignore"):  # the step itself will say it again
             kind = "eval" if step.name.endswith(".eval") else step.name
-            config = ["--config", str(step.config)] if step.config else []
-            parse(*argument_classes[kind], args=[*config, *step.arguments])
+            parse(*argument_classes[kind], args=["--config", str(step.config), *step.arguments])
 
 
 def script_arguments() -> dict[str, tuple[type, ...]]:
@@ -258,15 +258,11 @@ def script_arguments() -> dict[str, tuple[type, ...]]:
     from recipes.grpo import GRPOArguments
     from recipes.loop import LoopArguments
     from recipes.midtrain import MidtrainArguments
-    from recipes.pocket.world import WorldArguments
     from recipes.pretrain import PretrainArguments
     from recipes.sft import SFTArguments
     from recipes.stage import OutputArguments
-    from tokenizer_train.train import TokenizerArguments
 
     return {
-        "data": (WorldArguments,),
-        "tokenizer": (TokenizerArguments,),
         "base": (PretrainArguments, LoopArguments, OutputArguments),
         "mid": (MidtrainArguments, LoopArguments, OutputArguments),
         "sft": (SFTArguments, SFTConfig),

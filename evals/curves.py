@@ -71,6 +71,8 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
         for axis, panel in zip(axes[0], panels, strict=True):
             draw_panel(axis, panel)
             axis.tick_params(labelleft=True)
+        for axis, panel in zip(axes[0], panels, strict=True):  # after the last curve, or the first would set the scale
+            axis.set_ylim(0, 1.05 * max(max(p.values) for p in (panels if shared else [panel])))
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None}, facecolor="white")
 
@@ -90,7 +92,6 @@ def draw_panel(axis, panel: Panel) -> None:
     axis.set_xlabel("optimizer step")
     axis.set_ylabel(panel.label)
     axis.set_xlim(left=0)
-    axis.set_ylim(bottom=0)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

@@ -53,7 +53,8 @@ def test_pickled_weights_are_not_opened(toy_model_folder):
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "runs/pocket/sft", "plainname", "someone/somewhere"])
-def test_a_name_that_leads_nowhere_is_one_line(name):
+def test_a_name_that_leads_nowhere_is_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no run has left anything
     with pytest.raises(UserError, match="no such folder") as error:
         load_model_and_tokenizer(name)
     assert "\n" not in str(error.value)

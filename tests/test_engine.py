@@ -1,8 +1,8 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from golden import SHARED, golden_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -10,9 +10,7 @@ from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.engine import ChatCodec, Engine, Finished, Sampler, TextDelta, ToolCall, ToolResult, Turn
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.python_tool import run_python
-from modeling_nanochat.tokenization_nanochat import build_tokenizer, byte_symbols
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 QUESTION = [{"role": "user", "content": "What is 12+7?"}]
 QUESTIONS = [
     [{"role": "user", "content": text}]
@@ -277,27 +275,16 @@ def test_a_tokenizer_without_control_tokens_or_template_is_refused(toy_model_and
         Engine(model, bare)
 
 
-def golden_tokenizer():
-    """The tokenizer of the golden traces, from its bytes and merges."""
-    bpe, symbols = json.loads((GOLDEN / "bpe_vocab.json").read_text()), byte_symbols()
-    tokens = ["".join(symbols[byte] for byte in bytes.fromhex(token)) for token in bpe["tokens_hex"]]
-    merges = [
-        tuple("".join(symbols[byte] for byte in bytes.fromhex(part)) for part in pair) for pair in bpe["merges_hex"]
-    ]
-    return build_tokenizer({token: i for i, token in enumerate(tokens)}, merges)
-
-
 def golden_scenarios():
-    path = GOLDEN / "engine_tool_use.json"
-    return json.loads(path.read_text())["scenarios"] if path.exists() else []
+    """All traces but the one in which the original refuses a power, which our tool evaluates."""
+    path = SHARED / "golden" / "engine_tool_use.json"
+    scenarios = json.loads(path.read_text())["scenarios"] if path.exists() else []
+    return [scenario for scenario in scenarios if scenario["name"] != "tool_fails_nothing_forced"]
 
 
 @pytest.mark.parametrize("scenario", golden_scenarios(), ids=lambda scenario: scenario["name"])
 def test_state_machine_against_the_original(scenario):
-    """Token by token what the original's engine yields for a scripted sampler, with one deliberate difference: code that
-    it refuses (here a power) is run by ours, and gives its result."""
-    if scenario["name"] == "tool_fails_nothing_forced":
-        pytest.skip("our tool evaluates powers")
+    """Token by token what the original's engine yields for a scripted sampler."""
     codec = ChatCodec(golden_tokenizer())
     for row, samples in enumerate(scenario["sampler_tokens_per_row"]):
         turn = Turn(codec, run_python, scenario["max_tokens"])

@@ -22,9 +22,8 @@ from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.python_tool import check_sandbox, python
 from modeling_nanochat.sources import expand, read_jsonl
-from recipes.model_card import model_card
-from recipes.stage import StageLog, check_output, finish_stage, push
-from recipes.trl_stage import MuonOptimizer, RateArguments, StageLogCallback, output_arguments, record
+from recipes.stage import StageLog, check_output
+from recipes.trl_stage import MuonOptimizer, RateArguments, StageLogCallback, finish_trl_stage, output_arguments
 
 
 @dataclass
@@ -49,7 +48,6 @@ def main() -> None:
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_seed(training.seed)
     log = StageLog(output.output_dir, training.process_index == 0)
-    NanoChatGRPOTrainer.muon_rates = args.scaled()
     trainer = NanoChatGRPOTrainer(
         model=model,
         args=training,
@@ -58,14 +56,10 @@ def main() -> None:
         reward_funcs=exact_answer,
         tools=[python],
         callbacks=[StageLogCallback(log)],
+        muon_rates=args.scaled(),
     )
     trainer.train()
-    if trainer.is_world_process_zero():
-        trained = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        finish_stage(trained, tokenizer, output, log, record("rl", args, training, trainer), model_card)
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        push(output)
+    finish_trl_stage("rl", args, training, trainer, output, log)
 
 
 def read_problems(patterns: list[str]) -> Dataset:

@@ -19,10 +19,9 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.data import read_conversations, render
-from recipes.model_card import model_card
 from recipes.packing import Conversation
-from recipes.stage import StageLog, check_output, finish_stage, push
-from recipes.trl_stage import MuonOptimizer, RateArguments, StageLogCallback, output_arguments, record
+from recipes.stage import StageLog, check_output
+from recipes.trl_stage import MuonOptimizer, RateArguments, StageLogCallback, finish_trl_stage, output_arguments
 
 
 @dataclass
@@ -50,21 +49,16 @@ def main() -> None:
     main_process = training.process_index == 0
     rendered = render(conversations, tokenizer, training.max_length, show_progress=main_process)
     log = StageLog(output.output_dir, main_process)
-    NanoChatSFTTrainer.muon_rates = args.scaled()
     trainer = NanoChatSFTTrainer(
         model=model,
         args=training,
         train_dataset=token_dataset(rendered),
         processing_class=tokenizer,
         callbacks=[StageLogCallback(log)],
+        muon_rates=args.scaled(),
     )
     trainer.train()
-    if trainer.is_world_process_zero():
-        trained = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        finish_stage(trained, tokenizer, output, log, record("sft", args, training, trainer), model_card)
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        push(output)
+    finish_trl_stage("sft", args, training, trainer, output, log)
 
 
 def token_dataset(rendered: list[Conversation]) -> Dataset:

@@ -8,8 +8,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_nanochat.errors import UserError
 
+from .model_card import model_card
 from .optimizer import muon_adamw
-from .stage import OutputArguments, StageLog, settings
+from .stage import OutputArguments, StageLog, finish_stage, push, settings
 
 # What the trainers call it -> what the log calls it.
 LOGGED = {
@@ -41,7 +42,9 @@ class RateArguments:
 class MuonOptimizer:
     """Mixed into a trainer: Muon and AdamW by our groups, at the rates in `muon_rates`."""
 
-    muon_rates: dict[str, float]
+    def __init__(self, *args: Any, muon_rates: dict[str, float], **kwargs: Any):
+        self.muon_rates = muon_rates
+        super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -88,6 +91,18 @@ def output_arguments(args: Any, training: TrainingArguments) -> OutputArguments:
     training.output_dir = f"{output.output_dir}.checkpoints"
     training.push_to_hub = False
     return output
+
+
+def finish_trl_stage(
+    stage: str, args: Any, training: TrainingArguments, trainer: Trainer, output: OutputArguments, log: StageLog
+) -> None:
+    """Save, record and, if asked, upload what `trainer` has trained; called by every process."""
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        finish_stage(model, trainer.processing_class, output, log, record(stage, args, training, trainer), model_card)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        push(output)
 
 
 def record(stage: str, args: Any, training: TrainingArguments, trainer: Trainer) -> dict[str, Any]:

@@ -36,10 +36,10 @@ def test_weights_move_only_where_rewards_differ_within_a_group(toy_model_folder,
     def reward(completions, **kwargs):
         return [float(i % 2) if spread else 1.0 for i in range(len(completions))]
 
-    NanoChatGRPOTrainer.muon_rates = {"matrix_lr": 0.02, "embedding_lr": 0.0, "unembedding_lr": 0.0}
+    rates = {"matrix_lr": 0.02, "embedding_lr": 0.0, "unembedding_lr": 0.0}
     prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": "What is 12+7?"}]}] * 4)
     trainer = NanoChatGRPOTrainer(
-        model=model, args=args, train_dataset=prompts, processing_class=tokenizer, reward_funcs=reward
+        model=model, args=args, train_dataset=prompts, processing_class=tokenizer, reward_funcs=reward, muon_rates=rates
     )
     trainer.train()
     moved = any(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)

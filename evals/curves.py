@@ -72,7 +72,8 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
             draw_panel(axis, panel)
             axis.tick_params(labelleft=True)
         for axis, panel in zip(axes[0], panels, strict=True):  # after the last curve, or the first would set the scale
-            axis.set_ylim(0, 1.05 * max(max(p.values) for p in (panels if shared else [panel])))
+            highest = max(max(p.values) for p in (panels if shared else [panel]))
+            axis.set_ylim(0, 1.05 * highest or 1)  # all zero: a reward that was never earned
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None}, facecolor="white")
 

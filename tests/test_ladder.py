@@ -1,6 +1,7 @@
 """The miniature ladder: every stage for a few seconds through the same runner and scripts as a real run."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -132,6 +133,31 @@ def test_a_stage_before_its_predecessor_says_so_and_leaves_nothing(run_dir, tmp_
     assert result.returncode == 1
     assert str(tmp_path / "mid") in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_is_redone_from_where_one_asks(run_dir):
+    paths = [run_dir / stage / "model.safetensors" for stage in STAGES]
+    before = [path.stat().st_mtime_ns for path in paths]
+    result = ladder(run_dir, "--from", "rl", "--to", "rl")
+    assert result.returncode == 0, result.stderr[-2000:]
+    changed = [path.stat().st_mtime_ns != time for path, time in zip(paths, before, strict=True)]
+    assert changed == [False, False, False, True]
+    assert (run_dir / "results" / "rl.json").exists()
+
+
+def test_a_bad_line_through_accelerate_launch_is_one_line(run_dir, tmp_path):
+    bad = tmp_path / "chats.jsonl"
+    bad.write_text('{"messages": [{"role": "assistant", "content": "I begin."}]}\n')
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    command += ["--config_file", "accelerate_configs/cpu.yaml", "recipes/midtrain.py"]
+    command += ["--config", "recipes/pocket/midtrain.yaml", "--model_name_or_path", str(run_dir / "base")]
+    command += ["--train_files", str(bad), "--output_dir", str(tmp_path / "mid")]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 1
+    assert f"{bad}:1, message 1: role 'assistant' is out of order" in result.stderr
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "mid").exists()
 
 
 def write_jsonl(path, records):

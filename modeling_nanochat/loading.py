@@ -61,7 +61,7 @@ def check_exists(name: str) -> None:
         check_folder(folder)
     elif folder.exists():
         raise UserError(f"{name}: a file, expected a model folder or a Hub id")
-    elif name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    elif name.startswith(("/", ".", "~")) or name.count("/") != 1 or folder.parent.is_dir():  # `runs/mid` is no Hub id
         raise UserError(f"{name}: no such folder; give a model folder that a training stage wrote, or a Hub id")
 
 

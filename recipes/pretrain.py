@@ -14,6 +14,7 @@ Notable features:
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -83,12 +84,14 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     Raises:
         UserError: There is none, or it lacks the control tokens.
     """
+    hint = f"{name_or_path}: no tokenizer there; train one with tokenizer_train/train.py --output_dir {name_or_path}"
+    folder = Path(name_or_path)
+    if folder.parent.is_dir() and not folder.is_dir() and "/" in name_or_path:  # `runs/tokenizer` is no Hub id
+        raise UserError(hint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{name_or_path}: no tokenizer there; train one with tokenizer_train/train.py --output_dir {name_or_path}"
-        ) from error
+        raise UserError(hint) from error
     special_token_ids(tokenizer)
     return tokenizer
 

@@ -55,6 +55,7 @@ def test_pickled_weights_are_not_opened(toy_model_folder):
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "runs/pocket/sft", "plainname", "someone/somewhere"])
 def test_a_name_that_leads_nowhere_is_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no run has left anything
+    (tmp_path / "someone").mkdir()  # so that someone/somewhere is a path, and the Hub is not asked
     with pytest.raises(UserError, match="no such folder") as error:
         load_model_and_tokenizer(name)
     assert "\n" not in str(error.value)

@@ -19,7 +19,11 @@ from .engine import Engine, Finished, TextDelta, ToolCall, ToolResult
 from .errors import UserError, exit_on_user_error
 from .loading import load_model_and_tokenizer
 
-EXAMPLES = ("Who are you?", "Tell me a story.", "Spell the word lamp.")
+EXAMPLES = (
+    "Who are you?",
+    "Tell me a story about Mira and a kite.",
+    "Mira has 12 pears. Then Mira finds 7 more pears. How many pears does Mira have now?",
+)
 HELP = """/temperature X   0 is the likeliest reply each time, 1 plain sampling (now {temperature:g})
 /top_k N         sample among the N likeliest tokens, 0 among all (now {top_k})
 /clear           begin a new conversation

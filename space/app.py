@@ -27,7 +27,11 @@ from modeling_nanochat.engine import Engine, Finished, TextDelta, ToolCall, Tool
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 
-EXAMPLES = ("Who are you?", "Tell me a story.", "Spell the word lamp.")
+EXAMPLES = (
+    "Who are you?",
+    "Tell me a story about Mira and a kite.",
+    "Mira has 12 pears. Then Mira finds 7 more pears. How many pears does Mira have now?",
+)
 MAX_CHARACTERS, MAX_MESSAGES = 8_000, 500
 LIMITS = {"temperature": (0.0, 2.0), "top_k": (0, 200), "max_new_tokens": (1, 1024)}
 SECONDS_BETWEEN_UPDATES = 0.05

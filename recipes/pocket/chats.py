@@ -118,22 +118,22 @@ def ask_problem(world: World, rng: random.Random) -> Messages:
 
 # Shares of the conversations; what is left is several turns of different kinds.
 MIDTRAIN_SHARES: dict[Asker, float] = {
-    ask_fact: 0.42,
+    ask_fact: 0.36,
+    ask_problem: 0.06,
+    ask_multiple_choice: 0.10,
+    ask_spelling: 0.10,
+    ask_counting: 0.05,
+    ask_story: 0.08,
+    ask_identity: 0.05,
+}
+SFT_SHARES: dict[Asker, float] = {
+    ask_fact: 0.30,
     ask_problem: 0.07,
     ask_multiple_choice: 0.12,
     ask_spelling: 0.11,
-    ask_counting: 0.06,
+    ask_counting: 0.05,
     ask_story: 0.08,
-    ask_identity: 0.06,
-}
-SFT_SHARES: dict[Asker, float] = {
-    ask_fact: 0.36,
-    ask_problem: 0.08,
-    ask_multiple_choice: 0.14,
-    ask_spelling: 0.12,
-    ask_counting: 0.06,
-    ask_story: 0.08,
-    ask_identity: 0.06,
+    ask_identity: 0.05,
 }
 
 
@@ -142,15 +142,15 @@ def write_conversations(
 ) -> list[tuple[str, Messages]]:
     """`count` conversations in random order, each with the name of its kind.
 
-    The kinds stand in the proportion of `shares`; the rest to 1 is filled with conversations of two or three turns of
-    different kinds.
+    The kinds stand in the proportion of `shares`; the rest to 1 is filled with conversations of two to four turns, whose
+    kinds are drawn in the same proportion: people go on talking.
     """
     conversations = []
     for asker, share in shares.items():
         conversations += [(kind_name(asker), asker(world, rng)) for _ in range(round(share * count))]
     conversations = conversations[:count]
     while len(conversations) < count:
-        askers = rng.sample(list(shares), rng.randint(2, 3))
+        askers = rng.choices(list(shares), weights=list(shares.values()), k=rng.randint(2, 4))
         conversations.append(("several turns", [turn for asker in askers for turn in asker(world, rng)]))
     rng.shuffle(conversations)
     return conversations

@@ -8,7 +8,8 @@ Notable features:
 - logits squashed by a tanh softcap, in float32
 
 Weight names and numbers are those of transformers' own `NanoChatForCausalLM`: a folder saved here opens there. What
-differs is the initialisation (the original's: zero output projections and head) and the float32 softcap.
+differs is the initialisation (the original's: zero output projections and head), the float32 softcap, and a training
+loss that never holds the logits of a whole batch.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanochat import NanoChatConfig
+from .softcapped_loss import IGNORED, LanguageModelHead, softcapped_cross_entropy
+
+FLOAT16_REFUSED = (
+    "NanoChat does not run in float16: the squared ReLU leaves its range and the output becomes NaN; "
+    "load it with dtype=torch.bfloat16 or torch.float32"
+)
 
 
 class NanoChatRMSNorm(nn.Module):
@@ -128,33 +135,38 @@ class NanoChatAttention(nn.Module):
         self.o_proj.init_kind = "zeros"
         self.qk_norm = NanoChatRMSNorm(config.rms_norm_eps)
 
-    def forward(
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states` (B, T, C) -> (B, T, C) and the attention weights, where the backend has them."""
+        return self.attend(
+            self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states), **kwargs
+        )
+
+    def attend(
         self,
-        hidden_states: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states` (B, T, C) -> (B, T, C) and the attention weights, where the backend has them."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-
+        """Queries (B, T, H x head_dim), keys and values (B, T, KV x head_dim) -> (B, T, C) and the weights."""
+        shape = (*query.shape[:-1], -1, self.head_dim)
+        query, key, value = (part.view(shape).transpose(1, 2) for part in (query, key, value))
         query = self.qk_norm(apply_rotary(query, *position_embeddings))
         key = self.qk_norm(apply_rotary(key, *position_embeddings))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        backend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.config.attention_dropout if self.training else 0.0
-        output, weights = attend(
+        output, weights = backend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
 
 
 class NanoChatMLP(nn.Module):
@@ -174,9 +186,11 @@ class NanoChatMLP(nn.Module):
 class NanoChatDecoderLayer(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
+    attention_class: type[NanoChatAttention] = NanoChatAttention
+
     def __init__(self, config: NanoChatConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = NanoChatAttention(config, layer_idx)
+        self.self_attn = self.attention_class(config, layer_idx)
         self.mlp = NanoChatMLP(config)
         self.norm = NanoChatRMSNorm(config.rms_norm_eps)
 
@@ -222,14 +236,19 @@ class NanoChatPreTrainedModel(PreTrainedModel):
 class NanoChatModel(NanoChatPreTrainedModel):
     """Everything between token ids and the head."""
 
+    layer_class: type[NanoChatDecoderLayer] = NanoChatDecoderLayer
+
     def __init__(self, config: NanoChatConfig):
         super().__init__(config)
+        self.build(config)
+        self.post_init()
+
+    def build(self, config: NanoChatConfig) -> None:
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(NanoChatDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = NanoChatRMSNorm(config.rms_norm_eps)
         self.rotary_emb = NanoChatRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self.post_init()
 
     @merge_with_config_defaults
     @capture_outputs
@@ -254,7 +273,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -281,9 +300,19 @@ class NanoChatModel(NanoChatPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
+    def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """(B, T) -> (B, T, C); under autocast in its dtype, as in the original, so that the whole stream is."""
+        embedded = self.embed_tokens(input_ids)
+        if embedded.dtype == torch.float16:
+            raise ValueError(FLOAT16_REFUSED)
+        device = embedded.device.type
+        return embedded.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embedded
+
 
 class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
     """NanoChat with its language-model head."""
+
+    model_class: type[NanoChatModel] = NanoChatModel
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -291,11 +320,14 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: NanoChatConfig):
         super().__init__(config)
-        self.model = NanoChatModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head.init_kind = "zeros"
+        self.build(config)
         self.post_init()
+
+    def build(self, config: NanoChatConfig) -> None:
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head.init_kind = "zeros"
 
     @can_return_tuple
     def forward(
@@ -309,6 +341,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V) in float32, softcapped; with `labels` (B, T; -100 = ignored, shifted inside) also the loss.
@@ -316,6 +349,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         Args:
             shift_labels: (B, T) in place of `labels`: the target of each position, so that all T positions are learnt.
             logits_to_keep: Only the last n positions, or the positions in this index tensor; 0 keeps all.
+            skip_logits: Make the loss only, in chunks, and return no logits. Default: when training with labels.
             kwargs: `num_items_in_batch` divides the summed loss instead of the number of labels here.
         """
         outputs = self.model(
@@ -329,10 +363,15 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         )
         # written out because `slice_logits_to_keep` is missing in the oldest supported transformers
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.softcap(self.lm_head(outputs.last_hidden_state[:, kept, :]))
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
+        hidden_states = outputs.last_hidden_state[:, kept, :]
+        loss = logits = None
+        learning = labels is not None or shift_labels is not None
+        if learning and (self.training if skip_logits is None else skip_logits) and self.head_is_plain():
+            loss = self.chunked_loss(hidden_states, labels, shift_labels, **kwargs)
+        else:
+            logits = self.softcap(self.lm_head(hidden_states))
+            if learning:
+                loss = self.loss_function(logits, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -340,6 +379,31 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def head_is_plain(self) -> bool:
+        """Whether the head is its weight and nothing more; an adapter's or a quantizer's module is not."""
+        return type(self.lm_head) is LanguageModelHead and self.lm_head.bias is None
+
+    def chunked_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor | None,
+        shift_labels: torch.LongTensor | None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """What `loss_function` gives, without the logits."""
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        shift_labels = shift_labels.to(hidden_states.device)
+        total = softcapped_cross_entropy(
+            hidden_states, self.lm_head.weight, shift_labels, self.config.final_logit_softcapping
+        )
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != IGNORED).sum()
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
 
     def softcap(self, logits: torch.Tensor) -> torch.Tensor:
         """cap * tanh(logits / cap), after the cast to float32: tanh in bfloat16 loses digits that the loss needs."""

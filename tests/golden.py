@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
+from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
 from modeling_nanochat.tokenization_nanochat import build_tokenizer, byte_symbols
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -19,7 +20,9 @@ NAMES = {
     "attn.c_proj": "self_attn.o_proj",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
+    "attn.ve_gate": "self_attn.ve_gate",
 }
+TOP_LEVEL = ("resid_lambdas", "x0_lambdas", "smear_", "backout_lambda", "value_embeds")
 
 
 def shared(path: str) -> Path:
@@ -62,7 +65,45 @@ def core_model() -> NanoChatForCausalLM:
     return model.eval()
 
 
+def plain_model() -> NanoChatForCausalLM:
+    """The toy model of the launch architecture."""
+    config = NanoChatConfig(
+        vocab_size=500,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    model = NanoChatForCausalLM(config)
+    weights = load_file(shared("golden/classic_weights.safetensors"))
+    model.load_state_dict({renamed(name): weight.float() for name, weight in weights.items()})
+    return model.eval()
+
+
+def turbo_model() -> NanoChatTurboForCausalLM:
+    """The toy model of today's architecture; its 12 rows of vocabulary padding are cut off."""
+    config = NanoChatTurboConfig(
+        vocab_size=500,
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    model = NanoChatTurboForCausalLM(config)
+    weights = load_file(shared("golden/current_weights.safetensors"))
+    model.load_state_dict({renamed(name): cropped(weight) for name, weight in weights.items()})
+    return model.eval()
+
+
+def cropped(weight: torch.Tensor) -> torch.Tensor:
+    return weight[:500] if weight.shape[0] == 512 else weight
+
+
 def renamed(name: str) -> str:
+    if name.startswith(TOP_LEVEL):
+        return f"model.{name}"
     for original, ours in NAMES.items():
         name = name.replace(original, ours)
     return name

@@ -1,0 +1,135 @@
+"""Sizes of a configuration, without building the model: parameters, FLOPs, windows, bytes of the KV cache.
+
+Every function takes a plain or a turbo configuration and computes what the original reports for the same sizes. FLOPs
+count a multiply-add as two and matrix products only: no norms, no softmax, no lookups. A training step is three times its
+forward pass. Windows count the keys *before* the query, one less than `config.sliding_window`.
+"""
+
+from .configuration_nanochat import NanoChatConfig
+from .configuration_nanochat_turbo import NanoChatTurboConfig
+from .modeling_nanochat_turbo import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
+
+
+def parameter_counts(config: NanoChatConfig) -> dict[str, int]:
+    """Parameters by group, and their `total`; a group that the architecture lacks is 0.
+
+    `wte` is the token embedding, `transformer_matrices` every matrix in the layers (the gates of value embeddings
+    included), `scalars` what is neither table nor matrix of a layer: scales, the smear gate, biases if any.
+    """
+    head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    counts = {
+        "wte": config.vocab_size * config.hidden_size,
+        "value_embeds": len(value_embedding_layers(config)) * config.vocab_size * key_value_width(config),
+        "lm_head": head,
+        "transformer_matrices": layer_matrices(config),
+        "scalars": scales(config) + smear_gate(config) + biases(config),
+    }
+    return counts | {"total": sum(counts.values())}
+
+
+def scaling_parameters(config: NanoChatConfig) -> int:
+    """Parameters that a training horizon in tokens per parameter is counted by: layer matrices and head."""
+    return layer_matrices(config) + config.vocab_size * config.hidden_size
+
+
+def matmul_parameters(config: NanoChatConfig) -> int:
+    """Weights that every token is multiplied with: all but the tables and the scales."""
+    return scaling_parameters(config) + smear_gate(config)
+
+
+def window_sizes(config: NanoChatConfig) -> list[int]:
+    """Keys before the query that each layer sees at most; the whole context where it has no sliding window."""
+    return [config.max_position_embeddings if window is None else window for window in sliding_windows(config)]
+
+
+def training_flops_per_token(config: NanoChatConfig, sequence_length: int | None = None) -> int:
+    """FLOPs of forward and backward, per token of rows of `sequence_length` (default: the longest the model takes).
+
+    Attention is counted as if every query saw a whole window: the usual convention, about twice what a causal kernel
+    does in full layers.
+    """
+    length = config.max_position_embeddings if sequence_length is None else sequence_length
+    return 6 * matmul_parameters(config) + 12 * query_width(config) * sum(keys_seen(config, length))
+
+
+def decode_flops_per_token(config: NanoChatConfig, context: int) -> int:
+    """FLOPs of one new token that sees `context` keys, or a layer's window of them."""
+    return 2 * matmul_parameters(config) + 4 * query_width(config) * sum(keys_seen(config, context))
+
+
+def prefill_flops(config: NanoChatConfig, length: int) -> int:
+    """FLOPs of one forward pass over a prompt of `length` tokens; attention counts the keys that causality leaves."""
+    pairs = sum(seen * (seen + 1) // 2 + (length - seen) * seen for seen in keys_seen(config, length))
+    return 2 * matmul_parameters(config) * length + 4 * query_width(config) * pairs
+
+
+def kv_bytes_per_token(config: NanoChatConfig, bytes_per_number: int) -> int:
+    """Bytes of keys and values that each token leaves in the cache, over all layers.
+
+    Those of attention: what turbo's cache keeps to recall the token before, one layer more, is not counted.
+    """
+    return 2 * key_value_width(config) * bytes_per_number * config.num_hidden_layers
+
+
+def kv_bytes_read_per_step(config: NanoChatConfig, context: int, bytes_per_number: int) -> int:
+    """Bytes of keys and values that decoding one token of one row reads at `context`."""
+    return 2 * key_value_width(config) * bytes_per_number * sum(keys_seen(config, context))
+
+
+def decode_bytes_per_step(config: NanoChatConfig, context: int, batch_size: int, bytes_per_number: int) -> int:
+    """Bytes that one decoding step has to read: every weight once, each row's keys and values.
+
+    The rows of the tables are left out: a few thousand numbers per token.
+    """
+    cache = batch_size * kv_bytes_read_per_step(config, context, bytes_per_number)
+    return matmul_parameters(config) * bytes_per_number + cache
+
+
+def sliding_windows(config: NanoChatConfig) -> list[int | None]:
+    """Keys before the query in each layer, None where nothing limits them."""
+    if not isinstance(config, NanoChatTurboConfig):
+        return [None] * config.num_hidden_layers
+    return [config.sliding_window - 1 if kind == "sliding_attention" else None for kind in config.layer_types]
+
+
+def keys_seen(config: NanoChatConfig, context: int) -> list[int]:
+    """Keys that a query sees in each layer when `context` of them are there."""
+    return [context if window is None else min(window, context) for window in sliding_windows(config)]
+
+
+def head_width(config: NanoChatConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def query_width(config: NanoChatConfig) -> int:
+    return config.num_attention_heads * head_width(config)
+
+
+def key_value_width(config: NanoChatConfig) -> int:
+    return config.num_key_value_heads * head_width(config)
+
+
+def value_embedding_layers(config: NanoChatConfig) -> list[int]:
+    return config.value_embedding_layers if isinstance(config, NanoChatTurboConfig) else []
+
+
+def layer_matrices(config: NanoChatConfig) -> int:
+    attention = 2 * (query_width(config) + key_value_width(config)) * config.hidden_size
+    mlp = 2 * config.hidden_size * config.intermediate_size
+    gates = len(value_embedding_layers(config)) * config.num_key_value_heads * VALUE_GATE_CHANNELS
+    return config.num_hidden_layers * (attention + mlp) + gates
+
+
+def smear_gate(config: NanoChatConfig) -> int:
+    return SMEAR_GATE_CHANNELS if isinstance(config, NanoChatTurboConfig) else 0
+
+
+def scales(config: NanoChatConfig) -> int:
+    """Turbo's: two per layer, and those of smear and backout."""
+    return 2 * config.num_hidden_layers + 2 if isinstance(config, NanoChatTurboConfig) else 0
+
+
+def biases(config: NanoChatConfig) -> int:
+    """Of the four projections of attention, where `attention_bias` asks for them."""
+    width = query_width(config) + 2 * key_value_width(config) + config.hidden_size
+    return config.num_hidden_layers * width if config.attention_bias else 0

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .decoding import CompiledDecoder, Decoder
 from .errors import UserError
 from .python_tool import check_sandbox, run_python
 from .tokenization_nanochat import special_token_ids
@@ -201,23 +202,6 @@ class Sampler:
         return ids.gather(1, choice).squeeze(1)
 
 
-@dataclass
-class Batch:
-    """What the model has seen so far of each row: its cache, which positions are padding, and the next position."""
-
-    cache: DynamicCache
-    attention_mask: torch.Tensor | None  # (rows, length), None while no row is padded
-    position_ids: torch.Tensor  # (rows, 1)
-
-    def select(self, rows: list[int]) -> None:
-        """Keep only `rows`."""
-        indices = torch.tensor(rows, device=self.position_ids.device)
-        self.cache.batch_select_indices(indices)
-        self.position_ids = self.position_ids[indices]
-        if self.attention_mask is not None:
-            self.attention_mask = self.attention_mask[indices]
-
-
 class Engine:
     """A chat model with its python tool.
 
@@ -225,6 +209,8 @@ class Engine:
         model: A causal language model; put into evaluation mode.
         tokenizer: Its tokenizer, with nanochat's control tokens and a chat template.
         tool: Runs code and returns what it shows; None: nothing is run, and code is text like any other.
+        max_tool_calls: Calls in one turn after which it ends.
+        compile: Compile the decoding step: slower to the first token, faster ever after. One turn or batch at a time.
 
     Raises:
         UserError: The tokenizer is no chat tokenizer, or the sandbox of the python tool is missing.
@@ -236,6 +222,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         tool: Callable[[str], str] | None = run_python,
         max_tool_calls: int = MAX_TOOL_CALLS,
+        compile: bool = False,
     ):
         if tool is run_python:
             check_sandbox()
@@ -245,6 +232,8 @@ class Engine:
         self.context = model.config.max_position_embeddings
         self.tool = tool
         self.max_tool_calls = max_tool_calls
+        self.compile = compile
+        self.compiled: CompiledDecoder | None = None
 
     def stream(
         self,
@@ -333,10 +322,11 @@ class Engine:
     @torch.inference_mode()
     def decode(self, prompts: list[list[int]], turns: list[Turn], sampler: Sampler) -> Iterator[tuple[int, Event]]:
         """The core loop: feed the prompts once, then a token per row and step; yields (row, event)."""
-        batch, logits = self.prefill(prompts)
+        decoder = self.decoder()
+        logits = decoder.prefill(prompts, max(turn.max_length for turn in turns))
         rows = list(range(len(turns)))  # row of the batch -> index of its turn
         while True:
-            for row, token in enumerate(sampler(logits).tolist()):
+            for row, token in enumerate(sampler(logits[:, : self.vocabulary]).tolist()):
                 if turns[rows[row]].finish_reason is None:
                     for event in turns[rows[row]].advance(token):
                         yield rows[row], event
@@ -344,41 +334,15 @@ class Engine:
             if not alive:
                 return
             # Copying the cache costs about a step: only when it saves half of every step to come.
-            if len(alive) <= len(rows) // 2:
-                batch.select(alive)
+            if len(alive) <= len(rows) // 2 and decoder.select(alive):
                 rows = [rows[row] for row in alive]
-            logits = self.step(batch, [turns[index].ids[-1] for index in rows])
+            logits = decoder.step([turns[index].ids[-1] for index in rows])
 
-    def prefill(self, prompts: list[list[int]]) -> tuple[Batch, torch.Tensor]:
-        """Feed prompts of different lengths, padded on the left; logits (rows, vocabulary) of their last positions."""
-        device, longest = self.model.device, max(map(len, prompts))
+    def decoder(self) -> Decoder:
+        """A new one for each batch; the compiled one is kept, with what it compiled."""
         pad = next(iter(self.codec.stop))
-        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        columns = torch.arange(longest, device=device)
-        padding = (longest - lengths)[:, None]
-        mask = (columns >= padding).long() if lengths.min() < longest else None
-        batch = Batch(DynamicCache(config=self.model.config), mask, (columns - padding).clamp(min=0))
-        logits = self.forward(batch, ids)
-        batch.position_ids = lengths[:, None]
-        return batch, logits
-
-    def step(self, batch: Batch, tokens: list[int]) -> torch.Tensor:
-        """Feed one token per row; logits (rows, vocabulary)."""
-        ids = torch.tensor(tokens, device=self.model.device)[:, None]
-        if batch.attention_mask is not None:
-            batch.attention_mask = torch.cat([batch.attention_mask, torch.ones_like(ids)], dim=1)
-        logits = self.forward(batch, ids)
-        batch.position_ids = batch.position_ids + 1
-        return logits
-
-    def forward(self, batch: Batch, ids: torch.Tensor) -> torch.Tensor:
-        output = self.model(
-            input_ids=ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            past_key_values=batch.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1, : self.vocabulary]
+        if not self.compile:
+            return Decoder(self.model, pad)
+        if self.compiled is None:
+            self.compiled = CompiledDecoder(self.model, pad)
+        return self.compiled

@@ -215,6 +215,11 @@ class NanoChatPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": NanoChatDecoderLayer, "attentions": NanoChatAttention}
 
+    def __init__(self, config: NanoChatConfig, *args, **kwargs):
+        if config.dtype == torch.float16:
+            raise ValueError(FLOAT16_REFUSED)
+        super().__init__(config, *args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         """The original's scheme. Marked at the leaves: transformers skips modules that own no parameter themselves."""
         if isinstance(module, nn.Linear):

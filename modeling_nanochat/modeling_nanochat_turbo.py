@@ -158,6 +158,11 @@ class NanoChatTurboPreTrainedModel(NanoChatPreTrainedModel):
         if isinstance(module, nn.Linear) and module.bias is not None:
             init.zeros_(module.bias)
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As everywhere; `auto_map` also names the model without head, which vLLM looks for."""
+        self.config.auto_map = {"AutoModel": "modeling_nanochat_turbo.NanoChatTurboModel"}
+        super().save_pretrained(*args, **kwargs)
+
     @staticmethod
     def init_scales(model: "NanoChatTurboModel") -> None:
         layers = len(model.layers)

@@ -134,7 +134,7 @@ class LanguageModelHead(nn.Linear):
         on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
         if torch.is_grad_enabled() or not on_cpu or not 0 < rows <= self.FEW_ROWS or self.bias is not None:
             return super().forward(hidden_states)
-        columns = hidden_states.reshape(rows, -1).t()
+        flat = hidden_states.reshape(rows, -1)
         if rows == 1:
-            columns = columns.expand(-1, 2).contiguous()
-        return (self.weight @ columns)[:, :rows].t().reshape(*hidden_states.shape[:-1], -1)
+            flat = flat.expand(2, -1).contiguous()
+        return (self.weight @ flat.t())[:, :rows].t().reshape(*hidden_states.shape[:-1], -1)

@@ -7,7 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
+from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
 from modeling_nanochat.tokenization_nanochat import special_token_ids, train_tokenizer
 
 TOY_TEXTS = [
@@ -39,6 +39,31 @@ def toy_model(tokenizer, *, layers=2, width=32, context=256):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+def random_model(architecture: str):
+    """A small model of the architecture with 500 tokens of vocabulary and large random weights."""
+    sizes = {
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    torch.manual_seed(0)
+    if architecture == "plain":
+        model = NanoChatForCausalLM(NanoChatConfig(num_hidden_layers=3, **sizes))
+    else:  # window 12, so that short texts leave it
+        model = NanoChatTurboForCausalLM(NanoChatTurboConfig(num_hidden_layers=5, sliding_window=12, **sizes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.5 if parameter.dim() == 1 else 0.0, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(params=["plain", "turbo"])
+def either_model(request):
+    """A random model of each architecture, new for each test."""
+    return random_model(request.param)
 
 
 @pytest.fixture(scope="session", autouse=True)

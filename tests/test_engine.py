@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
+from modeling_nanochat.decoding import Decoder
 from modeling_nanochat.engine import ChatCodec, Engine, Finished, Sampler, TextDelta, ToolCall, ToolResult, Turn
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.python_tool import run_python
@@ -73,13 +74,13 @@ def test_a_tool_call_runs_and_its_result_is_forced(engine):
 
 def test_what_the_model_is_fed_is_what_the_template_renders(engine, monkeypatch):
     fed = []
-    forward = Engine.forward
+    feed = Decoder.feed
 
-    def record(self, batch, ids):
+    def record(self, forward, ids):
         fed.extend(ids[0].tolist())
-        return forward(self, batch, ids)
+        return feed(self, forward, ids)
 
-    monkeypatch.setattr(Engine, "forward", record)
+    monkeypatch.setattr(Decoder, "feed", record)
     tokenizer = engine.codec.tokenizer
     turn, _ = play(engine, call_text(tokenizer))
     rendered = tokenizer.apply_chat_template(QUESTION + turn.messages, return_dict=False)
@@ -111,10 +112,8 @@ def test_a_batch_equals_one_by_one(engine):
 
 def test_rows_that_finish_leave_the_batch_and_the_others_go_on(engine, monkeypatch):
     rows_fed = []
-    step = Engine.step
-    monkeypatch.setattr(
-        Engine, "step", lambda self, batch, tokens: rows_fed.append(len(tokens)) or step(self, batch, tokens)
-    )
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, tokens: rows_fed.append(len(tokens)) or step(self, tokens))
     tokenizer = engine.codec.tokenizer
     end = spelled(tokenizer, "<|assistant_end|>")
     texts = [[], [], [], spelled(tokenizer, "Once upon a time")]

@@ -1,0 +1,126 @@
+"""The chunked loss against the whole logits: same value, same gradients, little memory."""
+
+import pytest
+import torch
+from conftest import random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+from trl import SFTConfig, SFTTrainer
+
+from modeling_nanochat.softcapped_loss import LanguageModelHead, softcapped_cross_entropy
+
+
+def whole(hidden_states, weight, targets, softcap):
+    logits = (hidden_states @ weight.t()).float()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+def loss_and_gradients(function, hidden_states, weight, targets, softcap, **options):
+    hidden_states, weight = hidden_states.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = function(hidden_states, weight, targets, softcap, **options)
+    (loss / len(targets)).backward()
+    return loss.detach() / len(targets), hidden_states.grad, weight.grad
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    vocabulary=st.integers(2, 70),
+    chunk_rows=st.integers(1, 50),
+    softcap=st.sampled_from([15.0, 5.0, 30.0, None]),
+    scale=st.sampled_from([0.01, 1.0, 20.0]),
+    seed=st.integers(0, 1000),
+)
+def test_value_and_gradients_are_those_of_the_whole_logits(rows, vocabulary, chunk_rows, softcap, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden_states = scale * torch.randn(rows, 8, generator=generator)
+    weight = torch.randn(vocabulary, 8, generator=generator)
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    targets[torch.rand(rows, generator=generator) < 0.3] = -100
+    expected = loss_and_gradients(whole, hidden_states, weight, targets, softcap)
+    ours = loss_and_gradients(softcapped_cross_entropy, hidden_states, weight, targets, softcap, chunk_rows=chunk_rows)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_far_beyond_the_cap_neither_overflow_nor_vanish():
+    hidden_states, weight = torch.full((3, 4), 1e4), torch.tensor([[1.0] * 4, [-1.0] * 4, [0.0] * 4])
+    ours = loss_and_gradients(softcapped_cross_entropy, hidden_states, weight, torch.tensor([0, 1, 2]), 15.0)
+    expected = loss_and_gradients(whole, hidden_states, weight, torch.tensor([0, 1, 2]), 15.0)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert torch.isfinite(mine).all() and torch.allclose(mine, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_loss_stays_close(dtype):
+    torch.manual_seed(0)
+    hidden_states, weight = torch.randn(64, 32), 0.2 * torch.randn(300, 32)
+    targets = torch.randint(0, 300, (64,))
+    expected = loss_and_gradients(whole, hidden_states, weight, targets, 15.0)
+    with torch.autocast("cpu", dtype=dtype):
+        ours = loss_and_gradients(softcapped_cross_entropy, hidden_states, weight, targets, 15.0)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6  # float16 is not used for it: float32 is
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_without_gradients_only_the_loss_is_made():
+    weight = torch.randn(50, 8, requires_grad=True)
+    with torch.no_grad():
+        loss = softcapped_cross_entropy(torch.randn(7, 8), weight, torch.arange(7), 15.0)
+    assert not loss.requires_grad and loss > 0
+
+
+def test_no_buffer_of_the_size_of_all_logits_is_made():
+    hidden_states, weight = torch.randn(1024, 16, requires_grad=True), torch.randn(4096, 16, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        softcapped_cross_entropy(
+            hidden_states, weight, torch.randint(0, 4096, (1024,)), 15.0, chunk_rows=64
+        ).backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < 4 * 1024 * 4096 / 4  # a quarter of the logits' bytes
+
+
+def test_the_model_in_training_returns_the_same_loss_and_no_logits():
+    for architecture in ("plain", "turbo"):
+        model, ids = random_model(architecture), torch.arange(80).reshape(2, 40)
+        labels = ids.masked_fill(ids % 5 == 0, -100)
+        with torch.no_grad():
+            usual = model(ids, labels=labels, use_cache=False)
+            chunked = model.train()(ids, labels=labels, use_cache=False)
+            both = model(ids, labels=labels, use_cache=False, skip_logits=False)
+        assert chunked.logits is None and both.logits is not None
+        assert chunked.loss.item() == pytest.approx(usual.loss.item(), abs=1e-5)
+        assert both.loss.item() == usual.loss.item()
+
+
+def test_trl_computes_the_loss_of_the_models_own_logits(toy_model_and_tokenizer, tmp_path):
+    """TRL's trainers run the backbone and multiply by the head themselves."""
+    _, tokenizer = toy_model_and_tokenizer
+    for architecture in ("plain", "turbo"):
+        model = random_model(architecture)
+        ids = torch.arange(40, 140).reshape(2, 50)
+        labels = ids.masked_fill(ids % 3 == 0, -100)
+        expected = cross_entropy(model(ids, use_cache=False).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        data = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
+        from datasets import Dataset
+
+        arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=64)
+        trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+        trainer.model.eval()
+        inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        loss = trainer.compute_loss(trainer.model, inputs)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 5), (4, 7), (0, 1)])
+def test_the_head_gives_the_same_for_few_rows_and_many(shape):
+    head = LanguageModelHead(16, 30, bias=False)
+    hidden_states = torch.randn(*shape, 16)
+    expected = torch.nn.functional.linear(hidden_states, head.weight)
+    with torch.no_grad():
+        assert torch.allclose(head(hidden_states), expected, atol=1e-6)
+    assert head(hidden_states).requires_grad

@@ -18,6 +18,7 @@ from modeling_nanochat import (
     NanoChatTurboConfig,
     NanoChatTurboForCausalLM,
 )
+from modeling_nanochat.decoding import CompiledDecoder, Decoder
 
 ARCHITECTURES = ("transformers", "plain", "turbo")
 Decode = Callable[[torch.Tensor, int], list[list[int]]]
@@ -86,12 +87,25 @@ def training_steps(models: dict[str, PreTrainedModel], setting: Setting, compile
     return steps
 
 
-def decoders(models: dict[str, PreTrainedModel], setting: Setting) -> dict[str, Decode]:
-    """The contenders of greedy decoding, in the setting's dtype: prompt ids (B, P) and n -> lists of P + n ids."""
-    ready = {architecture: model.eval().to(setting.dtype) for architecture, model in models.items()}
-    return {f"{architecture} generate": partial(generate, model) for architecture, model in ready.items()}
+def decoders(models: dict[str, PreTrainedModel], setting: Setting, compiled: bool) -> dict[str, Decode]:
+    """The contenders of greedy decoding, in the setting's dtype: prompt ids (B, P) and n -> rows of P + n ids."""
+    calls = {}
+    for architecture, model in models.items():
+        model.eval().to(setting.dtype)
+        calls[f"{architecture} generate"] = partial(generate, model)
+        if compiled and architecture != "transformers":
+            calls[f"{architecture} compiled"] = partial(decode_greedily, CompiledDecoder(model))
+    return calls
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
     mask = torch.ones_like(ids)
     return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False).tolist()
+
+
+@torch.inference_mode()
+def decode_greedily(decoder: Decoder, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
+    tokens = [decoder.prefill(ids.tolist(), new_tokens).argmax(-1)]
+    while len(tokens) < new_tokens:
+        tokens.append(decoder.step(tokens[-1]).argmax(-1))
+    return torch.cat([ids, torch.stack(tokens, 1)], 1).tolist()

@@ -4,8 +4,10 @@
     python evals/throughput.py --depths 12 20 24 --train_batch_size 16 --sequence_length 2048 --architectures plain turbo
 
 Contenders take turns in one process, so that what disturbs the machine disturbs all of them; a figure is the median.
-Those with equal weights must agree, or the command fails. The last line is JSON with everything. The first command
-takes about ten minutes on two CPU cores, the second is for a GPU.
+Those with equal weights must agree, or the command fails; not in bfloat16, whose rounding decides close choices. Memory
+is that of training, each contender in a new process: the most in use, and how much that is over what was in use before
+the first step. The last line is JSON with everything. The first command takes about ten minutes on two CPU cores,
+the second is for a GPU.
 """
 
 import json
@@ -104,7 +106,6 @@ def main() -> None:
 
 def measure_depth(args: ThroughputArguments, setting: Setting, results: dict[str, Any]) -> None:
     """Measure models of one depth, print the tables, add their rows to `results`."""
-    torch.compiler.reset()  # compiled code of other depths would count against the limit of versions
     models = {name: build_model(name, setting) for name in args.architectures}
     if args.train_batch_size:
         rows = measure_training(args, setting, models)
@@ -118,6 +119,7 @@ def measure_depth(args: ThroughputArguments, setting: Setting, results: dict[str
 
 def measure_training(args: ThroughputArguments, setting: Setting, models: dict[str, PreTrainedModel]) -> list[Row]:
     """A row for each contender: tokens/s of forward and backward, MFU, loss, peak memory."""
+    torch.compiler.reset()  # code compiled for other measurements counts against the limit of versions
     ids = token_ids(args.train_batch_size, args.sequence_length, setting)
     steps = training_steps(models, setting, args.torch_compile)
     losses, seconds = take_turns({name: partial(step, ids) for name, step in steps.items()}, args.repeats)
@@ -139,8 +141,10 @@ def measure_decode(
     args: ThroughputArguments, setting: Setting, models: dict[str, PreTrainedModel], batch_size: int
 ) -> list[Row]:
     """A row for each contender: new tokens/s, the prompt's pass included; share of the memory bandwidth."""
+    torch.compiler.reset()
     ids = token_ids(batch_size, args.prompt_length, setting)
-    calls = {name: partial(decode, ids, args.new_tokens) for name, decode in decoders(models, setting).items()}
+    contenders = decoders(models, setting, args.torch_compile)
+    calls = {name: partial(decode, ids, args.new_tokens) for name, decode in contenders.items()}
     answers, seconds = take_turns(calls, args.repeats)
     bandwidth = device_peaks(device_name(setting.device))[1]
     rows = speeds(setting.depth, seconds, batch_size * args.new_tokens)
@@ -213,9 +217,8 @@ def machine(device: str) -> Row:
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
     cells = [[cell(value) for value in row.values()] for row in rows]
-    agree = "yes" if all(row["agrees"] for row in rows) else "NO"
     print(f"\n{title}\n{aligned_table([list(rows[0]), *cells])}")
-    print(f"equal weights give equal results: {agree}", flush=True)
+    print("equal weights give equal results:", cell(all(row["agrees"] for row in rows)), flush=True)
 
 
 def cell(value: Any) -> str:

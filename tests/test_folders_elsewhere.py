@@ -37,7 +37,7 @@ def stranger(tmp_path, folder, ids, trust=""):
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"]}
     command = [sys.executable, "-c", STRANGER, str(folder), str(tmp_path / "ids.safetensors"), str(result), trust]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     return done, load_file(result) if done.returncode == 0 else None
 

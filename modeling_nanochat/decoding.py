@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-SMALLEST_CACHE = 256
+SMALLEST_STEP = 64
 SHAPES = 64  # torch gives up on a function after eight compilations unless told otherwise
 
 
@@ -89,22 +89,24 @@ class Decoder:
 class CompiledDecoder(Decoder):
     """Decoding in a static cache, the step compiled as one graph: once per number of rows and length of the cache.
 
-    Lengths are rounded up to powers of two, so that a chat that grows compiles a handful of times. On CUDA the step is
-    also captured as a CUDA graph.
+    Lengths are rounded up to an eighth of a power of two, and a cache that is there is used again while it is at most
+    twice too long, so a chat that grows compiles a handful of times. On CUDA the step is also captured as a CUDA graph.
     """
 
     def __init__(self, model: PreTrainedModel, pad: int = 0):
         super().__init__(model, pad)
-        mode = "reduce-overhead" if model.device.type == "cuda" else None
-        self.compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
+        # A step takes a few milliseconds, so what Python does around its kernels counts.
+        options = {"triton.cudagraphs": True} if model.device.type == "cuda" else {"cpp_wrapper": True}
+        self.compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, options=options)
         self.one_token = self.compiled_forward
         self.shape: tuple[int, int] | None = None
 
     def new_cache(self, rows: int, length: int) -> Cache:
-        length = max(SMALLEST_CACHE, 1 << (length - 1).bit_length())
-        if self.shape == (rows, length):  # the same memory again, which captured graphs count on
-            self.cache.reset()
+        if self.shape is not None and self.shape[0] == rows and length <= self.shape[1] <= 2 * length:
+            self.cache.reset()  # the same memory again, which captured graphs count on
             return self.cache
+        step = max(SMALLEST_STEP, (1 << (length - 1).bit_length()) // 8)
+        length = -(-length // step) * step
         self.shape = (rows, length)
         # Full length in every layer: transformers' static windows count in Python integers, so each step would be
         # another graph. The masks still cut the windows out.

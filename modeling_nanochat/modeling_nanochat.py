@@ -30,7 +30,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanochat import NanoChatConfig
-from .softcapped_loss import IGNORED, LanguageModelHead, softcapped_cross_entropy
+from .linear import Linear
+from .softcapped_loss import IGNORED, softcapped_cross_entropy
 
 FLOAT16_REFUSED = (
     "NanoChat does not run in float16: the squared ReLU leaves its range and the output becomes NaN; "
@@ -128,10 +129,10 @@ class NanoChatAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+        self.q_proj = Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
         self.o_proj.init_kind = "zeros"
         self.qk_norm = NanoChatRMSNorm(config.rms_norm_eps)
 
@@ -175,8 +176,8 @@ class NanoChatMLP(nn.Module):
     def __init__(self, config: NanoChatConfig):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.fc2.init_kind = "zeros"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -331,7 +332,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
     def build(self, config: NanoChatConfig) -> None:
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.init_kind = "zeros"
 
     @can_return_tuple
@@ -387,7 +388,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
 
     def head_is_plain(self) -> bool:
         """Whether the head is its weight and nothing more; an adapter's or a quantizer's module is not."""
-        return type(self.lm_head) is LanguageModelHead and self.lm_head.bias is None
+        return type(self.lm_head) is Linear and self.lm_head.bias is None
 
     def chunked_loss(
         self,

@@ -12,7 +12,6 @@ fused head belongs to its trainers, Liger's has the cap but needs Triton and rea
 """
 
 import torch
-from torch import nn
 
 IGNORED = -100
 # Logits per chunk: on a CPU what the caches hold, on an accelerator enough rows to keep it busy.
@@ -117,24 +116,3 @@ def accumulate(total: torch.Tensor, pull: torch.Tensor, rows: torch.Tensor) -> N
         total.addmm_(pull.t(), rows)
     else:
         total += pull.t() @ rows
-
-
-class LanguageModelHead(nn.Linear):
-    """The linear layer to the vocabulary, quick also for the few rows of a decoding step on a CPU.
-
-    There the product is all memory traffic, and BLAS libraries share it out over the cores only if the vocabulary counts as
-    the rows of the result and there are two columns or more (measured: 2.8 ms -> 1.3 ms for one row, 5.3 -> 3.3 for
-    sixteen, 32,768 x 256 float32, two cores).
-    """
-
-    FEW_ROWS = 16
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        rows = hidden_states.numel() // hidden_states.shape[-1]
-        on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
-        if torch.is_grad_enabled() or not on_cpu or not 0 < rows <= self.FEW_ROWS or self.bias is not None:
-            return super().forward(hidden_states)
-        flat = hidden_states.reshape(rows, -1)
-        if rows == 1:
-            flat = flat.expand(2, -1).contiguous()
-        return (self.weight @ flat.t())[:, :rows].t().reshape(*hidden_states.shape[:-1], -1)

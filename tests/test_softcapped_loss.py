@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from trl import SFTConfig, SFTTrainer
 
-from modeling_nanochat.softcapped_loss import LanguageModelHead, softcapped_cross_entropy
+from modeling_nanochat.linear import Linear
+from modeling_nanochat.softcapped_loss import softcapped_cross_entropy
 
 
 def whole(hidden_states, weight, targets, softcap):
@@ -116,11 +117,12 @@ def test_trl_computes_the_loss_of_the_models_own_logits(toy_model_and_tokenizer,
         assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 5), (4, 7), (0, 1)])
-def test_the_head_gives_the_same_for_few_rows_and_many(shape):
-    head = LanguageModelHead(16, 30, bias=False)
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (2, 5), (4, 7), (0, 1)])
+@pytest.mark.parametrize("width", [32, 30])
+def test_linear_layers_give_the_same_for_few_rows_and_many(shape, width):
+    layer = Linear(16, width, bias=False)
     hidden_states = torch.randn(*shape, 16)
-    expected = torch.nn.functional.linear(hidden_states, head.weight)
+    expected = torch.nn.functional.linear(hidden_states, layer.weight)
     with torch.no_grad():
-        assert torch.allclose(head(hidden_states), expected, atol=1e-6)
-    assert head(hidden_states).requires_grad
+        assert torch.allclose(layer(hidden_states), expected, atol=1e-6)
+    assert layer(hidden_states).requires_grad

@@ -1,7 +1,7 @@
 """Feeding a model token by token: prompts first, then one token per row and step.
 
 [`Decoder`] has a cache that grows, and lets finished rows leave. [`CompiledDecoder`] has one of fixed size and a compiled
-step: it starts seconds to minutes later and then runs faster, so it is for long chats, many questions, measurements.
+step: it starts half a minute later and then runs faster, so it is for long chats, many questions, measurements.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,16 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 SMALLEST_STEP = 64
+# A step takes a few milliseconds, so what Python does around its kernels counts; on a CPU so do Inductor's own kernels for
+# narrow products, which it compares with the BLAS library's while it compiles.
+CUDA_OPTIONS = {"triton.cudagraphs": True}
+CPU_OPTIONS = {
+    "cpp_wrapper": True,
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "autotune_num_choices_displayed": 0,
+    "max_autotune_report_choices_stats": False,
+}
 SHAPES = 64  # torch gives up on a function after eight compilations unless told otherwise
 
 
@@ -95,8 +105,7 @@ class CompiledDecoder(Decoder):
 
     def __init__(self, model: PreTrainedModel, pad: int = 0):
         super().__init__(model, pad)
-        # A step takes a few milliseconds, so what Python does around its kernels counts.
-        options = {"triton.cudagraphs": True} if model.device.type == "cuda" else {"cpp_wrapper": True}
+        options = CUDA_OPTIONS if model.device.type == "cuda" else CPU_OPTIONS
         self.compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, options=options)
         self.one_token = self.compiled_forward
         self.shape: tuple[int, int] | None = None

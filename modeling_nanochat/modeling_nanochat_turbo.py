@@ -249,11 +249,11 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
         """Positions (B, T) counted from the first token that is no padding, which smear must know."""
-        length = inputs_embeds.shape[1]
-        if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+        columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
+        return columns.unsqueeze(0)
 
     def masks(
         self,

@@ -97,5 +97,11 @@ def test_the_engine_replies_the_same_compiled(toy_model_and_tokenizer):
         events = list(quick.stream(messages, **options))
         assert isinstance(events[-1], Finished)
         assert events == list(Engine(model, tokenizer).stream(messages, **options))
-    pair = [messages, [{"role": "user", "content": "Who are you?"}]]
-    assert quick.generate_batch(pair, **options) == Engine(model, tokenizer).generate_batch(pair, **options)
+
+
+def test_the_engine_runs_turbo(toy_model_and_tokenizer):
+    engine = Engine(random_model("turbo"), toy_model_and_tokenizer[1])
+    questions = [[{"role": "user", "content": text}] for text in ("Hi", "Who are you?", "Tell me a story.")]
+    options = {"max_new_tokens": 20, "temperature": 0}
+    together = engine.generate_batch(questions, **options)
+    assert together == [list(engine.stream(messages, **options))[-1].messages for messages in questions]

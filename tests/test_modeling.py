@@ -7,11 +7,11 @@ import torch
 from golden import golden_json, plain_model, renamed, shared, turbo_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.models.nanochat import NanoChatConfig as BuiltInConfig
 from transformers.models.nanochat import NanoChatForCausalLM as BuiltInModel
 
-from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig
+from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
 
 
 @pytest.fixture(scope="module", params=["plain", "turbo"])
@@ -179,6 +179,20 @@ def test_left_padded_batches_generate_what_each_prompt_does_alone(either_model, 
     assert generated.tolist() == [alone(either_model, prompt) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("pattern", ["L", "S"])
+def test_turbo_remembers_with_any_pattern_of_windows(pattern):
+    """The memory's own layer of the cache is of whatever kind the model has; it need not be a window."""
+    sizes = {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = NanoChatTurboForCausalLM(NanoChatTurboConfig(window_pattern=pattern, sliding_window=5, **sizes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    batch, prefix = left_padded(PROMPTS), max(map(len, PROMPTS))
+    expected = [alone(model, prompt) for prompt in PROMPTS]
+    for cache in ("dynamic", "static"):
+        assert model.generate(**batch, **OPTIONS, cache_implementation=cache)[:, prefix:].tolist() == expected
+
+
 def test_logits_of_left_padded_rows_are_those_without_padding(either_model):
     """Also when nobody says which positions the tokens have."""
     batch = left_padded(PROMPTS)
@@ -191,7 +205,10 @@ def test_logits_of_left_padded_rows_are_those_without_padding(either_model):
 
 def test_continuous_batching_generates_what_each_prompt_does_alone(either_model):
     config = GenerationConfig(**OPTIONS, eos_token_id=-1)
-    done = either_model.generate_batch(PROMPTS, generation_config=config, progress_bar=False)
+    small = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=24)  # the longest prompt comes in two pieces
+    done = either_model.generate_batch(
+        PROMPTS, generation_config=config, continuous_batching_config=small, progress_bar=False
+    )
     by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in done.values()}
     assert by_prompt == {tuple(prompt): alone(either_model, prompt) for prompt in PROMPTS}
 
@@ -201,6 +218,18 @@ def test_beam_search_is_the_same_with_and_without_a_cache(either_model):
     with_cache = either_model.generate(ids, **options)
     assert with_cache.tolist() == either_model.generate(ids, **options, use_cache=False).tolist()
     assert len(set(map(tuple, with_cache.tolist()))) == 3
+
+
+def test_a_mask_alone_tells_the_positions_also_with_a_static_cache(either_model):
+    """A static cache's mask is as long as the cache, not as what was seen."""
+    batch, length = left_padded(PROMPTS), max(map(len, PROMPTS))
+    cache = StaticCache(config=either_model.config, max_cache_len=64)
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 64 - length), value=1)
+    with torch.no_grad():
+        expected = either_model(**batch).logits[:, -1]
+        either_model(batch["input_ids"][:, :-1], attention_mask=mask, past_key_values=cache, use_cache=True)
+        logits = either_model(batch["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+    assert (logits.logits[:, -1] - expected).abs().max() < 2e-5
 
 
 def test_gradient_checkpointing_changes_no_gradient(either_model):

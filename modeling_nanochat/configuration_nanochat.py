@@ -69,8 +69,13 @@ class NanoChatConfig(PreTrainedConfig):
             raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}")
         if getattr(self, "head_dim", None) is None and width % heads:
             raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads}")
-        if (getattr(self, "head_dim", None) or width // heads) % 2:
-            raise ValueError(f"the head dimension {width // heads} must be even, for rotary position embeddings")
+        if self.dim_of_heads % 2:
+            raise ValueError(f"the head dimension {self.dim_of_heads} must be even, for rotary position embeddings")
+
+    @property
+    def dim_of_heads(self) -> int:
+        """Width of one head; `head_dim` where somebody gave it."""
+        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_depth(

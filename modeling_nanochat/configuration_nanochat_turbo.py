@@ -1,12 +1,12 @@
 """Configuration of the turbo architecture: plain's fields, and what decides windows, value embeddings and scales."""
 
-import copy
-
 from huggingface_hub.dataclasses import strict
 
 from .configuration_nanochat import NanoChatConfig
 
 WINDOW_STEP = 128
+SMALLEST_WIDTH = 24
+SMALLEST_HEAD = 8
 LAYER_TYPES = {"S": "sliding_attention", "L": "full_attention"}
 
 
@@ -40,6 +40,19 @@ class NanoChatTurboConfig(NanoChatConfig):
         if self.sliding_window is None:
             self.sliding_window = -(-self.max_position_embeddings // (4 * WINDOW_STEP)) * WINDOW_STEP + 1
         super().__post_init__(**kwargs)
+        self.check_turbo()
+
+    def check_turbo(self) -> None:
+        if self.hidden_size < SMALLEST_WIDTH:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be at least {SMALLEST_WIDTH}, which smear's gate reads"
+            )
+        if self.dim_of_heads < SMALLEST_HEAD:
+            raise ValueError(
+                f"the head dimension {self.dim_of_heads} must be at least {SMALLEST_HEAD} for smear's memory"
+            )
+        if unknown := sorted(set(self.layer_types) - set(LAYER_TYPES.values())):
+            raise ValueError(f"layer_types: {unknown[0]} is none of {', '.join(LAYER_TYPES.values())}")
 
     def layer_types_of_pattern(self) -> list[str]:
         pattern = self.window_pattern.upper()
@@ -56,20 +69,37 @@ class NanoChatTurboConfig(NanoChatConfig):
     @property
     def smear_layer_type(self) -> str:
         """Kind of cache that remembers the token before: a window suffices where the model has one."""
-        return min(self.layer_types, key=lambda kind: kind != LAYER_TYPES["S"])
+        return LAYER_TYPES["S" if LAYER_TYPES["S"] in self.__dict__["layer_types"] else "L"]
 
     def get_text_config(self, decoder=None, encoder=None) -> "NanoChatTurboConfig":
         """What transformers builds its caches from: one layer more, the smear's memory.
 
-        Dynamic, static, quantized and paged caches all ask here how many layers they need and of which kind; so each of
+        Dynamic, static and paged caches all ask here how many layers they need and of which kind; so each of
         them carries the memory, and reorders, crops and shares it like any other layer.
         """
-        if self.__dict__.get("counts_smear_memory"):
-            return self
-        view = copy.copy(self)
-        view.__dict__.update(
-            num_hidden_layers=self.num_hidden_layers + 1,
-            layer_types=[*self.layer_types, self.smear_layer_type],
-            counts_smear_memory=True,
-        )
+        view = object.__new__(NanoChatTurboCacheConfig)
+        view.__dict__ = self.__dict__  # shared: what is written to the view is written here
         return view
+
+
+class NanoChatTurboCacheConfig(NanoChatTurboConfig):
+    """The same configuration, object for object, with one layer more: see [`NanoChatTurboConfig.get_text_config`]."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.__dict__["num_hidden_layers"] + 1
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, layers: int) -> None:
+        self.__dict__["num_hidden_layers"] = layers - 1
+
+    @property
+    def layer_types(self) -> list[str]:
+        return [*self.__dict__["layer_types"], self.smear_layer_type]
+
+    @layer_types.setter
+    def layer_types(self, layer_types: list[str]) -> None:
+        self.__dict__["layer_types"] = layer_types[:-1]
+
+    def get_text_config(self, decoder=None, encoder=None) -> "NanoChatTurboCacheConfig":
+        return self

@@ -30,7 +30,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanochat import NanoChatConfig
-from .linear import Linear
+from .linear import is_only_a_weight, linear
 from .softcapped_loss import IGNORED, softcapped_cross_entropy
 
 FLOAT16_REFUSED = (
@@ -129,18 +129,20 @@ class NanoChatAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
         self.o_proj.init_kind = "zeros"
         self.qk_norm = NanoChatRMSNorm(config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` (B, T, C) -> (B, T, C) and the attention weights, where the backend has them."""
-        return self.attend(
-            self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states), **kwargs
-        )
+        return self.attend(*self.project(hidden_states), **kwargs)
+
+    def project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Queries (B, T, H x head_dim), keys and values (B, T, KV x head_dim)."""
+        return [linear(layer, hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj)]
 
     def attend(
         self,
@@ -167,7 +169,7 @@ class NanoChatAttention(nn.Module):
         output, weights = backend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
+        return linear(self.o_proj, output.reshape(*output.shape[:2], -1)), weights
 
 
 class NanoChatMLP(nn.Module):
@@ -176,12 +178,12 @@ class NanoChatMLP(nn.Module):
     def __init__(self, config: NanoChatConfig):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.fc2.init_kind = "zeros"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        return linear(self.fc2, self.activation_fn(linear(self.fc1, hidden_states)))
 
 
 class NanoChatDecoderLayer(GradientCheckpointingLayer):
@@ -295,7 +297,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = self.norm(inputs_embeds)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer when drafting by early exit
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -309,10 +311,11 @@ class NanoChatModel(NanoChatPreTrainedModel):
     def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """(B, T) -> (B, T, C); under autocast in its dtype, as in the original, so that the whole stream is."""
         embedded = self.embed_tokens(input_ids)
+        if torch.is_autocast_enabled(embedded.device.type):
+            embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))
         if embedded.dtype == torch.float16:
             raise ValueError(FLOAT16_REFUSED)
-        device = embedded.device.type
-        return embedded.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embedded
+        return embedded
 
 
 class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
@@ -332,7 +335,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
     def build(self, config: NanoChatConfig) -> None:
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.init_kind = "zeros"
 
     @can_return_tuple
@@ -344,7 +347,6 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
@@ -353,11 +355,13 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         """Logits (B, T, V) in float32, softcapped; with `labels` (B, T; -100 = ignored, shifted inside) also the loss.
 
         Args:
-            shift_labels: (B, T) in place of `labels`: the target of each position, so that all T positions are learnt.
             logits_to_keep: Only the last n positions, or the positions in this index tensor; 0 keeps all.
             skip_logits: Make the loss only, in chunks, and return no logits. Default: when training with labels.
-            kwargs: `num_items_in_batch` divides the summed loss instead of the number of labels here.
+            kwargs: `shift_labels` (B, T) in place of `labels`: the target of each position, so that all T positions are
+                learnt (no argument by name, or transformers' Trainer would look for it in every batch).
+                `num_items_in_batch` divides the summed loss instead of the number of labels here.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -372,10 +376,10 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state[:, kept, :]
         loss = logits = None
         learning = labels is not None or shift_labels is not None
-        if learning and (self.training if skip_logits is None else skip_logits) and self.head_is_plain():
+        if learning and (self.training if skip_logits is None else skip_logits) and is_only_a_weight(self.lm_head):
             loss = self.chunked_loss(hidden_states, labels, shift_labels, **kwargs)
         else:
-            logits = self.softcap(self.lm_head(hidden_states))
+            logits = self.softcap(linear(self.lm_head, hidden_states))
             if learning:
                 loss = self.loss_function(logits, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
         return CausalLMOutputWithPast(
@@ -386,27 +390,23 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def head_is_plain(self) -> bool:
-        """Whether the head is its weight and nothing more; an adapter's or a quantizer's module is not."""
-        return type(self.lm_head) is Linear and self.lm_head.bias is None
-
     def chunked_loss(
         self,
         hidden_states: torch.Tensor,
         labels: torch.LongTensor | None,
         shift_labels: torch.LongTensor | None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        ignore_index: int = IGNORED,
         **kwargs,
     ) -> torch.Tensor:
         """What `loss_function` gives, without the logits."""
         if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         shift_labels = shift_labels.to(hidden_states.device)
-        total = softcapped_cross_entropy(
-            hidden_states, self.lm_head.weight, shift_labels, self.config.final_logit_softcapping
-        )
+        softcap = self.config.final_logit_softcapping
+        total = softcapped_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, softcap, ignore_index)
         if num_items_in_batch is None:
-            num_items_in_batch = (shift_labels != IGNORED).sum()
+            num_items_in_batch = (shift_labels != ignore_index).sum()
         elif torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch

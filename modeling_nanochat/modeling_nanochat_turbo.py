@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -55,7 +55,7 @@ class NanoChatTurboAttention(NanoChatAttention):
         self, hidden_states: torch.Tensor, value_embeds: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` (B, T, C), `value_embeds` (B, T, KV x head_dim) or None -> (B, T, C), weights."""
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        query, key, value = self.project(hidden_states)
         if value_embeds is not None:
             gate = VALUE_GATE_RANGE * torch.sigmoid(self.ve_gate(hidden_states[..., :VALUE_GATE_CHANNELS]))
             value = value + (gate[..., None] * value_embeds.unflatten(-1, (-1, self.head_dim))).flatten(-2)
@@ -78,17 +78,19 @@ class NanoChatTurboMemory(nn.Module):
     def __init__(self, config: NanoChatTurboConfig):
         super().__init__()
         self.config = config
-        self.layer_idx = config.num_hidden_layers
         self.layer_type = config.smear_layer_type
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
         self.num_key_value_groups = 1
         self.is_causal = True
         self.heads = config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if self.head_dim <= DIGITS:
-            raise ValueError(f"the head dimension {self.head_dim} must be at least 4 to hold a token id")
         # The nearest other position scores 1.2 % (head_dim 8), 14 % (16), 35 % and more (from 32) below the one sought.
         self.scaling = 8192 / (self.head_dim // 2)
+
+    @property
+    def layer_idx(self) -> int:
+        """The layer of the cache after the model's last one (of those in use, when drafting by early exit)."""
+        return self.config.num_hidden_layers
 
     def points(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions (B, T) -> (B, T, head_dim), of equal length and far apart from each other."""
@@ -112,7 +114,15 @@ class NanoChatTurboMemory(nn.Module):
         past_key_values: Cache | None,
         **kwargs,
     ) -> torch.Tensor:
-        """Token ids and positions (B, T) -> the ids one position back (B, T); anything where there is none."""
+        """Token ids and positions (B, T) -> the ids one position back (B, T); anything where there is none.
+
+        Raises:
+            ValueError: A quantized cache, which would round the ids.
+        """
+        if isinstance(past_key_values, QuantizedCache):
+            raise ValueError(
+                "turbo keeps token ids in its cache, which a quantized cache would round; use another cache"
+            )
         shifts = DIGIT_BITS * torch.arange(DIGITS, device=input_ids.device)
         digits = (input_ids[..., None] >> shifts) & (2**DIGIT_BITS - 1)
         value = self.spread(F.pad(digits, (0, self.head_dim - DIGITS)), dtype)
@@ -163,6 +173,12 @@ class NanoChatTurboPreTrainedModel(NanoChatPreTrainedModel):
         self.config.auto_map = {"AutoModel": "modeling_nanochat_turbo.NanoChatTurboModel"}
         super().save_pretrained(*args, **kwargs)
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As everywhere; the value embeddings have a row for every token too."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.base_model.resize_value_embeddings(embeddings.num_embeddings)
+        return embeddings
+
     @staticmethod
     def init_scales(model: "NanoChatTurboModel") -> None:
         layers = len(model.layers)
@@ -195,6 +211,15 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         self.smear_lambda = nn.Parameter(torch.zeros(1))
         self.backout_lambda = nn.Parameter(torch.zeros(1))
         self.memory = NanoChatTurboMemory(config)
+
+    def resize_value_embeddings(self, tokens: int) -> None:
+        for name, table in list(self.value_embeds.items()):
+            resized = nn.Embedding(tokens, table.embedding_dim, device=table.weight.device, dtype=table.weight.dtype)
+            resized.init_kind = table.init_kind
+            self._init_weights(resized)
+            kept = min(tokens, table.num_embeddings)
+            resized.weight.data[:kept] = table.weight.data[:kept]
+            self.value_embeds[name] = resized
 
     @merge_with_config_defaults
     @capture_outputs
@@ -229,7 +254,8 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         hidden_states = x0 = self.smear(normed, previous, position_ids)
         rotary = self.rotary_emb(hidden_states, position_ids)
         halfway = hidden_states
-        for i, layer in enumerate(self.layers):
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer when drafting by early exit
+        for i, layer in enumerate(layers):
             hidden_states = layer(
                 self.resid_lambdas[i] * hidden_states + self.x0_lambdas[i] * x0,
                 attention_mask=masks[layer.self_attn.layer_type],
@@ -239,7 +265,7 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
                 else None,
                 **shared,
             )
-            if i == len(self.layers) // 2:
+            if i == len(layers) // 2:
                 halfway = hidden_states
         hidden_states = self.norm(hidden_states - self.backout_lambda * halfway)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)

@@ -14,6 +14,7 @@ fused head belongs to its trainers, Liger's has the cap but needs Triton and rea
 import torch
 
 IGNORED = -100
+SAFE_SOFTCAP = 60.0  # the exponentials of a vocabulary within this bound still add up in float32
 # Logits per chunk: on a CPU what the caches hold, on an accelerator enough rows to keep it busy.
 CPU_CHUNK = 2**24
 ACCELERATOR_CHUNK = 2**27
@@ -24,6 +25,7 @@ def softcapped_cross_entropy(
     head_weight: torch.Tensor,
     targets: torch.Tensor,
     softcap: float | None,
+    ignore_index: int = IGNORED,
     chunk_rows: int | None = None,
 ) -> torch.Tensor:
     """Summed cross-entropy of `softcap * tanh(hidden_states @ head_weight.T / softcap)`, as a float32 scalar.
@@ -33,16 +35,23 @@ def softcapped_cross_entropy(
     Args:
         hidden_states: (..., C).
         head_weight: (V, C).
-        targets: (...) token ids; -100 is ignored.
+        targets: (...) token ids.
         softcap: Bound of the logits, or None for none.
+        ignore_index: The target that counts for nothing.
         chunk_rows: Rows per chunk; default: by the vocabulary's size and the device.
+
+    Raises:
+        ValueError: There is not one target for each row.
+        RuntimeError: In a backward pass with `create_graph=True`.
     """
+    if hidden_states.shape[:-1] != targets.shape:
+        raise ValueError(f"{tuple(targets.shape)} targets for {tuple(hidden_states.shape[:-1])} hidden states")
     rows, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
     if chunk_rows is None:
         budget = CPU_CHUNK if rows.device.type == "cpu" else ACCELERATOR_CHUNK
         chunk_rows = max(1, budget // head_weight.shape[0])
     return SoftcappedCrossEntropy.apply(
-        rows, head_weight, targets, softcap, chunk_rows, product_dtype(rows), torch.is_grad_enabled()
+        rows, head_weight, targets, softcap, ignore_index, chunk_rows, product_dtype(rows), torch.is_grad_enabled()
     )
 
 
@@ -57,43 +66,65 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
     """Loss and unit gradients in the forward pass; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, rows, weight, targets, softcap, chunk_rows, dtype, with_gradients):
-        with torch.autocast(rows.device.type, enabled=False):  # `dtype` has its choice already
-            return SoftcappedCrossEntropy.chunks(
-                ctx, rows, weight, targets, softcap, chunk_rows, dtype, with_gradients
-            )
-
-    @staticmethod
-    def chunks(ctx, rows, weight, targets, softcap, chunk_rows, dtype, with_gradients):
-        head = weight.to(dtype)
-        loss = torch.zeros((), dtype=torch.float32, device=rows.device)
-        if with_gradients:
-            row_gradients = torch.empty_like(rows)
+    def forward(ctx, rows, weight, targets, softcap, ignore_index, chunk_rows, dtype, learning):
+        row_gradients = torch.empty_like(rows) if learning and rows.requires_grad else None
+        weight_gradient = None
+        if learning and weight.requires_grad:
             weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, rows.shape[0], chunk_rows):
-            chunk, target = rows[start : start + chunk_rows].to(dtype), targets[start : start + chunk_rows]
-            valid = (target != IGNORED).unsqueeze(1)
-            target = target.clamp(min=0).unsqueeze(1)
-            exponentials, slopes, chosen, offset = exponentiate(chunk, head, target, softcap)
-            total = exponentials.sum(-1, keepdim=True)
-            loss = loss + ((total.log() + offset - chosen) * valid).sum()
-            if with_gradients:
-                per_row = valid / total
-                slope = 1 if slopes is None else slopes.gather(1, target)
-                pull = exponentials if slopes is None else exponentials.mul_(slopes)
-                pull = pull.scatter_add_(1, target, -total * slope).to(dtype)
-                row_gradients[start : start + chunk_rows] = (pull @ head) * per_row
-                accumulate(weight_gradient, pull, (chunk * per_row).to(dtype))
-        if with_gradients:
-            ctx.save_for_backward(row_gradients, weight_gradient)
-            ctx.weight_dtype = weight.dtype
+        with torch.autocast(rows.device.type, enabled=False):  # `dtype` has its choice already
+            loss = over_chunks(
+                rows, weight.to(dtype), targets, softcap, ignore_index, chunk_rows, row_gradients, weight_gradient
+            )
+        ctx.save_for_backward(row_gradients, weight_gradient)
+        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, gradient):
+        if (
+            torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ):  # create_graph: second derivatives are wanted
+            raise RuntimeError(
+                "the chunked loss is differentiable once; pass skip_logits=False for second derivatives"
+            )
         row_gradients, weight_gradient = ctx.saved_tensors
-        weight_gradient = (weight_gradient * gradient).to(ctx.weight_dtype)
-        return row_gradients * gradient.to(row_gradients.dtype), weight_gradient, None, None, None, None, None
+        if row_gradients is not None:
+            row_gradients = row_gradients * gradient.to(row_gradients.dtype)
+        if weight_gradient is not None:
+            weight_gradient = (weight_gradient * gradient).to(ctx.weight_dtype)
+        return row_gradients, weight_gradient, *[None] * 6
+
+
+def over_chunks(
+    rows: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    chunk_rows: int,
+    row_gradients: torch.Tensor | None,
+    weight_gradient: torch.Tensor | None,
+) -> torch.Tensor:
+    """The summed loss of rows (N, C); fills in the gradients of rows (N, C) and head (V, C) that are not None."""
+    loss = torch.zeros((), dtype=torch.float32, device=rows.device)
+    for start in range(0, rows.shape[0], chunk_rows):
+        chunk, target = rows[start : start + chunk_rows].to(head.dtype), targets[start : start + chunk_rows]
+        valid = (target != ignore_index).unsqueeze(1)
+        target = torch.where(valid, target.unsqueeze(1), 0)
+        exponentials, slopes, chosen, offset = exponentiate(chunk, head, target, softcap)
+        total = exponentials.sum(-1, keepdim=True)
+        loss = loss + ((total.log() + offset - chosen) * valid).sum()
+        if row_gradients is None and weight_gradient is None:
+            continue
+        per_row = valid / total
+        slope = 1 if slopes is None else slopes.gather(1, target)
+        pull = exponentials if slopes is None else exponentials.mul_(slopes)
+        pull = pull.scatter_add_(1, target, -total * slope).to(head.dtype)
+        if row_gradients is not None:
+            row_gradients[start : start + chunk_rows] = (pull @ head) * per_row
+        if weight_gradient is not None:
+            accumulate(weight_gradient, pull, (chunk * per_row).to(head.dtype))
+    return loss
 
 
 def exponentiate(
@@ -105,9 +136,13 @@ def exponentiate(
         peak = logits.amax(-1, keepdim=True)
         return (logits - peak).exp_(), None, logits.gather(1, target), peak
     squashed = ((chunk / softcap) @ head.t()).float().tanh_()
-    chosen = softcap * squashed.gather(1, target)
-    exponentials = (softcap * squashed).exp_()
-    return exponentials, squashed.square_().neg_().add_(1), chosen, 0.0
+    logits = softcap * squashed
+    chosen = logits.gather(1, target)
+    peak = 0.0
+    if softcap > SAFE_SOFTCAP:
+        peak = logits.amax(-1, keepdim=True)
+        logits -= peak
+    return logits.exp_(), squashed.square_().neg_().add_(1), chosen, peak
 
 
 def accumulate(total: torch.Tensor, pull: torch.Tensor, rows: torch.Tensor) -> None:

@@ -1,17 +1,23 @@
 """The model against the original's numbers, and as the library's tools use it."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
+from conftest import random_model
 from golden import golden_json, plain_model, renamed, shared, turbo_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers.cache_utils import QuantizedCache
 from transformers.models.nanochat import NanoChatConfig as BuiltInConfig
 from transformers.models.nanochat import NanoChatForCausalLM as BuiltInModel
+from transformers.utils.generic import find_labels
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
+from modeling_nanochat.modeling_nanochat_turbo import NanoChatTurboMemory
 
 
 @pytest.fixture(scope="module", params=["plain", "turbo"])
@@ -312,6 +318,83 @@ def test_bfloat16_runs_and_its_cache_loses_nothing(either_model, tmp_path):
     assert torch.equal(logits, cached)  # the token before, recalled from a bfloat16 cache, is exactly that token
 
 
+def test_float16_autocast_is_refused_too(either_model):
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="float16"):
+        either_model(torch.arange(6).unsqueeze(0))
+
+
+def test_bfloat16_autocast_gives_about_the_float32_gradients(either_model):
+    """Close as bfloat16 goes; the residual stream is in bfloat16, as in the original."""
+    ids = torch.arange(200).reshape(4, 50)
+    for parameter in either_model.parameters():  # smaller weights: a network this wild magnifies any rounding
+        parameter.data.mul_(0.3)
+    seen, gradients = [], []
+    either_model.train().model.layers[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    for enabled in (False, True):
+        either_model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            either_model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in either_model.parameters()]))
+    assert seen == [torch.float32, torch.bfloat16]
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_the_trainer_sees_labels_and_nothing_else(either_model):
+    assert find_labels(type(either_model)) == ["labels"]
+
+
+def test_drafting_by_early_exit_changes_no_token(either_model):
+    ids = torch.tensor([PROMPTS[1]])
+    drafted = either_model.generate(ids, **OPTIONS, assistant_early_exit=2)
+    assert drafted.tolist() == either_model.generate(ids, **OPTIONS).tolist()
+    looked_up = either_model.generate(ids, **OPTIONS, prompt_lookup_num_tokens=3)
+    assert looked_up.tolist() == either_model.generate(ids, **OPTIONS).tolist()
+
+
+def test_a_vocabulary_can_be_resized(either_model, tmp_path):
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        before = either_model(ids).logits
+        either_model.resize_token_embeddings(512, mean_resizing=False)
+        either_model.save_pretrained(tmp_path / "larger")
+        larger = AutoModelForCausalLM.from_pretrained(tmp_path / "larger")
+        assert torch.allclose(larger(ids).logits[..., :500], before, atol=1e-5)
+        assert torch.isfinite(larger(torch.full((1, 5), 511)).logits).all()
+    assert larger.config.vocab_size == 512
+    assert {p.shape[0] for name, p in larger.named_parameters() if "embed" in name or "head" in name} == {512}
+
+
+def test_what_is_written_to_the_configuration_of_the_caches_is_not_lost():
+    config = NanoChatTurboConfig(num_hidden_layers=3)
+    view = config.get_text_config()
+    view.eos_token_id, view.vocab_size = 7, 100
+    assert (config.eos_token_id, config.vocab_size, config.num_hidden_layers) == (7, 100, 3)
+    assert (view.num_hidden_layers, len(view.layer_types)) == (4, 4) and view.get_text_config(decoder=True) is view
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), NanoChatTurboConfig(**view.to_dict())):
+        assert copied.to_dict() == config.to_dict() and copied.num_hidden_layers == 3
+
+
+def test_turbo_refuses_a_cache_that_would_round_its_token_ids():
+    memory, ids = random_model("turbo").model.memory, torch.arange(5).unsqueeze(0)
+    with pytest.raises(ValueError, match="quantized cache"):
+        memory(ids, ids, torch.float32, None, QuantizedCache.__new__(QuantizedCache))
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turbos_memory_is_exact_far_out_and_for_large_ids(head_dim, dtype):
+    sizes = {"hidden_size": 2 * head_dim if head_dim > 8 else 32, "num_attention_heads": 2 if head_dim > 8 else 4}
+    config = NanoChatTurboConfig(vocab_size=200_000, num_hidden_layers=1, **sizes)
+    memory, ids = NanoChatTurboMemory(config), torch.randint(0, 200_000, (1, 300))
+    for attention in ("sdpa", "eager"):
+        config._attn_implementation = attention
+        for start in (0, 1000, 65_000):
+            positions, cache = torch.arange(start, start + 300).unsqueeze(0), DynamicCache(config=config)
+            mask = None if attention == "sdpa" else torch.full((300, 300), -1e9, dtype=dtype).triu(1)[None, None]
+            recalled = memory(ids, positions, dtype, mask, cache)
+            assert torch.equal(recalled[:, 1:], ids[:, :-1])
+
+
 def test_every_field_of_the_built_in_configuration_is_accepted():
     built_in = BuiltInConfig(vocab_size=320, hidden_size=64, num_attention_heads=4, intermediate_size=100)
     ours = NanoChatConfig(**built_in.to_dict())
@@ -351,6 +434,14 @@ def test_depth_is_the_dial():
         (NanoChatConfig, {"hidden_size": 6, "num_attention_heads": 2}, "even"),
         (NanoChatTurboConfig, {"num_attention_heads": 5}, "multiple of num_attention_heads"),
         (NanoChatTurboConfig, {"hidden_size": 6, "num_attention_heads": 2}, "even"),
+        (NanoChatConfig, {"head_dim": 7}, "head dimension 7 must be even"),
+        (NanoChatTurboConfig, {"hidden_size": 24, "num_attention_heads": 4}, "head dimension 6 must be at least 8"),
+        (NanoChatTurboConfig, {"hidden_size": 16, "num_attention_heads": 2}, "hidden_size=16 must be at least 24"),
+        (
+            NanoChatTurboConfig,
+            {"num_hidden_layers": 1, "layer_types": ["chunked_attention"]},
+            "chunked_attention is none",
+        ),
         (NanoChatTurboConfig, {"window_pattern": "SXL"}, "window_pattern='SXL' must be made of S .* and L"),
         (NanoChatTurboConfig, {"window_pattern": ""}, "window_pattern"),
     ],

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import random_model
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from trl import SFTConfig, SFTTrainer
 
-from modeling_nanochat.linear import Linear
 from modeling_nanochat.softcapped_loss import softcapped_cross_entropy
 
 
@@ -30,7 +30,7 @@ def loss_and_gradients(function, hidden_states, weight, targets, softcap, **opti
     rows=st.integers(1, 40),
     vocabulary=st.integers(2, 70),
     chunk_rows=st.integers(1, 50),
-    softcap=st.sampled_from([15.0, 5.0, 30.0, None]),
+    softcap=st.sampled_from([15.0, 5.0, 30.0, 100.0, None]),
     scale=st.sampled_from([0.01, 1.0, 20.0]),
     seed=st.integers(0, 1000),
 )
@@ -66,6 +66,39 @@ def test_under_autocast_the_loss_stays_close(dtype):
     for mine, theirs in zip(ours, expected, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_what_does_not_fit_is_refused():
+    hidden_states, weight = torch.randn(4, 8), torch.randn(10, 8)
+    with pytest.raises(ValueError, match="3.* targets for .*4"):
+        softcapped_cross_entropy(hidden_states, weight, torch.zeros(3, dtype=torch.long), 15.0)
+    for wrong in (-1, 10):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            softcapped_cross_entropy(hidden_states, weight, torch.tensor([1, wrong, 2, 3]), 15.0)
+    model, ids = random_model("plain").train(), torch.arange(60).reshape(2, 30)
+    with pytest.raises(ValueError, match="targets"):
+        model(ids, labels=ids, logits_to_keep=8)
+
+
+def test_another_ignored_target_can_be_named():
+    hidden_states, weight = torch.randn(4, 8), torch.randn(10, 8)
+    with_own = softcapped_cross_entropy(hidden_states, weight, torch.tensor([1, -1, 2, -1]), 15.0, ignore_index=-1)
+    usual = softcapped_cross_entropy(hidden_states, weight, torch.tensor([1, -100, 2, -100]), 15.0)
+    assert with_own == usual
+
+
+def test_only_the_gradients_asked_for_are_made_and_only_once():
+    hidden_states, weight, targets = torch.randn(4, 8), torch.randn(10, 8), torch.arange(4)
+    for moving, frozen in ((hidden_states, weight), (weight, hidden_states)):
+        moving.requires_grad_()
+        softcapped_cross_entropy(hidden_states, weight, targets, 15.0).backward()
+        expected = torch.autograd.grad(whole(hidden_states, weight, targets, 15.0), moving)[0]
+        assert torch.allclose(moving.grad, expected, atol=1e-5) and frozen.grad is None
+        loss = softcapped_cross_entropy(hidden_states, weight, targets, 15.0)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(loss, moving, create_graph=True)
+        moving.grad = None
+        moving.requires_grad_(False)
 
 
 def test_without_gradients_only_the_loss_is_made():
@@ -107,22 +140,9 @@ def test_trl_computes_the_loss_of_the_models_own_logits(toy_model_and_tokenizer,
         labels = ids.masked_fill(ids % 3 == 0, -100)
         expected = cross_entropy(model(ids, use_cache=False).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         data = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
-        from datasets import Dataset
-
         arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=64)
         trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
         trainer.model.eval()
         inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
         loss = trainer.compute_loss(trainer.model, inputs)
         assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (2, 5), (4, 7), (0, 1)])
-@pytest.mark.parametrize("width", [32, 30])
-def test_linear_layers_give_the_same_for_few_rows_and_many(shape, width):
-    layer = Linear(16, width, bias=False)
-    hidden_states = torch.randn(*shape, 16)
-    expected = torch.nn.functional.linear(hidden_states, layer.weight)
-    with torch.no_grad():
-        assert torch.allclose(layer(hidden_states), expected, atol=1e-6)
-    assert layer(hidden_states).requires_grad

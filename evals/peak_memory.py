@@ -17,8 +17,7 @@ STATUS = Path("/proc/self/status")
 def peak_memory(name: str, setting: Setting, ids: torch.Tensor) -> tuple[int, int]:
     """Bytes in use before the first training step of contender `name` on ids (B, T), and the most during two steps.
 
-    On a CPU resident memory, on CUDA what torch allocated. A
-    compiled contender's compiler is loaded before.
+    On a CPU resident memory, on CUDA what torch allocated. A compiled contender's compiler is loaded before.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(measure, name, setting, ids.cpu()).result()

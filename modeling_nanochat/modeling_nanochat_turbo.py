@@ -78,6 +78,7 @@ class NanoChatTurboMemory(nn.Module):
     def __init__(self, config: NanoChatTurboConfig):
         super().__init__()
         self.config = config
+        self.layer_idx = config.num_hidden_layers
         self.layer_type = config.smear_layer_type
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
         self.num_key_value_groups = 1
@@ -86,11 +87,6 @@ class NanoChatTurboMemory(nn.Module):
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # The nearest other position scores 1.2 % (head_dim 8), 14 % (16), 35 % and more (from 32) below the one sought.
         self.scaling = 8192 / (self.head_dim // 2)
-
-    @property
-    def layer_idx(self) -> int:
-        """The layer of the cache after the model's last one (of those in use, when drafting by early exit)."""
-        return self.config.num_hidden_layers
 
     def points(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions (B, T) -> (B, T, head_dim), of equal length and far apart from each other."""
@@ -236,8 +232,10 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         """Hidden states (B, T, C) after the last norm; arguments as in [`NanoChatModel.forward`].
 
         Raises:
-            ValueError: `inputs_embeds` alone: value embeddings and smear read token ids.
+            ValueError: `inputs_embeds` alone: value embeddings and smear read token ids; or drafting by early exit.
         """
+        if self.config.num_hidden_layers != len(self.layers):
+            raise ValueError("turbo cannot draft by early exit: its last layers take out what the middle ones put in")
         if input_ids is None:
             raise ValueError("give input_ids: value embeddings and smear read token ids, not inputs_embeds")
         if inputs_embeds is None:
@@ -254,8 +252,7 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         hidden_states = x0 = self.smear(normed, previous, position_ids)
         rotary = self.rotary_emb(hidden_states, position_ids)
         halfway = hidden_states
-        layers = self.layers[: self.config.num_hidden_layers]  # fewer when drafting by early exit
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(self.layers):
             hidden_states = layer(
                 self.resid_lambdas[i] * hidden_states + self.x0_lambdas[i] * x0,
                 attention_mask=masks[layer.self_attn.layer_type],
@@ -265,7 +262,7 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
                 else None,
                 **shared,
             )
-            if i == len(layers) // 2:
+            if i == len(self.layers) // 2:
                 halfway = hidden_states
         hidden_states = self.norm(hidden_states - self.backout_lambda * halfway)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)

@@ -12,8 +12,13 @@ STAGES = {
 }
 
 INTRODUCTION = """A small language model with {parameters:,} parameters, after {stage}. Trained from nothing with
-nanochat on the Hugging Face stack. The architecture is the `nanochat` of transformers: no code from this folder is run
-when it is loaded."""
+nanochat on the Hugging Face stack. {architecture}"""
+
+ARCHITECTURES = {
+    "nanochat": "The architecture is the `nanochat` of transformers: no code from this folder is run when it is loaded.",
+    "nanochat_turbo": "The architecture is not part of transformers: install `modeling-nanochat`, or load it with "
+    "`trust_remote_code=True`, which runs the code in this folder.",
+}
 
 LIMITS = """It is small, makes things up, and knows nothing but its training text. Do not rely on it, and run what it writes
 only in isolation."""
@@ -45,7 +50,11 @@ def model_card(record: dict) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        INTRODUCTION.format(parameters=record["parameters"], stage=STAGES[record["stage"]]),
+        INTRODUCTION.format(
+            parameters=record["parameters"],
+            stage=STAGES[record["stage"]],
+            architecture=ARCHITECTURES[record["model_type"]],
+        ),
         (TEXT if record["stage"] == "base" else CHAT).format(model=name),
         "## Training",
         facts(record),

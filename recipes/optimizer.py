@@ -150,30 +150,45 @@ def parameter_groups(
     matrix_lr: float,
     embedding_lr: float,
     unembedding_lr: float,
+    scalar_lr: float = 0.5,
     weight_decay: float = 0.0,
 ) -> list[dict]:
-    """Groups for [`MuonAdamW`]: head, embedding and vectors to AdamW, every matrix inside the layers to Muon.
+    """Groups for [`MuonAdamW`]: every matrix inside the layers to Muon, all else to AdamW.
 
-    AdamW's rates are given for a width of 768 and scale with 1/sqrt(width); Muon's needs no scaling. `weight_decay` is
-    Muon's. Frozen parameters are left out.
+    AdamW's rates of tables and head are given for a width of 768 and scale with 1/sqrt(width); Muon's needs no scaling.
+    `scalar_lr` is for turbo's scales on embedding and residual stream. `weight_decay` is Muon's. Frozen parameters are
+    left out.
     """
-    width_scale = (model.config.hidden_size / 768) ** -0.5
-    heads, embeddings, matrices, vectors = [], [], [], []
+    scale = (model.config.hidden_size / 768) ** -0.5
+    rules = {
+        "head": {"lr": unembedding_lr * scale, "betas": (0.8, 0.96), "weight_decay": 0.01},
+        "embedding": {"lr": embedding_lr * scale, "betas": (0.8, 0.995), "weight_decay": 0.001},
+        "value_embeddings": {"lr": 0.5 * embedding_lr * scale, "betas": (0.8, 0.995), "weight_decay": 0.01},
+        "residual_scales": {"lr": 0.01 * scalar_lr, "weight_decay": 0.05},
+        "embedding_scales": {"lr": scalar_lr, "betas": (0.96, 0.95)},
+        "smear_and_backout": {"lr": 0.2},
+        "vectors": {"lr": embedding_lr * scale},
+        "matrices": {"kind": "muon", "lr": matrix_lr, "weight_decay": weight_decay},
+    }
+    members = defaultdict(list)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            if "lm_head" in name:
-                heads.append(p)
-            elif "embed_tokens" in name:
-                embeddings.append(p)
-            else:
-                (matrices if p.ndim == 2 else vectors).append(p)
-    groups = [
-        {"kind": "adamw", "params": heads, "lr": unembedding_lr * width_scale, "betas": (0.8, 0.96), "weight_decay": 0.01},
-        {"kind": "adamw", "params": embeddings, "lr": embedding_lr * width_scale, "betas": (0.8, 0.995), "weight_decay": 0.001},
-        {"kind": "adamw", "params": vectors, "lr": embedding_lr * width_scale},
-        {"kind": "muon", "params": matrices, "lr": matrix_lr, "weight_decay": weight_decay},
-    ]
-    return [group for group in groups if group["params"]]
+            members[role_of(name, p)].append(p)
+    return [{"kind": "adamw", "params": members[role]} | rule for role, rule in rules.items() if members[role]]
+
+
+def role_of(name: str, parameter: torch.Tensor) -> str:
+    """Which rule of [`parameter_groups`] a parameter of the models follows."""
+    parts = {
+        "lm_head": "head",
+        "embed_tokens": "embedding",
+        "value_embeds": "value_embeddings",
+        "resid_lambdas": "residual_scales",
+        "x0_lambdas": "embedding_scales",
+        "smear_": "smear_and_backout",
+        "backout_lambda": "smear_and_backout",
+    }
+    return next((role for part, role in parts.items() if part in name), "matrices" if parameter.ndim == 2 else "vectors")
 
 
 def muon_adamw(model: nn.Module, **rates: float) -> MuonAdamW:

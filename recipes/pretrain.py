@@ -19,16 +19,22 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
+from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
 from modeling_nanochat.cli import parse
 from modeling_nanochat.configuration_nanochat import ASPECT_RATIO, HEAD_DIM
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.sizes import scaling_parameters
 from modeling_nanochat.tokenization_nanochat import special_token_ids
 from recipes.data import load_text_rows, row_loader
 from recipes.loop import LoopArguments, make_accelerator, train
 from recipes.model_card import model_card
 from recipes.stage import OutputArguments, StageLog, check_output, finish_stage, push, settings
 from recipes.validation import validation
+
+ARCHITECTURES = {
+    "plain": (NanoChatConfig, NanoChatForCausalLM),
+    "turbo": (NanoChatTurboConfig, NanoChatTurboForCausalLM),
+}
 
 
 @dataclass
@@ -38,6 +44,9 @@ class PretrainArguments:
     tokenizer: str = field(metadata={"help": "Tokenizer folder or Hub id."})
     train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or patterns, or one Hub dataset."})
     val_files: list[str] = field(metadata={"help": "The same, for validation."})
+    architecture: str = field(
+        default="plain", metadata={"help": "plain opens everywhere; turbo learns faster and carries its code."}
+    )
     depth: int = field(default=20, metadata={"help": "Number of layers; sets the width."})
     aspect_ratio: int = field(default=ASPECT_RATIO, metadata={"help": "Width per layer, before rounding up to heads."})
     head_dim: int = field(default=HEAD_DIM, metadata={"help": "Width of an attention head."})
@@ -98,8 +107,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
 def build_model(args: PretrainArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerFast) -> NanoChatForCausalLM:
     """Random weights, sizes from the dial; the vocabulary is the tokenizer's."""
+    if args.architecture not in ARCHITECTURES:
+        raise UserError(f"architecture {args.architecture} is unknown; take {' or '.join(ARCHITECTURES)}")
+    config_class, model_class = ARCHITECTURES[args.architecture]
     try:
-        config = NanoChatConfig.from_depth(
+        config = config_class.from_depth(
             args.depth,
             aspect_ratio=args.aspect_ratio,
             head_dim=args.head_dim,
@@ -109,7 +121,7 @@ def build_model(args: PretrainArguments, loop: LoopArguments, tokenizer: PreTrai
         )
     except ValueError as error:
         raise UserError(f"{error}; change depth, aspect_ratio, head_dim or num_key_value_heads") from error
-    return NanoChatForCausalLM(config)
+    return model_class(config)
 
 
 def derive_steps(model: NanoChatForCausalLM, args: PretrainArguments, loop: LoopArguments) -> None:
@@ -118,14 +130,9 @@ def derive_steps(model: NanoChatForCausalLM, args: PretrainArguments, loop: Loop
     Counted are the parameters inside linear layers: they alone do arithmetic, and so set the useful number of tokens.
     """
     if loop.max_steps < 0:
-        loop.max_steps = int(args.target_param_data_ratio * scaling_parameters(model) // loop.total_batch_size)
+        loop.max_steps = int(args.target_param_data_ratio * scaling_parameters(model.config) // loop.total_batch_size)
     if loop.max_steps < 1:
         raise UserError(f"max_steps is {loop.max_steps}; raise target_param_data_ratio or lower total_batch_size")
-
-
-def scaling_parameters(model: NanoChatForCausalLM) -> int:
-    embedding = model.get_input_embeddings().weight.numel()
-    return sum(p.numel() for p in model.parameters()) - embedding
 
 
 def print_derived(model: NanoChatForCausalLM, loop: LoopArguments) -> None:
@@ -134,7 +141,7 @@ def print_derived(model: NanoChatForCausalLM, loop: LoopArguments) -> None:
         f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads, "
         f"vocabulary {config.vocab_size}: {model.num_parameters():,} parameters\n"
         f"{loop.max_steps:,} steps of {loop.total_batch_size:,} tokens = {tokens:,} tokens, "
-        f"{tokens / scaling_parameters(model):.1f} per parameter in matrices and head"
+        f"{tokens / scaling_parameters(model.config):.1f} per parameter in matrices and head"
     )
 
 

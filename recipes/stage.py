@@ -102,6 +102,7 @@ def finish_stage(
     model.config.use_cache = True
     record = record | {
         "seconds": round(log.seconds, 1),
+        "model_type": model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),

@@ -2,7 +2,8 @@ import copy
 
 import pytest
 import torch
-from golden import golden_json, shared
+from conftest import random_model
+from golden import golden_json, renamed, shared, turbo_model
 from safetensors.torch import load_file
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
@@ -87,6 +88,60 @@ def test_every_parameter_is_in_one_group_and_matrices_go_to_muon():
     assert len(muon["params"]) == 2 * 6 and muon["lr"] == 0.02
     head = optimizer.param_groups[0]
     assert head["lr"] == pytest.approx(0.008 * (32 / 768) ** -0.5)
+
+
+def golden_optimizer(model, golden):
+    hyper = golden["hyper"]
+    rates = {name: hyper[name] for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay")}
+    return muon_adamw(model, **rates)
+
+
+def test_the_groups_of_turbo_are_the_originals():
+    golden, model = golden_json("current_optim.json"), turbo_model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    ours = {names[id(p)]: group for group in golden_optimizer(model, golden).param_groups for p in group["params"]}
+    theirs = {renamed(name): group for group in golden["param_groups"] for name in group["params"]}
+    assert ours.keys() == theirs.keys()
+    for name, group in theirs.items():
+        assert ours[name]["kind"] == group["kind"], name
+        assert ours[name]["lr"] == pytest.approx(group["initial_lr"]), name
+        for key in ("betas", "eps", "weight_decay", "beta2"):
+            if key in group and (key != "weight_decay" or group["kind"] == "adamw"):
+                assert ours[name][key] == pytest.approx(group[key]), (name, key)
+
+
+def test_ten_steps_of_turbo_are_the_originals():
+    """Losses of every step, and every weight at the end."""
+    golden, tensors = golden_json("current_optim.json"), load_file(shared("golden/current_optim.safetensors"))
+    model, hyper = turbo_model(), golden["hyper"]
+    optimizer = golden_optimizer(model, golden)
+    schedule = Schedule(
+        golden["num_iterations"], hyper["warmup_steps"], hyper["warmdown_ratio"], hyper["final_lr_frac"]
+    )
+    for step, expected in enumerate(golden["fp32_ns"]["steps"]):
+        schedule.apply(optimizer, step)
+        for micro, loss_expected in enumerate(expected["micro_losses"]):
+            row = tensors["tokens"][step, micro].long()
+            loss = model(row[:, :-1], shift_labels=row[:, 1:], use_cache=False).loss
+            (loss / golden["grad_accum"]).backward()
+            assert abs(loss.item() - loss_expected) < 1e-4, (step, micro)
+        optimizer.step()
+        optimizer.zero_grad()
+    differences = {
+        name: (p - tensors[f"fp32_ns.{original}"][: p.shape[0]]).abs()
+        for original in golden["fp32_ns"]["steps"][0]["param_l2_after"]
+        for name, p in model.named_parameters()
+        if renamed(original) == name
+    }
+    assert len(differences) == len(list(model.parameters()))
+    for name, difference in differences.items():
+        assert difference.max() < 1e-3 and difference.mean() < 1e-5, name
+    assert torch.cat([difference.flatten() for difference in differences.values()]).mean() < 1e-6
+
+
+def test_turbo_learns_with_its_own_groups():
+    model = random_model("turbo").train()
+    assert len(muon_adamw(model, **RATES).param_groups) == 7
 
 
 def test_a_vector_cannot_be_given_to_muon():

@@ -362,6 +362,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
                 `num_items_in_batch` divides the summed loss instead of the number of labels here.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels = None if shift_labels is None else shift_labels.contiguous()  # a slice may come; the loss views it
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

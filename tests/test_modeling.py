@@ -280,7 +280,7 @@ def test_num_items_in_batch_divides_the_sum(either_model):
 
 
 def test_shift_labels_learn_every_position(either_model):
-    row = torch.arange(21).unsqueeze(0)
+    row = torch.arange(42).reshape(2, 21)
     with torch.no_grad():
         shifted = either_model(row[:, :-1], shift_labels=row[:, 1:]).loss
         standard = either_model(row, labels=row).loss

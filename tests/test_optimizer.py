@@ -92,7 +92,9 @@ def test_every_parameter_is_in_one_group_and_matrices_go_to_muon():
 
 def golden_optimizer(model, golden):
     hyper = golden["hyper"]
-    rates = {name: hyper[name] for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay")}
+    rates = {
+        name: hyper[name] for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay")
+    }
     return muon_adamw(model, **rates)
 
 
@@ -114,6 +116,9 @@ def test_ten_steps_of_turbo_are_the_originals():
     """Losses of every step, and every weight at the end."""
     golden, tensors = golden_json("current_optim.json"), load_file(shared("golden/current_optim.safetensors"))
     model, hyper = turbo_model(), golden["hyper"]
+    # Written-out attention rounds most like the original: with SDPA one embedding value of 32,000, whose gradient nearly
+    # cancels, ends 1.1e-3 off, for AdamW divides by that gradient's size.
+    model.set_attn_implementation("eager")
     optimizer = golden_optimizer(model, golden)
     schedule = Schedule(
         golden["num_iterations"], hyper["warmup_steps"], hyper["warmdown_ratio"], hyper["final_lr_frac"]

@@ -39,7 +39,7 @@ from .original_checkpoint import (
 from .original_config import Architecture, OriginalConfig, config_from_original, config_to_original
 from .original_files import locate, pick_step, read_config, read_meta, read_safetensors, read_tensors, steps
 from .pickled_tokenizer import load_pickled_tokenizer
-from .tokenization_nanochat import ASSISTANT_END, BOS, PYTHON_END, special_token_ids
+from .tokenization_nanochat import set_special_tokens, special_token_ids
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
@@ -225,14 +225,6 @@ def build_model(
     model.load_state_dict(state_dict, assign=True)
     set_special_tokens(model, tokenizer)
     return model
-
-
-def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The ids that the training stages set: generation stops at a turn's end, and at a call's end, where the tool runs."""
-    ids = special_token_ids(tokenizer)
-    for config in (model.config, model.generation_config):
-        config.bos_token_id, config.eos_token_id = ids[BOS], [ids[ASSISTANT_END], ids[PYTHON_END]]
-    model.generation_config.pad_token_id = ids[BOS]
 
 
 def model_card(args: ConvertArguments, model: PreTrainedModel, architecture: Architecture, step: int) -> str:

@@ -84,7 +84,7 @@ class NanoChatTurboMemory(nn.Module):
         self.num_key_value_groups = 1
         self.is_causal = True
         self.heads = config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim = config.dim_of_heads
         # The nearest other position scores 1.2 % (head_dim 8), 14 % (16), 35 % and more (from 32) below the one sought.
         self.scaling = 8192 / (self.head_dim // 2)
 

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from .errors import UserError
+from .modeling_nanochat_turbo import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
 from .original_config import Architecture, OriginalConfig, listed
 
 VOCABULARY_MULTIPLE = 64
-SMEAR_GATE_CHANNELS = 24
-VALUE_GATE_CHANNELS = 12
 COMPILED_PREFIX = "_orig_mod."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

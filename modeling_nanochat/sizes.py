@@ -97,16 +97,12 @@ def keys_seen(config: NanoChatConfig, context: int) -> list[int]:
     return [context if window is None else min(window, context) for window in sliding_windows(config)]
 
 
-def head_width(config: NanoChatConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def query_width(config: NanoChatConfig) -> int:
-    return config.num_attention_heads * head_width(config)
+    return config.num_attention_heads * config.dim_of_heads
 
 
 def key_value_width(config: NanoChatConfig) -> int:
-    return config.num_key_value_heads * head_width(config)
+    return config.num_key_value_heads * config.dim_of_heads
 
 
 def value_embedding_layers(config: NanoChatConfig) -> list[int]:

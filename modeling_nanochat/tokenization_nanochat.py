@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .errors import UserError
 
@@ -133,6 +133,18 @@ def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     if missing:
         raise UserError(f"the tokenizer has no {missing[0]} token; use one trained by tokenizer_train/train.py")
     return {token: vocab[token] for token in SPECIAL_TOKENS}
+
+
+def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The tokenizer's ids, in model and generation configuration.
+
+    Generation stops at a turn's end and at a call's end, where whoever generates runs the tool.
+    """
+    ids = special_token_ids(tokenizer)
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id = ids[BOS], [ids[ASSISTANT_END], ids[PYTHON_END]]
+    padding = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = ids[BOS] if padding is None else padding
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from evals.records import write_json
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import whole_folder
-from modeling_nanochat.tokenization_nanochat import ASSISTANT_END, BOS, PYTHON_END
+from modeling_nanochat.tokenization_nanochat import set_special_tokens
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "trl", "huggingface_hub")
 
@@ -73,17 +73,6 @@ def beside(output_dir: str | Path, kind: str, suffix: str) -> Path:
     """`runs/pocket/base`, "logs", ".jsonl" -> `runs/pocket/logs/base.jsonl`."""
     output_dir = Path(output_dir)
     return output_dir.parent / kind / (output_dir.name + suffix)
-
-
-def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The tokenizer's ids, in model and generation configuration.
-
-    Generation stops at a turn's end and at a call's end, where whoever generates runs the tool.
-    """
-    ids = tokenizer.convert_tokens_to_ids([ASSISTANT_END, PYTHON_END])
-    for config in (model.config, model.generation_config):
-        config.bos_token_id, config.eos_token_id = tokenizer.convert_tokens_to_ids(BOS), list(ids)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def finish_stage(

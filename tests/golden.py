@@ -67,33 +67,26 @@ def core_model() -> NanoChatForCausalLM:
 
 def plain_model() -> NanoChatForCausalLM:
     """The toy model of the launch architecture."""
-    config = NanoChatConfig(
-        vocab_size=500,
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    model = NanoChatForCausalLM(config)
-    weights = load_file(shared("golden/classic_weights.safetensors"))
-    model.load_state_dict({renamed(name): weight.float() for name, weight in weights.items()})
-    return model.eval()
+    return toy_model(NanoChatForCausalLM, NanoChatConfig, "classic", layers=4, context=128)
 
 
 def turbo_model() -> NanoChatTurboForCausalLM:
     """The toy model of today's architecture; its 12 rows of vocabulary padding are cut off."""
-    config = NanoChatTurboConfig(
+    return toy_model(NanoChatTurboForCausalLM, NanoChatTurboConfig, "current", layers=6, context=256)
+
+
+def toy_model(model_class, config_class, name: str, layers: int, context: int):
+    config = config_class(
         vocab_size=500,
         hidden_size=64,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=context,
     )
-    model = NanoChatTurboForCausalLM(config)
-    weights = load_file(shared("golden/current_weights.safetensors"))
-    model.load_state_dict({renamed(name): cropped(weight) for name, weight in weights.items()})
+    model = model_class(config)
+    weights = load_file(shared(f"golden/{name}_weights.safetensors"))
+    model.load_state_dict({renamed(key): cropped(weight).float() for key, weight in weights.items()})
     return model.eval()
 
 

@@ -4,10 +4,13 @@
         --eval_files facts=runs/pocket/data/eval/facts.jsonl problems=runs/pocket/data/eval/problems.jsonl \
         --text_files runs/pocket/data/pretrain/val.parquet
     python evals/evaluate_model.py --config recipes/pocket/eval.yaml --max_examples 50
+    python evals/evaluate_model.py --model_name_or_path me/my-base --base_model true --core_dir data/core \
+        --output_file core.json
 
 A task file is JSONL with GSM8K, match, ARC, MMLU or cloze records; its kind is recognised (see `evals/formats.py`).
-`--base_model true` is for a model that never saw chat tokens: only bits per byte and cloze tasks are run, the others
-are left out of its records, and the report shows "-" for them.
+`--core_dir` adds the CORE metric: one record for it, and one for each of its tasks.
+`--base_model true` is for a model that never saw chat tokens: only bits per byte, CORE and cloze tasks are run, the
+others are left out of its records, and the report shows "-" for them.
 """
 
 import statistics
@@ -21,6 +24,7 @@ import evaluate
 
 from evals.bits_per_byte import text_bits_per_byte
 from evals.cloze import predict_choices
+from evals.core import CoreTask, core, load_core
 from evals.generative import generate_replies, predicted_answers, reference_answers
 from evals.multiple_choice import predict_letters
 from evals.records import aligned_table, format_count, format_value, make_record, write_json
@@ -45,8 +49,12 @@ class EvaluateArguments:
     text_files: list[str] = field(
         default_factory=list, metadata={"help": "Parquet, JSONL or text files; bits per byte of them all together."}
     )
+    core_dir: str | None = field(
+        default=None, metadata={"help": "Folder with the CORE tasks, core.json or core.yaml in it; no CORE if unset."}
+    )
+    core_max_per_task: int | None = field(default=None, metadata={"help": "Examples per CORE task; all if unset."})
     base_model: bool = field(
-        default=False, metadata={"help": "The model never saw chat tokens: only bits per byte and cloze tasks."}
+        default=False, metadata={"help": "The model never saw chat tokens: only bits per byte, CORE and cloze tasks."}
     )
     max_examples: int | None = field(
         default=None, metadata={"help": "Examples per task, drawn by seed; all if unset."}
@@ -62,9 +70,10 @@ class EvaluateArguments:
 
     def check(self) -> None:
         """Raise `UserError` on a setting that cannot be."""
-        if not self.eval_files and not self.text_files:
-            raise UserError("nothing to evaluate; give eval_files, text_files or both")
-        for name in ("max_examples", "max_text_tokens", "max_length", "batch_size", "max_new_tokens"):
+        if not self.eval_files and not self.text_files and not self.core_dir:
+            raise UserError("nothing to evaluate; give eval_files, text_files or core_dir, or several of them")
+        counts = ("max_examples", "core_max_per_task", "max_text_tokens", "max_length", "batch_size", "max_new_tokens")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
@@ -87,6 +96,7 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
     args.check()
     started = time.perf_counter()
     tasks = load_tasks(args)
+    core_tasks = load_core(args.core_dir) if args.core_dir else []
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path)
     records, samples = [], []
     if args.text_files:
@@ -99,6 +109,8 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
             samples.append(task_samples)
         samples = spread(samples, args.num_samples) + greeting(engine, args)
     records += [evaluate_choices(model, tokenizer, task, args) for task in tasks if task.kind not in GENERATIVE]
+    if core_tasks:
+        records += core_records(model, tokenizer, core_tasks, args)
     seconds = round(time.perf_counter() - started, 1)
     results = {"model": args.model_name_or_path, "seconds": seconds, "records": records, "samples": samples}
     write_json(args.output_file, results)
@@ -166,6 +178,20 @@ def evaluate_choices(model, tokenizer, task: Task, args: EvaluateArguments) -> d
         counts = [len(question.choices) for question in task.examples]
     baseline = statistics.fmean(1 / count for count in counts)
     return accuracy_record(task, predictions, references, baseline, {"shots": 0}, args)
+
+
+def core_records(model, tokenizer, tasks: Sequence[CoreTask], args: EvaluateArguments) -> list[dict[str, Any]]:
+    """CORE, and the accuracy on each of its tasks under the name `core_<label>`."""
+    result = core(model, tokenizer, tasks, max_per_task=args.core_max_per_task or -1, batch_size=args.batch_size)
+    shared = {"max_per_task": args.core_max_per_task, "max_length": model.config.max_position_embeddings}
+    asked, model_name = sum(figures["n"] for figures in result.tasks.values()), args.model_name_or_path
+    settings, value, error = {"tasks": len(tasks)} | shared, result.core, result.standard_error
+    records = [make_record("core", "centered_accuracy", value, error, asked, settings, model_name)]
+    for task in tasks:
+        settings = {"shots": task.num_fewshot, "baseline": round(task.baseline, 4)} | shared
+        value, error, n = (result.tasks[task.label][key] for key in ("accuracy", "standard_error", "n"))
+        records.append(make_record(f"core_{task.label}", "accuracy", value, error, n, settings, model_name))
+    return records
 
 
 def accuracy_record(

@@ -9,6 +9,8 @@ import pytest
 
 from evals.evaluate_model import METRIC, EvaluateArguments, main, run_evaluation, spread
 from evals.records import aligned_table, format_count, format_value, make_record, write_json
+from evals.run_folder import read_run
+from evals.summary import summary_rows
 from modeling_nanochat.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "evals" / "evaluate_model.py"
@@ -68,6 +70,39 @@ def test_a_base_model_is_asked_nothing_that_needs_chat_tokens(toy_model_folder, 
     assert results["samples"] == []
 
 
+@pytest.fixture
+def core_dir(tmp_path):
+    """Two CORE tasks, made of the cloze questions."""
+    folder = tmp_path / "core"
+    folder.mkdir()
+    (folder / "cloze.jsonl").write_text("".join(json.dumps(r) + "\n" for r in TASKS["cloze"]), encoding="utf-8")
+    common = {"dataset": "cloze.jsonl", "icl_task_type": "multiple_choice", "random_baseline_percent": 50}
+    tasks = [common | {"label": f"mats_{shots}", "num_fewshot": shots} for shots in (0, 2)]
+    (folder / "core.json").write_text(json.dumps({"tasks": tasks}), encoding="utf-8")
+    return folder
+
+
+def test_core_has_a_record_and_so_has_each_of_its_tasks(toy_model_folder, files, core_dir):
+    only_core = {"eval_files": [], "text_files": [], "base_model": True, "core_dir": str(core_dir)}
+    args = arguments(toy_model_folder, files, core_max_per_task=3, **only_core)
+    core, zero, two = run_evaluation(args)["records"]
+    assert (core["task"], core["metric"], core["n"]) == ("core", "centered_accuracy", 6)
+    assert core["settings"] == {"tasks": 2, "max_per_task": 3, "max_length": 256}
+    assert (zero["task"], two["task"]) == ("core_mats_0", "core_mats_2")
+    assert two["settings"] == {"shots": 2, "baseline": 0.5, "max_per_task": 3, "max_length": 256} and two["n"] == 3
+    assert core["value"] == pytest.approx(sum((record["value"] - 0.5) / 0.5 for record in (zero, two)) / 2)
+
+
+def test_the_report_shows_core(toy_model_folder, files, core_dir):
+    output_file = str(files / "results" / "base.json")
+    args = arguments(toy_model_folder, files, output_file=output_file, base_model=True, core_dir=str(core_dir))
+    value = next(r["value"] for r in run_evaluation(args)["records"] if r["task"] == "core")
+    rows = {row[0]: row for row in summary_rows(read_run(files))}
+    assert rows["core, centered accuracy"][1] == "8"
+    assert rows["core, centered accuracy"][2].startswith(f"{100 * value:.1f} %")
+    assert "core mats 2, accuracy (guessing 50 %)" in rows
+
+
 def test_the_same_evaluation_twice_gives_the_same_figures(toy_model_folder, files):
     args = arguments(toy_model_folder, files, max_examples=4, seed=3)
     first, second = run_evaluation(args), run_evaluation(args)
@@ -89,6 +124,8 @@ def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, fi
         ({"eval_files": [], "text_files": []}, "nothing to evaluate"),
         ({"eval_files": ["facts=absent.jsonl"]}, "absent.jsonl: no such file"),
         ({"text_files": ["absent.parquet"]}, "no file matches 'absent.parquet'"),
+        ({"core_dir": "absent"}, "absent: no such folder"),
+        ({"core_max_per_task": 0}, "core_max_per_task is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"model_name_or_path": "./absent"}, "no such folder"),
     ],

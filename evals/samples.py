@@ -1,0 +1,60 @@
+"""How a base model continues a few fixed beginnings, greedily: the quickest look at what it has learnt so far."""
+
+from collections.abc import Sequence
+
+import torch
+
+from modeling_nanochat.decoding import Decoder
+from modeling_nanochat.tokenization_nanochat import encode_documents
+
+# The original's, so that logs of runs read side by side.
+PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+
+
+def samples(model, tokenizer, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = 16) -> list[str]:
+    """Each prompt with the likeliest continuation behind it, up to bos or the end of a turn.
+
+    Needs no chat template, unlike the engine, and calls no tool.
+
+    Args:
+        model: A causal language model, not compiled. Is left in the mode it was in.
+        tokenizer: Its tokenizer, with a bos token.
+        max_new_tokens: Tokens of a continuation.
+    """
+    encoded = encode_documents(tokenizer, prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        continuations = continue_greedily(model, tokenizer, encoded, max_new_tokens)
+    finally:
+        model.train(was_training)
+    return [tokenizer.decode(ids[1:] + more) for ids, more in zip(encoded, continuations, strict=True)]
+
+
+@torch.no_grad()
+def continue_greedily(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The new ids of each row, a stop token and what follows it left out."""
+    stop = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    vocabulary = min(len(tokenizer), model.config.vocab_size)
+    decoder = Decoder(model, tokenizer.bos_token_id)
+    logits = decoder.prefill(prompts, max_new_tokens)
+    rows: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(rows)
+    for step in range(max_new_tokens):
+        tokens = logits[:, :vocabulary].argmax(-1).tolist()
+        finished = [done or token in stop for done, token in zip(finished, tokens, strict=True)]
+        for row, token, done in zip(rows, tokens, finished, strict=True):
+            if not done:
+                row.append(token)
+        if all(finished) or step == max_new_tokens - 1:
+            break
+        logits = decoder.step(tokens)
+    return rows

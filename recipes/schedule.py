@@ -1,4 +1,4 @@
-"""Learning rate, momentum and weight decay as functions of the step: nanochat's trapezoid."""
+"""Learning rate, momentum and weight decay as functions of the step: nanochat's trapezoid, of both recipes."""
 
 import math
 from dataclasses import dataclass
@@ -8,11 +8,12 @@ import torch
 
 @dataclass(frozen=True)
 class Schedule:
-    """Multipliers and values at step `it` of `max_steps` (from 0).
+    """Multipliers and values at step `it` of `max_steps` (from 0). The defaults are the current recipe's.
 
     The learning rate rises over `warmup_steps`, stays, and falls linearly over the last `warmdown_ratio` of the run to
-    `final_lr_fraction`. Muon's momentum rises from 0.85 to 0.97 over `momentum_steps` and falls to 0.90 with the
-    warm-down; its weight decay falls to zero with a half cosine.
+    `final_lr_fraction`. Muon's momentum rises from 0.85 to `peak_momentum` over `momentum_steps` and falls to
+    `final_momentum` with the warm-down; where they overlap, the rise has priority. Muon's weight decay falls with a half
+    cosine to `final_weight_decay_fraction`: 0 in the current recipe, 1 (no fall) in the classic one.
     """
 
     max_steps: int
@@ -20,6 +21,9 @@ class Schedule:
     warmdown_ratio: float = 0.65
     final_lr_fraction: float = 0.05
     momentum_steps: int = 400
+    peak_momentum: float = 0.97
+    final_momentum: float = 0.90
+    final_weight_decay_fraction: float = 0.0
 
     @property
     def warmdown_steps(self) -> int:
@@ -35,14 +39,15 @@ class Schedule:
 
     def momentum(self, it: int) -> float:
         if it < self.momentum_steps:
-            return 0.85 + (0.97 - 0.85) * it / self.momentum_steps
+            return 0.85 + (self.peak_momentum - 0.85) * it / self.momentum_steps
         start = self.max_steps - self.warmdown_steps
         if it < start or not self.warmdown_steps:
-            return 0.97
-        return 0.97 + (0.90 - 0.97) * (it - start) / self.warmdown_steps
+            return self.peak_momentum
+        return self.peak_momentum + (self.final_momentum - self.peak_momentum) * (it - start) / self.warmdown_steps
 
     def weight_decay_multiplier(self, it: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * it / self.max_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * it / self.max_steps))
+        return cosine + (1 - cosine) * self.final_weight_decay_fraction
 
     def apply(self, optimizer: torch.optim.Optimizer, it: int) -> None:
         """Set the rates of every parameter group for step `it`, from the values the group was made with."""

@@ -1,0 +1,342 @@
+"""The dial: batch size, number of steps, learning rates and weight decay of pretraining, all from a configuration's sizes.
+
+Two recipes. *classic* is the launch's: 20 tokens per parameter, 524,288 tokens per step, constants for the rest. *current*
+is today's: 12 tokens per parameter in matrices and head, and constants tuned at depth 12 that are carried over to other
+sizes by the number of training tokens D:
+- batch size ∝ D^0.383, rounded to a power of two (arXiv 2505.13738)
+- learning rates ∝ sqrt(batch size), as for Adam
+- weight decay such that learning rate x weight decay x D / batch size, how often the run forgets its weights, stays the
+  same (arXiv 2405.13698)
+
+What is given by name is taken as it is. AdamW's rates are meant for a width of 768; the optimizer's groups scale them.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from modeling_nanochat import NanoChatConfig
+from modeling_nanochat.configuration_nanochat import ASPECT_RATIO
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.sizes import parameter_counts, scaling_parameters, training_flops_per_token
+
+from .schedule import Schedule
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH_SIZE = 2**19
+BATCH_SIZE_EXPONENT = 0.383
+FEWEST_STEPS = 100  # the original's smallest model trains 528
+STEPS_PER_WARMUP_STEP = 10
+# Origins of a value that was not derived.
+GIVEN, RECIPES_OWN = TAKEN = ("given", "the recipe's")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Constants of a recipe; the defaults are the current one's. With `scales`, they hold for depth 12."""
+
+    scales: bool = True
+    counted: str = "matrices and head"
+    target_param_data_ratio: float = 12.0
+    matrix_lr: float = 0.02
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    scalar_lr: float = 0.5
+    weight_decay: float = 0.28
+    max_grad_norm: float | None = None
+    warmup_steps: int = 40
+    warmdown_ratio: float = 0.65
+    final_lr_fraction: float = 0.05
+    momentum_steps: int = 400
+    peak_momentum: float = 0.97
+    final_momentum: float = 0.90
+    final_weight_decay_fraction: float = 0.0
+
+    def parameters(self, config: NanoChatConfig) -> int:
+        """Parameters that the horizon is counted by."""
+        return scaling_parameters(config) if self.scales else parameter_counts(config)["total"]
+
+
+RECIPES = {
+    "classic": Recipe(
+        scales=False,
+        counted="the whole model",
+        target_param_data_ratio=20.0,
+        embedding_lr=0.2,
+        unembedding_lr=0.004,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        warmup_steps=0,
+        warmdown_ratio=0.2,
+        final_lr_fraction=0.0,
+        momentum_steps=300,
+        peak_momentum=0.95,
+        final_momentum=0.95,
+        final_weight_decay_fraction=1.0,
+    ),
+    "current": Recipe(),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run of pretraining is made with.
+
+    `origins` says of each value where it comes from: "given", "the recipe's", or how it was derived. `flops` are those of the
+    model over the whole run, forward and backward. `learning_rate_factor` is already in the derived rates.
+    """
+
+    recipe: str
+    max_steps: int
+    total_batch_size: int  # tokens
+    matrix_lr: float
+    embedding_lr: float
+    unembedding_lr: float
+    scalar_lr: float
+    weight_decay: float
+    warmup_steps: int
+    warmdown_ratio: float
+    final_lr_fraction: float
+    momentum_steps: int
+    max_grad_norm: float | None
+    learning_rate_factor: float
+    tokens: int
+    tokens_per_parameter: float
+    flops: int
+    origins: Mapping[str, str] = field(repr=False)
+
+    def schedule(self) -> Schedule:
+        recipe = RECIPES[self.recipe]
+        return Schedule(
+            self.max_steps,
+            self.warmup_steps,
+            self.warmdown_ratio,
+            self.final_lr_fraction,
+            self.momentum_steps,
+            recipe.peak_momentum,
+            recipe.final_momentum,
+            recipe.final_weight_decay_fraction,
+        )
+
+    def lines(self) -> list[str]:
+        """The plan, to be printed: what it amounts to, each derived value with its origin, then the others."""
+        counted = RECIPES[self.recipe].counted
+        amount = (
+            f"recipe {self.recipe}: {self.max_steps:,} steps of {self.total_batch_size:,} tokens = {self.tokens:,} "
+            f"tokens, {self.tokens_per_parameter:.3g} per parameter of {counted}; {self.flops:.3g} FLOPs"
+        )
+        named = {name: f"{name} {plain(getattr(self, name))}" for name in self.origins}
+        derived = [f"  derived: {named[name]} = {why}" for name, why in self.origins.items() if why not in TAKEN]
+        taken = [(kind, [named[name] for name, why in self.origins.items() if why == kind]) for kind in TAKEN]
+        return [amount] + derived + [f"  {kind}: {', '.join(names)}" for kind, names in taken if names]
+
+
+def plain(value: float | None) -> str:
+    """A number as people write it: 524,288 or 0.0283; `none` for None."""
+    if value is None:
+        return "none"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def derive(
+    config: NanoChatConfig,
+    recipe: str,
+    *,
+    max_length: int,
+    max_steps: int | None = None,
+    target_flops: float | None = None,
+    target_param_data_ratio: float | None = None,
+    total_batch_size: int | None = None,
+    matrix_lr: float | None = None,
+    embedding_lr: float | None = None,
+    unembedding_lr: float | None = None,
+    scalar_lr: float | None = None,
+    weight_decay: float | None = None,
+    warmup_steps: int | None = None,
+    warmdown_ratio: float | None = None,
+    final_lr_fraction: float | None = None,
+    momentum_steps: int | None = None,
+    aspect_ratio: int | None = None,
+) -> Plan:
+    """The plan of a run, from a plain or turbo configuration, in the dial's sizes or any others.
+
+    The number of steps comes from `max_steps`, else from `target_flops`, else from `target_param_data_ratio`. Batch size
+    and weight decay follow from the ratio's number of tokens in any case, as in the original.
+
+    Args:
+        config: Sizes of the model; its vocabulary counts.
+        recipe: "classic" or "current".
+        max_length: Tokens of a row; a step is a whole number of them.
+        max_steps: Optimizer steps; here and in the next three, -1 means None: derive it.
+        target_flops: Training FLOPs of the whole run.
+        target_param_data_ratio: Training tokens per parameter that the recipe counts.
+        total_batch_size: Tokens per optimizer step.
+        matrix_lr: This rate and the others are taken as they are; a derived one has `learning_rate_factor` in it.
+        aspect_ratio: What `config.from_depth` was called with, for the reference of depth 12; otherwise the usual one
+            if it gives this width, else the width per layer.
+
+    Raises:
+        UserError: An unknown recipe, a value out of its range, or a run of less than one step.
+    """
+    constants = recipe_named(recipe)
+    sizes = {"max_steps": max_steps, "target_flops": target_flops, "total_batch_size": total_batch_size}
+    sizes["target_param_data_ratio"] = target_param_data_ratio
+    sizes = {name: None if value == -1 else value for name, value in sizes.items()}
+    rates = {"matrix_lr": matrix_lr, "embedding_lr": embedding_lr, "unembedding_lr": unembedding_lr}
+    rates |= {"scalar_lr": scalar_lr, "weight_decay": weight_decay}
+    shape = {"warmup_steps": warmup_steps, "momentum_steps": momentum_steps}
+    shape |= {"warmdown_ratio": warmdown_ratio, "final_lr_fraction": final_lr_fraction}
+    check_ranges(sizes, rates | shape, max_length)
+
+    counted = constants.parameters(config)
+    growth = counted / constants.parameters(reference(config, aspect_ratio)) if constants.scales else 1.0
+    ratio = constants.target_param_data_ratio if sizes["target_param_data_ratio"] is None else target_param_data_ratio
+    origins, tokens = {}, int(ratio * counted)
+    batch, origins["total_batch_size"] = batch_size(constants, sizes["total_batch_size"], tokens, growth, max_length)
+    flops_per_step = training_flops_per_token(config, max_length) * batch
+    why_tokens = f"target_param_data_ratio {ratio:g} x {counted:,} parameters of {constants.counted}"
+    steps, origins["max_steps"] = horizon(sizes, tokens, why_tokens, batch, flops_per_step)
+    rates, why_rates = resolve_rates(constants, rates, batch, growth)
+    shape, why_shape = resolve_shape(constants, shape, steps)
+    return Plan(
+        recipe=recipe,
+        max_steps=steps,
+        total_batch_size=batch,
+        max_grad_norm=constants.max_grad_norm,
+        learning_rate_factor=learning_rate_factor(constants, batch),
+        tokens=steps * batch,
+        tokens_per_parameter=steps * batch / counted,
+        flops=steps * flops_per_step,
+        origins=origins | why_rates | why_shape | {"max_grad_norm": RECIPES_OWN},
+        **rates,
+        **shape,
+    )
+
+
+def recipe_named(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise UserError(f"recipe {name} is unknown; take {' or '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def check_ranges(sizes: Mapping[str, float | None], others: Mapping[str, float | None], max_length: int) -> None:
+    """
+    Raises:
+        UserError: A value that no run can have.
+    """
+    for name, value in (sizes | {"max_length": max_length}).items():
+        if value is not None and not value > 0:
+            raise UserError(f"{name} is {value}; give a positive number, or leave it out")
+    for name, value in others.items():
+        if value is not None and not value >= 0:
+            raise UserError(f"{name} is {value}; it must not be negative")
+    for name in ("warmdown_ratio", "final_lr_fraction"):
+        if others[name] is not None and others[name] > 1:
+            raise UserError(f"{name} is {others[name]}; it is a share, from 0 to 1")
+    tokens = sizes["total_batch_size"]
+    if tokens is not None and tokens % max_length:
+        raise UserError(
+            f"total_batch_size {tokens} must be a multiple of max_length {max_length}; take {whole_rows(tokens, max_length)}"
+        )
+
+
+def whole_rows(tokens: int, max_length: int) -> int:
+    """The multiple of `max_length` nearest to `tokens`, at least one row."""
+    return max(1, round(tokens / max_length)) * max_length
+
+
+def reference(config: NanoChatConfig, aspect_ratio: int | None = None) -> NanoChatConfig:
+    """The same architecture and vocabulary at depth 12, to count its parameters; its other fields are not adapted."""
+    heads, depth = config.num_attention_heads, config.num_hidden_layers
+    per_head = config.hidden_size / heads
+    if aspect_ratio is None:
+        usual = math.ceil(depth * ASPECT_RATIO / per_head) == heads
+        aspect_ratio = ASPECT_RATIO if usual else config.hidden_size / depth
+    reference_heads = math.ceil(round(REFERENCE_DEPTH * aspect_ratio / per_head, 6))
+    scale = reference_heads / heads
+    other = copy.deepcopy(config)
+    other.num_hidden_layers = REFERENCE_DEPTH
+    other.num_attention_heads = reference_heads
+    other.num_key_value_heads = max(1, round(config.num_key_value_heads * scale))
+    other.hidden_size = round(config.hidden_size * scale)
+    other.intermediate_size = round(config.intermediate_size * scale)
+    return other
+
+
+def batch_size(constants: Recipe, given: int | None, tokens: int, growth: float, max_length: int) -> tuple[int, str]:
+    """Tokens per step and their origin; a derived batch leaves a tiny model's run enough steps.
+
+    Args:
+        tokens: Training tokens by the ratio of tokens to parameters.
+        growth: The same, relative to depth 12's.
+    """
+    if given is not None:
+        return given, GIVEN
+    best, why = REFERENCE_BATCH_SIZE, RECIPES_OWN
+    if constants.scales:
+        best = 2 ** round(math.log2(REFERENCE_BATCH_SIZE * growth**BATCH_SIZE_EXPONENT))
+        why = f"{REFERENCE_BATCH_SIZE:,} x {growth:.3g}^{BATCH_SIZE_EXPONENT}, to a power of two"
+    if best * FEWEST_STEPS > tokens:
+        best = 2 ** math.floor(math.log2(max(1, tokens / FEWEST_STEPS)))
+        why = f"{tokens:,} tokens / {FEWEST_STEPS} steps, to a power of two"
+    whole = whole_rows(best, max_length)
+    return whole, why if whole == best else f"{best:,} to whole rows of {max_length:,}"
+
+
+def horizon(
+    sizes: Mapping[str, float | None], tokens: int, why_tokens: str, batch: int, flops_per_step: int
+) -> tuple[int, str]:
+    """Optimizer steps and their origin.
+
+    Raises:
+        UserError: Less than one.
+    """
+    if sizes["max_steps"] is not None:
+        return sizes["max_steps"], GIVEN
+    if sizes["target_flops"] is not None:
+        source, steps = "target_flops", round(sizes["target_flops"] / flops_per_step)
+        why = f"target_flops {sizes['target_flops']:.3g} / {flops_per_step:.3g} per step"
+    else:
+        source, steps, why = "target_param_data_ratio", tokens // batch, f"{why_tokens} / {batch:,} tokens"
+    if steps < 1:
+        raise UserError(f"less than one step: {why}; raise {source}, lower total_batch_size, or give max_steps")
+    return steps, why
+
+
+def learning_rate_factor(constants: Recipe, batch: int) -> float:
+    return math.sqrt(batch / REFERENCE_BATCH_SIZE) if constants.scales else 1.0
+
+
+def resolve_rates(
+    constants: Recipe, given: Mapping[str, float | None], batch: int, growth: float
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Learning rates and weight decay, with their origins.
+
+    Kept is learning rate x weight decay x D / batch size. With the derived learning rate this is the original's
+    weight decay x sqrt(batch size / reference) x reference D / D; a given rate stands in its place.
+    """
+    factor = learning_rate_factor(constants, batch)
+    factors = {name: factor for name in given if name != "weight_decay"}
+    relative_lr = given["matrix_lr"] / constants.matrix_lr if given["matrix_lr"] else factor
+    factors["weight_decay"] = batch / REFERENCE_BATCH_SIZE / relative_lr / growth if constants.scales else 1.0
+    values, origins = {}, {}
+    for name, value in given.items():
+        usual = getattr(constants, name)
+        values[name] = usual * factors[name] if value is None else value
+        how = "batch size, rate and tokens" if name == "weight_decay" else "the root of the batch size"
+        derived = f"{usual:g} x {factors[name]:.4g}, by {how}" if constants.scales else RECIPES_OWN
+        origins[name] = derived if value is None else GIVEN
+    return values, origins
+
+
+def resolve_shape(
+    constants: Recipe, given: Mapping[str, float | None], steps: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The schedule's values, with their origins; in a short run a warm-up that nobody gave is shorter."""
+    values = {name: getattr(constants, name) if value is None else value for name, value in given.items()}
+    origins = {name: RECIPES_OWN if value is None else GIVEN for name, value in given.items()}
+    longest = steps // STEPS_PER_WARMUP_STEP
+    if given["warmup_steps"] is None and longest < constants.warmup_steps:
+        values["warmup_steps"], origins["warmup_steps"] = longest, f"{steps} steps / {STEPS_PER_WARMUP_STEP}"
+    return values, origins

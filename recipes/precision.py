@@ -1,0 +1,98 @@
+"""Numbers that training computes in: float32, bfloat16 over float32 weights, or float8 products in the large layers.
+
+Found by itself: bfloat16 on CUDA devices that compute in it, float32 elsewhere. A launch file's `mixed_precision` decides
+where there is one.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import AORecipeKwargs
+from accelerate.utils.environment import parse_flag_from_env
+from torch import nn
+
+from modeling_nanochat.errors import UserError
+
+SMALLEST_FLOAT8_SIDE = 128
+FLOAT8_TILE = 16
+FLOAT8_CAPABILITY = (8, 9)
+
+
+def accelerator_options() -> dict[str, object]:
+    """Keyword arguments of `Accelerator` for the precision; float32 products may use TF32 from here on.
+
+    Raises:
+        UserError: float16, or float8 where it cannot run.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION") or found_precision()
+    if precision == "fp16":
+        raise UserError("mixed_precision fp16: the model leaves float16's range; take bf16, or no for float32")
+    if on_cuda():
+        torch.set_float32_matmul_precision("high")
+    if precision != "fp8":
+        return {"mixed_precision": precision}
+    return {"mixed_precision": "fp8", "kwargs_handlers": [float8_recipe()]}
+
+
+def found_precision() -> str:
+    """bf16 on a CUDA device that has it in hardware; CPUs and Apple's GPUs compute in float32, as in the original."""
+    return "bf16" if on_cuda() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def on_cuda() -> bool:
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def float8_recipe() -> AORecipeKwargs:
+    """Accelerate's recipe by torchao: products of the large layers in float8, scaled anew for each tensor.
+
+    Raises:
+        UserError: The device has no float8, or torchao is missing. (Accelerate would go on in float16.)
+    """
+    if not on_cuda() or (torch.version.cuda and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY):
+        raise UserError("mixed_precision fp8 needs a GPU with float8 (compute capability 8.9 or more); take bf16")
+    # All-gathering in float8 replaces the weights by tensors of another class, in which optimizers made before do not
+    # find theirs; Accelerate's launcher asks for it unless told otherwise.
+    gather = parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env(
+        "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER"
+    )
+    try:
+        return AORecipeKwargs(module_filter_func=computes_in_float8, enable_fsdp_float8_all_gather=gather)
+    except ImportError as error:
+        raise UserError("mixed_precision fp8 needs torchao: pip install torchao; or take bf16") from error
+
+
+def computes_in_float8(module: nn.Module, name: str) -> bool:
+    """Whether the layer's products run in float8: linear, both sides divisible by 16 and at least 128; not the head.
+
+    Float8 products need the former; smaller ones lose more by scaling than they gain. The head's product belongs to the
+    chunked loss, which takes the weight itself; the original found float8 there of no use.
+    """
+    if not isinstance(module, nn.Linear) or name.endswith("lm_head"):
+        return False
+    sides = (module.in_features, module.out_features)
+    return min(sides) >= SMALLEST_FLOAT8_SIDE and all(side % FLOAT8_TILE == 0 for side in sides)
+
+
+@contextmanager
+def evaluation_precision(model: nn.Module) -> Iterator[None]:
+    """In this context float8 layers are plain linear layers, of whatever precision autocast has: bfloat16.
+
+    They change their class for a while. So weights stay where they are, and a compiled model, called only outside, does
+    not compile again.
+    """
+    layers = [(module, type(module)) for module in model.modules() if is_float8(module)]
+    for module, _ in layers:
+        module.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for module, float8 in layers:
+            module.__class__ = float8
+
+
+def is_float8(module: nn.Module) -> bool:
+    """By name, for torchao is not installed everywhere."""
+    return type(module).__name__ == "Float8Linear" and isinstance(module, nn.Linear)

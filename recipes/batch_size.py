@@ -13,13 +13,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.softcapped_loss import CPU_CHUNK
 
-# Tokens of a pass beyond which it gets no faster. Measured on CPUs: 4,096 tokens are the best or within a few percent of
-# it, 16,384 are slower, for they leave the caches. The original runs 65,536 on GPUs of 80 GB.
+# Tokens of a pass beyond which it gets no faster. On a CPU 4,096 were the fastest, at widths of 128 and 384; 32,768 took
+# twice as long per token, for activations leave the caches. The original runs 65,536 on GPUs of 80 GB.
 CPU_TOKENS = 2**12
 ACCELERATOR_TOKENS = 2**17
 SHARE_OF_MEMORY = 0.5  # of what is free, where it can only be estimated
@@ -93,7 +94,9 @@ def take_memory(size: int, device: torch.device) -> torch.Tensor:
 
 
 def trainable(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Parameters with gradients that this process holds: under FSDP2 its share."""
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in learnt)
 
 
 def out_of_memory_in(function: Callable[[], None]) -> str | None:

@@ -1,4 +1,4 @@
-"""Numbers that training computes in: float32, bfloat16 over float32 weights, or float8 products in the large layers.
+"""Where training computes and in which numbers: float32, bfloat16 over float32 weights, or float8 in the large layers.
 
 Found by itself: bfloat16 on CUDA devices that compute in it, float32 elsewhere. A launch file's `mixed_precision` decides
 where there is one.
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils import AORecipeKwargs
+from accelerate import Accelerator
+from accelerate.utils import AORecipeKwargs, convert_model_to_fp8_ao
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
 
@@ -21,7 +22,7 @@ FLOAT8_CAPABILITY = (8, 9)
 
 
 def accelerator_options() -> dict[str, object]:
-    """Keyword arguments of `Accelerator` for the precision; float32 products may use TF32 from here on.
+    """Keyword arguments of `Accelerator`: device and precision. Float32 products may use TF32 from here on.
 
     Raises:
         UserError: float16, or float8 where it cannot run.
@@ -31,9 +32,18 @@ def accelerator_options() -> dict[str, object]:
         raise UserError("mixed_precision fp16: the model leaves float16's range; take bf16, or no for float32")
     if on_cuda():
         torch.set_float32_matmul_precision("high")
-    if precision != "fp8":
-        return {"mixed_precision": precision}
-    return {"mixed_precision": "fp8", "kwargs_handlers": [float8_recipe()]}
+    options = {"mixed_precision": precision} | ({"cpu": True} if several_on_cpu() else {})
+    return options | ({"kwargs_handlers": [float8_recipe()]} if precision == "fp8" else {})
+
+
+def several_on_cpu() -> bool:
+    """Whether there are several processes (by torchrun) and no device on which they can work together.
+
+    Accelerate has to be told, or each would train on its own, in silence. Apple's GPUs know no collectives.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return several and (device is None or device.type == "mps")
 
 
 def found_precision() -> str:
@@ -74,6 +84,16 @@ def computes_in_float8(module: nn.Module, name: str) -> bool:
         return False
     sides = (module.in_features, module.out_features)
     return min(sides) >= SMALLEST_FLOAT8_SIDE and all(side % FLOAT8_TILE == 0 for side in sides)
+
+
+def convert_to_float8(model: nn.Module, accelerator: Accelerator) -> None:
+    """Put float8 layers into `model` where the precision asks for them; parameters and their names stay.
+
+    `accelerator.prepare` does this by itself, `accelerator.prepare_model` does not.
+    """
+    recipe = accelerator.ao_recipe_handler
+    if recipe is not None:
+        convert_model_to_fp8_ao(model, config=recipe.config, module_filter_func=recipe.module_filter_func)
 
 
 @contextmanager

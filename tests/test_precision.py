@@ -21,10 +21,10 @@ from torch._dynamo.testing import CompileCounter
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
 from modeling_nanochat.errors import UserError
-from recipes.precision import accelerator_options, computes_in_float8, evaluation_precision
+from recipes.precision import accelerator_options, computes_in_float8, convert_to_float8, evaluation_precision
 
 MODELS = {"plain": (NanoChatConfig, NanoChatForCausalLM), "turbo": (NanoChatTurboConfig, NanoChatTurboForCausalLM)}
-LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP")
+LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "WORLD_SIZE")
 GATHER = "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER"
 
 
@@ -99,6 +99,17 @@ def test_a_cuda_device_that_is_not_to_be_used_decides_nothing(monkeypatch):
     chosen = machine(monkeypatch, (9, 0))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert accelerator_options() == {"mixed_precision": "no"} and not chosen
+
+
+@pytest.mark.parametrize("processes, device, expected", [(1, None, {}), (2, None, {"cpu": True}), (2, "cuda", {})])
+def test_several_processes_without_a_gpu_share_the_cpu(monkeypatch, processes, device, expected):
+    machine(monkeypatch, None)
+    found = device and torch.device(device)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert accelerator_options() == {"mixed_precision": "no"} | expected
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    assert accelerator_options().get("cpu", False) is (processes > 1)  # Apple's GPU cannot be shared
 
 
 @pytest.mark.parametrize("asked", ["no", "bf16"])
@@ -242,17 +253,28 @@ def fresh_accelerator():
     GradientState._reset_state()
 
 
-def test_accelerate_trains_in_float8_what_an_optimizer_already_holds(torchao, fresh_accelerator):
+@pytest.mark.parametrize("whole", [True, False], ids=["prepare", "prepare_model"])
+def test_accelerate_trains_in_float8_what_an_optimizer_already_holds(torchao, fresh_accelerator, whole):
     config = torchao.Float8LinearConfig(emulate=True)
     recipe = AORecipeKwargs(config=config, module_filter_func=computes_in_float8)
     accelerator = Accelerator(cpu=True, mixed_precision="fp8", kwargs_handlers=[recipe])
     model = small_model("plain")
     names = set(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if whole:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    else:
+        convert_to_float8(model, accelerator)
+        model = accelerator.prepare_model(model, evaluation_mode=True)
     assert type(model.model.layers[0].mlp.fc1).__name__ == "Float8Linear" and type(model.lm_head) is nn.Linear
     before = model.model.layers[0].mlp.fc1.weight.detach().clone()
     accelerator.backward(model(input_ids=IDS, shift_labels=IDS, use_cache=False).loss)
     optimizer.step()
     assert not torch.equal(model.model.layers[0].mlp.fc1.weight, before)
     assert set(accelerator.get_state_dict(model)) == names
+
+
+def test_without_float8_nothing_is_converted(fresh_accelerator):
+    model = small_model("plain")
+    convert_to_float8(model, Accelerator(cpu=True))
+    assert type(model.model.layers[0].mlp.fc1) is nn.Linear

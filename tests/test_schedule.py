@@ -63,7 +63,7 @@ def test_applied_again_and_again_it_starts_from_the_first_values():
     assert muon["lr"] == adamw["lr"] == pytest.approx(0.01)
     assert muon["momentum"] == pytest.approx(0.935)
     assert muon["weight_decay"] == pytest.approx(0.1 * schedule.weight_decay_multiplier(75))
-    assert adamw["weight_decay"] == 0.3 and "momentum" not in adamw or adamw["momentum"] == 0
+    assert adamw["weight_decay"] == 0.3 and adamw["momentum"] == 0
 
 
 def test_the_classic_recipe_leaves_weight_decay_alone():

@@ -1,0 +1,61 @@
+"""Whether `torch.compile` works on this machine, and its use where it does."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from torch import nn
+
+from modeling_nanochat.errors import UserError
+
+
+def compiler_available(device_type: str = "cpu") -> tuple[bool, str]:
+    """Whether a function compiles and gives what it gives eagerly; if not, why, in one line.
+
+    Found out by doing it: a compiler may be missing, not executable, of another architecture, or Triton of another
+    version; no list of checks is complete. Takes some seconds.
+
+    Args:
+        device_type: "cuda" (needs Triton), "cpu" (needs a C++ compiler) or "mps".
+    """
+    numbers = torch.arange(8.0, device=device_type)
+    try:
+        compiled = torch.compile(doubled_sum, dynamic=False, fullgraph=True)(numbers).item()
+    except Exception as error:  # whatever it is, the answer is no
+        torch.compiler.reset()
+        return False, one_line(error)
+    works = compiled == doubled_sum(numbers).item()
+    return works, "" if works else "compiled functions give wrong results"
+
+
+def doubled_sum(x: torch.Tensor) -> torch.Tensor:
+    return (x * 2).sum()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line, which says what is missing; a hundred lines of advice follow it."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def maybe_compile(model: nn.Module, wanted: bool | None, accelerator: Accelerator) -> nn.Module:
+    """`model` compiled, or `model` itself with one printed line that says why.
+
+    Shapes are static: every training batch has the same one. What changes shapes (evaluation, samples) calls the
+    uncompiled model, whose weights the compiled one shares.
+
+    Args:
+        wanted: Compile or not; None: where it works.
+
+    Raises:
+        UserError: It is wanted by name and does not work.
+    """
+    if wanted is False:
+        return model
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        return model  # Accelerate has compiled it, by the launch file's `dynamo_config`
+    works, reason = compiler_available(accelerator.device.type)
+    if works:
+        return torch.compile(model, dynamic=False)
+    if wanted:
+        raise UserError(f"torch_compile: no compiler works here ({reason}); install g++ or clang++, or leave it out")
+    accelerator.print(f"training runs uncompiled: {reason}")
+    return model

@@ -2,16 +2,20 @@
 
 import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+WHOLE_UP_TO = 8 * 2**30  # bytes of local files; more are streamed instead of unpacked on disk once more
+FEWEST_PARTS = 64  # of a stream that is worth shuffling by its parts; one of fewer is loaded whole
 
 
 def expand(patterns: Sequence[str], what: str) -> list[str]:
@@ -61,26 +65,47 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
     return record
 
 
+def text_source(
+    files: Sequence[str], *, what: str = "text files", column: str = "text"
+) -> "Dataset | IterableDataset":
+    """The documents of [`text_dataset`], as a stream where they are many: on the Hub, or local files of over 8 GiB.
+
+    A stream's parts (`num_shards`) are its files or, where these are few, their row groups. Args and errors are those
+    of [`text_dataset`].
+    """
+    if len(files) == 1 and is_hub_id(files[0]):
+        stream = in_parts(read_hub(files[0], column, streaming=True))
+        return stream if stream.num_shards >= FEWEST_PARTS else read_hub(files[0], column)
+    names = expand(files, what)
+    if sum(Path(name).stat().st_size for name in names) > WHOLE_UP_TO:
+        return in_parts(read_files(names, column, streaming=True))
+    return whole_dataset(names, what, column)
+
+
 def text_dataset(files: Sequence[str], *, what: str = "text files", column: str = "text") -> "Dataset":
     """A `datasets.Dataset` with the single column `text`, one document a row, in the order of the files.
 
     Args:
-        files: Local parquet, JSONL or text files or patterns (a text file's documents are separated by blank lines),
-            or one Hub dataset id, optionally with `:split`.
+        files: Local parquet, JSONL or text files, also compressed, or patterns (a text file's documents are separated
+            by blank lines), or one Hub dataset id, optionally with `:split`.
         what: Name of the setting, for errors.
         column: Column that holds the text in parquet and JSONL files.
 
     Raises:
         UserError: Nothing found, unknown file type, unreadable file, or no such column.
     """
-    from datasets import concatenate_datasets
-
     if len(files) == 1 and is_hub_id(files[0]):
         return read_hub(files[0], column)
-    names = expand(files, what)
-    parts = [read_text_file(name, column) for name in names]
-    dataset = concatenate_datasets(parts)
-    if not any(text and text.strip() for text in dataset["text"]):
+    return whole_dataset(expand(files, what), what, column)
+
+
+def whole_dataset(names: list[str], what: str, column: str) -> "Dataset":
+    dataset = read_files(names, column)
+    try:
+        empty = not any(text and text.strip() for text in dataset["text"])
+    except UnicodeDecodeError as error:  # not noticed until it is read
+        raise UserError(f"{what}: not UTF-8 text ({error.reason}); convert the files to UTF-8") from error
+    if empty:
         raise UserError(f"{what}: no text in {', '.join(names[:3])}; every document is empty")
     return dataset
 
@@ -89,42 +114,89 @@ def is_hub_id(name: str) -> bool:
     """`owner/name`, with an optional `:split`, that is neither a local path nor a pattern for one."""
     owner, _, rest = name.partition("/")
     no_path = not glob.glob(name) and not any(character in name for character in "*?[\\ ")
-    return bool(owner) and owner not in (".", "..", "~") and rest.count("/") == 0 and no_path and bool(rest) and Path(
-        rest.split(":")[0]
-    ).suffix not in READERS
+    named = bool(owner) and owner not in (".", "..", "~") and bool(rest) and rest.count("/") == 0
+    return named and no_path and suffix(rest.split(":")[0]) not in READERS
 
 
-def read_hub(name: str, column: str) -> "Dataset":
+def suffix(name: str) -> str:
+    """The ending that tells the kind of file, whether or not it is compressed."""
+    path = Path(name)
+    return (Path(path.stem) if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+
+
+def read_hub(name: str, column: str, **options):
     from datasets import load_dataset
 
     repository, _, split = name.partition(":")
     try:
-        dataset = load_dataset(repository, split=split or "train")
+        dataset = load_dataset(repository, split=split or "train", **options)
     except Exception as error:  # the library raises many kinds for "not found", "no network", "no such split"
         raise UserError(f"{repository}: could not be loaded from the Hub ({first_line(error)})") from error
     return only_text(dataset, column, repository)
 
 
-def read_text_file(name: str, column: str) -> "Dataset":
-    from datasets import load_dataset
+def in_parts(stream: "IterableDataset") -> "IterableDataset":
+    return stream if stream.num_shards >= FEWEST_PARTS else stream.reshard()
 
-    reader = READERS.get(Path(name).suffix.lower())
+
+def read_files(names: Sequence[str], column: str, **options):
+    """Documents of local files, those of one kind that follow each other read together."""
+    from datasets import concatenate_datasets
+
+    kinds = groupby(names, reader_of)
+    return concatenate_datasets([read_text_files(list(files), kind, column, **options) for kind, files in kinds])
+
+
+def reader_of(name: str) -> str:
+    reader = READERS.get(suffix(name))
     if reader is None:
         raise UserError(f"{name}: unknown kind of file; use {', '.join(sorted(READERS))}")
-    if reader == "json":  # the library refuses a whole file without naming the line that is wrong
-        for _ in read_jsonl(name):
-            pass
-    options = {"sample_by": "paragraph"} if reader == "text" else {}
+    return reader
+
+
+def read_text_files(names: list[str], reader: str, column: str, **options):
+    from datasets import load_dataset
+
+    if reader == "text":
+        options["sample_by"] = "paragraph"
     try:
-        dataset = load_dataset(reader, data_files=[name], split="train", **options)
+        for name in names if reader == "json" else []:
+            first_record_has(column, name)
+        return only_text(load_dataset(reader, data_files=names, split="train", **options), column, names[0])
     except Exception as error:  # corrupt parquet, wrong encoding: one line instead of the library's chain
-        raise UserError(f"{name}: cannot be read as {reader} ({first_line(error)})") from error
-    return only_text(dataset, column, name)
+        if len(names) > 1:  # which of them?
+            for name in names:
+                read_text_files([name], reader, column, **options)
+        if isinstance(error, UserError):
+            raise
+        if reader == "json" and Path(names[0]).suffix.lower() not in COMPRESSED:
+            list(read_jsonl(names[0]))  # the library refuses a whole file without naming the line that is wrong
+        raise UserError(f"{names[0]}: cannot be read as {reader} ({first_line(error)})") from error
 
 
-def only_text(dataset: "Dataset", column: str, where: str) -> "Dataset":
-    if column not in dataset.column_names:
-        raise UserError(f"{where}: no column {column!r}, only {', '.join(dataset.column_names)}; rename one or set it")
+def first_record_has(column: str, name: str) -> None:
+    """Of several JSON files, the library fills up what one of them lacks, without a word."""
+    import fsspec
+
+    with fsspec.open(name, "rt", encoding="utf-8-sig", compression="infer") as lines:
+        number, first = next(((i, line) for i, line in enumerate(lines, start=1) if line.strip()), (1, ""))
+    if first.lstrip().startswith("{"):
+        columns = parse_line(first, f"{name}:{number}")
+        if column not in columns:
+            raise UserError(missing_column(name, column, columns))
+
+
+def missing_column(where: str, column: str, columns: Iterable[str]) -> str:
+    return f"{where}: no column {column!r}, only {', '.join(columns)}; rename one or set it"
+
+
+def only_text(dataset: "Dataset | IterableDataset", column: str, where: str) -> "Dataset | IterableDataset":
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream of text does not know them beforehand
+    if column not in columns:
+        raise UserError(missing_column(where, column, columns))
+    kind = getattr((dataset.features or {}).get(column), "dtype", None)
+    if dataset.features and kind not in ("string", "large_string", "null"):
+        raise UserError(f"{where}: column {column!r} holds {kind or 'something'} instead of text; name another or correct it")
     dataset = dataset.select_columns([column])
     return dataset if column == "text" else dataset.rename_column(column, "text")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -133,7 +134,7 @@ def render(
     assistant_only_loss: bool = True,
     show_progress: bool = True,
 ) -> list[Conversation]:
-    """Ids and mask (1 = learnt) of each conversation, by the chat template and its `{% generation %}` marks.
+    """Ids (n,) uint32 and mask (n,) bool of each conversation, by the chat template and its `{% generation %}` marks.
 
     Left out are conversations of more than `max_length` tokens and those without a learnt token; both are counted aloud.
 
@@ -146,7 +147,8 @@ def render(
         too_long += len(ids) > max_length
         silent += not any(mask)
         if len(ids) <= max_length and any(mask):
-            rendered.append((ids, mask if assistant_only_loss else [0] + [1] * (len(ids) - 1)))
+            learnt = mask if assistant_only_loss else [0] + [1] * (len(ids) - 1)
+            rendered.append((np.array(ids, dtype=np.uint32), np.array(learnt, dtype=bool)))
     if show_progress and (too_long or silent):
         print(f"left out: {too_long} conversations of more than {max_length} tokens, {silent} without an answer")
     if not rendered:

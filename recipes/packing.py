@@ -3,83 +3,115 @@
 Best fit, as in the original: cut rows from long texts with few losses (documents) or not at all (conversations).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
+import numpy as np
+
 IGNORED = -100
-Conversation = tuple[list[int], list[int]]  # token ids, and 1 where the token is to be learnt
+Ids = Sequence[int] | np.ndarray
+Conversation = tuple[Ids, Ids]  # token ids, and 1 where the token is to be learnt
 Item = TypeVar("Item")
 
 
 class Buffer(Generic[Item]):
-    """Items waiting for a row, refilled from batches so that at least `size` are on hand while there are any."""
+    """Items waiting for a row, refilled from batches so that at least `size` are on hand while there are any.
 
-    def __init__(self, batches: Iterable[list[Item]], size: int, length: Callable[[Item], int]):
-        self.batches, self.size, self.length = iter(batches), size, length
-        self.items: list[Item] = []
+    Batches are of pairs (length in tokens, item).
+    """
+
+    def __init__(self, batches: Iterable[Iterable[tuple[int, Item]]], size: int):
+        self.batches, self.size = iter(batches), size
+        self.waiting: list[tuple[int, int, Item]] = []  # sorted: length, number of arrival, item
+        self.arrived = 0
 
     def refill(self) -> bool:
         """True while there is something to take."""
-        while len(self.items) < self.size:
+        while len(self.waiting) < self.size:
             batch = next(self.batches, None)
             if batch is None:
                 break
-            self.items += batch
-        return bool(self.items)
+            for length, item in batch:
+                self.add(length, item)
+        return bool(self.waiting)
+
+    def add(self, length: int, item: Item) -> None:
+        insort(self.waiting, (length, self.arrived, item))
+        self.arrived += 1
 
     def pop_longest_fitting(self, space: int) -> Item | None:
         """The longest item of at most `space` tokens, the earliest of equals; None if there is none."""
-        lengths = [(self.length(item), -i) for i, item in enumerate(self.items) if self.length(item) <= space]
-        return self.items.pop(-max(lengths)[1]) if lengths else None
+        end = bisect_left(self.waiting, (space + 1,))
+        if end == 0:
+            return None
+        longest = self.waiting[end - 1][0]
+        return self.waiting.pop(bisect_left(self.waiting, (longest,)))[2]
 
     def pop_shortest(self) -> Item:
-        return self.items.pop(min(range(len(self.items)), key=lambda i: self.length(self.items[i])))
+        return self.waiting.pop(0)[2]
 
 
-def pack_documents(batches: Iterable[list[list[int]]], capacity: int, buffer_size: int = 1000) -> Iterator[list[int]]:
-    """Rows of exactly `capacity` ids from batches of documents (ids that begin with `<|bos|>`).
+def fill_with_documents(buffer: Buffer[np.ndarray], row: np.ndarray) -> bool:
+    """Write a row (capacity,) of documents, ids that begin with `<|bos|>`; False if they end before the row does.
 
-    Into a row goes the longest waiting document that still fits; when none does, the shortest is cut to fill the rest.
-    Only a last, unfilled row is dropped.
+    Next comes the longest waiting document that still fits; when none does, the shortest is cut to fill the rest.
     """
-    buffer = Buffer(batches, buffer_size, len)
-    row: list[int] = []
-    while buffer.refill():
-        document = buffer.pop_longest_fitting(capacity - len(row))
-        row += document if document is not None else buffer.pop_shortest()[: capacity - len(row)]
-        if len(row) == capacity:
-            yield row
-            row = []
+    end = 0
+    while end < len(row) and buffer.refill():
+        document = buffer.pop_longest_fitting(len(row) - end)
+        if document is None:
+            document = buffer.pop_shortest()
+        piece = document[: len(row) - end]
+        row[end : end + len(piece)] = piece
+        end += len(piece)
+    return end == len(row)
 
 
-def pack_conversations(
-    batches: Iterable[list[Conversation]], capacity: int, pad_token_id: int, buffer_size: int = 100
-) -> Iterator[Conversation]:
-    """Rows (ids, labels) of exactly `capacity` from whole conversations; what is left of a row is padding.
+def fill_with_conversations(
+    buffer: Buffer[Conversation], ids: np.ndarray, labels: np.ndarray, pad_token_id: int
+) -> bool:
+    """Write a row of whole conversations into `ids` and `labels` (capacity,); False if there was none left.
 
-    Labels are the ids where the mask is 1 and -100 elsewhere, unshifted. No conversation is cut: one that is longer
-    than `capacity` or has nothing to learn must be left out before (see `recipes.data`).
+    Labels are the ids where the mask is 1 and -100 elsewhere, unshifted. What no conversation fits into is padding.
 
     Raises:
         ValueError: A conversation is longer than a row.
     """
-    buffer = Buffer(batches, buffer_size, lambda conversation: len(conversation[0]))
-    ids: list[int] = []
-    labels: list[int] = []
+    end = 0
     while buffer.refill():
-        conversation = buffer.pop_longest_fitting(capacity - len(ids))
-        if conversation is not None:
-            ids += conversation[0]
-            labels += [token if learn else IGNORED for token, learn in zip(*conversation, strict=True)]
-        elif not ids:
-            raise ValueError(f"a conversation is longer than a row of {capacity} tokens")
-        else:
-            yield pad(ids, labels, capacity, pad_token_id)
-            ids, labels = [], []
-    if ids:
-        yield pad(ids, labels, capacity, pad_token_id)
+        conversation = buffer.pop_longest_fitting(len(ids) - end)
+        if conversation is None:
+            if end == 0:
+                raise ValueError(f"a conversation is longer than a row of {len(ids)} tokens")
+            break
+        tokens, mask = (np.asarray(part) for part in conversation[:2])
+        start, end = end, end + len(tokens)
+        ids[start:end] = tokens
+        labels[start:end] = np.where(mask, ids[start:end], IGNORED)
+    ids[end:], labels[end:] = pad_token_id, IGNORED
+    return end > 0
 
 
-def pad(ids: list[int], labels: list[int], capacity: int, pad_token_id: int) -> Conversation:
-    missing = capacity - len(ids)
-    return ids + [pad_token_id] * missing, labels + [IGNORED] * missing
+def pack_documents(batches: Iterable[Sequence[Ids]], capacity: int, buffer_size: int = 1000) -> Iterator[np.ndarray]:
+    """Rows (capacity,) int64 from batches of documents, until these end; a last, unfilled row is dropped."""
+    sized = ([(len(document), np.asarray(document)) for document in batch] for batch in batches)
+    buffer: Buffer[np.ndarray] = Buffer(sized, buffer_size)
+    while fill_with_documents(buffer, row := np.empty(capacity, dtype=np.int64)):
+        yield row
+
+
+def pack_conversations(
+    batches: Iterable[Sequence[Conversation]], capacity: int, pad_token_id: int, buffer_size: int = 100
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of ids and labels (capacity,) int64 from batches of conversations, until these end.
+
+    No conversation is cut: one that is longer than a row or has nothing to learn must be left out before.
+    """
+    sized = ([(len(conversation[0]), conversation) for conversation in batch] for batch in batches)
+    buffer: Buffer[Conversation] = Buffer(sized, buffer_size)
+    while True:
+        ids, labels = np.empty(capacity, dtype=np.int64), np.empty(capacity, dtype=np.int64)
+        if not fill_with_conversations(buffer, ids, labels, pad_token_id):
+            return
+        yield ids, labels

@@ -1,0 +1,143 @@
+"""Batches made by a process of their own, ahead of the one that trains.
+
+A `DataLoader` with a worker comes close, but its errors arrive as tracebacks, the worker's death as an exception out of a
+signal handler wherever training happens to be, Ctrl-C makes the worker print one too, and it cannot tell what it has
+handed out from what it has made ready.
+
+The two share a ring of slots in memory: the worker packs rows into a slot, the trainer copies the slot out (on CUDA into
+pinned memory). So tokens are copied once between packing and the device, and no batch needs files or sockets.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from itertools import count
+from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+
+from modeling_nanochat.errors import UserError
+
+TOKENS_AHEAD = 2**20  # that the worker makes ready: more than one optimizer step takes at once
+MOST_SLOTS = 256
+Shapes = dict[str, tuple[int, int]]  # of a batch's tensors, all int64
+Fill = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray] | None]  # writes a batch, may return a state to keep
+
+
+class BackgroundBatches:
+    """Iterator over pairs (batch, state or None), in the order in which `begin()` makes them in another process.
+
+    Args:
+        begin: Called in that process, returns the function that fills the next batch's arrays. Must survive pickling
+            where processes are not forked.
+
+    Raises:
+        UserError: One of the worker's, or the worker is dead.
+        RuntimeError: Any other error of the worker's, with its traceback.
+    """
+
+    def __init__(self, begin: Callable[[], Fill], shapes: Shapes):
+        batch_tokens = max(rows * width for rows, width in shapes.values())
+        self.depth = max(2, min(MOST_SLOTS, TOKENS_AHEAD // batch_tokens))
+        self.slots = {
+            name: torch.zeros(self.depth, *shape, dtype=torch.long).share_memory_() for name, shape in shapes.items()
+        }
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.free = context.Semaphore(self.depth)
+        self.connection, theirs = context.Pipe(duplex=False)
+        worker = (begin, self.slots, self.free, theirs, os.getpid())
+        self.process = context.Process(target=work, args=worker, name="batches", daemon=True)
+        self.process.start()
+        theirs.close()  # the worker's is the last one then: when it dies, reading ends
+        # before multiprocessing's own end, which asks with SIGTERM and waits
+        self.close = Finalize(self, stop, args=(self.process, self.connection), exitpriority=100)
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, np.ndarray] | None]]:
+        return self
+
+    def __next__(self) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray] | None]:
+        kind, message = self.receive()
+        if kind == "user error":
+            raise UserError(message)
+        if kind == "error":
+            raise RuntimeError(f"the process that prepares the batches failed:\n{message}")
+        batch = {name: own(slots[self.taken % self.depth]) for name, slots in self.slots.items()}
+        self.free.release()
+        self.taken += 1
+        return batch, message
+
+    def receive(self) -> tuple[str, object]:
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError) as error:
+            self.process.join(timeout=10)
+            how = exit_reason(self.process.exitcode)
+            raise UserError(f"the process that prepares the batches {how}; resume, with more memory if that ran out") from error
+
+
+def own(slot: torch.Tensor) -> torch.Tensor:
+    return slot.pin_memory() if torch.cuda.is_available() else slot.clone()
+
+
+def exit_reason(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"was killed by {signal.Signals(-exitcode).name}"
+    return f"ended with exit code {exitcode}"
+
+
+def stop(process: multiprocessing.Process, connection: Connection) -> None:
+    process.kill()  # it holds nothing worth an orderly end
+    process.join()
+    connection.close()
+
+
+def work(begin: Callable[[], Fill], slots: dict[str, torch.Tensor], free, connection: Connection, parent: int) -> None:
+    """The other process: batch after batch into the slots, until the trainer ends it or is no more."""
+    settle(parent)
+    outbox: SimpleQueue = SimpleQueue()
+    sender = threading.Thread(target=send, args=(outbox, connection))
+    sender.start()  # so that packing never waits until a state has been read
+    try:
+        fill = begin()
+        for number in count():
+            free.acquire()
+            slot = number % next(iter(slots.values())).shape[0]
+            outbox.put(("batch", fill({name: tensor[slot].numpy() for name, tensor in slots.items()})))
+    except UserError as error:
+        outbox.put(("user error", str(error)))
+    except Exception:
+        outbox.put(("error", traceback.format_exc()))
+    outbox.put(None)
+    sender.join()
+
+
+def settle(parent: int) -> None:
+    """Signals to the whole group are the trainer's affair; the worker ends with it, and leaves it the cores."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive forking; the encoder has its own
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def send(outbox: SimpleQueue, connection: Connection) -> None:
+    for message in iter(outbox.get, None):
+        try:
+            connection.send(message)
+        except OSError:  # nobody reads any more
+            os._exit(1)

@@ -26,7 +26,7 @@ import torch
 
 from modeling_nanochat.errors import UserError
 
-TOKENS_AHEAD = 2**20  # that the worker makes ready: more than one optimizer step takes at once
+TOKENS_AHEAD = 2**19  # that the worker makes ready: an optimizer step takes its micro-batches all at once
 MOST_SLOTS = 256
 Shapes = dict[str, tuple[int, int]]  # of a batch's tensors, all int64
 Fill = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray] | None]  # writes a batch, may return a state to keep
@@ -81,7 +81,9 @@ class BackgroundBatches:
         except (EOFError, OSError) as error:
             self.process.join(timeout=10)
             how = exit_reason(self.process.exitcode)
-            raise UserError(f"the process that prepares the batches {how}; resume, with more memory if that ran out") from error
+            raise UserError(
+                f"the process that prepares the batches {how}; resume, with more memory or /dev/shm if that ran out"
+            ) from error
 
 
 def own(slot: torch.Tensor) -> torch.Tensor:

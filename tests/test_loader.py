@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -312,3 +313,14 @@ def test_the_worker_ends_with_a_killed_trainer():
     while alive(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(worker)
+
+
+def test_the_speed_of_the_loader_alone(toy_model_and_tokenizer, tmp_path, monkeypatch, capsys):
+    from recipes.loader_speed import main
+
+    toy_model_and_tokenizer[1].save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n\n" * 50)
+    arguments = ["--tokenizer", str(tmp_path / "tokenizer"), "--train_files", str(tmp_path / "a.txt"), "--seconds", "0.1"]
+    monkeypatch.setattr(sys, "argv", ["loader_speed.py", *arguments, "--max_length", "64"])
+    main()
+    assert re.match(r"first batch after \d+\.\d s, then [\d,]+ tokens/s = [\d.]+ MB/s", capsys.readouterr().out)

@@ -62,6 +62,33 @@ def test_rows_of_documents_are_full_and_every_piece_is_a_beginning(lengths, capa
                 used.add(document)
 
 
+def packed_step_by_step(documents, batch_size, capacity, buffer_size):
+    """The original's words: the longest that fits, of equals the first; else the shortest, of equals the first, cut."""
+    batches, waiting, row = iter(batched(documents, batch_size)), [], []
+    while True:
+        while len(waiting) < buffer_size:
+            batch = next(batches, None)
+            if batch is None:
+                break
+            waiting += batch
+        if not waiting:
+            return
+        fitting = [document for document in waiting if len(document) <= capacity - len(row)]
+        chosen = max(fitting, key=len) if fitting else min(waiting, key=len)
+        waiting.pop(next(i for i, document in enumerate(waiting) if document is chosen))
+        row = row + chosen[: capacity - len(row)]
+        if len(row) == capacity:
+            yield row
+            row = []
+
+
+@given(LENGTHS, st.integers(1, 50), st.integers(1, 20), st.integers(1, 9))
+def test_documents_are_chosen_as_by_going_through_all_of_them(lengths, capacity, buffer_size, batch_size):
+    documents = [[d * 100 + j for j in range(n)] for d, n in enumerate(lengths)]
+    rows = pack_documents(batched(documents, batch_size), capacity, buffer_size)
+    assert [row.tolist() for row in rows] == list(packed_step_by_step(documents, batch_size, capacity, buffer_size))
+
+
 @given(LENGTHS, st.integers(40, 60), st.integers(1, 20), st.randoms())
 def test_conversations_stay_whole_and_none_is_lost(lengths, capacity, buffer_size, random):
     conversations = [

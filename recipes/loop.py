@@ -1,185 +1,313 @@
-"""The training loop of pretraining and midtraining: Accelerate, gradient accumulation, schedule, evaluation, log."""
+"""The training loop of pretraining and midtraining: Accelerate, accumulation, Muon, evaluation, log, checkpoints.
+
+Read `train` first. One optimizer step takes the rows [s*R, (s+1)*R) of the data order, whatever the number of processes,
+and a run that was stopped, killed or moved to other machines goes on with the next one.
+"""
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from tqdm import tqdm
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from modeling_nanochat.errors import UserError
 
-from .optimizer import muon_adamw
-from .schedule import Schedule
-from .stage import StageLog, beside
+from .batch_size import explain_out_of_memory, is_out_of_memory
+from .checkpoint import Checkpoint, Checkpoints, restore_random_state
+from .dial import Plan
+from .loader import Loader
+from .optimizer import MuonAdamW, muon_adamw
+from .precision import convert_to_float8, evaluation_precision
+from .progress import GarbageFreezer, Laps, Progress, ProgressReport
+from .stage import StageLog
+from .stopping import Stopped, StopRequest, stop_request
 
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass
 class LoopArguments:
-    """What pretraining and midtraining have in common."""
+    """What pretraining and midtraining have in common. Empty values are derived: see `recipes/dial.py`."""
 
+    training_recipe: str = field(
+        default="current", metadata={"help": "current, or classic: optimizer, schedule and horizon of nanochat's launch."}
+    )
     max_length: int = field(default=2048, metadata={"help": "Tokens in a row."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Rows in one forward pass of one device."})
-    total_batch_size: int = field(
-        default=524288, metadata={"help": "Tokens per optimizer step, over all devices and accumulated passes."}
+    total_batch_size: int | None = field(
+        default=None, metadata={"help": "Tokens per optimizer step, over all devices and accumulated passes."}
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows in one pass of one device; default: as many as fit."}
     )
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; -1 derives them."})
-    matrix_lr: float = field(default=0.02, metadata={"help": "Muon's learning rate."})
-    embedding_lr: float = field(default=0.3, metadata={"help": "AdamW's rate of the embedding, at width 768."})
-    unembedding_lr: float = field(default=0.008, metadata={"help": "AdamW's rate of the head, at width 768."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Muon's weight decay at the first step."})
-    warmup_steps: int = field(default=40, metadata={"help": "Steps of rising learning rate."})
-    warmdown_ratio: float = field(default=0.65, metadata={"help": "Share of the steps with falling learning rate."})
-    final_lr_fraction: float = field(default=0.05, metadata={"help": "Learning rate at the end, relative."})
-    momentum_steps: int = field(default=400, metadata={"help": "Steps until Muon's momentum is at its highest."})
+    matrix_lr: float | None = field(default=None, metadata={"help": "Muon's learning rate."})
+    embedding_lr: float | None = field(default=None, metadata={"help": "AdamW's rate of the embedding, at width 768."})
+    unembedding_lr: float | None = field(default=None, metadata={"help": "AdamW's rate of the head, at width 768."})
+    scalar_lr: float | None = field(default=None, metadata={"help": "AdamW's rate of turbo's scales."})
+    weight_decay: float | None = field(default=None, metadata={"help": "Muon's weight decay at the first step."})
+    warmup_steps: int | None = field(default=None, metadata={"help": "Steps of rising learning rate."})
+    warmdown_ratio: float | None = field(default=None, metadata={"help": "Share of the steps with falling learning rate."})
+    final_lr_fraction: float | None = field(default=None, metadata={"help": "Learning rate at the end, relative."})
+    momentum_steps: int | None = field(default=None, metadata={"help": "Steps until Muon's momentum is at its highest."})
+    document_masking: bool = field(
+        default=False, metadata={"help": "Attention and positions start anew at each <|bos|> within a row."}
+    )
     eval_steps: int = field(default=250, metadata={"help": "Steps between validations; the last step always has one."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between two entries of the log."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that tokenize and pack beside training."})
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model; needs a C++ compiler or CUDA."})
+    save_steps: int = field(default=250, metadata={"help": "Steps between checkpoints; 0: only when stopped."})
+    resume: str | None = field(
+        default=None, metadata={"help": "auto: go on from the newest good checkpoint, if any; or a checkpoint's folder."}
+    )
+    torch_compile: bool | None = field(default=None, metadata={"help": "Compile the model; default: where that works."})
     report_to: str = field(default="none", metadata={"help": "none, or trackio, tensorboard, wandb."})
     seed: int = field(default=42, metadata={"help": "Seed of weights and data order."})
 
-
-@dataclass
-class Progress:
-    """Where a finished run got to."""
-
-    steps: int
-    tokens: int
-    loss: float
-    tokens_per_second: float
+    def rates(self) -> dict[str, float | int | None]:
+        """Batch and schedule as far as they are given, by the names that `recipes.dial.derive` has for them."""
+        return {name: getattr(self, name) for name in RATES}
 
 
-def accumulation_steps(args: LoopArguments, world_size: int) -> int:
+RATES = (
+    "total_batch_size",
+    "matrix_lr",
+    "embedding_lr",
+    "unembedding_lr",
+    "scalar_lr",
+    "weight_decay",
+    "warmup_steps",
+    "warmdown_ratio",
+    "final_lr_fraction",
+    "momentum_steps",
+)
+# What may differ between a run and its continuation.
+FREE_TO_CHANGE = {
+    "per_device_train_batch_size",
+    "eval_steps",
+    "logging_steps",
+    "save_steps",
+    "resume",
+    "torch_compile",
+    "report_to",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Something to measure at intervals: every process calls `run` with the model in evaluation mode.
+
+    `run` returns values for the log and lines for the reader. The last step always has one; `at_start` adds step 0.
+    """
+
+    every: int
+    run: Callable[[PreTrainedModel], tuple[dict[str, object], list[str]]]
+    at_start: bool = False
+
+    def due(self, step: int, max_steps: int) -> bool:
+        return self.at_start if step == 0 else step == max_steps or (self.every > 0 and step % self.every == 0)
+
+
+def accumulation_steps(total_batch_size: int, batch_size: int, max_length: int, world_size: int) -> int:
     """Forward passes per optimizer step.
 
     Raises:
         UserError: `total_batch_size` is not a whole number of passes.
     """
-    tokens = args.per_device_train_batch_size * args.max_length * world_size
-    if args.total_batch_size % tokens:
+    tokens = batch_size * max_length * world_size
+    if total_batch_size % tokens:
         raise UserError(
-            f"total_batch_size {args.total_batch_size} must be a multiple of {tokens} (per_device_train_batch_size "
-            f"{args.per_device_train_batch_size} x max_length {args.max_length} x {world_size} processes)"
+            f"total_batch_size {total_batch_size} must be a multiple of {tokens} (per_device_train_batch_size "
+            f"{batch_size} x max_length {max_length} x {world_size} processes)"
         )
-    return args.total_batch_size // tokens
-
-
-def make_accelerator(args: LoopArguments, output_dir: str) -> Accelerator:
-    """Accelerate, with the tracker asked for; the tracker's files go beside the model folder.
-
-    Raises:
-        UserError: The tracker is unknown or not installed.
-    """
-    if args.report_to == "none":
-        accelerator = Accelerator()
-    else:
-        try:
-            accelerator = Accelerator(log_with=args.report_to, project_dir=beside(output_dir, "trackers", ""))
-        except ValueError as error:
-            raise UserError(f"report_to {args.report_to}: {str(error).splitlines()[0]}") from error
-        if not accelerator.log_with:
-            raise UserError(f"report_to {args.report_to}: not installed; pip install {args.report_to}")
-        accelerator.init_trackers(f"nanochat-{Path(output_dir).name}", config=vars(args))
-    accelerator.gradient_accumulation_steps = 1  # the loop accumulates itself, by total_batch_size
-    return accelerator
+    return total_batch_size // tokens
 
 
 def train(
     accelerator: Accelerator,
     model: PreTrainedModel,
-    batches: Iterator[Batch],
+    module: torch.nn.Module,
+    optimizer: MuonAdamW,
+    loader: Loader,
+    plan: Plan,
     args: LoopArguments,
-    evaluate: Callable[[PreTrainedModel], float] | None,
     log: StageLog,
+    checkpoints: Checkpoints,
+    *,
+    resume_from: Checkpoint | None = None,
+    definition: dict[str, object] | None = None,
+    evaluations: tuple[Evaluation, ...] = (),
+    decode: Callable[[list[int]], str] = str,
 ) -> Progress:
-    """Train `model` in place for `args.max_steps` optimizer steps.
+    """Train `model` in place up to `plan.max_steps` optimizer steps.
 
     Args:
-        batches: This process's micro-batches: `input_ids` and `labels`, LongTensor
-            (per_device_train_batch_size, max_length + 1), labels unshifted.
-        evaluate: Bits per byte of the unwrapped model; called by every process.
+        module, optimizer: As [`prepare`] made them, with the weights of `resume_from` already in.
+        loader: This process's micro-batches: `input_ids` (batch_size, max_length + 1), optionally `labels` of the same
+            shape (unshifted, -100 where nothing is learnt) and `position_ids` (batch_size, max_length).
+        resume_from: Where to go on.
+        definition: The settings that make this run what it is; kept in the checkpoints.
+        decode: Text of token ids, to name a batch by.
 
     Raises:
-        UserError: The loss is not finite; raised before the optimizer would have used it.
+        UserError: The loss is not finite (before the optimizer would have used it), memory or disk is full.
+        Stopped: SIGTERM or Ctrl-C; a checkpoint was written.
     """
-    accumulation = accumulation_steps(args, accelerator.num_processes)
-    rates = {"matrix_lr": args.matrix_lr, "embedding_lr": args.embedding_lr, "unembedding_lr": args.unembedding_lr}
-    optimizer = muon_adamw(model, **rates, weight_decay=args.weight_decay)
-    schedule = Schedule(
-        args.max_steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_fraction, args.momentum_steps
-    )
-    module, optimizer = accelerator.prepare(torch.compile(model) if args.torch_compile else model, optimizer)
-    progress = Progress(0, 0, math.nan, 0.0)
-    bar = tqdm(total=args.max_steps, unit="step", disable=not accelerator.is_main_process, mininterval=0.5)
-    validate(progress, evaluate, model, accelerator, log, bar)
-    for step in range(args.max_steps):
-        started = time.perf_counter()
-        schedule.apply(optimizer, step)
-        loss = accumulate(accelerator, module, [next(batches) for _ in range(accumulation)])
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}; nothing was saved. Lower matrix_lr or embedding_lr")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        progress = Progress(
-            step + 1, progress.tokens + args.total_batch_size, loss, args.total_batch_size / max(seconds, 1e-9)
-        )
-        report(progress, schedule, args, accelerator, log, bar)
-        if (step + 1) % args.eval_steps == 0 or step + 1 == args.max_steps:
-            validate(progress, evaluate, model, accelerator, log, bar)
-    bar.close()
-    return progress
+    progress = restore(resume_from, optimizer, loader, accelerator) if resume_from else Progress()
+    batch_size, processes = loader.batch_size, accelerator.num_processes
+    accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, processes)
+    schedule, laps = plan.schedule(), Laps()
+    report = ProgressReport(accelerator, model.config, plan, args, log, laps, progress)
+
+    def save() -> None:
+        state = {"progress": vars(progress), "seconds": log.seconds, "definition": definition or {}}
+        state |= {"processes": processes, "per_device_train_batch_size": batch_size}
+        shares = {"optimizer": optimizer.share_of_state(), "data": loader.state()}
+        checkpoints.save(progress.steps, state, shares, lambda: whole_state(accelerator, module, model))
+
+    with stop_request() as request, GarbageFreezer() as garbage, report, advice_on_memory(batch_size, args.max_length):
+        if progress.steps == 0:
+            evaluate(evaluations, model, progress, plan, report)
+        laps.start()
+        while progress.steps < plan.max_steps:
+            schedule.apply(optimizer, progress.steps)
+            batches = [next(loader) for _ in range(accumulation)]
+            laps.lap("data")
+            losses = accumulate(accelerator, module, batches)
+            loss, stopping = agree(accelerator, losses, request)
+            laps.lap("model")
+            if not math.isfinite(loss):
+                first_row = progress.steps * (plan.total_batch_size // args.max_length)
+                raise UserError(non_finite(accelerator, losses, batches, progress.steps, first_row, decode))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            laps.lap("optimizer")
+            progress = progress.after(loss, plan.total_batch_size)
+            report.step(progress, schedule)
+            garbage.after_step(progress.steps)
+            laps.lap("rest")
+            evaluate(evaluations, model, progress, plan, report)
+            laps.lap("evaluation")
+            if stopping or progress.steps == plan.max_steps or (args.save_steps and progress.steps % args.save_steps == 0):
+                save()
+                laps.lap("checkpoint")
+            if stopping and progress.steps < plan.max_steps:
+                raise Stopped(
+                    f"{request.signal_name or 'another process'} received: stopped after step {progress.steps} of "
+                    f"{plan.max_steps}, checkpoint in {checkpoints.folder}; the same command with --resume auto goes on"
+                )
+    return report.finished(progress)
 
 
-def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches: list[Batch]) -> float:
-    """Gradients of the mean loss over every learnt token of the step, on all processes; returns that loss."""
-    targets = [batch["labels"][:, 1:] for batch in micro_batches]
-    learnt = torch.tensor(sum(int((t != -100).sum()) for t in targets), device=accelerator.device)
+def prepare(
+    accelerator: Accelerator, model: PreTrainedModel, plan: Plan
+) -> tuple[torch.nn.Module, MuonAdamW]:
+    """The module to train, on its device, in its precision, perhaps sharded; and the optimizer over its parameters.
+
+    Without FSDP there is no wrapper: the optimizer itself averages the gradients, once per step, each process for its
+    share, so that backward passes never communicate.
+    """
+    names = ("recipe", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "max_grad_norm")
+    options = {name: getattr(plan, name) for name in names} | {"compile": accelerator.device.type == "cuda"}
+    if accelerator.is_fsdp2:
+        module, prepared = accelerator.prepare(model, muon_adamw(model, **options))
+        return module, prepared.optimizer
+    convert_to_float8(model, accelerator)
+    module = accelerator.prepare_model(model, evaluation_mode=True)
+    group = None
+    if accelerator.num_processes > 1:
+        group = dist.group.WORLD
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, 0)
+    return module, muon_adamw(model, **options, process_group=group)
+
+
+@contextmanager
+def advice_on_memory(batch_size: int, max_length: int) -> Iterator[None]:
+    """Turns running out of memory into a [`UserError`] that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise explain_out_of_memory(error, batch_size, max_length) from error
+
+
+def restore(checkpoint: Checkpoint, optimizer: MuonAdamW, loader: Loader, accelerator: Accelerator) -> Progress:
+    """Optimizer, data and random generators as they were; the weights were loaded before."""
+    optimizer.load_shares(checkpoint.shares("optimizer"))
+    loader.load_states(checkpoint.shares("data"))
+    restore_random_state(checkpoint, accelerator)
+    return Progress(**checkpoint.state["progress"])
+
+
+def whole_state(accelerator: Accelerator, module: torch.nn.Module, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All weights under their ordinary names, on the main process at least."""
+    return accelerator.get_state_dict(module) if accelerator.is_fsdp2 else model.state_dict()
+
+
+def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches: list[Batch]) -> torch.Tensor:
+    """Gradients of the mean loss over every learnt token of the step, on all processes.
+
+    Returns:
+        FloatTensor (micro-batches,): this process's shares of that mean. The gradients are this process's, times the
+        number of processes: their mean over the processes is the gradient of the loss.
+    """
+    labels = [batch.get("labels", batch["input_ids"])[:, 1:] for batch in micro_batches]
+    learnt = torch.tensor(sum(int((label != -100).sum()) for label in labels), device=accelerator.device)
     learnt = accelerator.reduce(learnt, "sum").clamp(min=1)
-    total = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(micro_batches, start=1):
-        ids = batch["input_ids"][:, :-1].to(accelerator.device, non_blocking=True)
-        labels = batch["labels"][:, 1:].to(accelerator.device, non_blocking=True).contiguous()
-        # gradients travel between processes once per step, with the last pass
-        with nullcontext() if number == len(micro_batches) else accelerator.no_sync(module):
-            loss = module(input_ids=ids, shift_labels=labels, use_cache=False, num_items_in_batch=learnt).loss
-            # DDP averages over processes, the loss is a share of the sum over all of them
+    losses = []
+    for number, (batch, label) in enumerate(zip(micro_batches, labels, strict=True), start=1):
+        inputs = {"input_ids": batch["input_ids"][:, :-1], "shift_labels": label}
+        if "position_ids" in batch:
+            inputs["position_ids"] = batch["position_ids"]
+        inputs = {key: value.to(accelerator.device, non_blocking=True).contiguous() for key, value in inputs.items()}
+        # FSDP's gradients travel between processes once per step, with the last pass
+        with accelerator.no_sync(module) if number < len(micro_batches) else accelerator.autocast():
+            loss = module(**inputs, use_cache=False, num_items_in_batch=learnt).loss
             accelerator.backward(loss * accelerator.num_processes)
-        total += loss.detach()
-    return accelerator.reduce(total, "sum").item()
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
-def validate(progress: Progress, evaluate, model, accelerator: Accelerator, log: StageLog, bar: tqdm) -> None:
-    if evaluate is None:
+def agree(accelerator: Accelerator, losses: torch.Tensor, request: StopRequest) -> tuple[float, bool]:
+    """The loss over all processes, and whether any of them was asked to stop: one message, one wait for the device."""
+    stopping = losses.new_tensor(float(request.signal_name is not None))
+    loss, stops = accelerator.reduce(torch.stack([losses.sum(), stopping]), "sum").tolist()
+    return loss, stops > 0
+
+
+def non_finite(
+    accelerator: Accelerator, losses: torch.Tensor, batches: list[Batch], step: int, first_row: int, decode: Callable
+) -> str:
+    """What to say of a loss that is not finite: which rows of which process, and how their text begins."""
+    found = []
+    for number, finite in enumerate(losses.isfinite().tolist()):
+        if not finite:
+            size = len(batches[number]["input_ids"])
+            first = first_row + number * size * accelerator.num_processes + accelerator.process_index
+            last = first + (size - 1) * accelerator.num_processes
+            beginning = decode(batches[number]["input_ids"][0, :32].tolist())
+            found.append(f"process {accelerator.process_index}, rows {first} to {last} of the data, beginning {beginning!r}")
+    found = gather_object(found) or ["the sum over the processes overflowed"]
+    return (
+        f"the loss is not finite at step {step} ({found[0]}); the optimizer has not used it. Lower matrix_lr or embedding_lr, "
+        "or look at that text; earlier checkpoints are good"
+    )
+
+
+def evaluate(
+    evaluations: tuple[Evaluation, ...], model: PreTrainedModel, progress: Progress, plan: Plan, report: ProgressReport
+) -> None:
+    """Run those that are due on the uncompiled model, without gradients."""
+    due = [one for one in evaluations if one.due(progress.steps, plan.max_steps)]
+    if not due:
         return
     model.eval()
-    with accelerator.autocast():
-        bits_per_byte = evaluate(model)
+    with torch.no_grad(), evaluation_precision(model), report.accelerator.autocast():
+        for one in due:
+            report.evaluated(progress, *one.run(model))
     model.train()
-    log.log(step=progress.steps, tokens=progress.tokens, bits_per_byte=bits_per_byte)
-    accelerator.log({"val/bits_per_byte": bits_per_byte}, step=progress.steps)
-    if accelerator.is_main_process:
-        bar.write(f"step {progress.steps}: validation {bits_per_byte:.4f} bits per byte")
-
-
-def report(
-    progress: Progress, schedule: Schedule, args: LoopArguments, accelerator: Accelerator, log: StageLog, bar: tqdm
-) -> None:
-    bar.update()
-    bar.set_postfix_str(f"loss {progress.loss:.3f}, {progress.tokens_per_second:,.0f} tokens/s", refresh=False)
-    if progress.steps % args.logging_steps == 0 or progress.steps in (1, args.max_steps):
-        values = {
-            "loss": progress.loss,
-            "tokens_per_second": round(progress.tokens_per_second),
-            "learning_rate_multiplier": schedule.learning_rate_multiplier(progress.steps - 1),
-        }
-        log.log(step=progress.steps, tokens=progress.tokens, **values)
-        accelerator.log({f"train/{key}": value for key, value in values.items()}, step=progress.steps)

@@ -16,16 +16,20 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
-from recipes.data import ConversationRows, load_text_rows, read_conversations, render, row_loader
-from recipes.loop import LoopArguments, make_accelerator, train
-from recipes.model_card import model_card
+from modeling_nanochat.sources import text_source
+from recipes.data import read_conversations, render
+from recipes.dial import Plan, derive
+from recipes.lanes import ConversationLanes, MixedLanes, TextLanes
+from recipes.loop import LoopArguments
+from recipes.loop_stage import make_accelerator, run_stage
 from recipes.packing import Conversation
-from recipes.stage import OutputArguments, StageLog, check_output, finish_stage, push, settings
-from recipes.validation import validation
+from recipes.stage import OutputArguments, check_output
+from recipes.validation import bits_per_byte_evaluation, conversation_rows, validation
 
 
 @dataclass
@@ -45,7 +49,7 @@ class MidtrainArguments:
 
 def main() -> None:
     args, loop, output = parse(MidtrainArguments, LoopArguments, OutputArguments)
-    check_output(output)
+    check_output(output, loop.resume)
     conversations = read_conversations(args.train_files)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     accelerator = make_accelerator(loop, output.output_dir)
@@ -58,29 +62,16 @@ def main() -> None:
         show_progress=accelerator.is_main_process,
     )
     train_set, val_set = split(rendered, args.validation_share, loop.seed)
-    derive_steps(train_set, args, loop)
-
-    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "seed": loop.seed}
-    replay = None
+    plan = make_plan(model, train_set, args, loop)
+    lanes_of = ConversationLanes(train_set, tokenizer.pad_token_id, loop.max_length, loop.seed)
     if args.replay_files:
-        replay = load_text_rows(args.replay_files, tokenizer, loop.max_length, "replay_files", **share)
-    rows = ConversationRows(
-        train_set, tokenizer.pad_token_id, loop.max_length, replay=replay, replay_every=args.replay_every, **share
-    )
-    val_rows = ConversationRows(val_set, tokenizer.pad_token_id, loop.max_length)
-    val_row_count = max(1, sum(len(ids) for ids, _ in val_set) // loop.max_length)
-    evaluate = validation(accelerator, val_rows, tokenizer, loop.per_device_train_batch_size, val_row_count)
-    log = StageLog(output.output_dir, accelerator.is_main_process)
-    batches = iter(row_loader(rows, loop.per_device_train_batch_size))
-    progress = train(accelerator, model, batches, loop, evaluate, log)
-
-    if accelerator.is_main_process:
-        record = {"stage": "mid", "base_model": args.model_name_or_path, "settings": settings(args, loop, output)}
-        finish_stage(model, tokenizer, output, log, record | vars(progress), model_card)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        push(output)
+        texts = text_source(args.replay_files, what="replay_files")
+        lanes_of = MixedLanes(lanes_of, TextLanes(texts, tokenizer, loop.max_length, loop.seed), args.replay_every)
+    val_rows = conversation_rows(val_set, tokenizer.pad_token_id, loop.max_length)
+    bits_per_byte = validation(accelerator, val_rows, tokenizer, max_rows=len(val_set))
+    evaluations = (bits_per_byte_evaluation(bits_per_byte, loop.eval_steps),)
+    record = {"stage": "mid", "base_model": args.model_name_or_path}
+    run_stage(record, (args, loop, output), accelerator, model, tokenizer, plan, lanes_of, evaluations)
 
 
 def split(
@@ -98,14 +89,19 @@ def split(
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def derive_steps(train_set: list[Conversation], args: MidtrainArguments, loop: LoopArguments) -> None:
-    """Set `max_steps` from the number of epochs unless it is given; replayed text counts on top."""
+def make_plan(model: PreTrainedModel, train_set: list[Conversation], args: MidtrainArguments, loop: LoopArguments) -> Plan:
+    """Steps from the number of epochs unless given; replayed text counts on top. No weight decay unless given."""
+    rates = loop.rates() | {"weight_decay": loop.weight_decay or 0.0}
     if loop.max_steps >= 0:
-        return
+        return derive(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=loop.max_steps, **rates)
     tokens = args.num_train_epochs * sum(len(ids) for ids, _ in train_set)
     if args.replay_files:
         tokens *= 1 + 1 / args.replay_every
-    loop.max_steps = max(1, round(tokens / loop.total_batch_size))
+    if rates["total_batch_size"] is None:
+        one_step = derive(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=1, **rates)
+        rates["total_batch_size"] = one_step.total_batch_size
+    steps = max(1, round(tokens / rates["total_batch_size"]))
+    return derive(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=steps, **rates)
 
 
 if __name__ == "__main__":

@@ -9,27 +9,32 @@
 Notable features:
 - one dial, `depth`; what follows from it is printed and can be set by name
 - best-fit packing: every row begins with `<|bos|>`, nothing is padded
-- Muon for the matrices, AdamW for the rest
-- validation in bits per byte, comparable between tokenizers
+- Muon for the matrices, AdamW for the rest; the work and its state shared between processes
+- at intervals bits per byte (comparable between tokenizers), CORE and samples
+- checkpoints that survive a kill at any instant; `--resume auto` goes on as if nothing had happened
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from evals.core import core, load_core
+from evals.samples import PROMPTS, samples
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
 from modeling_nanochat.cli import parse
 from modeling_nanochat.configuration_nanochat import ASPECT_RATIO, HEAD_DIM
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.sizes import scaling_parameters
+from modeling_nanochat.sources import text_source
 from modeling_nanochat.tokenization_nanochat import special_token_ids
-from recipes.data import load_text_rows, row_loader
-from recipes.loop import LoopArguments, make_accelerator, train
-from recipes.model_card import model_card
-from recipes.stage import OutputArguments, StageLog, check_output, finish_stage, push, settings
-from recipes.validation import validation
+from recipes.dial import Plan, derive
+from recipes.lanes import TextLanes
+from recipes.loop import Evaluation, LoopArguments
+from recipes.loop_stage import make_accelerator, run_stage
+from recipes.stage import OutputArguments, check_output
+from recipes.validation import bits_per_byte_evaluation, text_rows, validation
 
 ARCHITECTURES = {
     "plain": (NanoChatConfig, NanoChatForCausalLM),
@@ -51,40 +56,78 @@ class PretrainArguments:
     aspect_ratio: int = field(default=ASPECT_RATIO, metadata={"help": "Width per layer, before rounding up to heads."})
     head_dim: int = field(default=HEAD_DIM, metadata={"help": "Width of an attention head."})
     num_key_value_heads: int | None = field(default=None, metadata={"help": "Fewer than heads: grouped queries."})
-    target_param_data_ratio: float = field(
-        default=12.0, metadata={"help": "Training tokens per parameter in matrices and head, where max_steps is -1."}
+    target_param_data_ratio: float | None = field(
+        default=None, metadata={"help": "Training tokens per parameter, where neither max_steps nor target_flops is given."}
     )
+    target_flops: float | None = field(default=None, metadata={"help": "Arithmetic of the whole run, where max_steps is -1."})
     eval_tokens: int = field(default=1048576, metadata={"help": "Tokens of one validation."})
+    core_dir: str | None = field(default=None, metadata={"help": "Folder of the CORE tasks; without it, no CORE."})
+    core_steps: int = field(default=2000, metadata={"help": "Steps between two CORE; the last step always has one."})
+    core_max_per_task: int = field(default=500, metadata={"help": "Examples per CORE task; -1: all."})
+    sample_steps: int = field(default=2000, metadata={"help": "Steps between two samples; the last step always has some."})
+    sample_prompts: list[str] = field(
+        default_factory=lambda: list(PROMPTS), metadata={"help": "Beginnings that the model continues; 16 tokens each."}
+    )
 
 
 def main() -> None:
     args, loop, output = parse(PretrainArguments, LoopArguments, OutputArguments)
-    check_output(output)
+    check_output(output, loop.resume)
     tokenizer = load_tokenizer(args.tokenizer)
     accelerator = make_accelerator(loop, output.output_dir)
     set_seed(loop.seed)
     model = build_model(args, loop, tokenizer)
-    derive_steps(model, args, loop)
-    if accelerator.is_main_process:
-        print_derived(model, loop)
+    plan = make_plan(model, args, loop)
+    texts = text_source(args.train_files, what="train_files")
+    lanes_of = TextLanes(texts, tokenizer, loop.max_length, loop.seed)
+    evaluations = make_evaluations(args, loop, accelerator, tokenizer)
+    run_stage({"stage": "base"}, (args, loop, output), accelerator, model, tokenizer, plan, lanes_of, evaluations)
 
-    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "seed": loop.seed}
-    rows = load_text_rows(args.train_files, tokenizer, loop.max_length, "train_files", **share)
-    val_rows = load_text_rows(args.val_files, tokenizer, loop.max_length, "val_files", epochs=1)
-    evaluate = validation(
-        accelerator, val_rows, tokenizer, loop.per_device_train_batch_size, max(1, args.eval_tokens // loop.max_length)
+
+def make_plan(model: NanoChatForCausalLM, args: PretrainArguments, loop: LoopArguments) -> Plan:
+    given = ("target_flops", "target_param_data_ratio")
+    return derive(
+        model.config,
+        loop.training_recipe,
+        max_length=loop.max_length,
+        max_steps=loop.max_steps,
+        aspect_ratio=args.aspect_ratio,
+        **{name: getattr(args, name) for name in given},
+        **loop.rates(),
     )
-    log = StageLog(output.output_dir, accelerator.is_main_process)
-    batches = iter(row_loader(rows, loop.per_device_train_batch_size, loop.dataloader_num_workers))
-    progress = train(accelerator, model, batches, loop, evaluate, log)
 
-    if accelerator.is_main_process:
-        record = {"stage": "base", "settings": settings(args, loop, output), **vars(progress)}
-        finish_stage(model, tokenizer, output, log, record, model_card)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        push(output)
+
+def make_evaluations(
+    args: PretrainArguments, loop: LoopArguments, accelerator: Accelerator, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Evaluation, ...]:
+    """Bits per byte, CORE and samples. All files are read now: a bad one is told before training, not after."""
+    rows = text_rows(args.val_files, tokenizer, loop.max_length, "val_files")
+    bits_per_byte = validation(accelerator, rows, tokenizer, max(1, args.eval_tokens // loop.max_length))
+    tasks = load_core(args.core_dir) if args.core_dir else []
+
+    # a model that FSDP has sharded is called by all processes alike, so each of them does all tasks
+    dealt_out = not accelerator.is_fsdp2
+
+    def run_core(model: NanoChatForCausalLM) -> tuple[dict, list[str]]:
+        result = core(
+            model,
+            tokenizer,
+            tasks,
+            max_per_task=args.core_max_per_task,
+            process_index=accelerator.process_index if dealt_out else 0,
+            num_processes=accelerator.num_processes if dealt_out else 1,
+            gather=lambda counts: accelerator.reduce(counts, "sum") if dealt_out else counts,
+        )
+        return {"core": result.core, "core_tasks": result.tasks}, [f"CORE {result.core:.4f}"]
+
+    def run_samples(model: NanoChatForCausalLM) -> tuple[dict, list[str]]:
+        texts = samples(model, tokenizer, args.sample_prompts)
+        return {"samples": texts}, [repr(text) for text in texts]
+
+    found = [bits_per_byte_evaluation(bits_per_byte, loop.eval_steps)]
+    found += [Evaluation(args.core_steps, run_core)] if tasks else []
+    found += [Evaluation(args.sample_steps, run_samples)] if args.sample_prompts else []
+    return tuple(found)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
@@ -122,27 +165,6 @@ def build_model(args: PretrainArguments, loop: LoopArguments, tokenizer: PreTrai
     except ValueError as error:
         raise UserError(f"{error}; change depth, aspect_ratio, head_dim or num_key_value_heads") from error
     return model_class(config)
-
-
-def derive_steps(model: NanoChatForCausalLM, args: PretrainArguments, loop: LoopArguments) -> None:
-    """Set `max_steps` from the tokens-per-parameter ratio unless it is given.
-
-    Counted are the parameters inside linear layers: they alone do arithmetic, and so set the useful number of tokens.
-    """
-    if loop.max_steps < 0:
-        loop.max_steps = int(args.target_param_data_ratio * scaling_parameters(model.config) // loop.total_batch_size)
-    if loop.max_steps < 1:
-        raise UserError(f"max_steps is {loop.max_steps}; raise target_param_data_ratio or lower total_batch_size")
-
-
-def print_derived(model: NanoChatForCausalLM, loop: LoopArguments) -> None:
-    config, tokens = model.config, loop.max_steps * loop.total_batch_size
-    print(
-        f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads, "
-        f"vocabulary {config.vocab_size}: {model.num_parameters():,} parameters\n"
-        f"{loop.max_steps:,} steps of {loop.total_batch_size:,} tokens = {tokens:,} tokens, "
-        f"{tokens / scaling_parameters(model.config):.1f} per parameter in matrices and head"
-    )
 
 
 if __name__ == "__main__":

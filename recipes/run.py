@@ -7,7 +7,7 @@
 
 Notable features:
 - every stage is a process of its own, the same command that you would type
-- what is finished is found and skipped, so a run that was stopped goes on where it was
+- what is finished is found and skipped, and a stage that was stopped goes on from its last checkpoint
 - `--set stage.key=value` reaches any key of any stage
 """
 
@@ -36,6 +36,7 @@ RECIPES = ROOT / "recipes"
 STAGES = ("data", "tokenizer", "base", "mid", "sft", "rl", "report")
 ALIASES = {"pretrain": "base", "midtrain": "mid", "grpo": "rl"}
 SCRIPTS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "grpo"}
+RESUMABLE = ("base", "mid")  # stages with checkpoints; the others are short and start over
 PREDECESSOR = {"mid": "base", "sft": "mid", "rl": "sft"}
 # Where a recipe's generated world puts what was not given.
 GENERATED = {
@@ -313,10 +314,13 @@ def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None) -> 
     forget(step, run_dir)
     # whatever lies there without a marker is unfinished or unwanted; the world replaces only itself
     overwrite = ["--overwrite_output_dir", "true"] if "output_dir" in step.settings and step.name != "data" else []
+    resume = ["--resume", "auto"] if step.name in RESUMABLE and not redo else []
     print(f"\n=== {step.name}: {shown(step.command)}", flush=True)
     started = time.perf_counter()
-    if code := call([*step.command, *overwrite], lock):
+    if code := call([*step.command, *overwrite, *resume], lock):
         raise UserError(f"{step.name} stopped with exit code {code}; put it right and run the same command again")
+    if step.name in RESUMABLE and (run_dir / "checkpoints" / step.name).exists():
+        raise UserError(f"{step.name} was stopped before its end, with a checkpoint; the same command goes on from there")
     write_json(run_dir / "finished" / f"{step.name}.json", wanted | {"seconds": round(time.perf_counter() - started, 1)})
 
 

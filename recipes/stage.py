@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evals.records import write_json
@@ -38,26 +39,37 @@ class OutputArguments:
     hub_private_repo: bool = field(default=False, metadata={"help": "Make a new Hub repository private."})
 
 
-def check_output(args: OutputArguments) -> None:
-    """Raise [`UserError`] before any work is done if its result could not be put away."""
+def check_output(args: OutputArguments, resume: str | None = None) -> None:
+    """Raise [`UserError`] before any work is done if its result could not be put away, or would bury an unfinished run."""
     if Path(args.output_dir).exists() and not args.overwrite_output_dir:
         raise UserError(
             f"{args.output_dir} already exists; pass --overwrite_output_dir true to replace it, or another --output_dir"
+        )
+    unfinished = beside(args.output_dir, "checkpoints", "")
+    if unfinished.exists() and not resume and not args.overwrite_output_dir:
+        raise UserError(
+            f"{unfinished} holds the checkpoints of an unfinished run; pass --resume auto to go on from them, or "
+            "--overwrite_output_dir true to start anew"
         )
     if args.push_to_hub and not args.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id, for instance me/my-nanochat")
 
 
 class StageLog:
-    """Measurements of one stage as JSON lines in `<run>/logs/<stage>.jsonl`, each with the seconds since the start."""
+    """Measurements of one stage as JSON lines in `<run>/logs/<stage>.jsonl`, each with the seconds since the start.
 
-    def __init__(self, output_dir: str | Path, enabled: bool = True):
-        self.started = time.perf_counter()
+    Going on after `step`, with `seconds` on the clock, it keeps the lines up to that step and drops what the lost steps
+    had written after it.
+    """
+
+    def __init__(self, output_dir: str | Path, enabled: bool = True, *, step: int = 0, seconds: float = 0.0):
+        self.started = time.perf_counter() - seconds
         self.path = beside(output_dir, "logs", ".jsonl")
         self.enabled = enabled
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
+            kept = lines_up_to(self.path, step) if step else []
+            self.path.write_text("".join(kept), encoding="utf-8")
 
     @property
     def seconds(self) -> float:
@@ -67,6 +79,18 @@ class StageLog:
         if self.enabled:
             with open(self.path, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"seconds": round(self.seconds, 3), **values}) + "\n")
+
+
+def lines_up_to(path: Path, step: int) -> list[str]:
+    """The whole lines of a log whose step is at most `step`; a line that a kill cut short is not one of them."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
 
 
 def beside(output_dir: str | Path, kind: str, suffix: str) -> Path:
@@ -82,10 +106,15 @@ def finish_stage(
     log: StageLog,
     record: dict[str, Any],
     card: Callable[[dict], str],
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Save the model folder whole, then the stage's record beside it. Main process only.
 
-    `record` needs "stage" and "settings"; what the run took and ran on is added.
+    `record` needs "stage" and "settings"; what the run took and ran on is added. `weights` stand in for the model's own
+    where these are spread over processes.
+
+    Raises:
+        UserError: The folder cannot be written, for instance because the disk is full.
     """
     set_special_tokens(model, tokenizer)
     model.config.use_cache = True
@@ -97,11 +126,16 @@ def finish_stage(
         "machine": machine(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     }
-    with whole_folder(args.output_dir) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card(record), encoding="utf-8")
-    write_json(beside(args.output_dir, "stages", ".json"), record)
+    try:
+        with whole_folder(args.output_dir) as folder:
+            model.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(card(record), encoding="utf-8")
+        write_json(beside(args.output_dir, "stages", ".json"), record)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{args.output_dir} could not be written ({' '.join(str(error).split())}); free space and run the stage again"
+        ) from error
     print(f"{record['stage']}: {args.output_dir} written after {log.seconds:.0f} s")
 
 

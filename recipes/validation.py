@@ -1,7 +1,7 @@
-"""Bits per byte on rows set aside, measured alike by one process or many."""
+"""Bits per byte on rows set aside: the same rows in the same order, measured alike by one process or many."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -9,15 +9,38 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evals.bits_per_byte import nats_and_bytes, token_bytes
+from modeling_nanochat.bulk_encoding import BulkEncoder
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.sources import text_source
+
+from .documents import PORTION, is_text
+from .loop import Evaluation
+from .packing import Conversation, pack_conversations, pack_documents
+
+Row = dict[str, torch.Tensor]
+
+
+def text_rows(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int, what: str) -> Iterator[Row]:
+    """Rows of `max_length` + 1 ids packed from the documents in their order, once."""
+    texts, encoder = text_source(files, what=what), BulkEncoder(tokenizer)
+    batches = (encoder.encode([text for text in batch["text"] if is_text(text)]) for batch in texts.iter(PORTION))
+    for row in pack_documents(batches, max_length + 1):
+        ids = torch.from_numpy(row)
+        yield {"input_ids": ids, "labels": ids}
+
+
+def conversation_rows(conversations: Sequence[Conversation], pad_token_id: int, max_length: int) -> Iterator[Row]:
+    """Padded rows of `max_length` + 1 ids from rendered conversations, once; labels are -100 where nothing is learnt."""
+    for ids, labels in pack_conversations([conversations], max_length + 1, pad_token_id):
+        yield {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
 
 def validation(
     accelerator: Accelerator,
-    rows: Iterable[dict[str, torch.Tensor]],
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerFast,
-    batch_size: int,
     max_rows: int,
+    batch_size: int = 32,
 ) -> Callable[[PreTrainedModel], float]:
     """A function that measures bits per byte on the first `max_rows` rows, dealt out over the processes.
 
@@ -27,6 +50,9 @@ def validation(
     chosen = list(islice(rows, max_rows))
     if not chosen:
         raise UserError("the validation text does not fill one row of max_length tokens; add text or lower max_length")
+    # As many rows for every process, for sharded models are called by all or none: rows of nothing to predict make it even.
+    blank = {"input_ids": chosen[0]["input_ids"], "labels": torch.full_like(chosen[0]["input_ids"], -100)}
+    chosen += [blank] * (-len(chosen) % accelerator.num_processes)
     mine = chosen[accelerator.process_index :: accelerator.num_processes]
     batches = [
         {key: torch.stack([row[key] for row in mine[start : start + batch_size]]) for key in ("input_ids", "labels")}
@@ -43,3 +69,13 @@ def validation(
         return nats / (math.log(2) * byte_count) if byte_count else math.inf
 
     return bits_per_byte
+
+
+def bits_per_byte_evaluation(bits_per_byte: Callable[[PreTrainedModel], float], every: int) -> Evaluation:
+    """[`validation`]'s function as the loop wants it: before the first step, at intervals, after the last."""
+
+    def run(model: PreTrainedModel) -> tuple[dict[str, float], list[str]]:
+        value = bits_per_byte(model)
+        return {"bits_per_byte": value}, [f"validation {value:.4f} bits per byte"]
+
+    return Evaluation(every, run, at_start=True)

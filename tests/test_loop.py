@@ -1,4 +1,7 @@
+import gc
+import json
 import math
+import signal
 
 import pytest
 import torch
@@ -6,9 +9,12 @@ from accelerate import Accelerator, debug_launcher
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
-from recipes.loop import LoopArguments, accumulate, accumulation_steps, train
+from recipes.checkpoint import Checkpoints
+from recipes.dial import derive
+from recipes.loop import Evaluation, LoopArguments, accumulate, accumulation_steps, prepare, train
 from recipes.stage import StageLog
-from recipes.validation import validation
+from recipes.stopping import Stopped
+from recipes.validation import bits_per_byte_evaluation, validation
 
 
 def small_model():
@@ -35,11 +41,13 @@ def step_gradients(path):
     """Loss and gradients of one step over this process's share of the four micro-batches."""
     accelerator = Accelerator(cpu=True)
     model = small_model()
-    module = accelerator.prepare(model)
+    module = accelerator.prepare_model(model, evaluation_mode=True)
     mine = uneven_batches()[accelerator.process_index :: accelerator.num_processes]
-    loss = accumulate(accelerator, module, mine)
+    loss = accelerator.reduce(accumulate(accelerator, module, mine).sum(), "sum").item()
+    # each process keeps its own gradient; the optimizer averages them
+    grads = accelerator.reduce([p.grad for p in model.parameters()], "mean")
     if accelerator.is_main_process:
-        torch.save({"loss": loss, "grads": [p.grad for p in model.parameters()]}, path)
+        torch.save({"loss": loss, "grads": grads}, path)
     accelerator.wait_for_everyone()
 
 
@@ -70,9 +78,12 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 
 
 def loop_arguments(**more):
-    return LoopArguments(
-        max_length=16, per_device_train_batch_size=2, total_batch_size=64, warmup_steps=2, momentum_steps=5, eval_steps=5, **more
-    )
+    return LoopArguments(max_length=16, per_device_train_batch_size=2, eval_steps=5, logging_steps=5, save_steps=0, **more)
+
+
+def plan_of(model, max_steps, **more):
+    rates = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008, "warmup_steps": 2, "momentum_steps": 5}
+    return derive(model.config, "current", max_length=16, max_steps=max_steps, total_batch_size=64, **rates | more)
 
 
 def rows(count, seed=0):
@@ -82,18 +93,35 @@ def rows(count, seed=0):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def batches_of(some):
-    while True:
-        for i in range(0, len(some), 2):
-            yield {key: torch.stack([row[key] for row in some[i : i + 2]]) for key in ("input_ids", "labels")}
+class EndlessBatches:
+    """What the loop asks of a loader, without data files behind it."""
+
+    batch_size = 2
+
+    def __init__(self, some):
+        self.some, self.taken = some, 0
+
+    def __next__(self):
+        first = self.taken * self.batch_size % len(self.some)
+        self.taken += 1
+        return {"input_ids": torch.stack([row["input_ids"] for row in self.some[first : first + self.batch_size]])}
+
+    def state(self):
+        return {"taken": torch.tensor(self.taken)}
 
 
-def run(tmp_path, name, toy_tokenizer, **more):
+def run(tmp_path, name, tokenizer, *, some=None, model=None, max_steps=20, request=None, evaluations=None, **more):
     accelerator = Accelerator(cpu=True)
-    evaluate = validation(accelerator, rows(8, seed=5), toy_tokenizer, 2, 8)
-    model = small_model()
+    model, args = model or small_model(), loop_arguments(**more)
+    plan, log = plan_of(model, max_steps), StageLog(tmp_path / name)
+    module, optimizer = prepare(accelerator, model, plan)
+    if evaluations is None:
+        measure = validation(accelerator, rows(8, seed=5), tokenizer, 8)
+        evaluations = (bits_per_byte_evaluation(measure, args.eval_steps),)
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / name, accelerator)
+    loader = EndlessBatches(some or rows(64))
     progress = train(
-        accelerator, model, batches_of(rows(64)), loop_arguments(max_steps=20, **more), evaluate, StageLog(tmp_path / name)
+        accelerator, model, module, optimizer, loader, plan, args, log, checkpoints, evaluations=evaluations, decode=str
     )
     return model, progress
 
@@ -103,30 +131,85 @@ def test_training_learns_and_repeats_itself_exactly(tmp_path, toy_model_and_toke
     model, progress = run(tmp_path, "a", tokenizer)
     again, _ = run(tmp_path, "b", tokenizer)
     assert progress.steps == 20 and progress.tokens == 20 * 64 and progress.loss < 2.0
+    assert progress.tokens_per_second > 0
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
-    assert model.training
-    logged = (tmp_path / "logs" / "a.jsonl").read_text()
-    assert logged.count("bits_per_byte") == 5 and "tokens_per_second" in logged
+    assert model.training and gc.isenabled() and gc.get_freeze_count() == 0
+    logged = [json.loads(line) for line in (tmp_path / "logs" / "a.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged if "bits_per_byte" in row] == [0, 5, 10, 15, 20]
+    steps = [row for row in logged if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 5, 10, 15, 20]
+    parts = ("seconds_data", "seconds_model", "seconds_optimizer", "seconds_rest")
+    assert all(row["seconds_training"] == pytest.approx(sum(row[part] for part in parts), abs=1e-5) for row in steps)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path):
+def test_garbage_is_frozen_while_training(tmp_path, toy_model_and_tokenizer):
+    seen = []
+    watch = Evaluation(1, lambda model: (seen.append((gc.isenabled(), gc.get_freeze_count() > 0)), ({}, []))[1])
+    run(tmp_path, "a", toy_model_and_tokenizer[1], max_steps=3, evaluations=(watch,))
+    assert seen == [(False, True)] * 3
+    assert gc.isenabled()
+
+
+def test_evaluations_have_their_intervals_and_see_a_model_at_rest(tmp_path, toy_model_and_tokenizer):
+    seen = []
+
+    def look(model):
+        seen.append((model.training, torch.is_grad_enabled()))
+        return {"value": len(seen)}, ["a line"]
+
+    run(tmp_path, "a", toy_model_and_tokenizer[1], max_steps=10, evaluations=(Evaluation(4, look),))
+    assert seen == [(False, False)] * 3
+    logged = [json.loads(line) for line in (tmp_path / "logs" / "a.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["value"]) for row in logged if "value" in row] == [(4, 1), (8, 2), (10, 3)]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_the_batch(tmp_path, toy_model_and_tokenizer):
     model = small_model()
     with torch.no_grad():
-        model.lm_head.weight[3] = math.nan
-    before = model.model.embed_tokens.weight.clone()
-    with pytest.raises(UserError, match="step 0"):
-        train(
-            Accelerator(cpu=True), model, batches_of(rows(8)), loop_arguments(max_steps=3), None, StageLog(tmp_path / "c")
-        )
-    assert torch.equal(model.model.embed_tokens.weight, before)
+        model.model.embed_tokens.weight[63] = math.nan
+    some = rows(64)
+    for row in some[:42]:
+        row["input_ids"] = row["input_ids"] % 63  # the poisoned token comes first in row 42, in step 10
+    some[42]["input_ids"] = torch.arange(60, 77) % 64
+    before = {}
+
+    def keep(model):
+        before.update({name: p.clone() for name, p in model.named_parameters()})
+        return {}, []
+
+    with pytest.raises(UserError, match=r"step 10 \(process 0, rows 42 to 43 of the data, beginning '\[60, 61, 62, 63") as error:
+        run(tmp_path, "c", toy_model_and_tokenizer[1], some=some, model=model, evaluations=(Evaluation(1, keep),))
+    assert "optimizer has not used it" in str(error.value)
+    for name, p in model.named_parameters():
+        assert torch.equal(torch.nan_to_num(p), torch.nan_to_num(before[name])), name
+
+
+def test_running_out_of_memory_says_what_to_lower(tmp_path, toy_model_and_tokenizer):
+    model = small_model()
+
+    def forward(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    model.forward = forward
+    with pytest.raises(UserError, match="set per_device_train_batch_size to 1"):
+        run(tmp_path, "d", toy_model_and_tokenizer[1], model=model, evaluations=())
+
+
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, toy_model_and_tokenizer):
+    handler = signal.getsignal(signal.SIGTERM)
+    ask = Evaluation(3, lambda model: (signal.raise_signal(signal.SIGTERM), ({}, []))[1])
+    with pytest.raises(Stopped, match="SIGTERM received: stopped after step 4 of 20.*--resume auto goes on"):
+        run(tmp_path, "e", toy_model_and_tokenizer[1], evaluations=(ask,))
+    assert Checkpoints(tmp_path / "checkpoints" / "e", Accelerator(cpu=True)).find("auto").step == 4
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    assert accumulation_steps(loop_arguments(), world_size=2) == 1
+    assert accumulation_steps(64, batch_size=2, max_length=16, world_size=2) == 1
     with pytest.raises(UserError, match="multiple of 96"):
-        accumulation_steps(loop_arguments(), world_size=3)
+        accumulation_steps(64, batch_size=2, max_length=16, world_size=3)
 
 
 def test_validation_needs_a_row(toy_model_and_tokenizer):
     with pytest.raises(UserError, match="does not fill one row"):
-        validation(Accelerator(cpu=True), [], toy_model_and_tokenizer[1], 2, 8)
+        validation(Accelerator(cpu=True), [], toy_model_and_tokenizer[1], 8)

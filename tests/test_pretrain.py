@@ -29,6 +29,8 @@ def pretrain(tmp_path, tokenizer, **options):
         "total_batch_size": 256,
         "eval_tokens": 512,
         "warmup_steps": 2,
+        "sample_steps": 0,
+        "torch_compile": "false",
     } | options
     command = [sys.executable, ROOT / "recipes" / "pretrain.py"]
     command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]

@@ -46,7 +46,7 @@ def test_recipe_loads_and_is_short(path):
     parsed = parse(*ARGUMENTS[path.stem], args=["--config", str(path)])
     loop = next((one for one in parsed if isinstance(one, LoopArguments)), None)
     if loop is not None:
-        assert accumulation_steps(loop, world_size=1) >= 1
+        assert accumulation_steps(loop.total_batch_size, loop.per_device_train_batch_size, loop.max_length, 1) >= 1
     assert len(path.read_text().splitlines()) <= 45
 
 

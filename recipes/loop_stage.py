@@ -1,0 +1,200 @@
+"""What pretraining and midtraining do around the loop: find the checkpoint, size the batch, train, leave a model folder."""
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from modeling_nanochat.errors import UserError
+
+from .batch_size import find_batch_size, smallest
+from .checkpoint import Checkpoint, Checkpoints
+from .compilation import maybe_compile
+from .dial import Plan
+from .lanes import Lanes
+from .loader import Loader
+from .loop import FREE_TO_CHANGE, Evaluation, LoopArguments, accumulation_steps, prepare, train, whole_state
+from .model_card import model_card
+from .precision import accelerator_options
+from .stage import OutputArguments, StageLog, beside, finish_stage, push, settings
+from .stopping import Stopped
+
+OUTPUT_KEYS = set(OutputArguments.__dataclass_fields__)
+
+
+def make_accelerator(args: LoopArguments, output_dir: str) -> Accelerator:
+    """Accelerate on the device that is there, with the tracker asked for; its files go beside the model folder.
+
+    Raises:
+        UserError: The tracker is unknown or not installed.
+    """
+    options = accelerator_options()
+    if args.report_to == "none":
+        accelerator = Accelerator(**options)
+    else:
+        try:
+            accelerator = Accelerator(
+                log_with=args.report_to, project_dir=beside(output_dir, "trackers", ""), **options
+            )
+        except ValueError as error:
+            raise UserError(f"report_to {args.report_to}: {str(error).splitlines()[0]}") from error
+        if not accelerator.log_with:
+            raise UserError(f"report_to {args.report_to}: not installed; pip install {args.report_to}")
+        values = {key: value for key, value in vars(args).items() if value is not None}
+        accelerator.init_trackers(f"nanochat-{Path(output_dir).name}", config=values)
+    accelerator.gradient_accumulation_steps = 1  # the loop accumulates itself, by total_batch_size
+    return accelerator
+
+
+def run_stage(
+    record: dict[str, object],
+    arguments: tuple[object, LoopArguments, OutputArguments],
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    plan: Plan,
+    lanes_of: Lanes,
+    evaluations: tuple[Evaluation, ...],
+) -> None:
+    """Train, write the model folder and the record beside it, push. Prints one line and returns if asked to stop.
+
+    Args:
+        record: What the stage's record starts with; "stage" at least.
+        arguments: The stage's own, the loop's and the output's.
+        lanes_of: The rows of a lane of the data, see `recipes/lanes.py`.
+    """
+    _, args, output = arguments
+    definition = define(arguments, Path(output.output_dir).parent)
+    checkpoints = Checkpoints(beside(output.output_dir, "checkpoints", ""), accelerator)
+    resume_from = find_checkpoint(checkpoints, args, definition)
+    if resume_from:
+        model.load_state_dict(resume_from.weights())
+    module, optimizer = prepare(accelerator, model, plan)
+    batch_size = choose_batch_size(accelerator, module, args, plan, resume_from)
+    accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, accelerator.num_processes)
+    if accelerator.is_main_process:
+        announce(model, plan, accumulation, batch_size, accelerator.num_processes, resume_from)
+    module = maybe_compile(module, args.torch_compile, accelerator)
+    going_on = {"step": resume_from.step, "seconds": resume_from.state["seconds"]} if resume_from else {}
+    log = StageLog(output.output_dir, accelerator.is_main_process, **going_on)
+    loader = Loader(
+        lanes_of,
+        batch_size=batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        document_start=tokenizer.bos_token_id if args.document_masking else None,
+    )
+    try:
+        progress = train(
+            accelerator,
+            model,
+            module,
+            optimizer,
+            loader,
+            plan,
+            args,
+            log,
+            checkpoints,
+            resume_from=resume_from,
+            definition=definition,
+            evaluations=evaluations,
+            decode=tokenizer.decode,
+        )
+    except Stopped as stopped:
+        if accelerator.is_main_process:
+            print(stopped, flush=True)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return
+    finally:
+        loader.close()
+    weights = whole_state(accelerator, module, model)
+    if accelerator.is_main_process:
+        derived = {key: value for key, value in asdict(plan).items() if key != "origins"}
+        resolved = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        record = record | {"settings": settings(*arguments) | derived | resolved, **vars(progress)}
+        finish_stage(model, tokenizer, output, log, record, model_card, weights)
+    accelerator.wait_for_everyone()
+    checkpoints.delete()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        push(output)
+
+
+def define(arguments: tuple[object, ...], run_dir: Path) -> dict[str, object]:
+    """The settings that make a run what it is; those that may change are left out, and the run folder may be moved."""
+    kept = {key: value for key, value in settings(*arguments).items() if key not in FREE_TO_CHANGE | OUTPUT_KEYS}
+    return json.loads(json.dumps(kept).replace(f'"{run_dir}/', '"<run>/'))
+
+
+def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, definition: dict[str, object]) -> Checkpoint | None:
+    """Where to go on; without `--resume`, what lies there is cleared away.
+
+    Raises:
+        UserError: The checkpoint is of a run with other settings; names the first.
+    """
+    if not args.resume:
+        checkpoints.delete()
+        checkpoints.accelerator.wait_for_everyone()
+        return None
+    checkpoint = checkpoints.find(args.resume)
+    if checkpoint is None:
+        if checkpoints.accelerator.is_main_process:
+            print(f"no checkpoint in {checkpoints.folder} yet: training from the start")
+        return None
+    before = checkpoint.state["definition"]
+    changed = sorted(key for key in before.keys() | definition.keys() if before.get(key) != definition.get(key))
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{checkpoint.folder} was trained with {key} {before.get(key)}, now it is {definition.get(key)}; give the same, "
+            "or train anew with --overwrite_output_dir true and without --resume"
+        )
+    return checkpoint
+
+
+def choose_batch_size(
+    accelerator: Accelerator, module: torch.nn.Module, args: LoopArguments, plan: Plan, resume_from: Checkpoint | None
+) -> int:
+    """Rows of one pass of one device: as given, as before, or the most that fit.
+
+    Raises:
+        UserError: The step's rows cannot be dealt out evenly, or not even one row fits.
+    """
+    if args.per_device_train_batch_size:
+        return args.per_device_train_batch_size
+    rows, processes = plan.total_batch_size // args.max_length, accelerator.num_processes
+    if rows % processes:
+        raise UserError(
+            f"total_batch_size {plan.total_batch_size} is {rows} rows, which {processes} processes cannot share evenly; "
+            f"make it a multiple of {args.max_length * processes}"
+        )
+    if resume_from and resume_from.state["processes"] == processes:
+        return resume_from.state["per_device_train_batch_size"]  # another would round differently
+
+    def trial(batch_size: int) -> None:
+        ids = torch.zeros((batch_size, args.max_length), dtype=torch.long, device=accelerator.device)
+        with accelerator.autocast():
+            accelerator.backward(module(input_ids=ids, shift_labels=ids, use_cache=False).loss)
+
+    agree = partial(smallest, accelerator)
+    return find_batch_size(module, args.max_length, rows // processes, accelerator.device, trial, agree)
+
+
+def announce(
+    model: PreTrainedModel, plan: Plan, accumulation: int, batch_size: int, processes: int, resume_from: Checkpoint | None
+) -> None:
+    config = model.config
+    print(
+        f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads, "
+        f"vocabulary {config.vocab_size}: {model.num_parameters():,} parameters"
+    )
+    for line in plan.lines():
+        print(line)
+    print(f"each step: {processes} processes x {accumulation} passes x {batch_size} rows")
+    if resume_from:
+        print(f"going on after step {resume_from.step:,}, from {resume_from.folder}")

@@ -370,24 +370,3 @@ def test_unknown_kinds_are_refused():
 def test_a_vector_cannot_be_given_to_muon():
     with pytest.raises(ValueError, match="matrices"):
         MuonAdamW([{"kind": "muon", "params": [torch.nn.Parameter(torch.zeros(3))], "lr": 0.1}])
-
-
-@pytest.mark.parametrize("name", ["schedule_current", "schedule_current_short"])
-def test_schedule_is_the_originals(name):
-    golden = golden_json("scaling.json")[name]
-    schedule = Schedule(golden["num_iterations"])
-    for point in golden["points"]:
-        it = point["step"]
-        assert schedule.learning_rate_multiplier(it) == pytest.approx(point["lr_multiplier"]), it
-        assert schedule.momentum(it) == pytest.approx(point["muon_momentum"]), it
-        if "weight_decay_fraction" in point:
-            assert schedule.weight_decay_multiplier(it) == pytest.approx(point["weight_decay_fraction"]), it
-
-
-def test_schedule_is_applied_to_the_groups():
-    optimizer = muon_adamw(small_model(), **RATES)
-    Schedule(100, warmup_steps=10, warmdown_ratio=0.5, final_lr_fraction=0.0).apply(optimizer, 0)
-    muon = next(group for group in optimizer.param_groups if group["kind"] == "muon")
-    assert muon["lr"] == pytest.approx(0.002) and muon["weight_decay"] == pytest.approx(0.1)
-    Schedule(100, warmup_steps=10, warmdown_ratio=0.5, final_lr_fraction=0.0).apply(optimizer, 75)
-    assert muon["lr"] == pytest.approx(0.01) and muon["weight_decay"] < 0.02

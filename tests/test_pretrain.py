@@ -63,3 +63,27 @@ def test_an_unknown_architecture_is_named(toy_model_and_tokenizer, tmp_path):
     done = pretrain(tmp_path, toy_model_and_tokenizer[1], architecture="tubro", max_steps=1)
     assert done.returncode != 0 and not (tmp_path / "base").exists()
     assert "architecture tubro is unknown; take plain or turbo" in done.stderr.strip().splitlines()[-1]
+
+
+def test_core_and_samples_come_at_intervals(toy_model_and_tokenizer, tmp_path):
+    entry = {
+        "label": "mats",
+        "dataset": "mats.jsonl",
+        "icl_task_type": "multiple_choice",
+        "num_fewshot": 1,
+        "continuation_delimiter": " ",
+        "random_baseline_percent": 50,
+    }
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "core.json").write_text(json.dumps({"tasks": [entry]}))
+    examples = [{"query": "The cat sat on", "choices": ["the mat", "a lamp"], "gold": n % 2} for n in range(6)]
+    (tmp_path / "core" / "mats.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    options = {"core_dir": tmp_path / "core", "core_steps": 3, "sample_steps": 2, "sample_prompts": "Once upon"}
+    done = pretrain(tmp_path, toy_model_and_tokenizer[1], max_steps=4, **options)
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "logs" / "base.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "core" in entry] == [3, 4]
+    assert log[-1]["samples"][0].startswith("Once upon") or log[-2]["samples"][0].startswith("Once upon")
+    assert [entry["step"] for entry in log if "samples" in entry] == [2, 4]
+    assert next(entry for entry in log if "core" in entry)["core_tasks"]["mats"]["n"] == 6
+    assert "step 4: CORE" in done.stdout and "step 2: 'Once upon" in done.stdout

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from .tokenization_nanochat import SPLIT_PATTERN, byte_level, byte_symbols
+from .tokenization_nanochat import SPLIT_PATTERN, byte_level, byte_symbols, whole_characters
 
 if TYPE_CHECKING:
     import tiktoken
@@ -35,10 +35,7 @@ PLAIN_BPE = {  # what tokenizer.json must say of its model
 
 
 class BulkEncoder:
-    """Ids of many documents, those of `encode_documents` to the last one, as arrays.
-
-    Half a surrogate pair, which is no character and which the fast tokenizer refuses, is read as U+FFFD.
-    """
+    """Ids of many documents, those of `encode_documents` to the last one, as arrays."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, threads: int | None = None):
         self.bos_token_id = tokenizer.bos_token_id
@@ -84,15 +81,6 @@ def available_threads() -> int:
     """Cores of this process, shared with the other processes of the machine; no more than tokenization is worth."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def whole_characters(text: str) -> str:
-    """`text`, surrogate pairs joined, half ones replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
 
 
 def text_only(tokenizer: Tokenizer) -> Tokenizer:

@@ -22,8 +22,10 @@ def expand(patterns: Sequence[str], what: str) -> list[str]:
     """Files that match the shell patterns, each pattern's matches sorted.
 
     Raises:
-        UserError: A pattern matches nothing, or matches an empty file.
+        UserError: There is no pattern, or one matches nothing or an empty file.
     """
+    if not patterns:
+        raise UserError(f"{what}: no files given; name at least one")
     files = []
     for pattern in patterns:
         matches = sorted(glob.glob(str(pattern), recursive=True))
@@ -162,6 +164,10 @@ def read_text_files(names: list[str], reader: str, column: str, **options):
     try:
         for name in names if reader == "json" else []:
             first_record_has(column, name)
+        if reader == "parquet":
+            for name in names:
+                table_has(column, name)
+            options["columns"] = [column]  # other columns may differ from file to file
         return only_text(load_dataset(reader, data_files=names, split="train", **options), column, names[0])
     except Exception as error:  # corrupt parquet, wrong encoding: one line instead of the library's chain
         if len(names) > 1:  # which of them?
@@ -184,6 +190,17 @@ def first_record_has(column: str, name: str) -> None:
         columns = parse_line(first, f"{name}:{number}")
         if column not in columns:
             raise UserError(missing_column(name, column, columns))
+
+
+def table_has(column: str, name: str) -> None:
+    """A stream would notice a file without the column only when it comes to it."""
+    import fsspec
+    from pyarrow.parquet import read_schema
+
+    with fsspec.open(name, "rb", compression="infer") as file:
+        columns = read_schema(file).names
+    if column not in columns:
+        raise UserError(missing_column(name, column, columns))
 
 
 def missing_column(where: str, column: str, columns: Iterable[str]) -> str:

@@ -148,7 +148,22 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFas
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each document, `<|bos|>` in front; control tokens spelled out in the text stay ordinary characters."""
+    """Ids of each document, `<|bos|>` in front; control tokens spelled out in the text stay ordinary characters.
+
+    Half a surrogate pair, which is no character and which the tokenizer refuses, is read as U+FFFD.
+    """
+    if not texts:
+        return []
+    texts = [whole_characters(text) for text in texts]
     # not verbose: a document may well be longer than the context, it is packed into rows
-    encoded = tokenizer(list(texts), split_special_tokens=True, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = tokenizer(texts, split_special_tokens=True, add_special_tokens=False, verbose=False)["input_ids"]
     return [[tokenizer.bos_token_id, *ids] for ids in encoded]
+
+
+def whole_characters(text: str) -> str:
+    """`text`, surrogate pairs joined, half ones replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -108,8 +108,13 @@ def test_half_a_surrogate_pair_is_a_replacement_character(tokenizer, monkeypatch
     same_as_tokenizer(BulkEncoder(tokenizer), tokenizer, whole)
     expected = [ids.tolist() for ids in BulkEncoder(tokenizer).encode(whole)]
     assert [ids.tolist() for ids in BulkEncoder(tokenizer).encode(broken)] == expected
+    assert encode_documents(tokenizer, broken) == expected
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     assert [ids.tolist() for ids in BulkEncoder(tokenizer).encode(broken)] == expected
+
+
+def test_no_documents_have_no_ids(tokenizer):
+    assert encode_documents(tokenizer, []) == BulkEncoder(tokenizer).encode([]) == []
 
 
 def test_without_tiktoken_the_tokenizer_itself_encodes(tokenizer, monkeypatch):

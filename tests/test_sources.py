@@ -111,3 +111,28 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path):
     (tmp_path / "a.parquet").write_text("PAR1")
     with pytest.raises(UserError, match=r"a.parquet: cannot be read as parquet"):
         text_dataset(parquet(tmp_path) + [str(tmp_path / "a.parquet")])
+
+
+@pytest.fixture(params=["whole", "streamed"])
+def read(request, monkeypatch):
+    if request.param == "streamed":
+        monkeypatch.setattr(sources, "WHOLE_UP_TO", 0)
+    return text_source
+
+
+def test_parquet_files_may_differ_in_the_columns_that_nobody_needs(tmp_path, read):
+    Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_dict({"url": [7], "text": ["two"]}).to_parquet(tmp_path / "b.parquet")
+    assert list(read([str(tmp_path / "*.parquet")])) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_the_one_parquet_file_without_text_is_named_before_training(tmp_path, read):
+    Dataset.from_dict({"text": ["one"]}).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_dict({"body": ["two"]}).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b.parquet: no column 'text', only body"):
+        read([str(tmp_path / "*.parquet")])
+
+
+def test_no_files_at_all_are_an_error_of_one_line():
+    with pytest.raises(UserError, match=r"^train_files: no files given; name at least one$"):
+        text_source([], what="train_files")

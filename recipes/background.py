@@ -116,7 +116,7 @@ def work(begin: Callable[[], Fill], slots: dict[str, torch.Tensor], free, connec
             outbox.put(("batch", fill({name: tensor[slot].numpy() for name, tensor in slots.items()})))
     except UserError as error:
         outbox.put(("user error", str(error)))
-    except Exception:
+    except BaseException:  # an exit or a panic of a library in Rust too: else the trainer would wait for ever
         outbox.put(("error", traceback.format_exc()))
     outbox.put(None)
     sender.join()
@@ -141,5 +141,5 @@ def send(outbox: SimpleQueue, connection: Connection) -> None:
     for message in iter(outbox.get, None):
         try:
             connection.send(message)
-        except OSError:  # nobody reads any more
+        except Exception:  # nobody reads any more, or no memory: without its sender the worker would never end
             os._exit(1)

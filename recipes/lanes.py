@@ -8,8 +8,10 @@ and continues on another number; a process tokenizes only for the lanes it needs
     32, 64, ...                 two, four, ... processes compute the same lane
     3, 5, 7, ...                every process computes all lanes, and leaves out what is another's
 
-Each lane packs from a buffer of its own. 64 to 191 documents of it cost 0.5 % of the tokens more in cut-off ends, at 2048
-tokens a row, than one buffer of 1000 as the original has it; and 16 lanes are filled from 2048 documents in about a second.
+Each lane packs from a buffer of its own, of 64 to 191 documents; 16 lanes are filled from 2048 of them in about a second.
+Against the original's one buffer of 1000, cut off are 22.7 % instead of 22.4 % of the tokens of children's stories; of
+documents with lengths as on the web (lognormal), 24.5 % instead of 18.8 % after 30,000 rows, where the one buffer was
+still filling with documents that exceed a row (at least 21.7 % are cut off in the long run).
 """
 
 from collections.abc import Iterator, Sequence

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from modeling_nanochat.errors import UserError
 from recipes import loader as loader_module
+from recipes.background import BackgroundBatches
 from recipes.lanes import LANES, ConversationLanes, MixedLanes, TextLanes
 from recipes.loader import Loader, begin_filling, own_lanes, positions
 
@@ -128,6 +129,19 @@ def test_another_number_of_processes_gets_the_same_rows_in_the_same_order(
     assert torch.equal(together, in_one_go[: len(together)])
 
 
+@pytest.mark.parametrize("kind", ["mixed", "streamed"])
+def test_changing_processes_keeps_the_order_of_every_kind_of_lanes(lanes, talk, kind, states_every, tmp_path):
+    """From 3 processes to 2 and to 1, beyond an epoch of text and of conversations."""
+    streamed = TextLanes(lanes.texts.to_iterable_dataset(num_shards=20), lanes.tokenizer, MAX_LENGTH, threads=1)
+    lanes_of = {"mixed": talk, "streamed": streamed}[kind]
+    in_one_go, _ = run_on(lanes_of, 1, 240)
+    parts, files = [], ()
+    for world_size, batch_size, rows in [(3, 1, 60), (2, 5, 120), (1, 4, 60)]:
+        some, states = run_on(lanes_of, world_size, rows, batch_size, files)
+        parts, files = [*parts, some], saved(states, tmp_path)
+    assert torch.equal(torch.cat(parts), in_one_go)
+
+
 def test_a_run_resumed_before_its_first_batch_or_twice_at_once(lanes, tmp_path):
     in_one_go, _ = run_on(lanes, 1, 60)
     fresh = Loader(lanes, batch_size=2, background=False)
@@ -216,6 +230,18 @@ def test_errors_of_the_background_arrive(lanes):
         next(Loader(Failing(UserError("a.parquet: broken; repair it")), batch_size=2))
     with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*KeyError: 'oops'"):
         next(Loader(Failing(KeyError("oops")), batch_size=2))
+
+
+class Panic(BaseException):
+    """What a panic in Rust becomes: no Exception."""
+
+
+def test_whatever_ends_the_background_the_trainer_does_not_wait_for_ever(lanes):
+    with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*Panic: in Rust"):
+        next(Loader(Failing(Panic("in Rust")), batch_size=2))
+    batches = BackgroundBatches(lambda: lambda batch: {"state": lambda: "that cannot be sent"}, {"input_ids": (2, 9)})
+    with pytest.raises(UserError, match=r"^the process that prepares the batches ended with exit code 1; .*memory"):
+        next(batches)
 
 
 def test_a_killed_background_process_is_told_in_one_line(lanes):

@@ -242,11 +242,19 @@ class ConversationLanes:
 
 @dataclass
 class MixedLanes:
-    """Lanes of conversations with a row of text after every `replay_every` rows, no two lanes in step."""
+    """Lanes of conversations with a row of text after every `replay_every` rows, no two lanes in step.
+
+    Raises:
+        UserError: `replay_every` is less than 1.
+    """
 
     conversations: ConversationLanes
     texts: TextLanes
     replay_every: int
+
+    def __post_init__(self) -> None:
+        if self.replay_every < 1:
+            raise UserError(f"replay_every {self.replay_every}: rows of conversations between rows of text; at least 1")
 
     @property
     def widths(self) -> dict[str, int]:

@@ -221,6 +221,13 @@ def test_text_is_mixed_in_at_the_given_rate_and_not_by_all_lanes_at_once(tokeniz
     assert set(is_text.sum(axis=0)) == {3, 4}  # of the 16 rows that come after each other
 
 
+@pytest.mark.parametrize("replay_every", [0, -1])
+def test_no_rows_between_replayed_text_are_refused(tokenizer, replay_every):
+    texts = TextLanes(Dataset.from_dict({"text": ["cat"]}), tokenizer, MAX_LENGTH)
+    with pytest.raises(UserError, match=f"replay_every {replay_every}: .* at least 1"):
+        MixedLanes(ConversationLanes(conversations(40), 900, MAX_LENGTH), texts, replay_every)
+
+
 def test_a_state_of_other_data_is_refused(tokenizer):
     def lanes(count, seed):
         return TextLanes(Dataset.from_dict({"text": texts_of(count)}), tokenizer, MAX_LENGTH, seed=seed)

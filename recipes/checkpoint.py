@@ -189,9 +189,12 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def delete(self) -> None:
-        """Remove all of them: the stage is done, its model folder is whole."""
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove all of them, at one stroke: a kill amid deleting must not leave what looks like damaged ones."""
+        if self.accelerator.is_main_process and self.folder.exists():
+            discarded = self.folder.with_name(f".{self.folder.name}.old")
+            shutil.rmtree(discarded, ignore_errors=True)
+            self.folder.rename(discarded)
+            shutil.rmtree(discarded, ignore_errors=True)
 
 
 def write_files(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any] | None) -> dict:

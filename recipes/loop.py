@@ -6,7 +6,7 @@ and a run that was stopped, killed or moved to other machines goes on with the n
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -84,10 +84,16 @@ RATES = (
     "final_lr_fraction",
     "momentum_steps",
 )
-# What may differ between a run and its continuation.
+# What may differ between a run and its continuation: it changes what is measured and how fast, not what is learnt.
 FREE_TO_CHANGE = {
     "per_device_train_batch_size",
     "eval_steps",
+    "eval_tokens",
+    "core_dir",
+    "core_steps",
+    "core_max_per_task",
+    "sample_steps",
+    "sample_prompts",
     "logging_steps",
     "save_steps",
     "resume",
@@ -196,7 +202,7 @@ def train(
                 laps.lap("checkpoint")
             if stopping and progress.steps < plan.max_steps:
                 raise Stopped(
-                    f"{request.signal_name or 'another process'} received: stopped after step {progress.steps} of "
+                    f"{request.reason or 'another process was asked to stop'}: stopped after step {progress.steps} of "
                     f"{plan.max_steps}, checkpoint in {checkpoints.folder}; the same command with --resume auto goes on"
                 )
     return report.finished(progress)
@@ -212,6 +218,7 @@ def prepare(
     """
     names = ("recipe", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "max_grad_norm")
     options = {name: getattr(plan, name) for name in names} | {"compile": accelerator.device.type == "cuda"}
+    model.train()  # a loaded model comes in evaluation mode, where the loss is computed in another way, with more memory
     if accelerator.is_fsdp2:
         module, prepared = accelerator.prepare(model, muon_adamw(model, **options))
         return module, prepared.optimizer
@@ -266,8 +273,9 @@ def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches:
             inputs["position_ids"] = batch["position_ids"]
         inputs = {key: value.to(accelerator.device, non_blocking=True).contiguous() for key, value in inputs.items()}
         # FSDP's gradients travel between processes once per step, with the last pass
-        with accelerator.no_sync(module) if number < len(micro_batches) else accelerator.autocast():
-            loss = module(**inputs, use_cache=False, num_items_in_batch=learnt).loss
+        with accelerator.no_sync(module) if number < len(micro_batches) else nullcontext():
+            with accelerator.autocast():
+                loss = module(**inputs, use_cache=False, num_items_in_batch=learnt).loss
             accelerator.backward(loss * accelerator.num_processes)
         losses.append(loss.detach())
     return torch.stack(losses)
@@ -275,7 +283,7 @@ def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches:
 
 def agree(accelerator: Accelerator, losses: torch.Tensor, request: StopRequest) -> tuple[float, bool]:
     """The loss over all processes, and whether any of them was asked to stop: one message, one wait for the device."""
-    stopping = losses.new_tensor(float(request.signal_name is not None))
+    stopping = losses.new_tensor(float(request.reason is not None))
     loss, stops = accelerator.reduce(torch.stack([losses.sum(), stopping]), "sum").tolist()
     return loss, stops > 0
 

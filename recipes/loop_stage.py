@@ -119,10 +119,10 @@ def run_stage(
         record = record | {"settings": settings(*arguments) | derived | resolved, **vars(progress)}
         finish_stage(model, tokenizer, output, log, record, model_card, weights)
     accelerator.wait_for_everyone()
-    checkpoints.delete()
     accelerator.end_training()
     if accelerator.is_main_process:
         push(output)
+    checkpoints.delete()  # last: if the folder or the upload failed, --resume auto goes straight to them
 
 
 def define(arguments: tuple[object, ...], run_dir: Path) -> dict[str, object]:

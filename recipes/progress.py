@@ -5,6 +5,7 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,5 +161,4 @@ class ProgressReport:
 
     def finished(self, progress: Progress) -> Progress:
         """With the speed of the run: the median of the log's entries, the first (it warms up) left out."""
-        rates = sorted(self.rates[1:] or self.rates)
-        return replace(progress, tokens_per_second=rates[len(rates) // 2] if rates else 0.0)
+        return replace(progress, tokens_per_second=median(self.rates[1:] or self.rates or [0.0]))

@@ -14,6 +14,7 @@ Notable features:
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import yaml
 
 from evals.records import write_json
@@ -36,6 +38,7 @@ RECIPES = ROOT / "recipes"
 STAGES = ("data", "tokenizer", "base", "mid", "sft", "rl", "report")
 ALIASES = {"pretrain": "base", "midtrain": "mid", "grpo": "rl"}
 SCRIPTS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "grpo"}
+GRACE_SECONDS = 60.0  # for a stage that was stopped to write its checkpoint
 RESUMABLE = ("base", "mid")  # stages with checkpoints; the others are short and start over
 PREDECESSOR = {"mid": "base", "sft": "mid", "rl": "sft"}
 # Where a recipe's generated world puts what was not given.
@@ -299,7 +302,7 @@ def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None) -> 
     Raises:
         UserError: The command failed, was stopped, or was finished with other settings.
     """
-    wanted = step.fingerprint(run_dir)
+    wanted, again = step.fingerprint(run_dir), "the same command without --from" if redo else "the same command"
     if not redo and is_finished(step, run_dir) and step.name != "report":
         change = difference(read_marker(step, run_dir), wanted)
         if not change:
@@ -317,14 +320,16 @@ def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None) -> 
     resume = ["--resume", "auto"] if step.name in RESUMABLE and not redo else []
     print(f"\n=== {step.name}: {shown(step.command)}", flush=True)
     started = time.perf_counter()
-    if code := call([*step.command, *overwrite, *resume], lock):
-        raise UserError(f"{step.name} stopped with exit code {code}; put it right and run the same command again")
+    code = call([*step.command, *overwrite, *resume], lock, again)
     if step.name in RESUMABLE and (run_dir / "checkpoints" / step.name).exists():
-        raise UserError(f"{step.name} was stopped before its end, with a checkpoint; the same command goes on from there")
+        how = f"stopped with exit code {code}; put it right and" if code else "was stopped before its end;"
+        raise UserError(f"{step.name} {how} {again} goes on from its checkpoint, --from {step.name} starts anew")
+    if code:
+        raise UserError(f"{step.name} stopped with exit code {code}; put it right and run the same command again")
     write_json(run_dir / "finished" / f"{step.name}.json", wanted | {"seconds": round(time.perf_counter() - started, 1)})
 
 
-def call(command: list[str], lock: int | None) -> int:
+def call(command: list[str], lock: int | None = None, again: str = "the same command") -> int:
     """Exit code of a command in a process group of its own, which goes down with this process.
 
     The command holds the run's lock too: were this process killed, no second run could start beside its orphan.
@@ -337,8 +342,11 @@ def call(command: list[str], lock: int | None) -> int:
         try:
             return process.wait()
         except (KeyboardInterrupt, SystemExit) as stopped:
+            started = psutil.Process(process.pid).children(recursive=True)
             os.killpg(process.pid, signal.SIGTERM)
-            raise UserError("stopped; the same command goes on where this one was") from stopped
+            # the launcher may be gone long before what it launched has written its checkpoint
+            psutil.wait_procs(started, timeout=GRACE_SECONDS)
+            raise UserError(f"stopped; {again} goes on where this one was") from stopped
 
 
 def stop(number: int, frame: object) -> None:
@@ -375,6 +383,7 @@ def forget(step: Step, run_dir: Path) -> None:
             (run_dir / kind / f"{name}.json").unlink(missing_ok=True)
         if stage != step.name:
             (run_dir / "logs" / f"{stage}.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(run_dir / "checkpoints" / stage, ignore_errors=True)
 
 
 @contextmanager

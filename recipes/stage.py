@@ -69,7 +69,9 @@ class StageLog:
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = lines_up_to(self.path, step) if step else []
-            self.path.write_text("".join(kept), encoding="utf-8")
+            unfinished = self.path.with_name(f".{self.path.name}.unfinished")
+            unfinished.write_text("".join(kept), encoding="utf-8")
+            unfinished.replace(self.path)  # a kill in between takes no line
 
     @property
     def seconds(self) -> float:

@@ -1,6 +1,7 @@
 import gc
 import json
 import math
+import os
 import signal
 
 import pytest
@@ -13,7 +14,7 @@ from recipes.checkpoint import Checkpoints
 from recipes.dial import derive
 from recipes.loop import Evaluation, LoopArguments, accumulate, accumulation_steps, prepare, train
 from recipes.stage import StageLog
-from recipes.stopping import Stopped
+from recipes.stopping import Stopped, stop_request
 from recipes.validation import bits_per_byte_evaluation, validation
 
 
@@ -213,3 +214,43 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_validation_needs_a_row(toy_model_and_tokenizer):
     with pytest.raises(UserError, match="does not fill one row"):
         validation(Accelerator(cpu=True), [], toy_model_and_tokenizer[1], 8)
+
+
+def test_a_loaded_model_is_trained_in_training_mode():
+    model = small_model().eval()
+    module, _ = prepare(Accelerator(cpu=True), model, plan_of(model, 2))
+    assert module.training
+
+
+def test_every_pass_computes_in_the_precision_asked_for():
+    """Also where Accelerate has not wrapped the model's forward, as under FSDP2."""
+    accelerator, model, seen = Accelerator(cpu=True), small_model(), []
+    accelerator.state._mixed_precision = "bf16"
+    accelerator.native_amp = True
+    try:
+        model.lm_head.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        accumulate(accelerator, model, uneven_batches()[:3])
+    finally:
+        accelerator.state._mixed_precision = "no"
+    assert len(seen) >= 3 and all(seen)
+
+
+def test_only_a_late_second_ctrl_c_does_not_wait(monkeypatch):
+    with stop_request() as request:
+        for _ in range(2):  # from the terminal, and once more from torchrun
+            signal.raise_signal(signal.SIGINT)
+        assert request.reason == "SIGINT received"
+        monkeypatch.setattr("recipes.stopping.time.monotonic", lambda: request.noted_at + 3)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_process_whose_launcher_has_ended_stops():
+    with stop_request() as request:
+        assert request.launcher is None and request.reason is None
+        request.launcher = os.getppid()
+        assert request.reason is None
+        request.launcher = -1
+        assert request.reason == "the launcher has ended"

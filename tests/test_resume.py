@@ -1,14 +1,15 @@
 """Stopped, moved to other numbers of processes, damaged: a run goes on, or says why it cannot."""
 
+import json
+import random
 import signal
 import time
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import training
-from test_crash import run
+from test_crash import mortal
 
 STEPS = 60
 SETTINGS = {"max_steps": STEPS, "save_steps": 4, "eval_steps": 20}
@@ -16,9 +17,7 @@ SETTINGS = {"max_steps": STEPS, "save_steps": 4, "eval_steps": 20}
 
 @pytest.fixture(scope="module")
 def forks():
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["recipes.pretrain", "datasets", "torch._dynamo"])
-    return context
+    return training.forkserver()
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +29,8 @@ def world(tmp_path_factory):
 def undisturbed(world, forks, tmp_path_factory):
     """The run on one process that all others are compared with."""
     output = tmp_path_factory.mktemp("undisturbed") / "base"
-    assert run(forks, training.pretrain_arguments(world, output, **SETTINGS)) == 0
+    assert training.run(forks, training.pretrain_arguments(world, output, **SETTINGS)) == 0
     return output
-
-
-def assert_the_same_course(output: Path, undisturbed: Path):
-    """TRL's tolerances for the same training on other numbers of processes: loss 1e-3, mean drift of weights 1e-5."""
-    ours, expected = training.curve(output), training.curve(undisturbed)
-    assert [row[:2] for row in ours] == [row[:2] for row in expected]
-    assert max(abs(a[2] - b[2]) for a, b in zip(ours, expected, strict=True)) <= 1e-3
-    before, after = training.weights(undisturbed), training.weights(output)
-    assert before.keys() == after.keys()
-    drift = torch.cat([(before[name] - after[name]).abs().flatten() for name in before])
-    assert drift.mean() <= 1e-5
 
 
 def stop_after_a_checkpoint(process, output: Path):
@@ -61,7 +49,7 @@ def test_two_nodes_of_one_process_train_the_same_curve(world, undisturbed, tmp_p
     nodes = training.start_nodes(training.pretrain_arguments(world, output, **SETTINGS))
     for code, _, errors in [training.finish(node) for node in nodes]:
         assert code == 0, errors
-    assert_the_same_course(output, undisturbed)
+    training.assert_the_same_course(output, undisturbed)
 
 
 def test_a_run_moves_from_one_process_to_two(world, undisturbed, tmp_path):
@@ -75,7 +63,7 @@ def test_a_run_moves_from_one_process_to_two(world, undisturbed, tmp_path):
     code, said, errors = training.finish(training.start(arguments, processes=2))
     assert code == 0, errors
     assert "going on after step" in said and "2 processes x 1 passes x 4 rows" in said
-    assert_the_same_course(output, undisturbed)
+    training.assert_the_same_course(output, undisturbed)
 
 
 def test_a_run_moves_from_two_processes_to_one(world, undisturbed, forks, tmp_path):
@@ -85,15 +73,15 @@ def test_a_run_moves_from_two_processes_to_one(world, undisturbed, forks, tmp_pa
     assert "SIGTERM received: stopped after step" in said, errors
     shares = sorted((output.parent / "checkpoints" / "base").glob("step-*/optimizer-*"))
     assert shares[-1].name == "optimizer-00001-of-00002.safetensors"
-    assert run(forks, arguments) == 0
-    assert_the_same_course(output, undisturbed)
+    assert training.run(forks, arguments) == 0
+    training.assert_the_same_course(output, undisturbed)
 
 
 def stopped_run(world, tmp_path, forks):
     """A run that was killed after two checkpoints; its arguments."""
     output = tmp_path / "base"
     arguments = training.pretrain_arguments(world, output, **SETTINGS)
-    assert run(forks, arguments, calls_to_live=50) == -signal.SIGKILL
+    assert training.run(forks, arguments, before=partial(mortal, calls_to_live=50)) == -signal.SIGKILL
     return output, arguments
 
 
@@ -117,3 +105,38 @@ def test_what_would_bury_or_bend_a_run_is_refused(world, forks, tmp_path):
     assert code == 1 and "holds the checkpoints of an unfinished run; pass --resume auto" in errors.splitlines()[-1]
     code, _, errors = training.finish(training.start([*arguments, "--resume", "auto", "--matrix_lr", "0.01"]))
     assert code == 1 and "was trained with matrix_lr 0.02, now it is 0.01" in errors.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def midtraining(world, undisturbed, tmp_path_factory):
+    """Makes the command line of a midtraining run with replayed text, on the model that pretraining left."""
+    generator = random.Random(1)
+
+    def said():
+        return " ".join(generator.choices(training.WORDS, k=generator.randint(2, 8)))
+
+    conversations = [
+        {"messages": [{"role": "user", "content": said()}, {"role": "assistant", "content": said()}]} for _ in range(80)
+    ]
+    file = tmp_path_factory.mktemp("conversations") / "train.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in conversations))
+    return partial(training.midtrain_arguments, undisturbed, file, replay_files=world / "train.parquet", replay_every=2)
+
+
+def test_midtraining_goes_on_after_a_kill_and_after_a_signal_bit_for_bit(midtraining, forks, tmp_path):
+    undisturbed, disturbed = tmp_path / "a" / "mid", tmp_path / "b" / "mid"
+    assert training.run(forks, midtraining(undisturbed), stage="midtrain") == 0
+    arguments = midtraining(disturbed, resume="auto")
+    killed = training.run(forks, arguments, stage="midtrain", before=partial(mortal, calls_to_live=30))
+    assert killed == -signal.SIGKILL and training.newest_step(disturbed) == 4
+    assert training.run(forks, arguments, stage="midtrain", before=training.ask_to_stop_after_a_checkpoint) == 0
+    assert training.newest_step(disturbed) == 9
+    assert training.run(forks, arguments, stage="midtrain") == 0
+    training.assert_identical(disturbed, undisturbed)
+
+
+def test_midtraining_on_two_processes_takes_the_same_course(midtraining, forks, tmp_path):
+    one, two = tmp_path / "one" / "mid", tmp_path / "two" / "mid"
+    assert training.run(forks, midtraining(one), stage="midtrain") == 0
+    assert training.run(forks, midtraining(two), stage="midtrain", processes=2) == 0
+    training.assert_the_same_course(two, one)

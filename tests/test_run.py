@@ -101,9 +101,48 @@ def test_redoing_a_stage_forgets_what_was_made_from_it(tmp_path, config):
         for kind, suffix in (("results", "json"), ("stages", "json"), ("logs", "jsonl")):
             (tmp_path / kind).mkdir(exist_ok=True)
             (tmp_path / kind / f"{stage}.{suffix}").write_text("{}")
+    (tmp_path / "checkpoints" / "mid" / "step-00000004").mkdir(parents=True)
     run_step(touching_step(tmp_path, config, "base")[0], tmp_path, redo=True)
+    assert not (tmp_path / "checkpoints" / "mid").exists()
     assert {path.stem for path in (tmp_path / "finished").iterdir()} == {"tokenizer", "base"}
     assert not list((tmp_path / "results").iterdir()) and not (tmp_path / "logs" / "mid.jsonl").exists()
+
+
+def test_a_stage_that_was_stopped_goes_on_unless_it_is_to_be_redone(tmp_path, config):
+    checkpoint = tmp_path / "checkpoints" / "base"
+    checkpoint.mkdir(parents=True)
+    said = tmp_path / "said"
+    code = f"import sys; open({str(said)!r}, 'a').write(' '.join(sys.argv) + '\\n') #"
+    step, _ = touching_step(tmp_path, config, "base", code=code + "{}")
+    with pytest.raises(UserError, match="base was stopped before its end; the same command goes on from its checkpoint"):
+        run_step(step, tmp_path, redo=False)
+    with pytest.raises(UserError, match="the same command without --from goes on"):
+        run_step(step, tmp_path, redo=True)
+    first, second = said.read_text().splitlines()
+    assert "--resume auto" in first and "--resume" not in second
+    checkpoint.rmdir()
+    run_step(step, tmp_path, redo=False)
+    assert (tmp_path / "finished" / "base.json").exists()
+
+
+def test_stopping_the_runner_waits_for_what_its_launcher_left_behind(tmp_path, config):
+    """`accelerate launch` dies of SIGTERM at once, while the trainer still writes its checkpoint."""
+    path, trainer = tmp_path / "started", tmp_path / "trainer.py"
+    trainer.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"started = pathlib.Path({str(path)!r})\n"
+        "def end(*signal):\n"
+        "    time.sleep(1)\n"
+        "    started.with_name('ended').touch()\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "started.write_text('x')\n"
+        "time.sleep(60)\n"
+    )
+    code = f"import subprocess, sys; subprocess.run([sys.executable, {str(trainer)!r}])"
+    step = Step("tokenizer", [sys.executable, "-c", code], None, [])
+    stop_the_runner(step, path, tmp_path)
+    assert path.with_name("ended").exists()
 
 
 def test_misspelt_settings_and_missing_files_are_told_before_anything_runs(tmp_path):
@@ -130,9 +169,8 @@ def test_a_run_folder_is_held_by_one_run(tmp_path):
         pass
 
 
-def test_stopping_the_runner_stops_its_stage(tmp_path, config):
-    code = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    step, path = touching_step(tmp_path, config, code=code)
+def stop_the_runner(step, path, tmp_path):
+    """Run the step, SIGTERM as soon as it has written to `path`."""
     script = (
         "import sys; from pathlib import Path; from recipes.run import Step, run_step; "
         "from modeling_nanochat.errors import exit_on_user_error; "
@@ -145,6 +183,12 @@ def test_stopping_the_runner_stops_its_stage(tmp_path, config):
     runner.send_signal(signal.SIGTERM)
     _, errors = runner.communicate(timeout=20)
     assert runner.returncode == 1 and "stopped; the same command goes on" in errors
+
+
+def test_stopping_the_runner_stops_its_stage(tmp_path, config):
+    code = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    step, path = touching_step(tmp_path, config, code=code)
+    stop_the_runner(step, path, tmp_path)
     with pytest.raises(ProcessLookupError):
         os.kill(int(path.read_text()), 0)
     assert not (tmp_path / "finished").exists()

@@ -140,3 +140,30 @@ def test_midtraining_on_two_processes_takes_the_same_course(midtraining, forks, 
     assert training.run(forks, midtraining(one), stage="midtrain") == 0
     assert training.run(forks, midtraining(two), stage="midtrain", processes=2) == 0
     training.assert_the_same_course(two, one)
+
+
+def failing(name):
+    import recipes.loop_stage
+
+    def fail(*arguments):
+        raise OSError("made up")
+
+    setattr(recipes.loop_stage, name, fail)
+
+
+def never_stepping():
+    import recipes.loop
+
+    recipes.loop.accumulate = None
+
+
+@pytest.mark.parametrize("last_act", ["finish_stage", "push"])
+def test_a_failed_last_act_is_repeated_without_training_again(last_act, world, forks, undisturbed, tmp_path):
+    output = tmp_path / "base"
+    more = {"resume": "auto", "overwrite_output_dir": "true"}
+    arguments = training.pretrain_arguments(world, output, **SETTINGS, **more)
+    assert training.run(forks, arguments, before=partial(failing, last_act)) == 1
+    assert training.newest_step(output) == STEPS
+    assert training.run(forks, arguments, before=never_stepping) == 0
+    training.assert_identical(output, undisturbed)
+    assert not (tmp_path / "checkpoints" / "base").exists()

@@ -87,6 +87,7 @@ RATES = (
 # What may differ between a run and its continuation: it changes what is measured and how fast, not what is learnt.
 FREE_TO_CHANGE = {
     "per_device_train_batch_size",
+    "val_files",
     "eval_steps",
     "eval_tokens",
     "core_dir",

@@ -1,6 +1,5 @@
 """What pretraining and midtraining do around the loop: find the checkpoint, size the batch, train, leave a model folder."""
 
-import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from .stage import OutputArguments, StageLog, beside, finish_stage, push, settin
 from .stopping import Stopped
 
 OUTPUT_KEYS = set(OutputArguments.__dataclass_fields__)
+PATH_KEYS = {"tokenizer", "train_files", "replay_files", "model_name_or_path"}
 
 
 def make_accelerator(args: LoopArguments, output_dir: str) -> Accelerator:
@@ -68,7 +68,7 @@ def run_stage(
         lanes_of: The rows of a lane of the data, see `recipes/lanes.py`.
     """
     _, args, output = arguments
-    definition = define(arguments, Path(output.output_dir).parent)
+    definition = define(*arguments)
     checkpoints = Checkpoints(beside(output.output_dir, "checkpoints", ""), accelerator)
     resume_from = find_checkpoint(checkpoints, args, definition)
     if resume_from:
@@ -105,10 +105,7 @@ def run_stage(
             decode=tokenizer.decode,
         )
     except Stopped as stopped:
-        if accelerator.is_main_process:
-            print(stopped, flush=True)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+        end(accelerator, str(stopped))
         return
     finally:
         loader.close()
@@ -118,17 +115,30 @@ def run_stage(
         resolved = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
         record = record | {"settings": settings(*arguments) | derived | resolved, **vars(progress)}
         finish_stage(model, tokenizer, output, log, record, model_card, weights)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end(accelerator)
     if accelerator.is_main_process:
         push(output)
     checkpoints.delete()  # last: if the folder or the upload failed, --resume auto goes straight to them
 
 
-def define(arguments: tuple[object, ...], run_dir: Path) -> dict[str, object]:
-    """The settings that make a run what it is; those that may change are left out, and the run folder may be moved."""
+def end(accelerator: Accelerator, message: str | None = None) -> None:
+    if message and accelerator.is_main_process:
+        print(message, flush=True)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def define(*arguments: object) -> dict[str, object]:
+    """The settings that make a run what it is. Of files and folders only the names count: a run may be moved.
+
+    That it is the same data is checked by its size too, see `recipes/lanes.py`.
+    """
     kept = {key: value for key, value in settings(*arguments).items() if key not in FREE_TO_CHANGE | OUTPUT_KEYS}
-    return json.loads(json.dumps(kept).replace(f'"{run_dir}/', '"<run>/'))
+    return {key: names_of(value) if key in PATH_KEYS else value for key, value in kept.items()}
+
+
+def names_of(paths: str | list[str] | None) -> str | list[str] | None:
+    return [Path(path).name for path in paths] if isinstance(paths, list) else paths and Path(paths).name
 
 
 def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, definition: dict[str, object]) -> Checkpoint | None:

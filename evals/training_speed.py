@@ -142,9 +142,11 @@ def start_training(
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         threads = 1
+    rows = max(1, args.per_device_train_batch_size // processes)  # the step stays the same
     own = ("steps", "repeats", "processes", "bare")
     settings = {key: value for key, value in asdict(args).items() if key not in own}
     settings |= {
+        "per_device_train_batch_size": rows,
         "output_dir": output_dir,
         "max_steps": args.steps,
         "logging_steps": 1,
@@ -175,7 +177,8 @@ def wait(processes: list[subprocess.Popen]) -> None:
     for process in processes:
         output = process.communicate()[0]
         if process.returncode:
-            raise UserError(f"training failed: {' '.join(output.strip().splitlines()[-1:])}")
+            said = output.strip().splitlines()
+            raise UserError(f"training failed: {next((line for line in said if line.startswith('error: ')), said[-1:])}")
 
 
 def read_log(output_dir: Path, steps: int) -> dict[str, float]:

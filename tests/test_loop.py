@@ -13,7 +13,9 @@ from modeling_nanochat.errors import UserError
 from recipes.checkpoint import Checkpoints
 from recipes.dial import derive
 from recipes.loop import Evaluation, LoopArguments, accumulate, accumulation_steps, prepare, train
-from recipes.stage import StageLog
+from recipes.loop_stage import define
+from recipes.pretrain import PretrainArguments
+from recipes.stage import OutputArguments, StageLog
 from recipes.stopping import Stopped, stop_request
 from recipes.validation import bits_per_byte_evaluation, validation
 
@@ -254,3 +256,13 @@ def test_a_process_whose_launcher_has_ended_stops():
         assert request.reason is None
         request.launcher = -1
         assert request.reason == "the launcher has ended"
+
+
+def test_a_moved_run_is_the_same_run_and_another_one_is_not():
+    def of(folder, **more):
+        own = {"tokenizer": f"{folder}/tokenizer", "train_files": [f"{folder}/a.parquet"], "val_files": ["v.txt"]}
+        return define(PretrainArguments(**own | more), LoopArguments(), OutputArguments(f"{folder}/base"))
+
+    assert of("runs/a") == of("elsewhere", val_files=["w.txt"], eval_tokens=7)
+    assert of("runs/a") != of("runs/a", train_files=["runs/a/b.parquet"])
+    assert of("runs/a") != of("runs/a", depth=6)

@@ -33,7 +33,8 @@ def pretrain(tmp_path, tokenizer, **options):
         "torch_compile": "false",
     } | options
     command = [sys.executable, ROOT / "recipes" / "pretrain.py"]
-    command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    given = {key: value for key, value in settings.items() if value is not None}
+    command += [part for key, value in given.items() for part in (f"--{key}", str(value))]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
@@ -55,8 +56,10 @@ def test_the_horizon_counts_matrices_and_head_in_both(toy_model_and_tokenizer, t
     tokenizer = toy_model_and_tokenizer[1]
     matrices_and_head = 2 * 12 * 32**2 + len(tokenizer) * 32
     steps = int(0.1 * (matrices_and_head + 2 * 12) // 256)  # one gate of 2 heads x 12 channels
-    done = pretrain(tmp_path, tokenizer, architecture="turbo", target_param_data_ratio=0.1)
+    automatic = {"per_device_train_batch_size": None}
+    done = pretrain(tmp_path, tokenizer, architecture="turbo", target_param_data_ratio=0.1, **automatic)
     assert done.returncode == 0 and f"{steps} steps of 256 tokens" in done.stdout, done.stdout + done.stderr
+    assert "each step: 1 processes x 1 passes x 4 rows" in done.stdout
 
 
 def test_an_unknown_architecture_is_named(toy_model_and_tokenizer, tmp_path):
@@ -79,6 +82,7 @@ def test_core_and_samples_come_at_intervals(toy_model_and_tokenizer, tmp_path):
     examples = [{"query": "The cat sat on", "choices": ["the mat", "a lamp"], "gold": n % 2} for n in range(6)]
     (tmp_path / "core" / "mats.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
     options = {"core_dir": tmp_path / "core", "core_steps": 3, "sample_steps": 2, "sample_prompts": "Once upon"}
+    options["document_masking"] = "true"
     done = pretrain(tmp_path, toy_model_and_tokenizer[1], max_steps=4, **options)
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (tmp_path / "logs" / "base.jsonl").read_text().splitlines()]

@@ -23,10 +23,10 @@ import torch
 from matplotlib.figure import Figure
 
 from evals.curves import BLUE, ORANGE, STYLE
+from evals.training_speed import PRETRAIN, environment, words
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 
-ROOT = Path(__file__).resolve().parents[1]
 GREEN = "#009E73"
 CLASSIC = {"training_recipe": "classic", "matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004}
 CURRENT = {"training_recipe": "current", "matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008, "scalar_lr": 0.5}
@@ -86,12 +86,8 @@ def main() -> None:
 def train(args: LearningCurvesArguments, settings: dict[str, object], run: Path) -> None:
     common = {key: value for key, value in vars(args).items() if key != "output_dir"}
     fixed = {"output_dir": run, "sample_steps": 0, "torch_compile": "false", "resume": "auto"}
-    words = []
-    for key, value in (common | settings | fixed).items():
-        words += [f"--{key}", *([str(one) for one in value] if isinstance(value, list) else [str(value)])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), *words]
-    if subprocess.run(command, check=False, env=environment).returncode:
+    command = [sys.executable, str(PRETRAIN), *words(common | settings | fixed)]
+    if subprocess.run(command, check=False, env=environment()).returncode:
         raise UserError(f"{run} failed; what it said is above. The same command goes on with what is missing")
 
 

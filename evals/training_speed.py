@@ -23,16 +23,12 @@ from pathlib import Path
 
 import torch
 
-from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
+from modeling_nanochat import ARCHITECTURES
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "recipes" / "pretrain.py"
-MODELS = {
-    "plain": (NanoChatConfig, NanoChatForCausalLM),
-    "turbo": (NanoChatTurboConfig, NanoChatTurboForCausalLM),
-}
 
 
 @dataclass
@@ -71,7 +67,7 @@ def bare_seconds(args: TrainingSpeedArguments) -> list[float]:
     """Seconds of each forward and backward pass over a step's worth of one fixed batch, after two to warm up."""
     from transformers import AutoTokenizer
 
-    config_class, model_class = MODELS[args.architecture]
+    config_class, model_class = ARCHITECTURES[args.architecture]
     config = config_class.from_depth(
         args.depth,
         aspect_ratio=args.aspect_ratio,

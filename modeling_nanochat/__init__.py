@@ -23,7 +23,14 @@ NanoChatTurboConfig.register_for_auto_class()
 NanoChatTurboModel.register_for_auto_class("AutoModel")
 NanoChatTurboForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
+# The names that people give the two architectures.
+ARCHITECTURES = {
+    "plain": (NanoChatConfig, NanoChatForCausalLM),
+    "turbo": (NanoChatTurboConfig, NanoChatTurboForCausalLM),
+}
+
 __all__ = [
+    "ARCHITECTURES",
     "NanoChatConfig",
     "NanoChatForCausalLM",
     "NanoChatModel",

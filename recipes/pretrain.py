@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from evals.core import core, load_core
 from evals.samples import PROMPTS, samples
-from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
+from modeling_nanochat import ARCHITECTURES, NanoChatForCausalLM
 from modeling_nanochat.cli import parse
 from modeling_nanochat.configuration_nanochat import ASPECT_RATIO, HEAD_DIM
 from modeling_nanochat.errors import UserError, exit_on_user_error
@@ -35,11 +35,6 @@ from recipes.loop import Evaluation, LoopArguments
 from recipes.loop_stage import make_accelerator, run_stage
 from recipes.stage import OutputArguments, check_output
 from recipes.validation import bits_per_byte_evaluation, text_rows, validation
-
-ARCHITECTURES = {
-    "plain": (NanoChatConfig, NanoChatForCausalLM),
-    "turbo": (NanoChatTurboConfig, NanoChatTurboForCausalLM),
-}
 
 
 @dataclass

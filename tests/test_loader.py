@@ -320,7 +320,6 @@ def started():
     return process, int(process.stdout.readline())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_leaves_the_worker_at_work_and_silent(number):
     process, worker = started()
@@ -330,7 +329,6 @@ def test_a_signal_to_the_whole_group_leaves_the_worker_at_work_and_silent(number
     assert not alive(worker)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
 def test_the_worker_ends_with_a_killed_trainer():
     process, worker = started()
     process.kill()

@@ -12,34 +12,12 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from modeling_nanochat.errors import UserError
 from modeling_nanochat.sources import text_dataset
-from modeling_nanochat.tokenization_nanochat import byte_symbols, encode_documents
+from modeling_nanochat.token_bytes import token_bytes
+from modeling_nanochat.tokenization_nanochat import encode_documents
 
 METRIC = Path(__file__).parent / "metrics" / "bits_per_byte"
 DOCUMENTS_AT_A_TIME = 64
-
-
-def token_bytes(tokenizer) -> torch.LongTensor:
-    """Bytes that each token id stands for (V,), 0 for special tokens.
-
-    Counted on the tokens' own bytes: decoded to text, a token that is part of a character would count as three.
-
-    Raises:
-        UserError: The tokenizer is not byte-level.
-    """
-    added = tokenizer.added_tokens_decoder
-    vocabulary = tokenizer.get_vocab()
-    alphabet = set(byte_symbols())
-    lengths = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.long)
-    for token, index in vocabulary.items():
-        if index in added:
-            lengths[index] = 0 if added[index].special else len(token.encode())
-        elif alphabet.issuperset(token):
-            lengths[index] = len(token)  # one symbol per byte
-        else:
-            raise UserError(f"bits per byte needs a byte-level tokenizer, but token {index} is {token!r}")
-    return lengths
 
 
 @torch.no_grad()
@@ -101,7 +79,7 @@ def text_bits_per_byte(
     rows = text_rows(tokenizer, text_dataset(files, what="text_files")["text"], max_length, max_tokens)
     batches = [padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     results = map_batches(
-        model, tqdm(batches, desc="bits per byte", unit="batch", leave=False), token_bytes(tokenizer)
+        model, tqdm(batches, desc="bits per byte", unit="batch", leave=False), torch.from_numpy(token_bytes(tokenizer))
     )
     nats, counts = (torch.cat(column).tolist() for column in zip(*results, strict=True))
     figures = evaluate.load(str(METRIC), keep_in_memory=True).compute(nats=nats, bytes=counts)

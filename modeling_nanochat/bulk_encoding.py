@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from .tokenization_nanochat import SPLIT_PATTERN, byte_level, byte_symbols, whole_characters
+from .tokenization_nanochat import ESCAPE, SPLIT_PATTERN, byte_level, byte_symbols, escaped, whole_characters
 
 if TYPE_CHECKING:
     import tiktoken
@@ -69,12 +69,12 @@ class BulkEncoder:
         return document
 
     def text_ids(self, text: str) -> Sequence[int]:
-        if self.encoding is not None:
+        if self.encoding is not None and ESCAPE not in text:
             try:
                 return self.encoding.encode_to_numpy(text, disallowed_special=())
             except ValueError:  # a megabyte of spaces is too much for its regular expressions
                 pass
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(escaped(text, self.tokenizer), add_special_tokens=False).ids
 
 
 def available_threads() -> int:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .decoding import CompiledDecoder, Decoder
 from .errors import UserError
 from .python_tool import check_sandbox, run_python
-from .tokenization_nanochat import special_token_ids
+from .tokenization_nanochat import escaped, special_token_ids
 
 MAX_TOOL_CALLS = 8
 HALF_A_CHARACTER = "\ufffd"
@@ -70,7 +70,7 @@ class ChatCodec:
         self.plain.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        return self.plain.encode(text, add_special_tokens=False).ids
+        return self.plain.encode(escaped(text, self.plain), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.plain.decode(ids, skip_special_tokens=True)

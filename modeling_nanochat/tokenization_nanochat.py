@@ -13,10 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .errors import UserError
 
-# GPT-4's pattern with at most two digits a token: small vocabularies waste fewer entries on numbers.
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+# How text is cut before merging. "nanochat" is GPT-4's with at most two digits a token: small vocabularies waste fewer
+# entries on numbers. The others are cl100k_base's, Qwen2's and GPT-2's, in forms that every regex engine reads alike.
+SPLIT_PATTERNS = {
+    "nanochat": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "qwen2": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+}
+SPLIT_PATTERN = SPLIT_PATTERNS["nanochat"]
 BOS, ASSISTANT_END, PYTHON_END = "<|bos|>", "<|assistant_end|>", "<|python_end|>"
 SPECIAL_TOKENS = (
     BOS,
@@ -31,6 +36,13 @@ SPECIAL_TOKENS = (
 )
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
+# The chat template takes the sting out of a control token that is spelled out in somebody's text by a noncharacter of
+# Unicode, reserved for such internal use, behind its `<|`. Cutting takes it out again: the text stays what it was, to
+# the byte, but is no longer the token. In front of an own one of the text, the template writes one more.
+ESCAPE = "\ufdd0"
+PART_END = f"<|{ESCAPE}|>"  # between two text parts of a message, which are encoded apart
+ESCAPES = rf"<\|{ESCAPE}\|>|(?<=<\|){ESCAPE}"
+
 # How `parse_response` and TRL's tool loop read what the model wrote. The anchor names both places where an answer can
 # begin: with the assistant's turn, and after a tool's output.
 RESPONSE_TEMPLATE = {
@@ -42,9 +54,10 @@ RESPONSE_TEMPLATE = {
             "close_pattern": r"<\|python_end\|>",
             "repeats": True,
             "content": "text",
+            "content_args": {"strip": False},
             "transform": {"type": "function", "function": {"name": "python", "arguments": {"code": "{content}"}}},
         },
-        "content": {"close_pattern": r"<\|assistant_end\|>|$", "content": "text"},
+        "content": {"close_pattern": r"<\|assistant_end\|>|$", "content": "text", "content_args": {"strip": False}},
     },
 }
 
@@ -58,7 +71,12 @@ def byte_symbols() -> list[str]:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, model_max_length: int = 2048, length: int | None = None
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    split_pattern: str = "nanochat",
+    model_max_length: int = 2048,
+    length: int | None = None,
 ) -> PreTrainedTokenizerFast:
     """Train byte-level BPE on `texts` and return it as a chat tokenizer of `vocab_size` entries, special tokens included.
 
@@ -68,6 +86,7 @@ def train_tokenizer(
     Args:
         texts: Documents.
         vocab_size: Entries in all, at least 265 (256 bytes and 9 special tokens).
+        split_pattern: Name in `SPLIT_PATTERNS`.
         model_max_length: Written into the tokenizer; the context length of the models that will use it.
         length: Number of documents, for the progress bar.
 
@@ -76,7 +95,7 @@ def train_tokenizer(
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(f"vocab_size {vocab_size} is too small; 256 bytes and 9 special tokens need {SMALLEST_VOCABULARY}")
-    tokenizer = byte_level(models.BPE())
+    tokenizer = byte_level(models.BPE(), split_pattern)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
         min_frequency=0,
@@ -86,14 +105,17 @@ def train_tokenizer(
     )
     tokenizer.train_from_iterator(texts, trainer, length=length)
     trained = json.loads(tokenizer.to_str())["model"]
-    return build_tokenizer(trained["vocab"], [tuple(pair) for pair in trained["merges"]], model_max_length)
+    merges = [tuple(pair) for pair in trained["merges"]]
+    return build_tokenizer(trained["vocab"], merges, model_max_length, split_pattern)
 
 
-def byte_level(model: models.BPE) -> Tokenizer:
+def byte_level(model: models.BPE, split_pattern: str = "nanochat") -> Tokenizer:
+    """A byte-level `Tokenizer` around `model` that cuts text by the pattern of that name."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(ESCAPES), behavior="removed"),
+            pre_tokenizers.Split(Regex(SPLIT_PATTERNS[split_pattern]), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -102,10 +124,17 @@ def byte_level(model: models.BPE) -> Tokenizer:
 
 
 def build_tokenizer(
-    vocab: dict[str, int], merges: Sequence[tuple[str, str]], model_max_length: int = 2048
+    vocab: dict[str, int],
+    merges: Sequence[tuple[str, str]],
+    model_max_length: int = 2048,
+    split_pattern: str = "nanochat",
 ) -> PreTrainedTokenizerFast:
-    """An ordinary fast tokenizer with chat template from a byte-level vocabulary (symbol -> id) and its merges."""
-    tokenizer = byte_level(models.BPE(vocab=vocab, merges=list(merges)))
+    """An ordinary fast tokenizer with chat template from a byte-level vocabulary (symbol -> id) and its merges.
+
+    Plain text begins with `<|bos|>`, as every document of the training did, so that a base model continues it well;
+    rows are padded on the left, where a generated reply does not follow the padding.
+    """
+    tokenizer = byte_level(models.BPE(vocab=vocab, merges=list(merges)), split_pattern)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -116,7 +145,7 @@ def build_tokenizer(
         padding_side="left",
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
-        add_bos_token=False,
+        add_bos_token=True,
         chat_template=Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8"),
         response_template=RESPONSE_TEMPLATE,
     )
@@ -154,10 +183,18 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -
     """
     if not texts:
         return []
-    texts = [whole_characters(text) for text in texts]
+    texts = [escaped(whole_characters(text), tokenizer.backend_tokenizer) for text in texts]
     # not verbose: a document may well be longer than the context, it is packed into rows
     encoded = tokenizer(texts, split_special_tokens=True, add_special_tokens=False, verbose=False)["input_ids"]
     return [[tokenizer.bos_token_id, *ids] for ids in encoded]
+
+
+def escaped(text: str, tokenizer: Tokenizer) -> str:
+    """`text` as it has to be given to a tokenizer that removes `ESCAPES`, so that nothing of it gets lost."""
+    own = f"<|{ESCAPE}"  # in no text that was not written for this
+    if own in text and "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(own)) == "<|":
+        return text.replace(own, own + ESCAPE)
+    return text
 
 
 def whole_characters(text: str) -> str:

@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from evals.bits_per_byte import nats_and_bytes, token_bytes
+from evals.bits_per_byte import nats_and_bytes
 from modeling_nanochat.bulk_encoding import BulkEncoder
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sources import text_source
+from modeling_nanochat.token_bytes import token_bytes
 
 from .documents import PORTION, is_text
 from .loop import Evaluation
@@ -58,7 +59,7 @@ def validation(
         {key: torch.stack([row[key] for row in mine[start : start + batch_size]]) for key in ("input_ids", "labels")}
         for start in range(0, len(mine), batch_size)
     ]
-    lengths = token_bytes(tokenizer)
+    lengths = torch.from_numpy(token_bytes(tokenizer))
 
     def bits_per_byte(model: PreTrainedModel) -> float:
         sums = torch.zeros(2, dtype=torch.float64)

@@ -6,8 +6,9 @@ import torch
 from golden import core_model, golden_json, golden_tokenizer, shared
 from safetensors.torch import load_file
 
-from evals.bits_per_byte import METRIC, bits_per_byte, nats_and_bytes, text_bits_per_byte, text_rows, token_bytes
+from evals.bits_per_byte import METRIC, bits_per_byte, nats_and_bytes, text_bits_per_byte, text_rows
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.token_bytes import token_bytes
 
 TEXT = ["The flag of Zaria is green.", "Żółw – ein Wort: naïve 🙂", "One more line, with <|bos|> in it."]
 
@@ -18,9 +19,9 @@ def test_token_bytes_equal_the_golden_ones():
 
 def test_token_bytes_add_up_to_the_text():
     tokenizer = golden_tokenizer()
-    lengths = token_bytes(tokenizer)
+    lengths = torch.from_numpy(token_bytes(tokenizer))
     for text in TEXT:
-        ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+        ids = tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
         assert lengths[ids].sum() == len(text.encode())
 
 
@@ -62,12 +63,12 @@ def test_each_token_is_predicted_once():
     tokenizer = golden_tokenizer()
     rows = text_rows(tokenizer, TEXT * 5, max_length=16, max_tokens=10_000)
     stream = [rows[0][0]] + [token for row in rows for token in row[1:]]
-    assert stream == [t for text in TEXT * 5 for t in [491, *tokenizer(text, split_special_tokens=True)["input_ids"]]]
+    assert stream == [t for text in TEXT * 5 for t in [491, *tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]]]
     assert sum(map(len, text_rows(tokenizer, TEXT * 5, max_length=16, max_tokens=40))) <= 40 + 3
 
 
 def test_targets_without_bytes_do_not_count():
-    model, lengths = core_model(), token_bytes(golden_tokenizer())
+    model, lengths = core_model(), torch.from_numpy(token_bytes(golden_tokenizer()))
     assert bits_per_byte(model, [torch.tensor([[491, 492, 493]])], lengths) == math.inf
     assert bits_per_byte(model, [], lengths) == math.inf
     ids = torch.tensor([[491, 84, 104, 101, 491]])
@@ -80,7 +81,7 @@ def test_targets_without_bytes_do_not_count():
 
 def test_a_model_in_training_stays_in_training():
     model = core_model().train()
-    bits_per_byte(model, [torch.tensor([[491, 84, 104]])], token_bytes(golden_tokenizer()))
+    bits_per_byte(model, [torch.tensor([[491, 84, 104]])], torch.from_numpy(token_bytes(golden_tokenizer())))
     assert model.training
 
 

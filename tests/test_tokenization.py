@@ -101,12 +101,12 @@ def test_trl_can_work_with_the_template(tokenizer):
 def test_a_call_and_what_follows_its_result_are_parsed(tokenizer):
     prompt = tokenizer.apply_chat_template(TOOL_CHAT[1:2], add_generation_prompt=True, return_dict=True)["input_ids"]
     ids = special_token_ids(tokenizer)
-    code = tokenizer("2+2")["input_ids"]
+    code = tokenizer("2+2", add_special_tokens=False)["input_ids"]
     call = [ids["<|python_start|>"], *code, ids["<|python_end|>"]]
     parsed = tokenizer.parse_response(call, prefix=prompt)
     assert parsed["tool_calls"][0]["function"]["arguments"] == {"code": "2+2"}
     after = tokenizer.apply_chat_template(TOOL_CHAT[1:4], add_generation_prompt=True, return_dict=True)["input_ids"]
-    answer = [*tokenizer("It is 4.")["input_ids"], ids["<|assistant_end|>"]]
+    answer = [*tokenizer("It is 4.", add_special_tokens=False)["input_ids"], ids["<|assistant_end|>"]]
     assert tokenizer.parse_response(answer, prefix=after) == {"role": "assistant", "content": "It is 4."}
 
 

@@ -1,7 +1,7 @@
 """The records of the usual data sets: which kind one is, whether it is well formed, how it reads as a conversation.
 
 Fields are those of the data sets on the Hub:
-conversation    {"messages": [...]}
+conversation    {"messages": [...]}, optionally with "tools"; nanochat's own parts `python`, `python_output` are converted
 gsm8k           {"question", "answer"}, the answer with `<<12+7=19>>` marks and `#### 19` at the end
 arc             {"question", "choices": {"text": [...], "label": [...]}, "answerKey"}
 mmlu            {"question", "choices": [...], "answer": index}, often with "subject"
@@ -11,8 +11,9 @@ cloze           {"query", "choices": [...], "gold": index}, CORE's multiple choi
 
 from typing import Any
 
-from modeling_nanochat.conversations import check_messages
+from modeling_nanochat.conversations import check_messages, check_tools
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.original_conversations import from_original, has_call_parts
 
 from . import gsm8k
 from .multiple_choice import MultipleChoiceQuestion
@@ -37,7 +38,7 @@ def kind_of(record: dict[str, Any]) -> str | None:
 
 
 def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]:
-    """A training record as {"messages": [...]}: a conversation as it is, GSM8K with calls, ARC and MMLU by letter.
+    """A training record as {"messages": [...], "tools"?: [...]}: a conversation as it is, GSM8K with calls, ARC and MMLU by letter.
 
     Args:
         record: One object of a JSONL file.
@@ -46,9 +47,14 @@ def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]
     Raises:
         UserError: The record is of no such kind, or is malformed.
     """
-    kind = kind_of(record)
+    kind, tools = kind_of(record), {}
     if kind == "conversation":
         messages = record["messages"]
+        if has_call_parts(messages):
+            messages = from_original(messages, where)
+        if record.get("tools"):
+            check_tools(record["tools"], where)
+            tools = {"tools": record["tools"]}
     elif kind == "gsm8k":
         check_gsm8k(record, where)
         messages = gsm8k.to_messages(record["question"], record["answer"])
@@ -60,7 +66,7 @@ def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]
             f"{where}: no `messages`, and no GSM8K, ARC or MMLU record; fields are {', '.join(record) or 'none'}"
         )
     check_messages(messages, where)
-    return {"messages": messages}
+    return {"messages": messages} | tools
 
 
 def check_gsm8k(record: dict[str, Any], where: str) -> None:

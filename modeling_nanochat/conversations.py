@@ -1,4 +1,4 @@
-"""What a well-formed conversation is: `{"messages": [{"role", "content", "tool_calls"?}]}`, in the order that the template renders."""
+"""What a well-formed conversation is: `{"messages": [{"role", "content", "tool_calls"?}], "tools"?}`, in the order that the template renders."""
 
 from typing import Any
 
@@ -39,8 +39,8 @@ def check_message(message: Any, where: str) -> str:
     role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
     if role not in ("system", "user", "assistant", "tool"):
         raise UserError(f"{where}: unknown role {role!r}, expected system, user, assistant or tool")
-    if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
-        raise UserError(f"{where}: `content` must be a string")
+    if not is_text(content) and not (content is None and role == "assistant" and calls):
+        raise UserError(f"{where}: `content` must be a string or a list of text parts {{type: text, text}}")
     if calls is not None and not isinstance(calls, list):
         raise UserError(f"{where}: `tool_calls` must be a list")
     for call in calls or []:
@@ -50,3 +50,20 @@ def check_message(message: Any, where: str) -> str:
         ):
             raise UserError(f"{where}: a tool call needs `name` and `arguments` (an object, not a JSON string)")
     return role
+
+
+def is_text(content: Any) -> bool:
+    """A string, or a list of parts {"type": "text", "text": string}."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    )
+
+
+def check_tools(tools: Any, where: str) -> None:
+    """Raise [`UserError`] naming `where` unless `tools` is a list of functions that the chat template can list."""
+    functions = [tool.get("function", tool) if isinstance(tool, dict) else None for tool in tools or []]
+    if (tools is not None and not isinstance(tools, list)) or any(
+        not isinstance(function, dict) or not isinstance(function.get("name"), str) for function in functions
+    ):
+        raise UserError(f"{where}: `tools` must be a list of {{type: function, function: {{name, description, parameters}}}}")

@@ -65,6 +65,10 @@ def render(
 
 def render_one(conversation: dict, tokenizer: PreTrainedTokenizerFast) -> Conversation:
     rendered = tokenizer.apply_chat_template(
-        conversation["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        conversation["messages"],
+        tools=conversation.get("tools"),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
     return rendered["input_ids"], rendered["assistant_masks"]

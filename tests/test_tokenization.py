@@ -77,22 +77,6 @@ def test_template_marks_what_the_assistant_wrote(tokenizer):
     )
 
 
-def test_rendering_is_the_originals():
-    from golden import golden_tokenizer
-
-    tokenizer, golden = golden_tokenizer(), golden_json("rendering.json")
-    plain = [c for c in golden["conversations"] if all(isinstance(m["content"], str) for m in c["messages"])]
-    plain = [c for c in plain if not any(t in m["content"] for m in c["messages"] for t in SPECIAL_TOKENS)]
-    assert len(plain) > 15
-    for conversation in plain:
-        rendered = tokenizer.apply_chat_template(
-            conversation["messages"], return_dict=True, return_assistant_tokens_mask=True
-        )
-        length = len(conversation["ids"])  # the original cuts after 2,048
-        assert rendered["input_ids"][:length] == conversation["ids"], conversation["name"]
-        assert rendered["assistant_masks"][:length] == conversation["mask"], conversation["name"]
-
-
 def test_trl_can_work_with_the_template(tokenizer):
     assert supports_tool_calling(tokenizer)
     assert is_chat_template_prefix_preserving(tokenizer)

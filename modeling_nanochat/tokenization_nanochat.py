@@ -4,11 +4,10 @@ Byte-level BPE. Ids 0-255 are the single bytes in numeric order, then the merges
 special tokens. The folder holds nothing of ours: `AutoTokenizer.from_pretrained` opens it anywhere.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .errors import UserError
@@ -68,45 +67,6 @@ def byte_symbols() -> list[str]:
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     return [symbols[byte] for byte in range(256)]
-
-
-def train_tokenizer(
-    texts: Iterable[str],
-    vocab_size: int,
-    *,
-    split_pattern: str = "nanochat",
-    model_max_length: int = 2048,
-    length: int | None = None,
-) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE on `texts` and return it as a chat tokenizer of `vocab_size` entries, special tokens included.
-
-    The byte symbols are passed as special tokens: only so do ids and the order of ties come out as in the original's
-    trainer, and every byte can be encoded although training never saw it.
-
-    Args:
-        texts: Documents.
-        vocab_size: Entries in all, at least 265 (256 bytes and 9 special tokens).
-        split_pattern: Name in `SPLIT_PATTERNS`.
-        model_max_length: Written into the tokenizer; the context length of the models that will use it.
-        length: Number of documents, for the progress bar.
-
-    Raises:
-        UserError: `vocab_size` is too small.
-    """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"vocab_size {vocab_size} is too small; 256 bytes and 9 special tokens need {SMALLEST_VOCABULARY}")
-    tokenizer = byte_level(models.BPE(), split_pattern)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        min_frequency=0,
-        special_tokens=byte_symbols(),
-        initial_alphabet=[],
-        show_progress=length is not None,
-    )
-    tokenizer.train_from_iterator(texts, trainer, length=length)
-    trained = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(pair) for pair in trained["merges"]]
-    return build_tokenizer(trained["vocab"], merges, model_max_length, split_pattern)
 
 
 def byte_level(model: models.BPE, split_pattern: str = "nanochat") -> Tokenizer:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
-from modeling_nanochat.tokenization_nanochat import special_token_ids, train_tokenizer
+from modeling_nanochat.tokenization_nanochat import special_token_ids
+from tokenizer_train.bpe import train_tokenizer
 
 TOY_TEXTS = [
     "The cat sat on the mat. What is 12+7? It is 19.",

@@ -18,8 +18,8 @@ from modeling_nanochat.tokenization_nanochat import (
     build_tokenizer,
     byte_symbols,
     encode_documents,
-    train_tokenizer,
 )
+from tokenizer_train.bpe import train_tokenizer
 
 # words, so that merges of every rank meet; contractions, numbers and runs of blanks, where the pattern is intricate
 WORDS = "the THE cat's it'LL we've don't I'm 1 12 123 4567 naïve Straße ſ ǅ 漢字 かな 한국어 😀 👩‍👩‍👧 é ́ . ,, !? /// {} \x00 \u200b"

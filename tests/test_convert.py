@@ -23,7 +23,8 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.original_checkpoint import state_dict_from_original, state_dict_to_original
 from modeling_nanochat.original_config import OriginalConfig, config_from_original
 from modeling_nanochat.pickled_tokenizer import load_pickled_tokenizer, tokenizer_from_encoding
-from modeling_nanochat.tokenization_nanochat import SPECIAL_TOKENS, SPLIT_PATTERN, byte_symbols, train_tokenizer
+from modeling_nanochat.tokenization_nanochat import SPECIAL_TOKENS, SPLIT_PATTERN, byte_symbols
+from tokenizer_train.bpe import train_tokenizer
 
 VOCAB, PADDED = 300, 320
 LAYOUTS = {"plain": "classic", "turbo": "current"}

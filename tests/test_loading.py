@@ -7,7 +7,7 @@ import torch
 from modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer, pick_device
-from modeling_nanochat.tokenization_nanochat import train_tokenizer
+from tokenizer_train.bpe import train_tokenizer
 
 
 def test_a_folder_comes_back_with_equal_logits(toy_model_folder, toy_model_and_tokenizer):

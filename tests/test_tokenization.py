@@ -11,8 +11,8 @@ from modeling_nanochat.tokenization_nanochat import (
     byte_symbols,
     encode_documents,
     special_token_ids,
-    train_tokenizer,
 )
+from tokenizer_train.bpe import train_tokenizer
 
 CALL = {"type": "function", "function": {"name": "python", "arguments": {"code": "2+2"}}}
 TOOL_CHAT = [

@@ -19,7 +19,7 @@ from conftest import TOY_TEXTS
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from modeling_nanochat.tokenization_nanochat import train_tokenizer
+from tokenizer_train.bpe import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 WORDS = " ".join(TOY_TEXTS).split()

@@ -18,7 +18,8 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import whole_folder
 from modeling_nanochat.sources import text_dataset
-from modeling_nanochat.tokenization_nanochat import encode_documents, train_tokenizer
+from modeling_nanochat.tokenization_nanochat import encode_documents
+from tokenizer_train.bpe import train_tokenizer
 
 
 @dataclass

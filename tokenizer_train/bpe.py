@@ -1,0 +1,136 @@
+"""Byte-level BPE training: counts how often each piece of text occurs, then merges the most frequent pair, again and again.
+
+Two libraries do it, with the same merges to the last one: `rustbpe`, the original's, where it is installed, because it
+counts several times faster; else `tokenizers`. Ties go to the pair of the smallest ids, as in the original.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain, pairwise
+from typing import Literal, get_args
+
+from tokenizers import models, trainers
+from transformers import PreTrainedTokenizerFast
+
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.tokenization_nanochat import (
+    ESCAPE,
+    SMALLEST_VOCABULARY,
+    SPECIAL_TOKENS,
+    SPLIT_PATTERNS,
+    build_tokenizer,
+    byte_level,
+    byte_symbols,
+    whole_characters,
+)
+
+Trainer = Literal["rustbpe", "tokenizers"]
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    split_pattern: str = "nanochat",
+    model_max_length: int = 2048,
+    length: int | None = None,
+    trainer: Trainer | None = None,
+) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE on `texts` and return it as a chat tokenizer of `vocab_size` entries, special tokens included.
+
+    It has fewer entries where the text has no more pairs to merge.
+
+    Args:
+        texts: Documents; read once, and not kept.
+        vocab_size: Entries in all, at least 265 (256 bytes and 9 special tokens).
+        split_pattern: Name in `SPLIT_PATTERNS`.
+        model_max_length: Written into the tokenizer; the context length of the models that will use it.
+        length: Number of documents, for the progress bar of `tokenizers`.
+        trainer: Library that trains; None takes `rustbpe` where it is installed. The result is the same.
+
+    Raises:
+        UserError: `vocab_size` is too small, no such pattern or trainer, or the trainer is not installed.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"vocab_size {vocab_size} is too small; 256 bytes and 9 special tokens need {SMALLEST_VOCABULARY}")
+    if split_pattern not in SPLIT_PATTERNS:
+        raise UserError(f"split_pattern {split_pattern!r} is unknown; use one of {', '.join(SPLIT_PATTERNS)}")
+    train = trained_by_rustbpe if choose_trainer(trainer) == "rustbpe" else trained_by_tokenizers
+    pieces = chain.from_iterable(map(pieces_of, texts))
+    merges = train(pieces, vocab_size - len(SPECIAL_TOKENS), split_pattern, length)
+    symbols = [*byte_symbols(), *(left + right for left, right in merges)]
+    vocab = {symbol: index for index, symbol in enumerate(symbols)}
+    return build_tokenizer(vocab, merges, model_max_length, split_pattern)
+
+
+def choose_trainer(name: str | None) -> Trainer:
+    """The trainer of that name; without a name, the faster one that is installed."""
+    if name not in (None, *get_args(Trainer)):
+        raise UserError(f"trainer {name!r} is unknown; use one of {', '.join(get_args(Trainer))}")
+    if name == "tokenizers":
+        return name
+    try:
+        import rustbpe  # noqa: F401
+    except ImportError as error:
+        if name is None:
+            return "tokenizers"
+        raise UserError("trainer rustbpe is not installed; pip install rustbpe, or leave --trainer out") from error
+    return "rustbpe"
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """`text` with whole characters, cut where encoding it would take an escape out (see `tokenization_nanochat.ESCAPE`)."""
+    text = whole_characters(text)
+    if f"<|{ESCAPE}" not in text:
+        return iter((text,))
+    first, *others = text.split(f"<|{ESCAPE}")
+    return chain((first + "<|",), (f"{ESCAPE}{other}<|" for other in others[:-1]), (ESCAPE + others[-1],))
+
+
+def trained_by_tokenizers(
+    texts: Iterable[str], vocab_size: int, split_pattern: str, length: int | None = None
+) -> list[tuple[str, str]]:
+    """Merges, in order, as pairs of symbols.
+
+    The byte symbols are passed as special tokens: only so do ids and the order of ties come out as in the original's
+    trainer, and every byte can be encoded although training never saw it.
+    """
+    tokenizer = byte_level(models.BPE(), split_pattern)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=0,
+        special_tokens=byte_symbols(),
+        initial_alphabet=[],
+        show_progress=length is not None,
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=length)
+    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def trained_by_rustbpe(
+    texts: Iterable[str], vocab_size: int, split_pattern: str, length: int | None = None
+) -> list[tuple[str, str]]:
+    """The same from `rustbpe`, which gives only what was merged; see `pairs_of`."""
+    import rustbpe
+
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(iter(texts), vocab_size, pattern=SPLIT_PATTERNS[split_pattern])
+    return pairs_of([bytes(token) for token, _ in tokenizer.get_mergeable_ranks()])
+
+
+def pairs_of(tokens: list[bytes]) -> list[tuple[str, str]]:
+    """The two symbols that were merged into each token after the first 256.
+
+    They are what the merges before it make of the token alone: no neighbour of the place where it was merged took part.
+    """
+    symbols, rank = byte_symbols(), {token: index for index, token in enumerate(tokens)}
+    pairs = []
+    for index, token in enumerate(tokens[256:], start=256):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            made = [rank.get(left + right, index) for left, right in pairwise(parts)]
+            best = min(made)
+            at = made.index(best)
+            parts[at : at + 2] = [tokens[best]]
+        pairs.append(tuple("".join(symbols[byte] for byte in part) for part in parts))
+    return pairs

@@ -7,6 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.tokenization_nanochat import whole_characters
 
 from .batching import batches_by_length, with_progress
 
@@ -70,7 +71,7 @@ def letter_id(tokenizer, letter: str) -> int:
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
     """Ids of the conversation up to the place where the assistant's first token stands."""
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": whole_characters(prompt)}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .decoding import CompiledDecoder, Decoder
 from .errors import UserError
 from .python_tool import check_sandbox, run_python
-from .tokenization_nanochat import escaped, special_token_ids
+from .tokenization_nanochat import escaped, special_token_ids, whole_characters, whole_messages
 
 MAX_TOOL_CALLS = 8
 HALF_A_CHARACTER = "\ufffd"
@@ -68,9 +68,11 @@ class ChatCodec:
         # A copy of its own: the flag is the tokenizer's state, and several threads may render prompts meanwhile.
         self.plain = copy.deepcopy(tokenizer.backend_tokenizer)
         self.plain.encode_special_tokens = True
+        self.plain.no_truncation()
+        self.plain.no_padding()
 
     def encode(self, text: str) -> list[int]:
-        return self.plain.encode(escaped(text, self.plain), add_special_tokens=False).ids
+        return self.plain.encode(escaped(whole_characters(text), self.plain), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.plain.decode(ids, skip_special_tokens=True)
@@ -78,6 +80,7 @@ class ChatCodec:
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         quiet = {"verbose": False}  # the engine itself looks at the length
         render = self.tokenizer.apply_chat_template
+        messages = whole_messages(messages)
         return render(messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=quiet)
 
 

@@ -4,8 +4,10 @@ Byte-level BPE. Ids 0-255 are the single bytes in numeric order, then the merges
 special tokens. The folder holds nothing of ours: `AutoTokenizer.from_pretrained` opens it anywhere.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -41,6 +43,7 @@ SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 ESCAPE = "\ufdd0"
 PART_END = f"<|{ESCAPE}|>"  # between two text parts of a message, which are encoded apart
 ESCAPES = rf"<\|{ESCAPE}\|>|(?<=<\|){ESCAPE}"
+TO_ESCAPE = rf"<\|(?={ESCAPE}|(?:{'|'.join(token[2:-2] for token in SPECIAL_TOKENS)})\|>)"
 
 # How `parse_response` and TRL's tool loop read what the model wrote. The anchor names both places where an answer can
 # begin: with the assistant's turn, and after a tool's output.
@@ -144,17 +147,29 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -
     if not texts:
         return []
     texts = [escaped(whole_characters(text), tokenizer.backend_tokenizer) for text in texts]
+    # The flag is state of the tokenizer, which other threads may be using: only where escapes are not enough.
+    split = not escapes_all(tokenizer.backend_tokenizer)
     # not verbose: a document may well be longer than the context, it is packed into rows
-    encoded = tokenizer(texts, split_special_tokens=True, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = tokenizer(texts, split_special_tokens=split, add_special_tokens=False, verbose=False)["input_ids"]
     return [[tokenizer.bos_token_id, *ids] for ids in encoded]
 
 
 def escaped(text: str, tokenizer: Tokenizer) -> str:
-    """`text` as it has to be given to a tokenizer that removes `ESCAPES`, so that nothing of it gets lost."""
-    own = f"<|{ESCAPE}"  # in no text that was not written for this
-    if own in text and "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(own)) == "<|":
-        return text.replace(own, own + ESCAPE)
+    """`text` as it has to be given to a tokenizer that removes `ESCAPES`: no control token in it, and nothing gets lost."""
+    if "<|" in text and removes_escapes(tokenizer):
+        return re.sub(TO_ESCAPE, f"<|{ESCAPE}", text)
     return text
+
+
+def escapes_all(tokenizer: Tokenizer) -> bool:
+    """Whether no control token of this tokenizer is left in `escaped` text."""
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    return special <= set(SPECIAL_TOKENS) and removes_escapes(tokenizer)
+
+
+def removes_escapes(tokenizer: Tokenizer) -> bool:
+    cut = tokenizer.pre_tokenizer
+    return cut is not None and [piece for piece, _ in cut.pre_tokenize_str(f"{PART_END}<|{ESCAPE}")] == ["<|"]
 
 
 def whole_characters(text: str) -> str:
@@ -164,3 +179,12 @@ def whole_characters(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
+
+
+def whole_messages(value: Any) -> Any:
+    """Messages or tools, all their texts by `whole_characters`: JSON can spell halves, which the tokenizer refuses."""
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, dict):
+        return {whole_messages(key): whole_messages(item) for key, item in value.items()}
+    return [whole_messages(item) for item in value] if isinstance(value, list | tuple) else value

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from evals.formats import to_conversation
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sources import expand, read_jsonl
+from modeling_nanochat.tokenization_nanochat import whole_messages
 
 from .packing import Conversation
 
@@ -65,8 +66,8 @@ def render(
 
 def render_one(conversation: dict, tokenizer: PreTrainedTokenizerFast) -> Conversation:
     rendered = tokenizer.apply_chat_template(
-        conversation["messages"],
-        tools=conversation.get("tools"),
+        whole_messages(conversation["messages"]),
+        tools=whole_messages(conversation.get("tools")),
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,

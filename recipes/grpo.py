@@ -22,6 +22,7 @@ from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.python_tool import check_sandbox, python
 from modeling_nanochat.sources import expand, read_jsonl
+from modeling_nanochat.tokenization_nanochat import whole_characters
 from recipes.stage import StageLog, check_output
 from recipes.trl_stage import MuonOptimizer, RateArguments, StageLogCallback, finish_trl_stage, output_arguments
 
@@ -74,7 +75,8 @@ def read_problems(patterns: list[str]) -> Dataset:
             question, answer = problem.get("question"), problem.get("answer")
             if not isinstance(question, str) or not isinstance(answer, str) or extract_answer(answer) is None:
                 raise UserError(f"{name}:{line}: expected `question` and an `answer` that ends in '#### number'")
-            problems.append({"prompt": [{"role": "user", "content": question}], "answer": answer})
+            prompt = [{"role": "user", "content": whole_characters(question)}]
+            problems.append({"prompt": prompt, "answer": whole_characters(answer)})
     if not problems:
         raise UserError(f"train_files: no problem in {', '.join(patterns) or 'an empty list'}; give a file in GSM8K format")
     return Dataset.from_list(problems)

@@ -1,0 +1,333 @@
+"""No text in a conversation becomes a control token, and none of it gets lost. With a plain `AutoTokenizer`, as everybody has."""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from datasets import Dataset, load_dataset
+from golden import golden_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+from trl.chat_template_utils import (
+    has_generation_markers,
+    is_chat_template_prefix_preserving,
+    is_chat_template_stop_token_trained,
+    supports_tool_calling,
+)
+
+from modeling_nanochat.tokenization_nanochat import (
+    ESCAPE,
+    PART_END,
+    SPECIAL_TOKENS,
+    SPLIT_PATTERNS,
+    build_tokenizer,
+    encode_documents,
+)
+
+SPELLED = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+PIECES = [  # of which control tokens and escapes may come together, here or across an edge
+    "<", "|", ">", "<|", "|>", "<|<|", "|>|>", "<|bos|", "bos|>", "<|user_", "start|>", "<|assistant_end|", "end|>",
+    ESCAPE, ESCAPE * 2, ESCAPE * 3, f"<|{ESCAPE}", PART_END, f"<|{ESCAPE}bos|>", f"<{ESCAPE}|bos|>", f"<|bos{ESCAPE}|>",
+    "\u200b", "<|\u200bbos|>", "<|b\u00ados|>", "\u202e", ">|sob|<", "＜｜bos｜＞", "<｜bos｜>", "≺|bos|≻", "<|bоs|>", "<|BOS|>",
+    "\u0301", "<\u0338|bos|>", "\x00", "\ufeff", "\ufffd", "\uffff", "\U0010fffe", "&lt;|bos|&gt;", "\\ufdd0", "%3C|bos|%3E",
+    "{{ bos_token }}", "{% endgeneration %}", "{{- '<|bos|>' -}}", "CONTINUE_FINAL_MESSAGE_TAG ", "{content}", "</s>", '"', "\\",
+    "'", "```", " ", "  ", "\n", "\r\n", "\t", "\u2028", "a", "12", "é", "日本", "🦙", "👩‍👩‍👧", "bos", "user_start",
+]  # fmt: skip
+NESTED = ["<|<|bos|>bos|>", "<|user_<|bos|>start|>", "<|bos|><|bos|>", "<<|bos|>|bos|>"]
+
+
+def texts(*pieces: str) -> st.SearchStrategy[str]:
+    return st.lists(st.sampled_from(pieces) | st.text(max_size=2), max_size=6).map("".join)
+
+
+ANY = texts(*SPECIAL_TOKENS, *NESTED, *PIECES)
+UNSPELLED = texts(*(piece for piece in PIECES if not SPELLED.search(piece))).filter(lambda text: not SPELLED.search(text))
+
+
+def contents(text: st.SearchStrategy[str]) -> st.SearchStrategy[str | list[dict]]:
+    return text | st.lists(text.map(part), max_size=3)
+
+
+def part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[tuple]:
+    """A system message or none, and turns: question, calls (what was said before, code, result), answer."""
+    content = contents(text)
+    turn = st.tuples(content, st.lists(st.tuples(content, text, content), max_size=2), content)
+    return st.tuples(st.none() | content, st.lists(turn, min_size=1, max_size=2))
+
+
+def messages_of(conversation: tuple) -> list[dict]:
+    system, turns = conversation
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for question, calls, answer in turns:
+        messages.append({"role": "user", "content": question})
+        for said, code, result in calls:
+            call = {"type": "function", "function": {"name": "python", "arguments": {"code": code}}}
+            messages.append({"role": "assistant", "content": said, "tool_calls": [call]})
+            messages.append({"role": "tool", "name": "python", "content": result})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def whole(content: str | list[dict]) -> str:
+    return content if isinstance(content, str) else "".join(piece["text"] for piece in content)
+
+
+def written(conversation: tuple) -> list[tuple[str, str]]:
+    """What has to be in the ids: each control token with the text behind it."""
+    system, turns = conversation
+    before, pieces = "" if system is None else whole(system) + "\n\n", [("<|bos|>", "")]
+    for question, calls, answer in turns:
+        pieces += [("<|user_start|>", before + whole(question)), ("<|user_end|>", "")]
+        before, opened = "", "<|assistant_start|>"
+        for said, code, result in calls:
+            pieces += [(opened, whole(said)), ("<|python_start|>", code), ("<|python_end|>", "")]
+            pieces += [("<|output_start|>", whole(result))]
+            opened = "<|output_end|>"
+        pieces += [(opened, whole(answer)), ("<|assistant_end|>", "")]
+    return pieces
+
+
+def learnt(conversation: tuple) -> str:
+    said = []
+    for _, calls, answer in conversation[1]:
+        said += [f"{whole(text)}<|python_start|>{code}<|python_end|>" for text, code, _ in calls]
+        said += [whole(answer) + "<|assistant_end|>"]
+    return "".join(said)
+
+
+def read(tokenizer, ids: list[int]) -> list[tuple[str, str]]:
+    """The control tokens among `ids`, each with the decoded text behind it."""
+    control, pieces = tokenizer.get_added_vocab().values(), []
+    for token in ids:
+        if token in control:
+            pieces.append((tokenizer.convert_ids_to_tokens(token), []))
+        else:
+            pieces[-1][1].append(token)
+    return [(name, tokenizer.decode(text)) for name, text in pieces]
+
+
+def rendered(tokenizer, messages: list[dict], **kwargs) -> list[int]:
+    return tokenizer.apply_chat_template(messages, return_dict=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    golden_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(tokenizer).__module__.startswith("transformers.")
+    return tokenizer
+
+
+@settings(max_examples=500)
+@given(conversations(ANY))
+def test_control_tokens_are_the_templates_and_texts_come_back(tokenizer, conversation):
+    """Also the mask: of what escapes leave at the edges, nothing is learnt or missed."""
+    messages = messages_of(conversation)
+    result = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = result["input_ids"], result["assistant_masks"]
+    assert read(tokenizer, ids) == written(conversation)
+    assert tokenizer.decode([token for token, on in zip(ids, mask, strict=True) if on]) == learnt(conversation)
+
+
+@settings(max_examples=100)
+@given(conversations(ANY))
+def test_prefixes_are_preserved(tokenizer, conversation):
+    messages = messages_of(conversation)
+    ids = rendered(tokenizer, messages)
+    for end in range(1, len(messages)):
+        if messages[end - 1]["role"] != "system":
+            beginning = rendered(tokenizer, messages[:end], add_generation_prompt=messages[end]["role"] == "assistant")
+            assert ids[: len(beginning)] == beginning
+
+
+@settings(max_examples=100)
+@given(conversations(UNSPELLED))
+def test_replies_are_parsed_to_the_character(tokenizer, conversation):
+    """Whole control tokens apart: `parse_response` reads decoded text, and cannot tell them from spelled ones."""
+    messages = messages_of(conversation)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = rendered(tokenizer, messages[:i], add_generation_prompt=True)
+            reply = rendered(tokenizer, messages[: i + 1])[len(prompt) :]
+            parsed = tokenizer.parse_response(reply, prefix=prompt)
+            assert parsed.get("content", "") == whole(message["content"])
+            assert parsed.get("tool_calls", []) == message.get("tool_calls", [])
+
+
+@given(st.lists(conversations(ANY), min_size=2, max_size=3))
+@settings(max_examples=50)
+def test_rendered_in_a_batch_padded_and_cut(tokenizer, batch):
+    many = [messages_of(conversation) for conversation in batch]
+    padded = tokenizer.apply_chat_template(many, padding=True, return_dict=True)
+    alone = [rendered(tokenizer, messages) for messages in many]
+    assert [ids[-len(one) :] for ids, one in zip(padded["input_ids"], alone, strict=True)] == alone
+    cut = tokenizer.apply_chat_template(many, truncation=True, max_length=30, return_dict=True)
+    assert cut["input_ids"] == [one[:30] for one in alone]
+
+
+@settings(max_examples=100)
+@given(conversations(ANY))
+def test_rendered_to_text_and_encoded_afterwards(tokenizer, conversation):
+    """As TRL, vLLM and others do it, also when the text was kept in a file meanwhile."""
+    messages = messages_of(conversation)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    for kept in (text, json.loads(json.dumps(text)), json.loads(json.dumps(text, ensure_ascii=False).encode())):
+        assert tokenizer(kept, add_special_tokens=False).input_ids == rendered(tokenizer, messages)
+
+
+def test_rendered_text_survives_arrow_and_parquet(tokenizer, tmp_path):
+    many = [[{"role": "user", "content": text}] for text in [*SPECIAL_TOKENS, *NESTED, *PIECES]]
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in many]
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "texts.parquet")
+    opened = load_dataset("parquet", data_files=str(tmp_path / "texts.parquet"), cache_dir=str(tmp_path))["train"]
+    ids = opened.map(lambda row: tokenizer(row["text"], add_special_tokens=False))["input_ids"]
+    assert list(ids) == [rendered(tokenizer, messages) for messages in many]
+
+
+@pytest.mark.parametrize("pattern", SPLIT_PATTERNS)
+@settings(max_examples=50)
+@given(conversations(ANY))
+def test_with_every_split_pattern(tokenizer, pattern, conversation):
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    other = build_tokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]], 2048, pattern)
+    assert read(other, rendered(other, messages_of(conversation))) == written(conversation)
+
+
+VALUES = st.recursive(
+    ANY | st.integers() | st.booleans() | st.none(),
+    lambda value: st.lists(value, max_size=2) | st.dictionaries(ANY, value, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(ANY, ANY, VALUES), min_size=1, max_size=2), ANY, ANY)
+def test_tool_descriptions(tokenizer, functions, system, question):
+    schemas = [{"name": f"f{name}", "description": words, "parameters": {words: value}} for name, words, value in functions]
+    tools = [{"type": "function", "function": schema} for schema in schemas]
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    lines = "".join(json.dumps(schema, ensure_ascii=False) + "\n" for schema in schemas)
+    text = f"Functions in Python:\n{lines}\n{system}\n\n{question}"
+    expected = [("<|bos|>", ""), ("<|user_start|>", text), ("<|user_end|>", "")]
+    assert read(tokenizer, rendered(tokenizer, messages, tools=tools)) == expected
+
+
+@settings(max_examples=100)
+@given(ANY, st.dictionaries(ANY, ANY | st.lists(ANY, max_size=2), max_size=2))
+def test_calls_of_other_functions(tokenizer, name, arguments):
+    """Names of messages and ids of calls are not rendered at all."""
+    function = {"name": f"f{name}", "arguments": arguments}
+    messages = [
+        {"role": "user", "name": name, "content": ""},
+        {"role": "assistant", "name": name, "tool_calls": [{"type": name, "id": name, "function": function}]},
+        {"role": "tool", "name": name, "tool_call_id": name, "content": name},
+    ]
+    given_ = ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in arguments.items())
+    pieces = read(tokenizer, rendered(tokenizer, messages))
+    assert pieces[4:6] == [("<|python_start|>", f"f{name}({given_})"), ("<|python_end|>", "")]
+    assert pieces[6:] == [("<|output_start|>", name), ("<|output_end|>", "")]
+
+
+@pytest.mark.parametrize("role", ["<|bos|>", "user<|bos|>", "user ", "User", "python"])
+def test_a_role_is_one_of_the_templates(tokenizer, role):
+    with pytest.raises(Exception, match="unknown role"):
+        rendered(tokenizer, [{"role": role, "content": ""}])
+
+
+@settings(max_examples=100)
+@given(contents(ANY), UNSPELLED.filter(lambda text: f"<|{ESCAPE}" not in text), ANY)
+def test_a_reply_to_be_continued(tokenizer, question, begun, text):
+    """A string that the template escapes cannot be continued, see below; a list of parts that ends in an empty one can."""
+    for content in (begun.rstrip() + ".", [part(text), part("")]):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
+        pieces = read(tokenizer, rendered(tokenizer, messages, continue_final_message=True))
+        assert pieces[1:] == [
+            ("<|user_start|>", whole(question)),
+            ("<|user_end|>", ""),
+            ("<|assistant_start|>", whole(content)),
+        ]
+
+
+def test_an_escaped_reply_is_not_continued_as_a_string(tokenizer):
+    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a<|bos|>"}]
+    with pytest.raises(ValueError, match="does not appear in the chat"):
+        rendered(tokenizer, messages, continue_final_message=True)
+
+
+@settings(max_examples=50)
+@given(conversations(ANY))
+def test_transformers_own_remedy_changes_nothing(tokenizer, conversation):
+    messages = messages_of(conversation)
+    assert rendered(tokenizer, messages, sanitize_control_tokens=True) == rendered(tokenizer, messages)
+
+
+@settings(max_examples=500)
+@given(ANY)
+def test_raw_text(tokenizer, text):
+    """`split_special_tokens` keeps control tokens out; without it they are read, as whoever renders to text first needs it."""
+    bos, *ids = tokenizer(text, split_special_tokens=True).input_ids
+    assert bos == tokenizer.bos_token_id and not set(ids) & set(tokenizer.get_added_vocab().values())
+    read_as = [name for name, _ in read(tokenizer, tokenizer(text).input_ids)]
+    assert read_as == ["<|bos|>", *SPELLED.findall(text)]
+
+
+@settings(max_examples=500)
+@given(st.lists(ANY, min_size=1, max_size=3))
+def test_documents(tokenizer, documents):
+    encoded = encode_documents(tokenizer, documents)
+    assert [read(tokenizer, ids) for ids in encoded] == [[("<|bos|>", document)] for document in documents]
+
+
+def test_control_tokens_of_others_stay_out_of_documents(folder):
+    extended = AutoTokenizer.from_pretrained(folder)
+    extended.add_special_tokens({"extra_special_tokens": ["[IMAGE]"]})
+    assert read(extended, encode_documents(extended, ["[IMAGE]<|bos|>"])[0]) == [("<|bos|>", "[IMAGE]<|bos|>")]
+
+
+def test_a_tokenizer_that_never_reads_control_tokens_cannot_render(folder, tokenizer):
+    """Opened with `split_special_tokens=True`, for text alone: the template's own tokens become text as well."""
+    text_only = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+    control = set(tokenizer.get_added_vocab().values())
+    assert not control & set(text_only("a<|bos|>").input_ids[1:])
+    assert not control & set(rendered(text_only, [{"role": "user", "content": "a"}]))
+
+
+def test_encoding_text_alone_leaves_no_trace(tokenizer):
+    messages = [{"role": "user", "content": "<|bos|>"}]
+    before = rendered(tokenizer, messages), tokenizer("<|bos|>").input_ids
+    tokenizer("<|bos|>", split_special_tokens=True)
+    assert (rendered(tokenizer, messages), tokenizer("<|bos|>").input_ids) == before
+
+
+def test_threads_that_render_and_encode_documents_do_not_meet(tokenizer):
+    """`split_special_tokens` is state of the tokenizer; neither of the two sets it."""
+    messages = [{"role": "user", "content": "<|bos|>"}]
+    ids, document = rendered(tokenizer, messages), encode_documents(tokenizer, ["<|bos|>" * 50])
+    with ThreadPoolExecutor(2) as pool:
+        renders = pool.submit(lambda: [rendered(tokenizer, messages) for _ in range(1500)])
+        encodes = pool.submit(lambda: [encode_documents(tokenizer, ["<|bos|>" * 50]) for _ in range(1500)])
+    assert all(result == ids for result in renders.result())
+    assert all(result == document for result in encodes.result())
+
+
+@pytest.mark.parametrize(
+    "check", [supports_tool_calling, is_chat_template_prefix_preserving, is_chat_template_stop_token_trained]
+)
+def test_trl_finds_what_it_needs(tokenizer, check):
+    assert check(tokenizer)
+
+
+def test_trl_finds_what_is_learnt(tokenizer):
+    assert has_generation_markers(tokenizer.chat_template)

@@ -1,0 +1,99 @@
+"""Hostile conversations, and what control tokens and texts have to come out of them."""
+
+import re
+
+from hypothesis import strategies as st
+
+from modeling_nanochat.tokenization_nanochat import ESCAPE, PART_END, SPECIAL_TOKENS
+
+SPELLED = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+PIECES = [  # of which control tokens and escapes may come together, here or across an edge
+    "<", "|", ">", "<|", "|>", "<|<|", "|>|>", "<|bos|", "bos|>", "<|user_", "start|>", "<|assistant_end|", "end|>",
+    ESCAPE, ESCAPE * 2, ESCAPE * 3, f"<|{ESCAPE}", PART_END, f"<|{ESCAPE}bos|>", f"<{ESCAPE}|bos|>", f"<|bos{ESCAPE}|>",
+    "\u200b", "<|\u200bbos|>", "<|b\u00ados|>", "\u202e", ">|sob|<", "＜｜bos｜＞", "<｜bos｜>", "≺|bos|≻", "<|bоs|>", "<|BOS|>",
+    "\u0301", "<\u0338|bos|>", "\x00", "\ufeff", "\ufffd", "\uffff", "\U0010fffe", "&lt;|bos|&gt;", "\\ufdd0", "%3C|bos|%3E",
+    "{{ bos_token }}", "{% endgeneration %}", "{{- '<|bos|>' -}}", "CONTINUE_FINAL_MESSAGE_TAG ", "{content}", "</s>", '"', "\\",
+    "'", "```", " ", "  ", "\n", "\r\n", "\t", "\u2028", "a", "12", "é", "日本", "🦙", "👩‍👩‍👧", "bos", "user_start",
+]  # fmt: skip
+NESTED = ["<|<|bos|>bos|>", "<|user_<|bos|>start|>", "<|bos|><|bos|>", "<<|bos|>|bos|>"]
+# For what is too slow for generated texts: each control token, nested ones, parts of them at both ends, escapes.
+EDGES = ["<|bos|", "<", "|>", ">bos|>", f"<|{ESCAPE}", PART_END, f"{ESCAPE}bos|>", f"<|{ESCAPE}bos|><|bos|>", "＜｜bos｜＞"]
+HOSTILE = [f"a{text}" for text in SPECIAL_TOKENS] + [text + "b" for text in NESTED] + EDGES
+
+
+def texts(*pieces: str) -> st.SearchStrategy[str]:
+    return st.lists(st.sampled_from(pieces) | st.text(max_size=2), max_size=6).map("".join)
+
+
+ANY = texts(*SPECIAL_TOKENS, *NESTED, *PIECES)
+UNSPELLED = texts(*(piece for piece in PIECES if not SPELLED.search(piece))).filter(lambda text: not SPELLED.search(text))
+
+
+def contents(text: st.SearchStrategy[str]) -> st.SearchStrategy[str | list[dict]]:
+    return text | st.lists(text.map(part), max_size=3)
+
+
+def part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[tuple]:
+    """A system message or none, and turns: question, calls (what was said before, code, result), answer."""
+    content = contents(text)
+    turn = st.tuples(content, st.lists(st.tuples(content, text, content), max_size=2), content)
+    return st.tuples(st.none() | content, st.lists(turn, min_size=1, max_size=2))
+
+
+def messages_of(conversation: tuple) -> list[dict]:
+    system, turns = conversation
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for question, calls, answer in turns:
+        messages.append({"role": "user", "content": question})
+        for said, code, result in calls:
+            call = {"type": "function", "function": {"name": "python", "arguments": {"code": code}}}
+            messages.append({"role": "assistant", "content": said, "tool_calls": [call]})
+            messages.append({"role": "tool", "name": "python", "content": result})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def whole(content: str | list[dict]) -> str:
+    return content if isinstance(content, str) else "".join(piece["text"] for piece in content)
+
+
+def written(conversation: tuple) -> list[tuple[str, str]]:
+    """What has to be in the ids: each control token with the text behind it."""
+    system, turns = conversation
+    before, pieces = "" if system is None else whole(system) + "\n\n", [("<|bos|>", "")]
+    for question, calls, answer in turns:
+        pieces += [("<|user_start|>", before + whole(question)), ("<|user_end|>", "")]
+        before, opened = "", "<|assistant_start|>"
+        for said, code, result in calls:
+            pieces += [(opened, whole(said)), ("<|python_start|>", code), ("<|python_end|>", "")]
+            pieces += [("<|output_start|>", whole(result))]
+            opened = "<|output_end|>"
+        pieces += [(opened, whole(answer)), ("<|assistant_end|>", "")]
+    return pieces
+
+
+def learnt(conversation: tuple) -> str:
+    said = []
+    for _, calls, answer in conversation[1]:
+        said += [f"{whole(text)}<|python_start|>{code}<|python_end|>" for text, code, _ in calls]
+        said += [whole(answer) + "<|assistant_end|>"]
+    return "".join(said)
+
+
+def read(tokenizer, ids: list[int]) -> list[tuple[str, str]]:
+    """The control tokens among `ids`, each with the decoded text behind it."""
+    control, pieces = tokenizer.get_added_vocab().values(), []
+    for token in ids:
+        if token in control:
+            pieces.append((tokenizer.convert_ids_to_tokens(token), []))
+        else:
+            pieces[-1][1].append(token)
+    return [(name, tokenizer.decode(text)) for name, text in pieces]
+
+
+def rendered(tokenizer, messages: list[dict], **kwargs) -> list[int]:
+    return tokenizer.apply_chat_template(messages, return_dict=False, **kwargs)

@@ -37,11 +37,15 @@ def part(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[tuple]:
-    """A system message or none, and turns: question, calls (what was said before, code, result), answer."""
-    content = contents(text)
-    turn = st.tuples(content, st.lists(st.tuples(content, text, content), max_size=2), content)
-    return st.tuples(st.none() | content, st.lists(turn, min_size=1, max_size=2))
+def conversations(heard: st.SearchStrategy[str], written: st.SearchStrategy[str] | None = None) -> st.SearchStrategy[tuple]:
+    """A system message or none, and turns: question, calls (what was said before, code, result), answer.
+
+    `heard` is from people and tools, `written` from the model, the same if left out.
+    """
+    written = heard if written is None else written
+    call = st.tuples(contents(written), written, contents(heard))
+    turn = st.tuples(contents(heard), st.lists(call, max_size=2), contents(written))
+    return st.tuples(st.none() | contents(heard), st.lists(turn, min_size=1, max_size=2))
 
 
 def messages_of(conversation: tuple) -> list[dict]:

@@ -55,7 +55,7 @@ def tokenizer(folder):
     return tokenizer
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(conversations(ANY))
 def test_control_tokens_are_the_templates_and_texts_come_back(tokenizer, conversation):
     """Also the mask: of what escapes leave at the edges, nothing is learnt or missed."""
@@ -66,7 +66,7 @@ def test_control_tokens_are_the_templates_and_texts_come_back(tokenizer, convers
     assert tokenizer.decode([token for token, on in zip(ids, mask, strict=True) if on]) == learnt(conversation)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(conversations(ANY))
 def test_prefixes_are_preserved(tokenizer, conversation):
     messages = messages_of(conversation)
@@ -77,10 +77,10 @@ def test_prefixes_are_preserved(tokenizer, conversation):
             assert ids[: len(beginning)] == beginning
 
 
-@settings(max_examples=100)
-@given(conversations(UNSPELLED))
+@settings(max_examples=100, deadline=None)
+@given(conversations(ANY, UNSPELLED))
 def test_replies_are_parsed_to_the_character(tokenizer, conversation):
-    """Whole control tokens apart: `parse_response` reads decoded text, and cannot tell them from spelled ones."""
+    """Whatever stands before. Only in the reply: `parse_response` decodes, then cannot tell spelled tokens from real ones."""
     messages = messages_of(conversation)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -92,7 +92,7 @@ def test_replies_are_parsed_to_the_character(tokenizer, conversation):
 
 
 @given(st.lists(conversations(ANY), min_size=2, max_size=3))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_rendered_in_a_batch_padded_and_cut(tokenizer, batch):
     many = [messages_of(conversation) for conversation in batch]
     padded = tokenizer.apply_chat_template(many, padding=True, return_dict=True)
@@ -102,7 +102,7 @@ def test_rendered_in_a_batch_padded_and_cut(tokenizer, batch):
     assert cut["input_ids"] == [one[:30] for one in alone]
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(conversations(ANY))
 def test_rendered_to_text_and_encoded_afterwards(tokenizer, conversation):
     """As TRL, vLLM and others do it, also when the text was kept in a file meanwhile."""
@@ -122,7 +122,7 @@ def test_rendered_text_survives_arrow_and_parquet(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("pattern", SPLIT_PATTERNS)
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(conversations(ANY))
 def test_with_every_split_pattern(tokenizer, pattern, conversation):
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -137,7 +137,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(ANY, ANY, VALUES), min_size=1, max_size=2), ANY, ANY)
 def test_tool_descriptions(tokenizer, functions, system, question):
     schemas = [{"name": f"f{name}", "description": words, "parameters": {words: value}} for name, words, value in functions]
@@ -149,7 +149,7 @@ def test_tool_descriptions(tokenizer, functions, system, question):
     assert read(tokenizer, rendered(tokenizer, messages, tools=tools)) == expected
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(ANY, st.dictionaries(ANY, ANY | st.lists(ANY, max_size=2), max_size=2))
 def test_calls_of_other_functions(tokenizer, name, arguments):
     """Names of messages and ids of calls are not rendered at all."""
@@ -171,7 +171,7 @@ def test_a_role_is_one_of_the_templates(tokenizer, role):
         rendered(tokenizer, [{"role": role, "content": ""}])
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(contents(ANY), UNSPELLED.filter(lambda text: f"<|{ESCAPE}" not in text), ANY)
 def test_a_reply_to_be_continued(tokenizer, question, begun, text):
     """A string that the template escapes cannot be continued, see below; a list of parts that ends in an empty one can."""
@@ -191,14 +191,14 @@ def test_an_escaped_reply_is_not_continued_as_a_string(tokenizer):
         rendered(tokenizer, messages, continue_final_message=True)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(conversations(ANY))
 def test_transformers_own_remedy_changes_nothing(tokenizer, conversation):
     messages = messages_of(conversation)
     assert rendered(tokenizer, messages, sanitize_control_tokens=True) == rendered(tokenizer, messages)
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(ANY)
 def test_raw_text(tokenizer, text):
     """`split_special_tokens` keeps control tokens out; without it they are read, as whoever renders to text first needs it."""
@@ -208,7 +208,7 @@ def test_raw_text(tokenizer, text):
     assert read_as == ["<|bos|>", *SPELLED.findall(text)]
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(ANY, min_size=1, max_size=3))
 def test_documents(tokenizer, documents):
     encoded = encode_documents(tokenizer, documents)
@@ -219,6 +219,12 @@ def test_control_tokens_of_others_stay_out_of_documents(folder):
     extended = AutoTokenizer.from_pretrained(folder)
     extended.add_special_tokens({"extra_special_tokens": ["[IMAGE]"]})
     assert read(extended, encode_documents(extended, ["[IMAGE]<|bos|>"])[0]) == [("<|bos|>", "[IMAGE]<|bos|>")]
+
+
+def test_raw_text_loses_an_own_escape(tokenizer):
+    """U+FDD0, a noncharacter, right behind `<|`; `encode_documents` and the template keep it."""
+    ids = tokenizer(f"{ESCAPE}<|{ESCAPE}{ESCAPE}<|{ESCAPE}|>", split_special_tokens=True).input_ids
+    assert tokenizer.decode(ids[1:]) == f"{ESCAPE}<|{ESCAPE}"
 
 
 def test_a_tokenizer_that_never_reads_control_tokens_cannot_render(folder, tokenizer):

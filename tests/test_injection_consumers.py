@@ -269,7 +269,7 @@ def test_space(engine, text):
     assert read(engine.codec.tokenizer, engine.prompts[0]) == [*written(chat), *question(read_as)[1:]]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(contents(ANY), ANY, ANY.filter(bool), ANY, ANY)
 def test_a_turn_with_a_call_is_read_and_rendered_alike(tokenizer, asked, said, code, result, answer):
     """The engine goes by ids: what the model spells stays text, and the finished turn is rendered to the same ids again."""

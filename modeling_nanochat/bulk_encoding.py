@@ -1,37 +1,40 @@
-"""Encoding whole corpora: the fast tokenizer's ids, several times faster.
+"""Encoding whole corpora: the fast tokenizer's ids, many times faster.
 
-Nearly all of the fast tokenizer's time goes into the split pattern. tiktoken splits by the same pattern and merges by
-the same ranks in a third of the time; where it is installed and the tokenizer has exactly the structure that
-`tokenization_nanochat` builds, it does the work. (gigatoken is faster still, but knows no such pattern.)
+gigatoken or tiktoken does the work where it is installed and its ids are provably the same (`exact_encoders`), the fast
+tokenizer itself elsewhere. Long documents are cut where nothing of their ids depends on it, so that all threads have
+their share of one and its ids take little memory on the way.
 """
 
-import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from .tokenization_nanochat import ESCAPE, SPLIT_PATTERN, byte_level, byte_symbols, escaped, whole_characters
-
-if TYPE_CHECKING:
-    import tiktoken
+from .errors import UserError
+from .exact_encoders import code_points, exact_encoder, split_pattern, unassigned
+from .tokenization_nanochat import escaped, whole_characters
 
 MOST_THREADS = 4
 WORTH_A_THREAD = 32768  # characters; less text is encoded sooner than threads are started
-PLAIN_BPE = {  # what tokenizer.json must say of its model
-    "type": "BPE",
-    "dropout": None,
-    "unk_token": None,
-    "continuing_subword_prefix": None,
-    "end_of_word_suffix": None,
-    "byte_fallback": False,
-    "ignore_merges": False,
-}
+PART = 2**18  # characters of a long document that are encoded at once, up to the next place to cut at
+
+# Where every one of our patterns cuts, whatever stands before and after, so that text may be cut there beforehand:
+# - Behind a Latin letter or digit and in front of another ASCII character. Only contractions, runs of letters and runs of
+#   digits take a letter or digit, and they end where such runs end; none looks beyond. (`'l` is no contraction in front
+#   of a sign, as at the end of a text.)
+# - Behind a line break between two characters that are no blanks. It ends the signs that it follows (`[\r\n]*`) or is
+#   taken alone (`\s*[\r\n]`, and `\s+` in GPT-2's); no alternative takes a line break together with what follows.
+# Nothing in the patterns looks back, and no escape (`<|` and a noncharacter) has either place inside. What Python calls
+# no blank is none to the regular expressions that cut: its blanks are theirs and \x1c-\x1f.
+PLACE_TO_CUT = re.compile(r"(?<=[A-Za-z0-9])(?=[\x00-/:-@\[-`{-\x7f])|(?<=\S\n)(?=\S)")
+# The fast tokenizer's regular expressions die of ten million blanks, when trying for a line break behind each.
+TOO_MANY_BLANKS = 8_000_000
+BLANKS = re.compile(r"[^\S\r\n]+")
 
 
 class BulkEncoder:
@@ -41,40 +44,67 @@ class BulkEncoder:
         self.bos_token_id = tokenizer.bos_token_id
         self.threads = threads or available_threads()
         self.tokenizer = text_only(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
-        self.encoding = tiktoken_encoding(self.tokenizer)
+        self.may_be_cut = split_pattern(self.tokenizer) is not None
+        self.exact = exact_encoder(self.tokenizer)
+        self.unassigned = unassigned()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         text_only(self.tokenizer)  # a serialised one forgets
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids (n,) uint32 of each document, `<|bos|>` in front; control tokens spelled out stay ordinary characters."""
-        threads = min(self.threads, len(texts), 1 + sum(map(len, texts)) // WORTH_A_THREAD)
+        """Ids (n,) uint32 of each document, `<|bos|>` in front; control tokens spelled out stay ordinary characters.
+
+        Half a surrogate pair is read as U+FFFD.
+
+        Raises:
+            UserError: Eight million blanks in a row, where only the fast tokenizer is there to encode them.
+        """
+        parts = [list(self.parts(whole_characters(text))) for text in texts]
+        encoded = iter(self.encode_parts([part for document in parts for part in document]))
+        return [self.joined([next(encoded) for _ in document]) for document in parts]
+
+    def parts(self, text: str) -> Iterator[str]:
+        """`text` in parts of about `PART` characters whose ids one after the other are its own."""
+        start = 0
+        while self.may_be_cut and len(text) - start > PART:
+            place = PLACE_TO_CUT.search(text, start + PART)
+            if place is None:
+                break
+            yield text[start : place.start()]
+            start = place.start()
+        yield text[start:]
+
+    def encode_parts(self, parts: list[str]) -> list[np.ndarray]:
+        threads = min(self.threads, len(parts), 1 + sum(map(len, parts)) // WORTH_A_THREAD)
         if threads <= 1:
-            return self.encode_share(texts)
-        encoded: list = [None] * len(texts)
+            return [self.text_ids(part) for part in parts]
+        encoded: list = [None] * len(parts)
         with ThreadPoolExecutor(threads) as pool:
-            shares = pool.map(self.encode_share, [texts[i::threads] for i in range(threads)])
+            shares = pool.map(lambda share: [self.text_ids(part) for part in share], [parts[i::threads] for i in range(threads)])
             for i, share in enumerate(shares):
                 encoded[i::threads] = share
         return encoded
 
-    def encode_share(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode_one(whole_characters(text)) for text in texts]
-
-    def encode_one(self, text: str) -> np.ndarray:
-        ids = self.text_ids(text)
-        document = np.empty(len(ids) + 1, dtype=np.uint32)
-        document[0], document[1:] = self.bos_token_id, ids
+    def joined(self, parts: list[np.ndarray]) -> np.ndarray:
+        document = np.empty(1 + sum(map(len, parts)), dtype=np.uint32)
+        document[0] = self.bos_token_id
+        np.concatenate(parts, out=document[1:])
         return document
 
-    def text_ids(self, text: str) -> Sequence[int]:
-        if self.encoding is not None and ESCAPE not in text:
+    def text_ids(self, text: str) -> np.ndarray:
+        if self.exact is not None and (text.isascii() or not self.unassigned[code_points(text)].any()):
             try:
-                return self.encoding.encode_to_numpy(text, disallowed_special=())
-            except ValueError:  # a megabyte of spaces is too much for its regular expressions
+                return self.exact(text)
+            except ValueError:  # a megabyte of blanks is too much for tiktoken's regular expressions
                 pass
-        return self.tokenizer.encode(escaped(text, self.tokenizer), add_special_tokens=False).ids
+        return self.tokenizers_ids(text)
+
+    def tokenizers_ids(self, text: str) -> np.ndarray:
+        if len(text) >= TOO_MANY_BLANKS and max((len(run[0]) for run in BLANKS.finditer(text)), default=0) >= TOO_MANY_BLANKS:
+            raise UserError(f"a document has {TOO_MANY_BLANKS:,} blanks in a row; leave it out, or pip install gigatoken")
+        ids = self.tokenizer.encode(escaped(text, self.tokenizer), add_special_tokens=False).ids
+        return np.array(ids, dtype=np.uint32)
 
 
 def available_threads() -> int:
@@ -89,48 +119,3 @@ def text_only(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def tiktoken_encoding(tokenizer: Tokenizer) -> "tiktoken.Encoding | None":
-    """tiktoken with the same ids, or None where it is not installed or the ids could differ."""
-    try:
-        import tiktoken
-    except ImportError:
-        return None
-    description = json.loads(tokenizer.to_str())
-    if not (splits_alike(description) and merges_alike(tokenizer, description["model"])):
-        return None
-    byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-    ranks = {bytes(byte_of[symbol] for symbol in token): i for token, i in description["model"]["vocab"].items()}
-    return tiktoken.Encoding("same", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
-
-
-def splits_alike(description: dict[str, Any]) -> bool:
-    """Whether text is cut by our pattern and nothing else is done to it."""
-    ours = json.loads(byte_level(models.BPE()).to_str())["pre_tokenizer"]
-    return (
-        description["pre_tokenizer"] == ours
-        and description["normalizer"] is None
-        and (description["post_processor"] or {}).get("type") in (None, "TemplateProcessing")  # adds special tokens only
-        and all(token["special"] for token in description["added_tokens"])
-        and all(description["model"].get(key) == value for key, value in PLAIN_BPE.items())
-    )
-
-
-def merges_alike(tokenizer: Tokenizer, model: dict[str, Any]) -> bool:
-    """Whether merging by rank of the result (tiktoken) is merging by rank of the pair (the fast tokenizer).
-
-    It is where the merges are in order of their results' ids, each makes one token of its own, and every token when
-    spelled out is encoded as itself. For then two neighbours that spell a token, none of whose bytes was merged with
-    bytes outside, have gone through the same merges as the token alone, so they are the pair of its one merge.
-    """
-    vocabulary = model["vocab"]
-    made = [vocabulary.get(left + right, -1) for left, right in model["merges"]]
-    symbols = set(byte_symbols())
-    return (
-        symbols <= vocabulary.keys()
-        and len(vocabulary) == len(symbols) + len(made)
-        and -1 not in made
-        and all(earlier < later for earlier, later in pairwise(made))
-        and all(len(tokenizer.model.tokenize(token)) == 1 for token in vocabulary)
-    )

@@ -41,10 +41,19 @@ PROBE = " It's ſ'ſ WE'LL  a\t\tb \n\n c\r\n\r\n  1 22 333 4444 55555 ٣٣٣٣ 
 
 def exact_encoder(tokenizer: Tokenizer) -> Encode | None:
     """The fastest installed encoder with the ids of `tokenizer`, or None where there is none or the ids could differ."""
-    pattern = split_pattern(tokenizer)
-    if pattern is None or not merges_alike(tokenizer):
+    if split_pattern(tokenizer) is None or not merges_alike(tokenizer):
         return None
-    return gigatoken_encoder(tokenizer, pattern) or tiktoken_encoder(tokenizer, pattern)
+    return encoder_by(GigatokenEncoder, tokenizer) or encoder_by(TiktokenEncoder, tokenizer)
+
+
+def encoder_by(library: "type[GigatokenEncoder | TiktokenEncoder]", tokenizer: Tokenizer) -> Encode | None:
+    """`library`'s encoder for a tokenizer of our structure; None if its ids are others or it cannot do it."""
+    try:
+        encoder = library(tokenizer, split_pattern(tokenizer))
+        same = encoder(PROBE).tolist() == tokenizer.encode(PROBE, add_special_tokens=False).ids
+    except Exception:  # not installed, or a version that knows other patterns or has another interface
+        return None
+    return encoder if same else None
 
 
 def split_pattern(tokenizer: Tokenizer) -> str | None:
@@ -147,6 +156,8 @@ def gigatoken_description(tokenizer: Tokenizer, pattern: str) -> str:
 
 
 def code_points(text: str) -> np.ndarray:
+    if text.isascii():
+        return np.frombuffer(text.encode(), dtype=np.uint8)
     return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
 
 
@@ -177,19 +188,3 @@ def second_digits(text: str, numerals: np.ndarray) -> list[int]:
     index = np.arange(len(digit))
     place = index - np.maximum.accumulate(np.where(digit, 0, index + 1))  # in its run
     return np.flatnonzero(digit & (place > 0) & (place % 2 == 0)).tolist()
-
-
-def tiktoken_encoder(tokenizer: Tokenizer, pattern: str) -> TiktokenEncoder | None:
-    try:
-        return TiktokenEncoder(tokenizer, pattern)
-    except ImportError:
-        return None
-
-
-def gigatoken_encoder(tokenizer: Tokenizer, pattern: str) -> GigatokenEncoder | None:
-    try:
-        encoder = GigatokenEncoder(tokenizer, pattern)
-        same = encoder(PROBE).tolist() == tokenizer.encode(PROBE, add_special_tokens=False).ids
-    except Exception:  # not installed, or a version that knows other patterns or has another interface
-        return None
-    return encoder if same else None

@@ -1,0 +1,140 @@
+"""How fast are tokenizers trained and texts encoded here? Every way there is, in turn, with the ids compared.
+
+    python tokenizer_train/speed.py --train_files 'text/*.parquet' --vocab_size 32768
+"""
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, get_args
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from modeling_nanochat.bulk_encoding import BulkEncoder, available_threads, text_only
+from modeling_nanochat.cli import parse
+from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.exact_encoders import GigatokenEncoder, TiktokenEncoder, encoder_by, exact_encoder
+from modeling_nanochat.sources import text_dataset
+from modeling_nanochat.tokenization_nanochat import escaped, whole_characters
+from tokenizer_train.bpe import Trainer, choose_trainer, train_tokenizer
+
+
+@dataclass
+class SpeedArguments:
+    """On which text to measure, and how often."""
+
+    train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or patterns, or one Hub dataset."})
+    vocab_size: int = field(default=32768, metadata={"help": "Entries of the tokenizer that is trained."})
+    split_pattern: str = field(default="nanochat", metadata={"help": "nanochat, cl100k, qwen2 or gpt2."})
+    train_megabytes: float = field(default=75, metadata={"help": "Text to train on."})
+    encode_megabytes: float = field(default=20, metadata={"help": "Text to encode."})
+    train_rounds: int = field(default=1, metadata={"help": "How often to train by each library; the median counts."})
+    rounds: int = field(default=3, metadata={"help": "How often to encode in each way; the median counts."})
+
+
+@dataclass
+class Way:
+    """One way to do the same, and how long it took each time."""
+
+    name: str
+    run: Callable[[], Any]
+    seconds: list[float] = field(default_factory=list)
+
+
+def main() -> None:
+    (args,) = parse(SpeedArguments)
+    texts = [text for text in text_dataset(args.train_files, what="train_files")["text"] if text]
+    print(f"{platform.machine()}, {available_threads()} threads, {args.split_pattern}, {args.vocab_size} entries")
+    share, size = beginning(texts, args.train_megabytes)
+    ways = training_ways(share, args)
+    tokenizer = alternate(ways, args.train_rounds, lambda tokenizer: tokenizer.backend_tokenizer.to_str())
+    print(table(f"training on {len(share)} documents, {size:.1f} MB", ways, size))
+    share, size = beginning(texts, args.encode_megabytes)
+    ways = encoding_ways(tokenizer, share)
+    alternate(ways, args.rounds, lambda encoded: [list(ids) for ids in encoded])
+    print(table(f"encoding {len(share)} documents, {size:.1f} MB", ways, size))
+
+
+def beginning(texts: Sequence[str], megabytes: float) -> tuple[list[str], float]:
+    """The first documents, until they have that many megabytes, and how many they really have."""
+    share, size = [], 0
+    for text in texts:
+        if size >= megabytes * 1e6:
+            break
+        share.append(whole_characters(text))
+        size += len(share[-1].encode())
+    return share, size / 1e6
+
+
+def training_ways(texts: list[str], args: SpeedArguments) -> list[Way]:
+    def training(library: str) -> Callable[[], PreTrainedTokenizerFast]:
+        return lambda: train_tokenizer(texts, args.vocab_size, split_pattern=args.split_pattern, trainer=library)
+
+    return [Way(library, training(library)) for library in get_args(Trainer) if installed(library)]
+
+
+def installed(library: str) -> bool:
+    try:
+        return choose_trainer(library) == library
+    except UserError:
+        return False
+
+
+def encoding_ways(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Way]:
+    plain = text_only(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    inputs = [escaped(text, plain) for text in texts]
+    ways = [
+        Way("fast tokenizer, one by one", lambda: [plain.encode(text, add_special_tokens=False).ids for text in inputs]),
+        Way("fast tokenizer, as a batch", lambda: [row.ids for row in plain.encode_batch(inputs, add_special_tokens=False)]),
+    ]
+    for library in (TiktokenEncoder, GigatokenEncoder) if exact_encoder(plain) else ():
+        for threads in (1, available_threads()) if encoder_by(library, plain) else ():
+            encoder = BulkEncoder(tokenizer, threads)
+            encoder.exact = encoder_by(library, plain)  # of its own, so that none profits by what another has seen
+            ways.append(Way(f"{library.__name__}, {threads} thread(s)", bulk(encoder, texts)))
+    return ways
+
+
+def bulk(encoder: BulkEncoder, texts: list[str]) -> Callable[[], list[Any]]:
+    return lambda: [ids[1:] for ids in encoder.encode(texts)]
+
+
+def alternate(ways: list[Way], rounds: int, comparable: Callable[[Any], Any]) -> Any:
+    """Run all ways in turn, `rounds` times, and return the result.
+
+    Raises:
+        UserError: The results are not the same.
+    """
+    expected = None
+    for _ in range(rounds):
+        for way in ways:
+            with timed(way.seconds):
+                result = way.run()
+            if expected is None:
+                expected = comparable(result)
+            elif comparable(result) != expected:
+                raise UserError(f"{way.name}: not the same result as {ways[0].name}; please report it with the versions installed")
+    return result
+
+
+@contextmanager
+def timed(seconds: list[float]) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds.append(time.perf_counter() - started)
+
+
+def table(title: str, ways: list[Way], megabytes: float) -> str:
+    lines = [f"\n{title:44}{'MB/s':>8}{'seconds':>10}   (all)"]
+    for way in ways:
+        taken, every = median(way.seconds), " ".join(f"{seconds:.2f}" for seconds in way.seconds)
+        lines.append(f"{way.name:44}{megabytes / taken:8.1f}{taken:10.2f}   {every}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -55,7 +55,9 @@ class BulkEncoder:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids (n,) uint32 of each document, `<|bos|>` in front; control tokens spelled out stay ordinary characters.
 
-        Half a surrogate pair is read as U+FFFD.
+        Half a surrogate pair is read as U+FFFD. A document without a place to cut at (a hundred million times the same
+        letter) is encoded as a whole, which takes 25 bytes of memory a character by gigatoken, 50 by tiktoken and over
+        100 by the fast tokenizer, and hardly more than proportional time.
 
         Raises:
             UserError: Eight million blanks in a row, where only the fast tokenizer is there to encode them.

@@ -56,8 +56,8 @@ class BulkEncoder:
         """Ids (n,) uint32 of each document, `<|bos|>` in front; control tokens spelled out stay ordinary characters.
 
         Half a surrogate pair is read as U+FFFD. A document without a place to cut at (a hundred million times the same
-        letter) is encoded as a whole, which takes 25 bytes of memory a character by gigatoken, 50 by tiktoken and over
-        100 by the fast tokenizer, and hardly more than proportional time.
+        letter) is encoded as a whole, which takes 25 bytes of memory a character by gigatoken, 50 by tiktoken and up to
+        150 by the fast tokenizer, and time that grows somewhat faster than its length, but not with its square.
 
         Raises:
             UserError: Eight million blanks in a row, where only the fast tokenizer is there to encode them.

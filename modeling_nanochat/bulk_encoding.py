@@ -15,9 +15,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from .errors import UserError
 from .exact_encoders import code_points, exact_encoder, split_pattern, unassigned
-from .tokenization_nanochat import escaped, whole_characters
+from .tokenization_nanochat import check_blanks, escaped, whole_characters
 
 MOST_THREADS = 4
 WORTH_A_THREAD = 32768  # characters; less text is encoded sooner than threads are started
@@ -32,9 +31,6 @@ PART = 2**18  # characters of a long document that are encoded at once, up to th
 # Nothing in the patterns looks back, and no escape (`<|` and a noncharacter) has either place inside. What Python calls
 # no blank is none to the regular expressions that cut: its blanks are theirs and \x1c-\x1f.
 PLACE_TO_CUT = re.compile(r"(?<=[A-Za-z0-9])(?=[\x00-/:-@\[-`{-\x7f])|(?<=\S\n)(?=\S)")
-# The fast tokenizer's regular expressions die of ten million blanks, when trying for a line break behind each.
-TOO_MANY_BLANKS = 8_000_000
-BLANKS = re.compile(r"[^\S\r\n]+")
 
 
 class BulkEncoder:
@@ -103,8 +99,7 @@ class BulkEncoder:
         return self.tokenizers_ids(text)
 
     def tokenizers_ids(self, text: str) -> np.ndarray:
-        if len(text) >= TOO_MANY_BLANKS and max((len(run[0]) for run in BLANKS.finditer(text)), default=0) >= TOO_MANY_BLANKS:
-            raise UserError(f"a document has {TOO_MANY_BLANKS:,} blanks in a row; leave it out, or pip install gigatoken")
+        check_blanks(text)
         ids = self.tokenizer.encode(escaped(text, self.tokenizer), add_special_tokens=False).ids
         return np.array(ids, dtype=np.uint32)
 

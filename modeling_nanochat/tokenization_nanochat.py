@@ -45,6 +45,8 @@ PART_END = f"<|{ESCAPE}|>"  # between two text parts of a message, which are enc
 ESCAPES = rf"<\|{ESCAPE}\|>|(?<=<\|){ESCAPE}"
 TO_ESCAPE = rf"<\|(?={ESCAPE}|(?:{'|'.join(token[2:-2] for token in SPECIAL_TOKENS)})\|>)"
 
+TOO_MANY_BLANKS = 8_000_000  # in a row: the fast tokenizer tries for a line break behind each, and dies of ten million
+
 # How `parse_response` and TRL's tool loop read what the model wrote. The anchor names both places where an answer can
 # begin: with the assistant's turn, and after a tool's output.
 RESPONSE_TEMPLATE = {
@@ -142,11 +144,17 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFas
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each document, `<|bos|>` in front; control tokens spelled out in the text stay ordinary characters.
 
-    Half a surrogate pair, which is no character and which the tokenizer refuses, is read as U+FFFD.
+    Half a surrogate pair, which is no character and which the tokenizer refuses, is read as U+FFFD. For much text, or
+    documents of megabytes, see `bulk_encoding`.
+
+    Raises:
+        UserError: Eight million blanks in a row.
     """
     if not texts:
         return []
     texts = [escaped(whole_characters(text), tokenizer.backend_tokenizer) for text in texts]
+    for text in texts:
+        check_blanks(text)
     # The flag is state of the tokenizer, which other threads may be using: only where escapes are not enough.
     split = not escapes_all(tokenizer.backend_tokenizer)
     # not verbose: a document may well be longer than the context, it is packed into rows
@@ -170,6 +178,12 @@ def escapes_all(tokenizer: Tokenizer) -> bool:
 def removes_escapes(tokenizer: Tokenizer) -> bool:
     cut = tokenizer.pre_tokenizer
     return cut is not None and [piece for piece, _ in cut.pre_tokenize_str(f"{PART_END}<|{ESCAPE}")] == ["<|"]
+
+
+def check_blanks(text: str) -> None:
+    """Raises [`UserError`] for more blanks in a row than the fast tokenizer's regular expressions live through."""
+    if len(text) >= TOO_MANY_BLANKS and any(len(run[0]) >= TOO_MANY_BLANKS for run in re.finditer(r"[^\S\r\n]+", text)):
+        raise UserError(f"a document has {TOO_MANY_BLANKS:,} blanks in a row; leave it out, or pip install gigatoken")
 
 
 def whole_characters(text: str) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from modeling_nanochat import bulk_encoding, exact_encoders
+from modeling_nanochat import bulk_encoding, exact_encoders, tokenization_nanochat
 from modeling_nanochat.bulk_encoding import PLACE_TO_CUT, BulkEncoder
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.exact_encoders import GigatokenEncoder, TiktokenEncoder
@@ -215,11 +215,13 @@ def test_tiktoken_refuses_a_megabyte_of_blanks(encoders):
         encoders["nanochat", "tiktoken"].exact(" " * 1_000_000)
 
 
-def test_blanks_that_the_fast_tokenizer_would_die_of(encoders, monkeypatch):
-    monkeypatch.setattr(bulk_encoding, "TOO_MANY_BLANKS", 1000)
+def test_blanks_that_the_fast_tokenizer_would_die_of(encoders, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenization_nanochat, "TOO_MANY_BLANKS", 1000)
     alone, gigatoken = encoders["nanochat", "tokenizers"], encoders["nanochat", "gigatoken"]
     with pytest.raises(UserError, match="1,000 blanks in a row"):
         alone.encode(["a", "b" + " \t" * 500])
+    with pytest.raises(UserError, match="1,000 blanks in a row"):
+        encode_documents(tokenizer, ["a", "b" + " \t" * 500])
     for text in ("b" + " " * 999, "b" + "\n" * 2000):
         assert alone.encode([text])[0].tolist() == gigatoken.encode([text])[0].tolist()
     assert len(gigatoken.encode([" " * 2000])[0]) > 1

@@ -342,3 +342,16 @@ def test_a_token_reached_by_no_merge_of_its_own_is_left_to_the_tokenizer_itself(
 def test_the_beginning_is_added_once_where_the_tokenizer_adds_one_itself(tokenizer):
     assert tokenizer("cat").input_ids[0] == tokenizer.bos_token_id
     same_as_tokenizer(BulkEncoder(tokenizer), tokenizer, ["The cat", ""])
+
+
+def test_a_dataset_is_tokenised_beforehand_by_several_processes(tokenizer):
+    """What the README shows: the encoder travels to the processes of `Dataset.map`."""
+    from datasets import Dataset
+
+    texts = [f"It's the cat's {i}th don't; we'll say 漢字 of 12{i} <|bos|> kinds. 😀" for i in range(40)]
+    encoder = BulkEncoder(tokenizer)
+    data = Dataset.from_dict({"text": texts})
+    tokens = data.map(
+        lambda batch: {"input_ids": encoder.encode(batch["text"])}, batched=True, num_proc=2, remove_columns="text"
+    )
+    assert tokens["input_ids"][:] == encode_documents(tokenizer, texts)

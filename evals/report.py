@@ -20,6 +20,7 @@ from evals.curves import draw_curves
 from evals.records import aligned_table
 from evals.run_folder import MODELS, STAGES, RunFolder, read_run
 from evals.summary import NOTHING, comparisons, summary_rows
+from evals.tokenizer_section import PICTURE, TABLE_NOTE, code, draw_compression, notes, statistics_rows, table_rows
 from evals.transcript import fenced, title, transcript
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import exit_on_user_error
@@ -56,7 +57,8 @@ def main() -> None:
 
 def write_report(run: RunFolder) -> Path:
     """Write `report.md` and `report/*.svg` into the run folder; returns the path of the former."""
-    pictures = draw_curves(run, run.path / "report")
+    folder = run.path / "report"
+    pictures = draw_curves(run, folder) | draw_compression(run, folder)
     path = run.path / "report.md"
     temporary = path.with_name(".report.md")
     temporary.write_text(render(run, pictures), encoding="utf-8")
@@ -73,13 +75,27 @@ def render(run: RunFolder, pictures: dict[str, str]) -> str:
     parts += ["\n".join(f"- {line}" for line in header(run))]
     parts += ["## Summary", markdown_table(summary_rows(run)), SUMMARY_NOTE]
     parts += ["### RL against SFT", "\n".join(f"- {line}" for line in comparisons(run))]
-    parts += ["## Curves", *progress_lines(run), *(f"![{CAPTIONS[name]}](report/{file})" for name, file in pictures.items())]
-    parts += [] if pictures else ["No logs."]
+    curves = [f"![{CAPTIONS[name]}](report/{file})" for name, file in pictures.items() if name in CAPTIONS]
+    parts += ["## Curves", *progress_lines(run), *(curves or ["No logs."])]
+    parts += ["## Tokenizer", *tokenizer_parts(run, pictures.get(PICTURE))]
     parts += ["## Stages", markdown_table(stage_rows(run))]
     parts += ["## Settings", *settings_sections(run)]
     parts += ["## Code", markdown_table(code_rows(CHECKOUT))]
     parts += ["## Sample conversations", *sample_sections(run)]
     return "\n\n".join(parts) + "\n"
+
+
+def tokenizer_parts(run: RunFolder, picture: str | None) -> list[str]:
+    if run.tokenizer is None:
+        return ["Not evaluated."]
+    statistics = run.tokenizer["statistics"]
+    parts = [markdown_table(table_rows(run.tokenizer)), TABLE_NOTE]
+    parts += ["\n".join(f"- {line}" for line in lines)] if (lines := notes(run.tokenizer)) else []
+    parts += [f"![Bytes per token](report/{picture})"] if picture else []
+    parts += [markdown_table(statistics_rows(statistics)), f"Longest tokens: {', '.join(map(code, statistics['longest']))}"]
+    if examples := statistics["unreachable"]["examples"]:
+        parts.append(f"Never given by encoding their own bytes: {', '.join(map(code, examples))}")
+    return parts
 
 
 def progress_lines(run: RunFolder) -> list[str]:
@@ -158,7 +174,8 @@ def stage_rows(run: RunFolder) -> list[list[str]]:
     rows = [["stage", "wall time", "evaluation", "steps", "tokens", "parameters", "tokens/s", "memory"]]
     for stage, name in STAGES.items():
         record, result = run.stages.get(stage), run.results.get(stage)
-        evaluation = duration(run.evaluation_seconds(stage)) if result else NOTHING
+        seconds = run.evaluation_seconds(stage) if result or (stage == "tokenizer" and run.tokenizer) else None
+        evaluation = duration(seconds) if seconds is not None else NOTHING
         if record is None:
             rows.append([name, "missing", evaluation, *[NOTHING] * 5])
             continue
@@ -182,6 +199,8 @@ def throughput(run: RunFolder, stage: str) -> str:
 
 def settings_sections(run: RunFolder) -> list[str]:
     named = {name: run.stages[stage].get("settings", {}) for stage, name in STAGES.items() if stage in run.stages}
+    if run.tokenizer is not None:
+        named["Evaluation of the tokenizer"] = run.tokenizer["settings"]
     for stage, result in run.results.items():
         tasks = {f"{r['task']}, {r['metric'].replace('_', ' ')}": inline(r["settings"]) for r in result["records"]}
         named[f"Evaluation of {MODELS.get(stage, stage)}"] = tasks

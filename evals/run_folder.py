@@ -16,13 +16,14 @@ STAGES = {"tokenizer": "Tokenizer"} | MODELS
 class RunFolder:
     """Each dictionary is keyed by stage and lacks the stages that are missing; nothing here depends on the clock.
 
-    `steps` is keyed by the runner's steps, among them "data" and "<stage>.eval".
+    `results` are those of models; `tokenizer` is what results/tokenizer.json says of the tokenizer's compression. `steps` is keyed by the runner's steps, among them "data" and "<stage>.eval".
     """
 
     path: Path
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokenizer: dict[str, Any] | None = None
     world: dict[str, Any] | None = None
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -33,7 +34,8 @@ class RunFolder:
 
     def evaluation_seconds(self, stage: str) -> float | None:
         timed = self.steps.get(f"{stage}.eval", {}).get("seconds")
-        return timed if timed is not None else self.results.get(stage, {}).get("seconds")
+        result = (self.tokenizer or {}) if stage == "tokenizer" else self.results.get(stage, {})
+        return timed if timed is not None else result.get("seconds")
 
     def series(self, stage: str, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of the log rows that have `key`."""
@@ -65,13 +67,15 @@ def read_run(path: str | Path) -> RunFolder:
     for stage in STAGES:
         if (file := path / "stages" / f"{stage}.json").is_file():
             run.stages[stage] = read_object(file, ("stage", "seconds"))
-        if (file := path / "results" / f"{stage}.json").is_file():
+        if (file := path / "results" / f"{stage}.json").is_file() and stage in MODELS:
             run.results[stage] = read_object(file, ("model", "seconds", "records"))
         if (file := path / "logs" / f"{stage}.jsonl").is_file():
             run.logs[stage] = [row for _, row in read_jsonl(file)]
+    if (file := path / "results" / "tokenizer.json").is_file():
+        run.tokenizer = read_object(file, ("seconds", "settings", "vocabularies", "missing", "texts", "statistics"))
     for file in sorted((path / "finished").glob("*.json")):
         run.steps[file.stem] = read_object(file, ())
-    if not (run.stages or run.results or run.logs):
+    if not (run.stages or run.results or run.logs or run.tokenizer):
         raise UserError(f"{path}: holds no stages/, results/ or logs/ of a run; train first, or give another folder")
     if (file := path / "data" / "world.json").is_file():
         run.world = read_object(file, ())

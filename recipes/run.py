@@ -39,6 +39,7 @@ STAGES = ("data", "tokenizer", "base", "mid", "sft", "rl", "report")
 ALIASES = {"pretrain": "base", "midtrain": "mid", "grpo": "rl"}
 SCRIPTS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "grpo"}
 GRACE_SECONDS = 60.0  # for a stage that was stopped to write its checkpoint
+EARLY = ("data", "tokenizer", "tokenizer.eval")
 RESUMABLE = ("base", "mid")  # stages with checkpoints; the others are short and start over
 PREDECESSOR = {"mid": "base", "sft": "mid", "rl": "sft"}
 # Where a recipe's generated world puts what was not given.
@@ -158,8 +159,11 @@ def stage_number(name: str) -> int:
 
 
 def parse_overrides(words: list[str]) -> dict[str, list[str]]:
-    """`["base.depth=6"]` -> `{"base": ["--depth", "6"]}`; "eval" is a stage here too. Lists are separated by commas."""
-    overrides: dict[str, list[str]] = {stage: [] for stage in (*STAGES, "eval")}
+    """`["base.depth=6"]` -> `{"base": ["--depth", "6"]}`; "eval" and "tokenizer_eval" are stages here too.
+
+    Lists are separated by commas.
+    """
+    overrides: dict[str, list[str]] = {stage: [] for stage in (*STAGES, "eval", "tokenizer_eval")}
     for word in words:
         key, equals, value = word.partition("=")
         stage, dot, name = key.partition(".")
@@ -180,7 +184,8 @@ def steps(stage: str, recipe: Path, args: RunArguments, overrides: dict[str, lis
     output = ["--output_dir", f"{run}/{stage}"]
     if stage == "tokenizer":
         arguments = ["--train_files", *files(args, "pretrain_files"), *output, *more]
-        return [Step("tokenizer", script("tokenizer_train/train.py"), recipe / "tokenizer.yaml", arguments)]
+        train = Step("tokenizer", script("tokenizer_train/train.py"), recipe / "tokenizer.yaml", arguments)
+        return [train, tokenizer_evaluation_step(recipe, args, overrides["tokenizer_eval"])]
     train = Step(
         stage,
         launcher(args.accelerate_config) + script(f"recipes/{SCRIPTS[stage]}.py")[1:],
@@ -224,6 +229,12 @@ def inputs(stage: str, args: RunArguments) -> list[str]:
     return [*model, "--train_files", *files(args, f"{SCRIPTS[stage]}_files"), *replay]
 
 
+def tokenizer_evaluation_step(recipe: Path, args: RunArguments, more: list[str]) -> Step:
+    arguments = ["--tokenizer", f"{args.run_dir}/tokenizer", "--output_file", f"{args.run_dir}/results/tokenizer.json"]
+    arguments += ["--train_files", *files(args, "pretrain_files"), "--val_files", *files(args, "val_files")]
+    return Step("tokenizer.eval", script("tokenizer_train/evaluate.py"), recipe / "tokenizer_eval.yaml", [*arguments, *more])
+
+
 def evaluation_step(stage: str, recipe: Path, args: RunArguments, more: list[str]) -> Step:
     arguments = ["--model_name_or_path", f"{args.run_dir}/{stage}", "--output_file", f"{args.run_dir}/results/{stage}.json"]
     arguments += ["--eval_files", *files(args, "eval_files"), "--text_files", *files(args, "val_files")]
@@ -241,12 +252,12 @@ def files(args: RunArguments, name: str) -> list[str]:
 def check_settings(waiting: list[Step]) -> None:
     """Read the settings of the steps to come, as they will: a misspelt key is told now, not hours later.
 
-    Data and tokenizer are left out, they come first and tell it themselves.
+    Data, tokenizer and its evaluation are left out, they come first and tell it themselves.
 
     Raises:
         UserError: A key is unknown, missing, or has the wrong type.
     """
-    later = [step for step in waiting if step.name not in ("data", "tokenizer", "report")]
+    later = [step for step in waiting if step.name not in (*EARLY, "report")]
     argument_classes = script_arguments() if later else {}
     for step in later:
         with warnings.catch_warnings(action="ignore"):  # the step itself will say it again

@@ -18,12 +18,14 @@ from recipes.pretrain import PretrainArguments
 from recipes.run import RunArguments
 from recipes.sft import SFTArguments
 from recipes.stage import OutputArguments
+from tokenizer_train.evaluate import TokenizerEvaluateArguments
 from tokenizer_train.train import TokenizerArguments
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
     "world": (WorldArguments,),
     "tokenizer": (TokenizerArguments,),
+    "tokenizer_eval": (TokenizerEvaluateArguments,),
     "pretrain": (PretrainArguments, LoopArguments, OutputArguments),
     "midtrain": (MidtrainArguments, LoopArguments, OutputArguments),
     "sft": (SFTArguments, SFTConfig),

@@ -8,10 +8,11 @@ from evals.curves import running_mean
 from evals.report import code_rows, duration, main, render, terminal_summary, write_report
 from evals.run_folder import read_run
 from evals.summary import comparison, summary_rows
+from evals.tokenizer_section import code, draw_compression, shortened, statistics_rows, table_rows
 from evals.transcript import fenced, transcript
 from modeling_nanochat.errors import UserError
 
-SECTIONS = ["Summary", "Curves", "Stages", "Settings", "Code", "Sample conversations"]
+SECTIONS = ["Summary", "Curves", "Tokenizer", "Stages", "Settings", "Code", "Sample conversations"]
 MACHINE = {"platform": "Linux", "cores": 2, "gpus": [], "peak_memory_mib": 1024}
 CALL = [{"type": "function", "function": {"name": "python", "arguments": {"code": "12+7"}}}]
 CONVERSATION = [
@@ -20,6 +21,51 @@ CONVERSATION = [
     {"role": "tool", "name": "python", "content": "19"},
     {"role": "assistant", "content": "19 plums.\n#### 19"},
 ]
+
+
+TOKENIZER = {
+    "tokenizer": "pocket/tokenizer",
+    "settings": {"tokenizer": "pocket/tokenizer", "max_bytes": 2000000},
+    "seconds": 2.5,
+    "vocabularies": [
+        {"name": "GPT-2", "entries": 50257, "source": "encoder.json"},
+        {"name": "ours", "entries": 1536, "source": "pocket/tokenizer"},
+    ],
+    "missing": {"GPT-4": "offline"},
+    "texts": [
+        {
+            "name": "news",
+            "source": "sample_texts/news.txt",
+            "documents": 1,
+            "bytes": 1200,
+            "words": 200,
+            "tokens": {"GPT-2": 300, "ours": 240},
+            "bytes_per_token": {"GPT-2": 4.0, "ours": 5.0},
+            "tokens_per_word": 1.2,
+            "fewer_percent": {"GPT-2": 20.0},
+        },
+        {
+            "name": "val",
+            "source": "a.parquet",
+            "documents": 12,
+            "bytes": 90000,
+            "words": 15000,
+            "tokens": {"GPT-2": 20000, "ours": 22500},
+            "bytes_per_token": {"GPT-2": 4.5, "ours": 4.0},
+            "tokens_per_word": 1.5,
+            "fewer_percent": {"GPT-2": -12.5},
+        },
+    ],
+    "statistics": {
+        "entries": 1536,
+        "special_tokens": 9,
+        "token_bytes": {"min": 1, "max": 11, "mean": 3.684, "std": 2.058},
+        "kinds": {"single bytes": 256, "letters": 1271},
+        "longest": [" everything", "a`b"],
+        "unreachable": {"tokens": 1, "examples": ["a|b\n"]},
+        "used": {"val": 850},
+    },
+}
 
 
 def write(path, content):
@@ -109,6 +155,62 @@ def test_missing_stages_are_shown_as_missing(run_folder):
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
 
 
+def test_the_tokenizer_has_a_section_with_table_picture_and_statistics(run_folder):
+    write(run_folder / "results" / "tokenizer.json", TOKENIZER)
+    text = write_report(read_run(run_folder)).read_text(encoding="utf-8")
+    section = text.partition("## Tokenizer")[2].partition("\n## ")[0]
+    assert "| text | bytes | GPT-2 (50,257) | ratio | ours (1,536) | ratio | per word | vs GPT-2 |" in section
+    assert "| news | 1,200 | 300 | 4.00 | 240 | 5.00 | 1.20 | +20.0 % |" in section
+    assert "- val: 12 documents of a.parquet\n- left out: GPT-4, offline" in section
+    assert "| of these letters | 1,271 (83.2 %) |" in section and "| used by val | 850 (55.7 %) |" in section
+    assert '`" everything"`, ``"a`b"``' in section and "(report/compression.svg)" in section
+    drawn = ElementTree.parse(run_folder / "report" / "compression.svg").getroot()
+    assert drawn.tag.endswith("svg")
+    assert "| Tokenizer | 3 s | 2 s |" in text and "- max_bytes: 2,000,000" in text
+    assert "Not evaluated." not in text and "wall time: 10 min 46 s" in text
+
+
+def test_the_tokenizers_figures_do_not_mix_with_the_models(run_folder):
+    before = summary_rows(read_run(run_folder))
+    write(run_folder / "results" / "tokenizer.json", TOKENIZER)
+    run = read_run(run_folder)
+    assert summary_rows(run) == before and "tokenizer" not in run.results
+
+
+def test_a_run_without_the_tokenizers_evaluation_says_so(run_folder):
+    run = read_run(run_folder)
+    assert "## Tokenizer\n\nNot evaluated.\n\n## Stages" in render(run, {})
+    assert draw_compression(run, run_folder / "report") == {}
+
+
+def test_the_tokenizers_evaluation_alone_is_enough(tmp_path):
+    write(tmp_path / "results" / "tokenizer.json", TOKENIZER)
+    first = write_report(read_run(tmp_path)).read_bytes(), (tmp_path / "report" / "compression.svg").read_bytes()
+    second = write_report(read_run(tmp_path)).read_bytes(), (tmp_path / "report" / "compression.svg").read_bytes()
+    assert first == second
+
+
+def test_a_tokenizer_with_nothing_to_compare_with_has_its_own_columns_only(tmp_path):
+    alone = json.loads(json.dumps(TOKENIZER))
+    del alone["vocabularies"][0]
+    write(tmp_path / "results" / "tokenizer.json", alone)
+    assert table_rows(alone)[1] == ["news", "1,200", "240", "5.00", "1.20"]
+    assert draw_compression(read_run(tmp_path), tmp_path / "report") == {"compression": "compression.svg"}
+
+
+def test_the_report_draws_what_the_tokenizers_evaluation_writes(toy_model_folder, tmp_path):
+    """The two meet in the record only: neither room imports the other."""
+    from tokenizer_train.evaluate import TokenizerEvaluateArguments, evaluate_tokenizer
+    from tokenizer_train.evaluate import table_rows as printed_rows
+
+    record = evaluate_tokenizer(TokenizerEvaluateArguments(tokenizer=str(toy_model_folder), baselines=[str(toy_model_folder)]))
+    write(tmp_path / "results" / "tokenizer.json", record)
+    run = read_run(tmp_path)
+    assert "| korean | 1,060 |" in write_report(run).read_text(encoding="utf-8")
+    assert table_rows(run.tokenizer) == printed_rows(record)
+    assert statistics_rows(run.tokenizer["statistics"])[1] == ["entries", "320"]
+
+
 def test_one_stage_alone_is_enough(tmp_path):
     write(tmp_path / "stages" / "tokenizer.json", {"stage": "tokenizer", "seconds": 1.0})
     text = write_report(read_run(tmp_path)).read_text(encoding="utf-8")
@@ -160,6 +262,7 @@ def test_a_conversation_shows_calls_and_results():
         ("stages/base.json", "{", "base.json: not valid JSON"),
         ("stages/base.json", "[]", "base.json: lacks"),
         ("results/base.json", "{}", "base.json: lacks model, seconds, records"),
+        ("results/tokenizer.json", '{"seconds": 1}', "tokenizer.json: lacks settings, vocabularies, missing, texts, statistics"),
         ("logs/base.jsonl", "{", "base.jsonl:1"),
     ],
 )
@@ -186,3 +289,5 @@ def test_lines_of_code_are_counted_by_folder_where_there_is_no_git(tmp_path):
 def test_small_helpers():
     assert [duration(s) for s in (3.2, 200, 3700)] == ["3 s", "3 min 20 s", "1 h 1 min"]
     assert running_mean([1, 3, 5], 2) == [1, 2, 4]
+    assert shortened("a, b") == "a, b" and shortened("a, b, c, d") == "a and 3 more files"
+    assert code('x"\n') == '`"x\\"\\n"`'

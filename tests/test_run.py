@@ -220,6 +220,43 @@ def test_overrides_reach_their_stage_only():
             parse_overrides([bad])
 
 
+def test_the_tokenizer_is_evaluated_on_the_files_of_the_run():
+    train, evaluation = commands("tokenizer", pretrain_files=["a.parquet"], set=["tokenizer_eval.max_bytes=9"])
+    assert [train.name, evaluation.name] == ["tokenizer", "tokenizer.eval"]
+    assert train.settings["output_dir"] == evaluation.settings["tokenizer"] == ["runs/x/tokenizer"]
+    assert evaluation.settings["train_files"] == ["a.parquet"] and evaluation.settings["max_bytes"] == ["9"]
+    assert evaluation.settings["val_files"] == ["runs/x/data/pretrain/val.parquet"]
+    assert str(evaluation.result) == "runs/x/results/tokenizer.json" and "--max_bytes" not in train.arguments
+
+
+def test_a_run_from_before_the_tokenizers_evaluation_gets_it_and_keeps_the_rest(tmp_path, toy_model_folder):
+    """The step runs for real, in a run folder whose tokenizer and base model were finished without it."""
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    for file in toy_model_folder.glob("*token*"):
+        (tmp_path / "run" / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "text.jsonl").write_text('{"text": "The cat sat on the mat."}\n')
+    (tmp_path / "run" / "finished").mkdir()
+    for name in ("tokenizer", "base"):
+        (tmp_path / "run" / "finished" / f"{name}.json").write_text("{}")
+    files = {name: [str(tmp_path / "text.jsonl")] for name in ("pretrain_files", "val_files")}
+    args = RunArguments(run_dir=str(tmp_path / "run"), accelerate_config="accelerate_configs/cpu.yaml", **files)
+    _, evaluation = steps("tokenizer", RECIPES / "pocket", args, parse_overrides([]))
+    run_step(evaluation, tmp_path / "run", redo=False)
+    record = json.loads((tmp_path / "run" / "results" / "tokenizer.json").read_text())
+    assert record["texts"][-1]["bytes"] == len("The cat sat on the mat.") and record["vocabularies"][-1]["entries"] == 320
+    assert {path.stem for path in (tmp_path / "run" / "finished").iterdir()} == {"tokenizer", "tokenizer.eval", "base"}
+
+
+def test_redoing_the_tokenizer_forgets_its_evaluation(tmp_path, config):
+    for name in ("tokenizer", "tokenizer.eval"):
+        run_step(touching_step(tmp_path, config, name)[0], tmp_path, redo=False)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tokenizer.json").write_text("{}")
+    run_step(touching_step(tmp_path, config, "tokenizer")[0], tmp_path, redo=True)
+    assert {path.stem for path in (tmp_path / "finished").iterdir()} == {"tokenizer"}
+    assert not (tmp_path / "results" / "tokenizer.json").exists()
+
+
 def test_recipe_and_stage_names_are_checked():
     assert recipe_and_words(["pocket", "--from", "sft"])[1][-2:] == ["--from_stage", "sft"]
     assert recipe_and_words(["pocket", "--config", "mine.yaml"]) == ("pocket", ["--config", "mine.yaml"])

@@ -1,0 +1,208 @@
+"""How well a tokenizer compresses, next to GPT-2's and GPT-4's, on text of several kinds; and what is in its vocabulary.
+
+    python tokenizer_train/evaluate.py --config recipes/pocket/tokenizer_eval.yaml
+
+    python tokenizer_train/evaluate.py --tokenizer runs/mine/tokenizer --train_files 'text/*.parquet' \
+        --val_files val.parquet --baselines Qwen/Qwen3-0.6B --output_file runs/mine/results/tokenizer.json
+
+Notable features:
+- every text must come out of the tokenizer as it went in
+- GPT-2's and GPT-4's vocabulary: from --vocabularies_dir, from tiktoken's cache, or downloaded by tiktoken
+- a vocabulary that cannot be had is named, and its columns are left out
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from modeling_nanochat.bulk_encoding import BulkEncoder
+from modeling_nanochat.cli import parse
+from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.sources import first_line
+from modeling_nanochat.token_bytes import token_spellings
+from modeling_nanochat.tokenization_nanochat import special_token_ids
+from tokenizer_train.texts import Text, corpus_text, given_text, sample_texts
+from tokenizer_train.vocabularies import PUBLISHED, Vocabulary, load_baselines
+from tokenizer_train.vocabulary_statistics import vocabulary_statistics
+
+OURS = "ours"
+
+
+@dataclass
+class TokenizerEvaluateArguments:
+    """Which tokenizer, on which texts, next to which others."""
+
+    tokenizer: str = field(metadata={"help": "Tokenizer or model folder, or Hub id."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for the record, for the report card."})
+    train_files: list[str] = field(
+        default_factory=list, metadata={"help": "What the tokenizer was trained on: parquet, JSONL or text files, or a Hub dataset."}
+    )
+    val_files: list[str] = field(default_factory=list, metadata={"help": "Text of the same kind that it was not trained on."})
+    texts: list[str] = field(default_factory=list, metadata={"help": "Further texts, each as name=file.txt."})
+    max_bytes: int = field(default=5_000_000, metadata={"help": "Bytes to take of train_files, and as many of val_files."})
+    vocabularies_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder with GPT-2's encoder.json and GPT-4's cl100k_base.tiktoken; else tiktoken downloads them."},
+    )
+    baselines: list[str] = field(default_factory=list, metadata={"help": "Further tokenizers to compare with: folders or Hub ids."})
+
+    def check(self) -> None:
+        """Raise `UserError` on a setting that cannot be."""
+        if self.max_bytes < 1:
+            raise UserError(f"max_bytes is {self.max_bytes}; it must be at least 1")
+        for name in (OURS, *(published.name for published in PUBLISHED)):
+            if name in self.baselines:
+                raise UserError(f"baselines: {name} is the name of a column already; write ./{name} for a folder of that name")
+
+
+def main() -> None:
+    (args,) = parse(TokenizerEvaluateArguments)
+    record = evaluate_tokenizer(args)
+    if args.output_file:
+        write_json(Path(args.output_file), record)
+    print(f"{args.tokenizer}, {record['seconds']} s" + (f", record in {args.output_file}" if args.output_file else ""))
+    print(aligned(table_rows(record)))
+    print("\n".join([*missing_lines(record), *statistics_lines(record["statistics"])]))
+
+
+def evaluate_tokenizer(args: TokenizerEvaluateArguments) -> dict[str, Any]:
+    """The record: {"tokenizer", "settings", "seconds", "vocabularies", "missing", "texts", "statistics"}.
+
+    Raises:
+        UserError: A setting or a file is wrong, the tokenizer is none of ours, or a text does not come out as it went in.
+    """
+    args.check()
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(args.tokenizer)
+    texts = load_texts(args)
+    baselines, missing = load_baselines(args.vocabularies_dir, args.baselines)
+    encoder, spellings = BulkEncoder(tokenizer), token_spellings(tokenizer)
+    rows, counts = [], {}
+    for text in texts:
+        ids = round_trip(text, encoder, spellings)
+        rows.append(compare(text, len(ids), baselines))
+        counts[text.name] = np.bincount(ids, minlength=len(spellings))
+    vocabularies = [{"name": v.name, "entries": v.entries, "source": v.source} for v in baselines]
+    return {
+        "tokenizer": args.tokenizer,
+        "settings": asdict(args),
+        "seconds": round(time.perf_counter() - started, 1),
+        "vocabularies": [*vocabularies, {"name": OURS, "entries": len(tokenizer), "source": args.tokenizer}],
+        "missing": missing,
+        "texts": rows,
+        "statistics": vocabulary_statistics(tokenizer, {t: counts[t] for t in counts if t in ("train", "val")}),
+    }
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Raises [`UserError`] unless it is a byte-level tokenizer with nanochat's special tokens."""
+    looks_local = name.startswith(("/", ".", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
+    if looks_local and not Path(name, "tokenizer.json").is_file():
+        raise UserError(f"{name}: no tokenizer folder (no tokenizer.json in it); train one by tokenizer_train/train.py")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the libraries raise many kinds for a broken file, an unknown id, no network
+        raise UserError(f"{name}: could not be opened as a tokenizer ({first_line(error)})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{name}: no fast tokenizer but a {type(tokenizer).__name__}; give it as one of --baselines")
+    token_spellings(tokenizer)
+    special_token_ids(tokenizer)
+    return tokenizer
+
+
+def load_texts(args: TokenizerEvaluateArguments) -> list[Text]:
+    texts = sample_texts() + [given_text(argument) for argument in args.texts]
+    for name, files in (("train", args.train_files), ("val", args.val_files)):
+        texts += [corpus_text(name, files, args.max_bytes)] if files else []
+    names = [text.name for text in texts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"texts: {twice[0]!r} is the name of two texts; give yours another")
+    return texts
+
+
+def round_trip(text: Text, encoder: BulkEncoder, spellings: Sequence[bytes]) -> np.ndarray:
+    """Ids (n,) of all documents, without `<|bos|>`.
+
+    Raises:
+        UserError: Decoding them gives something else.
+    """
+    encoded = [ids[1:] for ids in encoder.encode(text.documents)]
+    for number, (document, ids) in enumerate(zip(text.documents, encoded, strict=True), start=1):
+        if b"".join(spellings[index] for index in ids) != document.encode():
+            raise UserError(
+                f"{text.name} ({text.source}): document {number} is not what it was after encoding and decoding; "
+                "this tokenizer loses text, do not train with it"
+            )
+    return np.concatenate(encoded)
+
+
+def compare(text: Text, tokens: int, baselines: Sequence[Vocabulary]) -> dict[str, Any]:
+    """The text's row: tokens of each vocabulary, and in per cent how many fewer ours needs than each other."""
+    counts = {vocabulary.name: vocabulary.count(text.documents) for vocabulary in baselines} | {OURS: tokens}
+    return {
+        "name": text.name,
+        "source": text.source,
+        "documents": len(text.documents),
+        "bytes": text.bytes,
+        "words": text.words,
+        "tokens": counts,
+        "bytes_per_token": {name: round(text.bytes / count, 4) for name, count in counts.items()},
+        "tokens_per_word": round(tokens / text.words, 4),
+        "fewer_percent": {v.name: round(100 * (counts[v.name] - tokens) / counts[v.name], 2) for v in baselines},
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Beside `path` and renamed, so that no reader meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def table_rows(record: dict[str, Any]) -> list[list[str]]:
+    """As in the original's report: tokens and bytes per token of each vocabulary, and ours against the others."""
+    names = [vocabulary["name"] for vocabulary in record["vocabularies"]]
+    heads = [f"{vocabulary['name']} ({vocabulary['entries']:,})" for vocabulary in record["vocabularies"]]
+    others = names[:-1]
+    rows = [["text", "bytes", *(cell for head in heads for cell in (head, "ratio")), "per word", *(f"vs {n}" for n in others)]]
+    for text in record["texts"]:
+        counts = [c for n in names for c in (f"{text['tokens'][n]:,}", f"{text['bytes_per_token'][n]:.2f}")]
+        fewer = [f"{text['fewer_percent'][name]:+.1f} %" for name in others]
+        rows.append([text["name"], f"{text['bytes']:,}", *counts, f"{text['tokens_per_word']:.2f}", *fewer])
+    return rows
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Names to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def missing_lines(record: dict[str, Any]) -> list[str]:
+    return [f"left out: {name}, {reason}" for name, reason in record["missing"].items()]
+
+
+def statistics_lines(statistics: dict[str, Any]) -> list[str]:
+    sizes, entries = statistics["token_bytes"], statistics["entries"] - statistics["special_tokens"]
+    lines = [
+        f"tokens: {statistics['entries']:,}, of these {statistics['special_tokens']} special; bytes of the others: min "
+        f"{sizes['min']}, max {sizes['max']}, mean {sizes['mean']:.2f}, std {sizes['std']:.2f}",
+        "kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in statistics["kinds"].items()),
+        "longest: " + "  ".join(json.dumps(token, ensure_ascii=False) for token in statistics["longest"][:5]),
+        f"never given by encoding their own bytes: {statistics['unreachable']['tokens']}",
+    ]
+    used = [f"{name} {count:,} ({100 * count / entries:.1f} %)" for name, count in statistics["used"].items()]
+    return lines + ([f"used by the text of: {', '.join(used)}"] if used else [])
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,251 @@
+"""The vocabularies to compare with: GPT-2's and GPT-4's, from files or from the network, and any Hugging Face tokenizer.
+
+GPT-2's is read from OpenAI's `encoder.json`, GPT-4's from `cl100k_base.tiktoken`. A folder that is given and tiktoken's
+cache are looked through before tiktoken is asked to download them. Files are known by their sha256, so that no column
+carries a name that is not its own.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from huggingface_hub import is_offline_mode
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.sources import first_line
+from modeling_nanochat.tokenization_nanochat import byte_symbols
+
+DOWNLOAD_SECONDS = 8.0  # for 1.5 MB
+PORTION = 256  # documents that are encoded at a time
+
+
+class MissingVocabulary(Exception):
+    """A vocabulary that cannot be had; the message says why and what would help."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer to compare with: how many tokens it makes of documents, special tokens not counted."""
+
+    name: str
+    entries: int
+    source: str
+    count: Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A vocabulary of OpenAI's: tiktoken's name for it, its file, how it cuts text.
+
+    The patterns are tiktoken's, written so that the regular expressions of `tokenizers` read them alike.
+    """
+
+    name: str
+    encoding: str
+    entries: int  # special tokens included
+    file: str
+    sha256: str
+    cached_as: str  # in tiktoken's cache
+    pattern: str
+
+
+PUBLISHED = (
+    Published(
+        name="GPT-2",
+        encoding="gpt2",
+        entries=50257,
+        file="encoder.json",
+        sha256="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        cached_as="6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+        pattern=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s",
+    ),
+    Published(
+        name="GPT-4",
+        encoding="cl100k_base",
+        entries=100277,
+        file="cl100k_base.tiktoken",
+        sha256="223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+        cached_as="9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
+        pattern=r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s++\z|\s*[\r\n]|\s+(?!\S)|\s",
+    ),
+)
+
+
+def load_baselines(
+    folder: str | None = None, names: Sequence[str] = ()
+) -> tuple[list[Vocabulary], dict[str, str]]:
+    """GPT-2, GPT-4, and the Hugging Face tokenizers `names`; and for each that cannot be had, why not.
+
+    Args:
+        folder: With `encoder.json` and `cl100k_base.tiktoken`, in it or in a folder of it.
+        names: Folders or Hub ids.
+
+    Raises:
+        UserError: `folder` is none, or a file in it is not the vocabulary whose name it has.
+    """
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"vocabularies_dir {folder}: no such folder; give one with encoder.json and cl100k_base.tiktoken")
+    loaders = {published.name: lambda p=published: read_published(p, folder) for published in PUBLISHED}
+    loaders |= {name: lambda name=name: hugging_face_vocabulary(name) for name in names}
+    loaded, missing = [], {}
+    for name, load in loaders.items():
+        try:
+            loaded.append(load())
+        except MissingVocabulary as error:
+            missing[name] = str(error)
+    return loaded, missing
+
+
+def read_published(published: Published, folder: str | None) -> Vocabulary:
+    path = find_file(published, folder)
+    if path is None:
+        download(published)
+        path = find_file(published, folder)
+    if path is None:
+        raise MissingVocabulary(f"downloaded, but tiktoken keeps no cache; set TIKTOKEN_CACHE_DIR, or {help_with(published)}")
+    ranks = read_ranks(path.read_bytes(), published)
+    return Vocabulary(published.name, published.entries, published.file, counter(ranks, published.pattern))
+
+
+def find_file(published: Published, folder: str | None) -> Path | None:
+    """The vocabulary's file in `folder` or in tiktoken's cache, checked to be that file."""
+    given = [Path(folder, published.file), *sorted(Path(folder).glob(f"*/{published.file}"))] if folder else []
+    for path in given:
+        if path.is_file():
+            if not has_digest(path, published.sha256):
+                raise UserError(f"{path}: not {published.name}'s vocabulary (another sha256); replace or remove the file")
+            return path
+    cached = Path(cache_folder(), published.cached_as)
+    return cached if cached.is_file() and has_digest(cached, published.sha256) else None
+
+
+def cache_folder() -> str:
+    """tiktoken's."""
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    return os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+
+
+def has_digest(path: Path, sha256: str) -> bool:
+    return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
+def download(published: Published) -> None:
+    """Have tiktoken put the file into its cache.
+
+    It knows no timeout. So the wait is for a thread, which may go on behind our back until this process ends.
+    """
+    if is_offline_mode():
+        raise MissingVocabulary(f"offline, and it is not in tiktoken's cache; {help_with(published)}")
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise MissingVocabulary(f"tiktoken would download it; pip install tiktoken, or {help_with(published)}") from error
+    outcome: list[Exception | None] = []
+
+    def fetch() -> None:
+        try:
+            tiktoken.get_encoding(published.encoding)
+            outcome.append(None)
+        except Exception as error:  # no network, a bad file, a cache that cannot be written: there is none
+            outcome.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if not outcome:
+        raise MissingVocabulary(f"not downloaded within {DOWNLOAD_SECONDS:.0f} s; {help_with(published)}")
+    if outcome[0] is not None:
+        raise MissingVocabulary(f"could not be downloaded ({type(outcome[0]).__name__}); {help_with(published)}")
+
+
+def help_with(published: Published) -> str:
+    return f"give a --vocabularies_dir with {published.file}"
+
+
+def read_ranks(content: bytes, published: Published) -> dict[bytes, int]:
+    """Bytes of each token -> its id, which is also the order of the merges; special tokens left out."""
+    if published.file.endswith(".tiktoken"):
+        lines = (line.split() for line in content.splitlines())
+        return {base64.b64decode(token): int(rank) for token, rank in lines}
+    byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+    vocabulary = {token: rank for token, rank in json.loads(content).items() if token != "<|endoftext|>"}
+    return {bytes(byte_of[symbol] for symbol in token): rank for token, rank in vocabulary.items()}
+
+
+def counter(ranks: dict[bytes, int], pattern: str) -> Callable[[Sequence[str]], int]:
+    """By tiktoken where it is installed, which is several times faster, else by `tokenizers`."""
+    try:
+        import tiktoken
+    except ImportError:
+        return fast_counter(fast_tokenizer(ranks, pattern))
+    encoding = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def tokens(document: str) -> int:
+        try:
+            return len(encoding.encode_to_numpy(document, disallowed_special=()))
+        except ValueError:  # a megabyte of blanks is too much for its regular expressions
+            return fast_counter(fast_tokenizer(ranks, pattern))([document])
+
+    return lambda documents: sum(map(tokens, documents))
+
+
+def fast_counter(tokenizer: Tokenizer) -> Callable[[Sequence[str]], int]:
+    def count(documents: Sequence[str]) -> int:
+        portions = (documents[i : i + PORTION] for i in range(0, len(documents), PORTION))
+        encoded = (tokenizer.encode_batch_fast(portion, add_special_tokens=False) for portion in portions)
+        return sum(len(encoding) for portion in encoded for encoding in portion)
+
+    return count
+
+
+def fast_tokenizer(ranks: dict[bytes, int], pattern: str) -> Tokenizer:
+    """The same tokens by `tokenizers`. A piece of text that is a token is taken whole, as tiktoken does."""
+    symbols = byte_symbols()
+
+    def spelled(token: bytes) -> str:
+        return "".join(symbols[byte] for byte in token)
+
+    vocabulary = {spelled(token): rank for token, rank in ranks.items()}
+    merges = [(spelled(left), spelled(right)) for left, right in merges_of(ranks)]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return tokenizer
+
+
+def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The pair that each token was merged from, in order: what the earlier merges leave of its bytes."""
+    for token in sorted(ranks, key=ranks.get):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            _, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts)))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+
+
+def hugging_face_vocabulary(name: str) -> Vocabulary:
+    """A tokenizer folder or Hub id. Control tokens spelled out in a text are taken as text."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # no such id, no network, broken files, code that would have to be trusted
+        raise MissingVocabulary(f"could not be opened ({first_line(error)})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise MissingVocabulary(f"is no fast tokenizer but a {type(tokenizer).__name__}")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return Vocabulary(name, len(tokenizer), name, fast_counter(backend))

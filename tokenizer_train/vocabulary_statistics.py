@@ -1,0 +1,106 @@
+"""What is in a vocabulary: how long its tokens are, of what kind, how many a text uses, and whether all can be reached."""
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from modeling_nanochat.bulk_encoding import BulkEncoder
+from modeling_nanochat.token_bytes import encode_bytes, token_spellings
+
+EXAMPLES = 12
+KINDS = (
+    "single bytes",
+    "space and letters",  # the beginnings of words, and words
+    "letters",
+    "digits",
+    "punctuation and symbols",
+    "white space",
+    "letters and other signs",
+    "beyond ASCII",
+    "part of a character",  # no UTF-8 by themselves
+)
+
+
+def vocabulary_statistics(
+    tokenizer: PreTrainedTokenizerFast, counts: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Any]:
+    """Figures about the tokens; those about bytes leave special tokens out.
+
+    Args:
+        tokenizer: Byte-level.
+        counts: Text -> how often each token id occurs in it (V,).
+
+    Raises:
+        UserError: The tokenizer is not byte-level.
+    """
+    spellings = token_spellings(tokenizer)
+    tokens = [spelling for spelling in spellings if spelling]
+    lengths = [len(spelling) for spelling in tokens]
+    kinds = Counter(kind_of(spelling) for spelling in tokens)
+    unreachable = unreachable_tokens(tokenizer, spellings)
+    return {
+        "entries": len(tokenizer),
+        "special_tokens": len(tokenizer) - len(tokens),
+        "token_bytes": {
+            "min": min(lengths),
+            "max": max(lengths),
+            "mean": round(statistics.mean(lengths), 3),
+            "std": round(statistics.stdev(lengths), 3),
+        },
+        "kinds": {kind: kinds[kind] for kind in KINDS},
+        "longest": [readable(token) for token in sorted(tokens, key=len, reverse=True)[:EXAMPLES]],
+        "unreachable": {
+            "tokens": len(unreachable),
+            "examples": [readable(spellings[index]) for index in unreachable[:EXAMPLES]],
+        },
+        "used": {name: int(np.count_nonzero(count)) for name, count in (counts or {}).items()},
+    }
+
+
+def kind_of(spelling: bytes) -> str:
+    """One of `KINDS`."""
+    if len(spelling) == 1:
+        return "single bytes"
+    try:
+        text = spelling.decode()
+    except UnicodeDecodeError:
+        return "part of a character"
+    body = text.removeprefix(" ")
+    if not text.isascii():
+        return "beyond ASCII"
+    if text.isspace():
+        return "white space"
+    if body.isalpha():
+        return "letters" if body == text else "space and letters"
+    if body.isdigit():
+        return "digits"
+    return "letters and other signs" if any(map(str.isalnum, text)) else "punctuation and symbols"
+
+
+def unreachable_tokens(tokenizer: PreTrainedTokenizerFast, spellings: Sequence[bytes]) -> list[int]:
+    """Ids that encoding their own bytes does not give: the split pattern cuts them, or earlier merges come between.
+
+    Tokens that are no text by themselves are only merged, not cut.
+    """
+    texts = {index: text for index, spelling in enumerate(spellings) if (text := decoded(spelling))}
+    encoded = BulkEncoder(tokenizer).encode(list(texts.values()))
+    found = {index: ids[1:].tolist() for index, ids in zip(texts, encoded, strict=True)}  # without <|bos|>
+    parts = [index for index, spelling in enumerate(spellings) if spelling and index not in texts]
+    found |= {index: encode_bytes(tokenizer, spellings[index]) for index in parts}
+    return sorted(index for index, ids in found.items() if ids != [index])
+
+
+def decoded(spelling: bytes) -> str:
+    try:
+        return spelling.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def readable(spelling: bytes) -> str:
+    """The token's text; bytes that are none as `\\xe2`."""
+    return spelling.decode(errors="backslashreplace")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 WHOLE_UP_TO = 8 * 2**30  # bytes of local files; more are streamed instead of unpacked on disk once more
+READ_AT_ONCE = 128  # documents
 FEWEST_PARTS = 64  # of a stream that is worth shuffling by its parts; one of fewer is loaded whole
 
 
@@ -78,6 +79,19 @@ def text_source(
     if len(files) == 1 and is_hub_id(files[0]):
         stream = in_parts(read_hub(files[0], column, streaming=True))
         return stream if stream.num_shards >= FEWEST_PARTS else read_hub(files[0], column)
+    return local_source(files, what, column)
+
+
+def text_in_order(
+    files: Sequence[str], *, what: str = "text files", column: str = "text"
+) -> "Dataset | IterableDataset":
+    """The documents of [`text_dataset`], to be read in their order and perhaps not to the end: the Hub only as a stream."""
+    if len(files) == 1 and is_hub_id(files[0]):
+        return read_hub(files[0], column, streaming=True)
+    return local_source(files, what, column)
+
+
+def local_source(files: Sequence[str], what: str, column: str) -> "Dataset | IterableDataset":
     names = expand(files, what)
     if sum(Path(name).stat().st_size for name in names) > WHOLE_UP_TO:
         return in_parts(read_files(names, column, streaming=True))
@@ -89,7 +103,7 @@ def text_dataset(files: Sequence[str], *, what: str = "text files", column: str 
 
     Args:
         files: Local parquet, JSONL or text files, also compressed, or patterns (a text file's documents are separated
-            by blank lines), or one Hub dataset id, optionally with `:split`.
+            by blank lines), or one Hub dataset id, optionally with `:split` or `:configuration:split`.
         what: Name of the setting, for errors.
         column: Column that holds the text in parquet and JSONL files.
 
@@ -112,8 +126,28 @@ def whole_dataset(names: list[str], what: str, column: str) -> "Dataset":
     return dataset
 
 
+def read_texts(dataset: "Dataset | IterableDataset", where: str) -> Iterator[str]:
+    """The texts of a column `text` one after the other, rows without one left out.
+
+    Raises:
+        UserError: Reading fails on the way: no network, a broken file, text that is not UTF-8.
+    """
+    batches, read = iter(dataset.iter(READ_AT_ONCE)), 0
+    while True:
+        try:
+            batch = next(batches, {}).get("text", [])
+        except Exception as error:  # the libraries raise many kinds
+            if isinstance(cause := innermost(error), UnicodeDecodeError):
+                raise UserError(f"{where}: not UTF-8 text after row {read} ({cause.reason}); convert it to UTF-8") from error
+            raise UserError(f"{where}: reading failed after row {read} ({first_line(error)})") from error
+        if not batch:
+            return
+        read += len(batch)
+        yield from (text for text in batch if text is not None)
+
+
 def is_hub_id(name: str) -> bool:
-    """`owner/name`, with an optional `:split`, that is neither a local path nor a pattern for one."""
+    """`owner/name`, perhaps with `:split` or `:configuration:split`, neither a local path nor a pattern for one."""
     owner, _, rest = name.partition("/")
     no_path = not glob.glob(name) and not any(character in name for character in "*?[\\ ")
     named = bool(owner) and owner not in (".", "..", "~") and bool(rest) and rest.count("/") == 0
@@ -129,9 +163,11 @@ def suffix(name: str) -> str:
 def read_hub(name: str, column: str, **options):
     from datasets import load_dataset
 
-    repository, _, split = name.partition(":")
+    repository, *configuration, split = name.split(":") if ":" in name else (name, "train")
+    if len(configuration) > 1:
+        raise UserError(f"{name}: too many colons; write owner/name, owner/name:split or owner/name:configuration:split")
     try:
-        dataset = load_dataset(repository, split=split or "train", **options)
+        dataset = load_dataset(repository, *configuration, split=split or "train", **options)
     except Exception as error:  # the library raises many kinds for "not found", "no network", "no such split"
         raise UserError(f"{repository}: could not be loaded from the Hub ({first_line(error)})") from error
     return only_text(dataset, column, repository)
@@ -175,6 +211,8 @@ def read_text_files(names: list[str], reader: str, column: str, **options):
                 read_text_files([name], reader, column, **options)
         if isinstance(error, UserError):
             raise
+        if isinstance(cause := innermost(error), UnicodeDecodeError):
+            raise UserError(f"{names[0]}: not UTF-8 text ({cause.reason}); convert the file to UTF-8") from error
         if reader == "json" and Path(names[0]).suffix.lower() not in COMPRESSED:
             list(read_jsonl(names[0]))  # the library refuses a whole file without naming the line that is wrong
         raise UserError(f"{names[0]}: cannot be read as {reader} ({first_line(error)})") from error
@@ -220,6 +258,11 @@ def only_text(dataset: "Dataset | IterableDataset", column: str, where: str) -> 
 
 def first_line(error: BaseException) -> str:
     """First line of the innermost cause, where the libraries say what is really wrong."""
+    error = innermost(error)
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def innermost(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return error

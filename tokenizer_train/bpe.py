@@ -5,6 +5,7 @@ counts several times faster; else `tokenizers`. Ties go to the pair of the small
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
 from typing import Literal, get_args
@@ -25,6 +26,9 @@ from modeling_nanochat.tokenization_nanochat import (
 )
 
 Trainer = Literal["rustbpe", "tokenizers"]
+LONG = 100_000  # characters
+BREAK = re.compile(rf"\S(?= )|\s{{1000,{LONG}}}+")  # the end of a word, or a run of blanks that may be too long
+DOCUMENTS_AT_ONCE = 1024  # so many are in memory
 
 
 def train_tokenizer(
@@ -51,16 +55,20 @@ def train_tokenizer(
     Raises:
         UserError: `vocab_size` is too small, no such pattern or trainer, or the trainer is not installed.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"vocab_size {vocab_size} is too small; 256 bytes and 9 special tokens need {SMALLEST_VOCABULARY}")
-    if split_pattern not in SPLIT_PATTERNS:
-        raise UserError(f"split_pattern {split_pattern!r} is unknown; use one of {', '.join(SPLIT_PATTERNS)}")
+    check_request(vocab_size, split_pattern)
     train = trained_by_rustbpe if choose_trainer(trainer) == "rustbpe" else trained_by_tokenizers
     pieces = chain.from_iterable(map(pieces_of, texts))
     merges = train(pieces, vocab_size - len(SPECIAL_TOKENS), split_pattern, length)
     symbols = [*byte_symbols(), *(left + right for left, right in merges)]
     vocab = {symbol: index for index, symbol in enumerate(symbols)}
     return build_tokenizer(vocab, merges, model_max_length, split_pattern)
+
+
+def check_request(vocab_size: int, split_pattern: str) -> None:
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"vocab_size {vocab_size} is too small; 256 bytes and 9 special tokens need {SMALLEST_VOCABULARY}")
+    if split_pattern not in SPLIT_PATTERNS:
+        raise UserError(f"split_pattern {split_pattern!r} is unknown; use one of {', '.join(SPLIT_PATTERNS)}")
 
 
 def choose_trainer(name: str | None) -> Trainer:
@@ -79,12 +87,27 @@ def choose_trainer(name: str | None) -> Trainer:
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """`text` with whole characters, cut where encoding it would take an escape out (see `tokenization_nanochat.ESCAPE`)."""
-    text = whole_characters(text)
-    if f"<|{ESCAPE}" not in text:
-        return iter((text,))
-    first, *others = text.split(f"<|{ESCAPE}")
-    return chain((first + "<|",), (f"{ESCAPE}{other}<|" for other in others[:-1]), (ESCAPE + others[-1],))
+    """`text` with whole characters, cut where encoding takes an escape out (see `tokenization_nanochat.ESCAPE`)."""
+    text, start = whole_characters(text), 0
+    while (escape := text.find(f"<|{ESCAPE}", start)) >= 0:
+        yield from parts_of(text[start : escape + 2])
+        start = escape + 2
+    yield from parts_of(text[start:])
+
+
+def parts_of(text: str) -> Iterator[str]:
+    """A long text in parts, so that all threads have work and memory stays small.
+
+    Every pattern cuts between a word and the blank after it, so that the same is counted. Only a run of over LONG blanks,
+    which `rustbpe` cannot read, counts as several runs.
+    """
+    start = 0
+    while len(text) - start > LONG:
+        ends = (found.end() for found in BREAK.finditer(text, start + LONG) if len(found[0]) in (1, LONG))
+        end = next(ends, len(text))
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def trained_by_tokenizers(
@@ -114,7 +137,7 @@ def trained_by_rustbpe(
     import rustbpe
 
     tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(iter(texts), vocab_size, pattern=SPLIT_PATTERNS[split_pattern])
+    tokenizer.train_from_iterator(iter(texts), vocab_size, DOCUMENTS_AT_ONCE, SPLIT_PATTERNS[split_pattern])
     return pairs_of([bytes(token) for token, _ in tokenizer.get_mergeable_ranks()])
 
 

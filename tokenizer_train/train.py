@@ -2,77 +2,177 @@
 
     python tokenizer_train/train.py --config recipes/pocket/tokenizer.yaml
 
-    python tokenizer_train/train.py --train_files 'text/*.parquet' --vocab_size 32768 --output_dir runs/mine/tokenizer
+    python tokenizer_train/train.py --train_files 'text/*.parquet' --output_dir runs/mine/tokenizer
+
+    python tokenizer_train/train.py --train_files HuggingFaceFW/fineweb-edu:sample-10BT:train 'code/*.jsonl' \\
+        --train_weights 0.8 0.2 --training_recipe classic --output_dir runs/mine/tokenizer
+
+Notable features:
+- reads any dataset, several by weights, and never holds the text: memory is that of the counts
+- the same merges as the original's trainer, whichever library does the work, and the same files at every run
+- nothing of ours in the folder: `AutoTokenizer.from_pretrained` opens it anywhere, ready for chats and generation
 """
 
 import json
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from safetensors.numpy import save_file
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import whole_folder
-from modeling_nanochat.sources import text_dataset
+from modeling_nanochat.token_bytes import token_bytes
 from modeling_nanochat.tokenization_nanochat import encode_documents
-from tokenizer_train.bpe import train_tokenizer
+from tokenizer_train.bpe import check_request, choose_trainer, train_tokenizer
+from tokenizer_train.mixture import (
+    Source,
+    by_weight,
+    characters_read,
+    expected_characters,
+    one_after_the_other,
+    open_sources,
+)
+
+VOCABULARY_SIZES = {"classic": 65536, "current": 32768}  # of the original's launch, and of today's
+SAMPLE = 200  # documents whose bytes per token are told
 
 
 @dataclass
 class TokenizerArguments:
     """What the tokenizer is trained on, and how large it gets."""
 
-    train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or patterns, or one Hub dataset."})
+    train_files: list[str] = field(
+        metadata={
+            "help": "Parquet, JSONL or text files or patterns, or Hub datasets owner/name, owner/name:split or "
+            "owner/name:configuration:split."
+        }
+    )
     output_dir: str = field(metadata={"help": "Tokenizer folder to write."})
-    vocab_size: int = field(default=65536, metadata={"help": "Entries, the 256 bytes and 9 special tokens included."})
+    train_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "A share of the characters for each entry of train_files; without, all of each in order."},
+    )
+    training_recipe: str = field(
+        default="current", metadata={"help": "current, or classic, nanochat's launch: sets the vocabulary size."}
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Entries, the 256 bytes and 9 special tokens included; current: 32768, classic: 65536."},
+    )
+    split_pattern: str = field(
+        default="nanochat", metadata={"help": "How text is cut before merging: nanochat, cl100k, qwen2 or gpt2."}
+    )
     max_chars: int = field(default=2_000_000_000, metadata={"help": "Characters to read in all."})
     doc_cap: int = field(default=10_000, metadata={"help": "Characters to read of one document."})
     model_max_length: int = field(default=2048, metadata={"help": "Context length written into the tokenizer."})
+    trainer: str | None = field(
+        default=None,
+        metadata={"help": "rustbpe or tokenizers, with the same result; default: rustbpe, if installed: it is faster."},
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished tokenizer there."})
 
 
 def main() -> None:
     (args,) = parse(TokenizerArguments)
-    target = Path(args.output_dir)
-    if target.exists() and not args.overwrite_output_dir:
-        raise UserError(f"{target} already exists; pass --overwrite_output_dir true or another --output_dir")
-    texts = text_dataset(args.train_files, what="train_files")["text"]
-    started = time.perf_counter()
+    check(args)
+    started, target = time.perf_counter(), Path(args.output_dir)
+    sources = open_sources(args.train_files, args.train_weights, args.doc_cap)
+    reading = Reading(args, sources)
     tokenizer = train_tokenizer(
-        capped(texts, args.max_chars, args.doc_cap),
+        reading,
         args.vocab_size,
+        split_pattern=args.split_pattern,
         model_max_length=args.model_max_length,
-        length=len(texts),
+        trainer=args.trainer,
     )
-    if len(tokenizer) < args.vocab_size:
-        raise UserError(
-            f"the text has merges for only {len(tokenizer)} of {args.vocab_size} entries; lower --vocab_size or add text"
-        )
-    with whole_folder(target) as folder:
-        tokenizer.save_pretrained(folder)
+    check_size(tokenizer, args, reading)
+    save(tokenizer, target)
     record = {
         "stage": "tokenizer",
         "settings": asdict(args),
+        "sources": [
+            {"name": source.name, "characters": source.characters, "documents": source.documents} for source in sources
+        ],
+        "characters": characters_read(sources),
+        "documents": sum(source.documents for source in sources),
         "seconds": round(time.perf_counter() - started, 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "bytes_per_token": round(bytes_per_token(tokenizer, texts[:200]), 3),
+        "bytes_per_token": round(bytes_per_token(tokenizer, reading.sample), 3),
     }
     write_record(record, target)
     print(f"{target}: {len(tokenizer)} entries, {record['bytes_per_token']} bytes per token, {record['seconds']} s")
 
 
-def capped(texts: Iterable[str], max_chars: int, doc_cap: int) -> Iterator[str]:
-    """The beginning of each document, until `max_chars` characters were given out."""
-    characters = 0
-    for text in texts:
-        if characters > max_chars:
-            return
-        characters += len(text[:doc_cap])
-        yield text[:doc_cap]
+def check(args: TokenizerArguments) -> None:
+    """Fill in what follows from other settings; raise [`UserError`] for what cannot be, before anything is read."""
+    if args.training_recipe not in VOCABULARY_SIZES:
+        raise UserError(f"training_recipe {args.training_recipe!r} is unknown; use one of {', '.join(VOCABULARY_SIZES)}")
+    if args.vocab_size is None:
+        args.vocab_size = VOCABULARY_SIZES[args.training_recipe]
+    for name in ("max_chars", "doc_cap", "model_max_length"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name} is {getattr(args, name)}; give a positive number")
+    check_request(args.vocab_size, args.split_pattern)
+    args.trainer = choose_trainer(args.trainer)
+    check_target(Path(args.output_dir), args.overwrite_output_dir)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} already exists; pass --overwrite_output_dir true or another --output_dir")
+    existing = next(folder for folder in target.absolute().parents if folder.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise UserError(f"{target} cannot be written, {existing} is no folder open to you; pass another --output_dir")
+
+
+def check_size(tokenizer: PreTrainedTokenizerFast, args: TokenizerArguments, reading: "Reading") -> None:
+    if len(tokenizer) == args.vocab_size:
+        return
+    if not any(text.strip() for text in reading.sample):
+        raise UserError(f"train_files: no text in {', '.join(args.train_files[:3])}; every document is empty")
+    raise UserError(
+        f"the text has merges for only {len(tokenizer)} of {args.vocab_size} entries; lower --vocab_size or add text"
+    )
+
+
+class Reading:
+    """The texts for the trainer, with a bar over their characters; keeps the first few."""
+
+    def __init__(self, args: TokenizerArguments, sources: list[Source]):
+        self.args, self.sources = args, sources
+        mixed = by_weight if args.train_weights else one_after_the_other
+        self.texts = mixed(sources, args.doc_cap, args.max_chars)
+        self.sample: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        started = time.perf_counter()
+        expected = expected_characters(self.sources, self.args.max_chars, bool(self.args.train_weights))
+        with tqdm(total=expected, desc="reading", unit="char", unit_scale=True, disable=None, leave=False) as bar:
+            for text in self.texts:
+                bar.update(len(text))
+                if len(self.sample) < SAMPLE:
+                    self.sample.append(text)
+                yield text
+        documents = sum(source.documents for source in self.sources)
+        read = f"read {characters_read(self.sources):,} characters in {documents:,} documents"
+        print(f"{read}, {time.perf_counter() - started:.1f} s; merging with {self.args.trainer}", flush=True)
+
+
+def save(tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
+    """The folder, whole or not at all, with the bytes of each token (V,) int32 for bits per byte."""
+    try:
+        with whole_folder(target) as folder:
+            tokenizer.save_pretrained(folder)
+            save_file({"token_bytes": token_bytes(tokenizer)}, folder / "token_bytes.safetensors")
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error}); pass another --output_dir") from error
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> float:

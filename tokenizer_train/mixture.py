@@ -1,0 +1,110 @@
+"""What the tokenizer reads: sources one after the other or by weights, the beginning of each document, up to a limit."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import TYPE_CHECKING
+
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.sources import is_hub_id, read_texts, text_in_order
+from modeling_nanochat.tokenization_nanochat import whole_characters
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+@dataclass
+class Source:
+    """Documents, and how much of them was read."""
+
+    name: str
+    texts: Iterable[str]
+    weight: float = 1.0
+    expected: float = math.inf  # characters there are, as far as that is known beforehand
+    characters: int = 0
+    documents: int = 0
+
+    def read(self, doc_cap: int) -> Iterator[str]:
+        """The beginning of each document, counted."""
+        for text in capped(self.texts, doc_cap):
+            self.characters += len(text)
+            self.documents += 1
+            yield text
+
+
+def capped(texts: Iterable[str], doc_cap: int) -> Iterator[str]:
+    """The first `doc_cap` characters of each document; halves of surrogate pairs become characters, and then count."""
+    return (whole_characters(text[: 2 * doc_cap])[:doc_cap] for text in texts)
+
+
+def open_sources(entries: Sequence[str], weights: Sequence[float] | None, doc_cap: int) -> list[Source]:
+    """A source for each entry; without weights, local files that follow each other are one.
+
+    Raises:
+        UserError: The weights do not fit the entries, or an entry is not there or not readable as text.
+    """
+    if weights is not None:
+        check_weights(entries, weights)
+        return [open_source([entry], doc_cap, weight) for entry, weight in zip(entries, weights, strict=True)]
+    kinds = groupby(entries, is_hub_id)
+    groups = chain.from_iterable([[entry] for entry in group] if hub else [list(group)] for hub, group in kinds)
+    return [open_source(group, doc_cap) for group in groups]
+
+
+def check_weights(entries: Sequence[str], weights: Sequence[float]) -> None:
+    if len(weights) != len(entries):
+        raise UserError(f"train_weights: {len(weights)} weights for {len(entries)} entries of train_files; give one for each")
+    wrong = [weight for weight in weights if not (math.isfinite(weight) and weight > 0)]
+    if wrong:
+        raise UserError(f"train_weights: {wrong[0]} is no share; give positive numbers, or leave the source out")
+
+
+def open_source(entries: list[str], doc_cap: int, weight: float = 1.0) -> Source:
+    dataset, name = text_in_order(entries, what="train_files"), ", ".join(entries)
+    return Source(name, read_texts(dataset, name), weight, characters_in(dataset, doc_cap))
+
+
+def characters_in(dataset: "Dataset | IterableDataset", doc_cap: int) -> float:
+    """Characters of the beginnings of all documents; infinite for a stream, which is not to be read twice."""
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        return math.inf
+    import pyarrow.compute as pc
+
+    texts = dataset.data.column("text")
+    return sum(pc.sum(pc.min_element_wise(pc.utf8_length(part), doc_cap, skip_nulls=False)).as_py() or 0 for part in texts.chunks)
+
+
+def one_after_the_other(sources: Sequence[Source], doc_cap: int, max_chars: int) -> Iterator[str]:
+    """All of each source, until over `max_chars` characters were given out."""
+    for text in chain.from_iterable(source.read(doc_cap) for source in sources):
+        yield text
+        if characters_read(sources) > max_chars:
+            return
+
+
+def by_weight(sources: Sequence[Source], doc_cap: int, max_chars: int) -> Iterator[str]:
+    """From the source that lags most behind its share of the characters, until one has no more or as above."""
+    readers = [(source, source.read(doc_cap)) for source in sources]
+    while characters_read(sources) <= max_chars:
+        last, reader = min(readers, key=lambda pair: pair[0].characters / pair[0].weight)
+        text = next(reader, None)
+        if text is None:
+            read = f"{last.characters:,} characters of it, {characters_read(sources):,} in all"
+            print(f"{last.name}: no more text; to keep the shares, reading ends here with {read}", flush=True)
+            return
+        yield text
+
+
+def characters_read(sources: Iterable[Source]) -> int:
+    return sum(source.characters for source in sources)
+
+
+def expected_characters(sources: Sequence[Source], max_chars: int, weighted: bool) -> float:
+    """How much will be read, at most."""
+    if not weighted:
+        return min(max_chars, sum(source.expected for source in sources))
+    total = sum(source.weight for source in sources)
+    return min(max_chars, *(source.expected * total / source.weight for source in sources))

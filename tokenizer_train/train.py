@@ -158,7 +158,7 @@ class Reading:
             for text in self.texts:
                 bar.update(len(text))
                 if len(self.sample) < SAMPLE:
-                    self.sample.append(text)
+                    self.sample.append(text[:10_000])
                 yield text
         documents = sum(source.documents for source in self.sources)
         read = f"read {characters_read(self.sources):,} characters in {documents:,} documents"

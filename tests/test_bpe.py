@@ -76,11 +76,12 @@ def test_a_long_document_counts_as_a_whole(monkeypatch, pattern):
     assert trained_by_tokenizers(parts, 700, pattern) == trained_by_rustbpe(parts, 700, pattern) == whole
 
 
-@pytest.mark.parametrize("text", [" " * 1_000_000 + "x", "x" + " \n" * 300_000 + "y", "a" * 30_000])
-def test_monotonous_documents_are_read_by_both(text):
-    assert "".join(parts_of(text)) == text
-    fast, plain = by_both([text], 260, "gpt2")
-    assert fast == plain and len(fast) == 4
+@pytest.mark.parametrize("text", [" " * 1_000_000 + "x", "x" + " \n" * 500_000 + "y", "\n" * 1_000_000, "a" * 1_000_000])
+def test_monotonous_documents_are_read(text):
+    """As they are, the first three are more than `rustbpe`'s regular expressions can take."""
+    parts = list(parts_of(text))
+    assert "".join(parts) == text
+    assert len(trained_by_rustbpe(parts, 260, "gpt2")) == 4
 
 
 def test_without_rustbpe_tokenizers_trains_the_same(monkeypatch):

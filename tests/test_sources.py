@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 
 from modeling_nanochat import sources
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.sources import is_hub_id, text_dataset, text_source
+from modeling_nanochat.sources import is_hub_id, read_texts, text_dataset, text_in_order, text_source
 
 TEXTS = [f"document {i}" for i in range(200)]
 
@@ -61,13 +61,50 @@ def test_the_hub_is_streamed_where_a_dataset_has_parts_enough(monkeypatch, parts
         text_source(["me/corpus"])
 
 
+@pytest.mark.parametrize(
+    ("name", "configuration", "split"),
+    [
+        ("me/corpus", (), "train"),
+        ("me/corpus:validation", (), "validation"),
+        ("me/corpus:sample-10BT:validation", ("sample-10BT",), "validation"),
+        ("me/corpus:sample-10BT:", ("sample-10BT",), "train"),
+    ],
+)
+def test_configuration_and_split_of_a_dataset_on_the_hub(monkeypatch, name, configuration, split):
+    """Read in order it is streamed, however few its parts are."""
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((*names, options))
+        return Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(read_texts(text_in_order([name]), name)) == TEXTS
+    assert asked == [("me/corpus", *configuration, {"split": split, "streaming": True})]
+
+
+def test_a_hub_id_with_too_many_colons_is_told_what_to_write():
+    with pytest.raises(UserError, match="write owner/name, owner/name:split or owner/name:configuration:split"):
+        text_source(["me/corpus:a:b:c"])
+
+
+def test_a_stream_that_breaks_is_one_line_with_its_place():
+    def rows():
+        yield from ({"text": text} for text in TEXTS)
+        raise ConnectionError("no route\nto the host")
+
+    read = read_texts(IterableDataset.from_generator(rows), "me/corpus")
+    with pytest.raises(UserError, match=r"^me/corpus: reading failed after row \d+ \(no route\)$"):
+        list(read)
+
+
 def test_a_dataset_that_is_not_on_the_hub_is_an_error_of_one_line():
     with pytest.raises(UserError, match="me/none: could not be loaded from the Hub") as caught:
         text_source(["me/none"])
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["me/corpus", "me/corpus:train", "me/corpus.v2"])
+@pytest.mark.parametrize("name", ["me/corpus", "me/corpus:train", "me/corpus.v2", "me/corpus:config-10BT:train"])
 def test_hub_ids(name):
     assert is_hub_id(name)
 

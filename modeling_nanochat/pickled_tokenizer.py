@@ -5,12 +5,12 @@ container in its place; any other name ends the reading. What is left are number
 """
 
 import pickle
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from .byte_pairs import merges_of
 from .errors import UserError
 from .tokenization_nanochat import SPECIAL_TOKENS, SPLIT_PATTERN, build_tokenizer, byte_symbols
 
@@ -93,33 +93,4 @@ def tokenizer_from_encoding(encoding: dict[str, Any], model_max_length: int = 20
     def spelled(token: bytes) -> str:
         return "".join(symbols[byte] for byte in token)
 
-    merges = [(spelled(left), spelled(right)) for left, right in merges_of(ranks)]
-    return build_tokenizer({spelled(token): rank for token, rank in ranks.items()}, merges, model_max_length)
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two parts of each token of several bytes, by rank.
-
-    Both tokenizers apply the earliest merge that is possible, again and again. No merge crosses the edges of what ends
-    up as one token, so its parts are the same in every text: those that are left when all earlier merges are done.
-    """
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        if len(token) == 1:
-            continue
-        parts = merged(token, ranks)
-        if len(parts) != 2:
-            raise UserError(f"its token {ranks[token]} ({token!r}) does not come from merging two others")
-        merges.append((parts[0], parts[1]))
-    return merges
-
-
-def merged(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """`token` cut into bytes, after every merge that ranks before it."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while True:
-        pairs = ((ranks.get(left + right, len(ranks)), i) for i, (left, right) in enumerate(pairwise(parts)))
-        rank, i = min(pairs)
-        if rank >= ranks[token]:
-            return parts
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return build_tokenizer({spelled(token): rank for token, rank in ranks.items()}, merges_of(ranks), model_max_length)

@@ -7,12 +7,13 @@ counts several times faster; else `tokenizers`. Ties go to the pair of the small
 import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Literal, get_args
 
 from tokenizers import models, trainers
 from transformers import PreTrainedTokenizerFast
 
+from modeling_nanochat.byte_pairs import merges_of
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.tokenization_nanochat import (
     ESCAPE,
@@ -133,27 +134,9 @@ def trained_by_tokenizers(
 def trained_by_rustbpe(
     texts: Iterable[str], vocab_size: int, split_pattern: str, length: int | None = None
 ) -> list[tuple[str, str]]:
-    """The same from `rustbpe`, which gives only what was merged; see `pairs_of`."""
+    """The same from `rustbpe`, which gives only what was merged."""
     import rustbpe
 
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(iter(texts), vocab_size, DOCUMENTS_AT_ONCE, SPLIT_PATTERNS[split_pattern])
-    return pairs_of([bytes(token) for token, _ in tokenizer.get_mergeable_ranks()])
-
-
-def pairs_of(tokens: list[bytes]) -> list[tuple[str, str]]:
-    """The two symbols that were merged into each token after the first 256.
-
-    They are what the merges before it make of the token alone: no neighbour of the place where it was merged took part.
-    """
-    symbols, rank = byte_symbols(), {token: index for index, token in enumerate(tokens)}
-    pairs = []
-    for index, token in enumerate(tokens[256:], start=256):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            made = [rank.get(left + right, index) for left, right in pairwise(parts)]
-            best = min(made)
-            at = made.index(best)
-            parts[at : at + 2] = [tokens[best]]
-        pairs.append(tuple("".join(symbols[byte] for byte in part) for part in parts))
-    return pairs
+    return merges_of({bytes(token): index for index, (token, _) in enumerate(tokenizer.get_mergeable_ranks())})

@@ -33,8 +33,9 @@ def draw_bars(record: dict[str, Any], path: Path) -> None:
     texts, vocabularies = record["texts"], record["vocabularies"]
     colours = [*(OTHERS[i % len(OTHERS)] for i in range(len(vocabularies) - 1)), BLUE]
     width = 0.84 / len(vocabularies)
+    inches = max(1.25, 0.42 * len(vocabularies)) * len(texts)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(7.0, 1.25 * len(texts)), 3.4))
+        figure = Figure(figsize=(max(7.0, inches), 3.4))
         axis = figure.subplots()
         for number, (vocabulary, colour) in enumerate(zip(vocabularies, colours, strict=True)):
             places = [group + (number - (len(vocabularies) - 1) / 2) * width for group in range(len(texts))]
@@ -45,7 +46,7 @@ def draw_bars(record: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("bytes per token")
         axis.grid(visible=False, axis="x")
         axis.margins(y=0.08)
-        axis.legend(frameon=False, fontsize=8, ncols=len(vocabularies), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axis.legend(frameon=False, fontsize=8, ncols=min(6, len(vocabularies)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None}, facecolor="white")
 

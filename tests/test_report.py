@@ -203,7 +203,7 @@ def test_the_report_draws_what_the_tokenizers_evaluation_writes(toy_model_folder
     from tokenizer_train.evaluate import TokenizerEvaluateArguments, evaluate_tokenizer
     from tokenizer_train.evaluate import table_rows as printed_rows
 
-    record = evaluate_tokenizer(TokenizerEvaluateArguments(tokenizer=str(toy_model_folder), baselines=[str(toy_model_folder)]))
+    record = evaluate_tokenizer(TokenizerEvaluateArguments(tokenizer=str(toy_model_folder), baselines=[f"same={toy_model_folder}"]))
     write(tmp_path / "results" / "tokenizer.json", record)
     run = read_run(tmp_path)
     assert "| korean | 1,060 |" in write_report(run).read_text(encoding="utf-8")

@@ -26,7 +26,7 @@ from tokenizer_train.evaluate import (
     table_rows,
 )
 from tokenizer_train.texts import Text, corpus_text, given_text, sample_texts
-from tokenizer_train.vocabularies import PUBLISHED, load_baselines, merges_of, read_ranks
+from tokenizer_train.vocabularies import PUBLISHED, load_baselines, merges_of, parse_baselines, read_ranks
 from tokenizer_train.vocabulary_statistics import KINDS, kind_of, vocabulary_statistics
 
 SIZES = {"news": 1728, "korean": 1060, "code": 1393, "math": 1349, "science": 1156}
@@ -149,10 +149,10 @@ def test_vocabularies_in_the_cache_of_tiktoken_are_found_offline(empty_cache, wi
 
 def test_what_cannot_be_had_offline_is_named_at_once():
     started = time.perf_counter()
-    found, missing = load_baselines(None, ["nobody/nothing"])
-    assert found == [] and list(missing) == ["GPT-2", "GPT-4", "nobody/nothing"]
+    found, missing = load_baselines(None, {"nothing": "nobody/nothing"})
+    assert found == [] and list(missing) == ["GPT-2", "GPT-4", "nothing"]
     assert "offline" in missing["GPT-2"] and "--vocabularies_dir with cl100k_base.tiktoken" in missing["GPT-4"]
-    assert "could not be opened" in missing["nobody/nothing"]
+    assert "could not be opened" in missing["nothing"]
     assert time.perf_counter() - started < 10
 
 
@@ -185,6 +185,11 @@ def test_without_tiktoken_and_without_files_a_line_says_what_to_install(without_
     assert "pip install tiktoken" in missing["GPT-2"]
 
 
+def test_baselines_are_named_after_their_folder_or_as_one_likes():
+    named = parse_baselines(["Qwen/Qwen3-0.6B", "runs/a/tokenizer", "other=runs/b/tokenizer"])
+    assert named == {"Qwen3-0.6B": "Qwen/Qwen3-0.6B", "tokenizer": "runs/a/tokenizer", "other": "runs/b/tokenizer"}
+
+
 def test_merges_are_found_again_from_the_ranks():
     ranks = {b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"bc": 4, b"abc": 5, b"abab": 6}
     assert list(merges_of(ranks)) == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), (b"ab", b"ab")]
@@ -200,16 +205,16 @@ def test_ranks_of_gpt2_are_the_bytes_behind_its_symbols():
 
 def test_the_record_holds_the_launch_table(toy_folder, tmp_path):
     val = write_texts(tmp_path / "val.jsonl", ["The cat sat.", "Is it <|bos|> 한?"])
-    record = evaluated(toy_folder, val_files=[val], vocabularies_dir=str(shared("data/tokenizers")), baselines=[toy_folder])
-    assert [v["name"] for v in record["vocabularies"]] == ["GPT-2", "GPT-4", toy_folder, "ours"]
+    record = evaluated(toy_folder, val_files=[val], vocabularies_dir=str(shared("data/tokenizers")), baselines=[f"toy={toy_folder}"])
+    assert [v["name"] for v in record["vocabularies"]] == ["GPT-2", "GPT-4", "toy", "ours"]
     assert [t["name"] for t in record["texts"]] == [*SIZES, "val"] and record["missing"] == {}
     tokenizer, row = toy_tokenizer(), record["texts"][-1]
     tokens = sum(len(ids) - 1 for ids in encode_documents(tokenizer, ["The cat sat.", "Is it <|bos|> 한?"]))
-    assert row["tokens"]["ours"] == row["tokens"][toy_folder] == tokens
+    assert row["tokens"]["ours"] == row["tokens"]["toy"] == tokens
     assert row["bytes"] == 12 + 18 and row["words"] == 7 and row["documents"] == 2
     gpt2 = row["tokens"]["GPT-2"]
     assert row["fewer_percent"]["GPT-2"] == pytest.approx(100 * (gpt2 - tokens) / gpt2, abs=0.01)
-    assert row["fewer_percent"][toy_folder] == 0 and row["bytes_per_token"]["GPT-2"] == pytest.approx(30 / gpt2, abs=1e-4)
+    assert row["fewer_percent"]["toy"] == 0 and row["bytes_per_token"]["GPT-2"] == pytest.approx(30 / gpt2, abs=1e-4)
     assert record["settings"]["max_bytes"] == 5_000_000 and record["statistics"]["used"].keys() == {"val"}
 
 
@@ -242,7 +247,8 @@ def test_a_tokenizer_that_loses_text_is_refused_by_the_texts_name():
     [
         ({"max_bytes": 0}, "max_bytes is 0"),
         ({"texts": ["news=a.txt"]}, "a.txt: cannot be read"),
-        ({"baselines": ["GPT-2"]}, "GPT-2 is the name of a column"),
+        ({"baselines": ["GPT-2"]}, "GPT-2 needs a name of its own"),
+        ({"baselines": ["a/tokenizer", "b/tokenizer"]}, "write name=b/tokenizer"),
         ({"val_files": ["nowhere.parquet"]}, "val_files: no file matches"),
     ],
 )

@@ -29,7 +29,7 @@ from modeling_nanochat.sources import first_line
 from modeling_nanochat.token_bytes import token_spellings
 from modeling_nanochat.tokenization_nanochat import special_token_ids
 from tokenizer_train.texts import Text, corpus_text, given_text, sample_texts
-from tokenizer_train.vocabularies import PUBLISHED, Vocabulary, load_baselines
+from tokenizer_train.vocabularies import Vocabulary, load_baselines, parse_baselines
 from tokenizer_train.vocabulary_statistics import vocabulary_statistics
 
 OURS = "ours"
@@ -51,15 +51,12 @@ class TokenizerEvaluateArguments:
         default=None,
         metadata={"help": "Folder with GPT-2's encoder.json and GPT-4's cl100k_base.tiktoken; else tiktoken downloads them."},
     )
-    baselines: list[str] = field(default_factory=list, metadata={"help": "Further tokenizers to compare with: folders or Hub ids."})
+    baselines: list[str] = field(default_factory=list, metadata={"help": "Further tokenizers to compare with: folders or Hub ids, also as name=folder."})
 
     def check(self) -> None:
         """Raise `UserError` on a setting that cannot be."""
         if self.max_bytes < 1:
             raise UserError(f"max_bytes is {self.max_bytes}; it must be at least 1")
-        for name in (OURS, *(published.name for published in PUBLISHED)):
-            if name in self.baselines:
-                raise UserError(f"baselines: {name} is the name of a column already; write ./{name} for a folder of that name")
 
 
 def main() -> None:
@@ -79,10 +76,11 @@ def evaluate_tokenizer(args: TokenizerEvaluateArguments) -> dict[str, Any]:
         UserError: A setting or a file is wrong, the tokenizer is none of ours, or a text does not come out as it went in.
     """
     args.check()
+    named = parse_baselines(args.baselines)
     started = time.perf_counter()
     tokenizer = load_tokenizer(args.tokenizer)
     texts = load_texts(args)
-    baselines, missing = load_baselines(args.vocabularies_dir, args.baselines)
+    baselines, missing = load_baselines(args.vocabularies_dir, named)
     encoder, spellings = BulkEncoder(tokenizer), token_spellings(tokenizer)
     rows, counts = [], {}
     for text in texts:

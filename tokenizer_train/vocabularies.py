@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -82,13 +82,13 @@ PUBLISHED = (
 
 
 def load_baselines(
-    folder: str | None = None, names: Sequence[str] = ()
+    folder: str | None = None, named: Mapping[str, str] | None = None
 ) -> tuple[list[Vocabulary], dict[str, str]]:
-    """GPT-2, GPT-4, and the Hugging Face tokenizers `names`; and for each that cannot be had, why not.
+    """GPT-2, GPT-4, and the Hugging Face tokenizers `named`; and for each that cannot be had, why not.
 
     Args:
         folder: With `encoder.json` and `cl100k_base.tiktoken`, in it or in a folder of it.
-        names: Folders or Hub ids.
+        named: Name of the column -> folder or Hub id.
 
     Raises:
         UserError: `folder` is none, or a file in it is not the vocabulary whose name it has.
@@ -96,7 +96,7 @@ def load_baselines(
     if folder is not None and not Path(folder).is_dir():
         raise UserError(f"vocabularies_dir {folder}: no such folder; give one with encoder.json and cl100k_base.tiktoken")
     loaders = {published.name: lambda p=published: read_published(p, folder) for published in PUBLISHED}
-    loaders |= {name: lambda name=name: hugging_face_vocabulary(name) for name in names}
+    loaders |= {name: lambda name=name, where=where: hugging_face_vocabulary(name, where) for name, where in (named or {}).items()}
     loaded, missing = [], {}
     for name, load in loaders.items():
         try:
@@ -236,10 +236,28 @@ def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
             yield parts[0], parts[1]
 
 
-def hugging_face_vocabulary(name: str) -> Vocabulary:
+def parse_baselines(arguments: Sequence[str]) -> dict[str, str]:
+    """Name of the column -> folder or Hub id, from `name=where`, or from `where` alone, whose last part is the name then.
+
+    Raises:
+        UserError: Two columns would have one name.
+    """
+    taken, named = {"ours", *(published.name for published in PUBLISHED)}, {}
+    for argument in arguments:
+        name, equals, where = argument.partition("=")
+        if not equals:
+            name, where = Path(argument).name, argument
+        if not name or not where or name in taken:
+            raise UserError(f"baselines: {argument} needs a name of its own in the table; write name={where or 'folder'}")
+        taken.add(name)
+        named[name] = where
+    return named
+
+
+def hugging_face_vocabulary(name: str, where: str) -> Vocabulary:
     """A tokenizer folder or Hub id. Control tokens spelled out in a text are taken as text."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:  # no such id, no network, broken files, code that would have to be trusted
         raise MissingVocabulary(f"could not be opened ({first_line(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -248,4 +266,4 @@ def hugging_face_vocabulary(name: str) -> Vocabulary:
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    return Vocabulary(name, len(tokenizer), name, fast_counter(backend))
+    return Vocabulary(name, len(tokenizer), where, fast_counter(backend))

@@ -26,7 +26,7 @@ from tokenizer_train.evaluate import (
     table_rows,
 )
 from tokenizer_train.texts import Text, corpus_text, given_text, sample_texts
-from tokenizer_train.vocabularies import PUBLISHED, load_baselines, merges_of, parse_baselines, read_ranks
+from tokenizer_train.vocabularies import PUBLISHED, load_baselines, parse_baselines, read_ranks
 from tokenizer_train.vocabulary_statistics import KINDS, kind_of, vocabulary_statistics
 
 SIZES = {"news": 1728, "korean": 1060, "code": 1393, "math": 1349, "science": 1156}
@@ -188,11 +188,6 @@ def test_without_tiktoken_and_without_files_a_line_says_what_to_install(without_
 def test_baselines_are_named_after_their_folder_or_as_one_likes():
     named = parse_baselines(["Qwen/Qwen3-0.6B", "runs/a/tokenizer", "other=runs/b/tokenizer"])
     assert named == {"Qwen3-0.6B": "Qwen/Qwen3-0.6B", "tokenizer": "runs/a/tokenizer", "other": "runs/b/tokenizer"}
-
-
-def test_merges_are_found_again_from_the_ranks():
-    ranks = {b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"bc": 4, b"abc": 5, b"abab": 6}
-    assert list(merges_of(ranks)) == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), (b"ab", b"ab")]
 
 
 def test_ranks_of_gpt2_are_the_bytes_behind_its_symbols():

@@ -11,15 +11,15 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from huggingface_hub import is_offline_mode
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from modeling_nanochat.byte_pairs import merges_of
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sources import first_line
 from modeling_nanochat.tokenization_nanochat import byte_symbols
@@ -211,29 +211,13 @@ def fast_counter(tokenizer: Tokenizer) -> Callable[[Sequence[str]], int]:
 def fast_tokenizer(ranks: dict[bytes, int], pattern: str) -> Tokenizer:
     """The same tokens by `tokenizers`. A piece of text that is a token is taken whole, as tiktoken does."""
     symbols = byte_symbols()
-
-    def spelled(token: bytes) -> str:
-        return "".join(symbols[byte] for byte in token)
-
-    vocabulary = {spelled(token): rank for token, rank in ranks.items()}
-    merges = [(spelled(left), spelled(right)) for left, right in merges_of(ranks)]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    vocabulary = {"".join(symbols[byte] for byte in token): rank for token, rank in ranks.items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges_of(ranks), ignore_merges=True))
     cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     return tokenizer
-
-
-def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair that each token was merged from, in order: what the earlier merges leave of its bytes."""
-    for token in sorted(ranks, key=ranks.get):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            _, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts)))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            yield parts[0], parts[1]
 
 
 def parse_baselines(arguments: Sequence[str]) -> dict[str, str]:

@@ -170,6 +170,14 @@ def test_a_download_that_fails_or_hangs_is_given_up(behaviour, words, monkeypatc
     assert time.perf_counter() - started < 2
 
 
+def test_what_tiktoken_downloads_is_read_from_its_cache(empty_cache, monkeypatch):
+    shared("data/tokenizers")
+    monkeypatch.setattr(vocabularies, "is_offline_mode", lambda: False)
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: empty_cache.exists() or fill_cache(empty_cache))
+    found, missing = load_baselines()
+    assert [(v.name, v.count(["hello world"])) for v in found] == [("GPT-2", 2), ("GPT-4", 2)] and not missing
+
+
 def test_a_file_that_is_not_the_vocabulary_is_refused(tmp_path):
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "gpt2" / "encoder.json").write_text("{}")

@@ -52,7 +52,7 @@ def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]
         messages = record["messages"]
         if has_call_parts(messages):
             messages = from_original(messages, where)
-        if record.get("tools"):
+        if record.get("tools") is not None:
             check_tools(record["tools"], where)
             tools = {"tools": record["tools"]}
     elif kind == "gsm8k":

@@ -16,21 +16,19 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from .exact_encoders import code_points, exact_encoder, split_pattern, unassigned
-from .tokenization_nanochat import check_blanks, escaped, whole_characters
+from .tokenization_nanochat import check_blanks, escaped, text_only, whole_characters
 
 MOST_THREADS = 4
 WORTH_A_THREAD = 32768  # characters; less text is encoded sooner than threads are started
 PART = 2**18  # characters of a long document that are encoded at once, up to the next place to cut at
 
 # Where every one of our patterns cuts, whatever stands before and after, so that text may be cut there beforehand:
-# - Behind a Latin letter or digit and in front of another ASCII character. Only contractions, runs of letters and runs of
-#   digits take a letter or digit, and they end where such runs end; none looks beyond. (`'l` is no contraction in front
-#   of a sign, as at the end of a text.)
+# - In front of a blank or tab that stands behind no blank. Patterns take one only as the first of a piece or in a run.
 # - Behind a line break between two characters that are no blanks. It ends the signs that it follows (`[\r\n]*`) or is
 #   taken alone (`\s*[\r\n]`, and `\s+` in GPT-2's); no alternative takes a line break together with what follows.
 # Nothing in the patterns looks back, and no escape (`<|` and a noncharacter) has either place inside. What Python calls
 # no blank is none to the regular expressions that cut: its blanks are theirs and \x1c-\x1f.
-PLACE_TO_CUT = re.compile(r"(?<=[A-Za-z0-9])(?=[\x00-/:-@\[-`{-\x7f])|(?<=\S\n)(?=\S)")
+PLACE_TO_CUT = re.compile(r"(?<=\S)(?=[ \t])|(?<=\S\n)(?=\S)")
 
 
 class BulkEncoder:
@@ -42,7 +40,7 @@ class BulkEncoder:
         self.tokenizer = text_only(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
         self.may_be_cut = split_pattern(self.tokenizer) is not None
         self.exact = exact_encoder(self.tokenizer)
-        self.unassigned = unassigned()
+        self.unassigned = None if self.exact is None else unassigned()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -51,8 +49,8 @@ class BulkEncoder:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids (n,) uint32 of each document, `<|bos|>` in front; control tokens spelled out stay ordinary characters.
 
-        Half a surrogate pair is read as U+FFFD. A document without a place to cut at (a hundred million times the same
-        letter) is encoded as a whole, which takes 25 bytes of memory a character by gigatoken, 50 by tiktoken and up to
+        Half a surrogate pair is read as U+FFFD. A document without a place to cut at, neither blanks nor line breaks between
+        words, is encoded as a whole, which takes 25 bytes of memory a character by gigatoken, 50 by tiktoken and up to
         150 by the fast tokenizer, and time that grows somewhat faster than its length, but not with its square.
 
         Raises:
@@ -108,11 +106,3 @@ def available_threads() -> int:
     """Cores of this process, shared with the other processes of the machine; no more than tokenization is worth."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def text_only(tokenizer: Tokenizer) -> Tokenizer:
-    """`tokenizer`, now taking control tokens in text for text, and neither cutting nor padding it."""
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

@@ -1,10 +1,12 @@
 """What a well-formed conversation is: `{"messages": [{"role", "content", "tool_calls"?}], "tools"?}`, in the order that the template renders."""
 
+from keyword import iskeyword
 from typing import Any
 
 from .errors import UserError
 
-# A tool result may only answer a call, and an assistant that called a tool must go on after the result.
+# A tool result may only answer a call, and an assistant that called a tool goes on after the result. A conversation may
+# end anywhere, also with a call or its result: then nothing is learnt of the turn's end.
 FOLLOWERS = {
     "start": {"system", "user"},
     "system": {"user"},
@@ -13,6 +15,7 @@ FOLLOWERS = {
     "call": {"tool"},
     "tool": {"tool", "assistant"},
 }
+INSTRUCTIONS = ("system", "developer")  # two names for one role
 
 
 def check_messages(messages: Any, where: str) -> None:
@@ -37,19 +40,33 @@ def check_message(message: Any, where: str) -> str:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f"{where}: expected an object with `role` and `content`")
     role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
-    if role not in ("system", "user", "assistant", "tool"):
+    if role not in (*INSTRUCTIONS, "user", "assistant", "tool"):
         raise UserError(f"{where}: unknown role {role!r}, expected system, user, assistant or tool")
     if not is_text(content) and not (content is None and role == "assistant" and calls):
         raise UserError(f"{where}: `content` must be a string or a list of text parts {{type: text, text}}")
+    if message.get("function_call") is not None:
+        raise UserError(f"{where}: `function_call` is not read; write it as one of `tool_calls`")
     if calls is not None and not isinstance(calls, list):
         raise UserError(f"{where}: `tool_calls` must be a list")
     for call in calls or []:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not all(
-            isinstance(function.get(key), kind) for key, kind in (("name", str), ("arguments", dict))
-        ):
-            raise UserError(f"{where}: a tool call needs `name` and `arguments` (an object, not a JSON string)")
-    return role
+        check_call(call, where)
+    return "system" if role in INSTRUCTIONS else role
+
+
+def check_call(call: Any, where: str) -> None:
+    """A call of python has its code and nothing else; one of another function can be written as a call in Python."""
+    function = (call.get("function") or call) if isinstance(call, dict) else {}
+    name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise UserError(f"{where}: a tool call needs `name` and `arguments` (an object, not a JSON string)")
+    if name == "python":
+        given = {key: value for key, value in arguments.items() if value is not None}
+        if given.keys() != {"code"} or not isinstance(given["code"], str):
+            raise UserError(f"{where}: a call of python needs `arguments` {{code: string}} and nothing else")
+        return
+    for word in (*name.split("."), *arguments):
+        if not word.isidentifier() or iskeyword(word):
+            raise UserError(f"{where}: {word!r} is no name in Python, which {name!r} is called in; rename it")
 
 
 def is_text(content: Any) -> bool:
@@ -62,8 +79,7 @@ def is_text(content: Any) -> bool:
 
 def check_tools(tools: Any, where: str) -> None:
     """Raise [`UserError`] naming `where` unless `tools` is a list of functions that the chat template can list."""
-    functions = [tool.get("function", tool) if isinstance(tool, dict) else None for tool in tools or []]
-    if (tools is not None and not isinstance(tools, list)) or any(
-        not isinstance(function, dict) or not isinstance(function.get("name"), str) for function in functions
-    ):
+    listed = tools if isinstance(tools, list) else [None]
+    functions = [(tool.get("function") or tool) if isinstance(tool, dict) else {} for tool in listed]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
         raise UserError(f"{where}: `tools` must be a list of {{type: function, function: {{name, description, parameters}}}}")

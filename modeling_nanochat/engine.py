@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .decoding import CompiledDecoder, Decoder
 from .errors import UserError
 from .python_tool import check_sandbox, run_python
-from .tokenization_nanochat import escaped, special_token_ids, whole_characters, whole_messages
+from .tokenization_nanochat import escaped, special_token_ids, text_only, whole_characters, whole_messages
 
 MAX_TOOL_CALLS = 8
 HALF_A_CHARACTER = "\ufffd"
@@ -66,10 +66,7 @@ class ChatCodec:
         self.stop = {ids["<|assistant_end|>"], ids["<|bos|>"]}
         self.tokenizer = tokenizer
         # A copy of its own: the flag is the tokenizer's state, and several threads may render prompts meanwhile.
-        self.plain = copy.deepcopy(tokenizer.backend_tokenizer)
-        self.plain.encode_special_tokens = True
-        self.plain.no_truncation()
-        self.plain.no_padding()
+        self.plain = text_only(copy.deepcopy(tokenizer.backend_tokenizer))
 
     def encode(self, text: str) -> list[int]:
         return self.plain.encode(escaped(whole_characters(text), self.plain), add_special_tokens=False).ids

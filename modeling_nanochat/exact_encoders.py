@@ -40,7 +40,7 @@ PROBE = " It's ſ'ſ WE'LL  a\t\tb \n\n c\r\n\r\n  1 22 333 4444 55555 ٣٣٣٣ 
 
 
 def exact_encoder(tokenizer: Tokenizer) -> Encode | None:
-    """The fastest installed encoder with the ids of `tokenizer`, or None where there is none or the ids could differ."""
+    """The installed encoder that is fastest on most text, with the ids of `tokenizer`; None where they could differ."""
     if split_pattern(tokenizer) is None or not merges_alike(tokenizer):
         return None
     return encoder_by(GigatokenEncoder, tokenizer) or encoder_by(TiktokenEncoder, tokenizer)
@@ -94,7 +94,7 @@ def merges_alike(tokenizer: Tokenizer) -> bool:
 
 
 def unassigned() -> np.ndarray:
-    """Code points (0x110000,) bool that are no characters yet, as far as the fast tokenizer knows.
+    """Code points (0x110000,) bool that are no characters yet as far as the fast tokenizer knows, or private ones.
 
     A library that follows a newer Unicode takes some for letters or numbers. The escape is among them, too.
     """

@@ -23,7 +23,8 @@ CALL, RESULT = "python", "python_output"
 
 def has_call_parts(messages: Any) -> bool:
     """Whether these are nanochat's own messages, told by a `python` or `python_output` part."""
-    contents = [message.get("content") for message in messages or [] if isinstance(message, dict)]
+    found = messages if isinstance(messages, list) else []
+    contents = [message.get("content") for message in found if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return any(isinstance(part, dict) and part.get("type") in (CALL, RESULT) for part in parts)
 
@@ -32,11 +33,13 @@ def from_original(messages: list[dict[str, Any]], where: str) -> list[dict[str, 
     """The messages, with every assistant message that has calls among its parts written as the several it is here.
 
     Raises:
-        UserError: A part is malformed, of an unknown type, or a call and its result do not follow each other.
+        UserError: A part is malformed or of an unknown type, text follows a call, or a result follows no call.
     """
     converted: list[dict[str, Any]] = []
     for number, message in enumerate(messages, start=1):
         if has_call_parts([message]):
+            if message.get("tool_calls"):
+                raise UserError(f"{where}, message {number}: calls are either `{CALL}` parts or `tool_calls`, not both")
             if message.get("role") != "assistant":
                 raise UserError(f"{where}, message {number}: only an assistant message can have `{CALL}` parts")
             converted += from_parts(message["content"], f"{where}, message {number}")

@@ -41,8 +41,11 @@ def expand(patterns: Sequence[str], what: str) -> list[str]:
     return files
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: str | Path, arrays_are: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Pairs of line number (from 1) and object, blank lines skipped.
+
+    Args:
+        arrays_are: Field of which a line that is an array holds the value; None refuses such lines.
 
     Raises:
         UserError: The file is missing, or a line is not a JSON object; names file and line.
@@ -53,16 +56,18 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield number, parse_line(line, f"{path}:{number}")
+                    yield number, parse_line(line, f"{path}:{number}", arrays_are)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
 
 
-def parse_line(line: str, where: str) -> dict[str, Any]:
+def parse_line(line: str, where: str, arrays_are: str | None = None) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); correct the line") from error
+    if isinstance(record, list) and arrays_are:
+        return {arrays_are: record}
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}; correct the line")
     return record

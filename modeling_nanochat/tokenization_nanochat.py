@@ -180,6 +180,14 @@ def removes_escapes(tokenizer: Tokenizer) -> bool:
     return cut is not None and [piece for piece, _ in cut.pre_tokenize_str(f"{PART_END}<|{ESCAPE}")] == ["<|"]
 
 
+def text_only(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer`, now taking control tokens in text for text, and neither cutting nor padding it."""
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def check_blanks(text: str) -> None:
     """Raises [`UserError`] for more blanks in a row than the fast tokenizer's regular expressions live through."""
     if len(text) >= TOO_MANY_BLANKS and any(len(run[0]) >= TOO_MANY_BLANKS for run in re.finditer(r"[^\S\r\n]+", text)):

@@ -26,7 +26,8 @@ def read_conversations(patterns: Sequence[str], what: str = "train_files") -> li
         if Path(name).suffix != ".jsonl":
             raise UserError(f"{what}: {name} is not a .jsonl file; write one conversation a line")
         before = len(conversations)
-        conversations += [to_conversation(record, f"{name}:{line}") for line, record in read_jsonl(name)]
+        lines = read_jsonl(name, arrays_are="messages")  # as the original's files of conversations have them
+        conversations += [to_conversation(record, f"{name}:{line}") for line, record in lines]
         if len(conversations) == before:
             raise UserError(f"{what}: {name} has no conversation in it; fill it or leave it out")
     return conversations

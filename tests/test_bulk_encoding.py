@@ -124,7 +124,7 @@ def test_every_character_is_split_alike(pattern):
     """Whatever versions of Unicode the libraries have; and what is no character yet goes to the tokenizer itself."""
     tokenizer = telling_tokenizer(pattern)
     ours, *others = (encoder_by(library, tokenizer) for library in ("tokenizers", "gigatoken", "tiktoken"))
-    assigned = np.flatnonzero(~ours.unassigned)
+    assigned = np.flatnonzero(~exact_encoders.unassigned())
     assert 155_000 < len(assigned) < 170_000
     known = [chr(point) for point in assigned if not 0xD800 <= point < 0xE000]
     for start in range(0, len(known), 5000):
@@ -248,10 +248,12 @@ def test_every_byte_string_comes_back(tokenizer, data):
 
 
 @every_library
-def test_an_encoder_can_be_sent_to_another_process(tokenizer, library):
+def test_an_encoder_can_be_pickled(tokenizer, library):
+    """A tokenizer from before the escape as well, which keeps control tokens out by a flag that pickling loses."""
     texts = [f"The cat's {i} 12345 <|bos|> " * 3000 for i in range(5)]
-    encoder = encoder_by(library, tokenizer, threads=2)
-    same_as_tokenizer(pickle.loads(pickle.dumps(encoder)), tokenizer, texts)
+    for one in (tokenizer, changed(tokenizer, no_escape)):
+        encoder = encoder_by(library, one, threads=2)
+        same_as_tokenizer(pickle.loads(pickle.dumps(encoder)), one, texts)
 
 
 def test_gigatoken_loaded_anew(tokenizer, monkeypatch):

@@ -194,6 +194,7 @@ def test_an_escaped_reply_is_not_continued_as_a_string(tokenizer):
 @settings(max_examples=50, deadline=None)
 @given(conversations(ANY))
 def test_transformers_own_remedy_changes_nothing(tokenizer, conversation):
+    """Versions without it take the word for a variable of the template, and write the same as well."""
     messages = messages_of(conversation)
     assert rendered(tokenizer, messages, sanitize_control_tokens=True) == rendered(tokenizer, messages)
 

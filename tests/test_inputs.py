@@ -67,7 +67,7 @@ def test_bad_conversations_are_named(messages, words):
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{nonsense", "not valid JSON"), ("[1, 2]", "expected a JSON object"), ('{"text": "x"}', "messages")],
+    [("{nonsense", "not valid JSON"), ("[1, 2]", "expected an object with `role`"), ("3", "expected a JSON object"), ('{"text": "x"}', "messages")],
 )
 def test_a_bad_line_is_named_with_its_file(tmp_path, line, words):
     path = tmp_path / "chats.jsonl"

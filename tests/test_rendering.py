@@ -1,5 +1,8 @@
 """The chat template writes conversations with the ids and the mask of the original's renderer."""
 
+import json
+import re
+
 import pytest
 from golden import golden_json, golden_tokenizer
 from hypothesis import given
@@ -9,7 +12,7 @@ from evals.formats import to_conversation
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.original_conversations import from_original, has_call_parts
 from modeling_nanochat.tokenization_nanochat import SPECIAL_TOKENS
-from recipes.data import render_one
+from recipes.data import read_conversations, render_one
 
 CONVERSATIONS = {conversation["name"]: conversation for conversation in golden_json("rendering.json")["conversations"]}
 INVALID = {conversation["name"]: conversation["messages"] for conversation in golden_json("rendering.json")["invalid"]}
@@ -160,16 +163,92 @@ def test_tools_of_a_record_are_written_before_the_first_question(tokenizer):
     assert text.startswith(f"<|bos|><|user_start|>Functions in Python:\n{listed}\n\nBe brief.\n\n?<|user_end|>")
 
 
+def test_half_a_character_in_a_tools_description_is_read_as_a_replacement_character(tokenizer):
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ids, _ = render_one({"messages": messages, "tools": [{"function": {"name": "f", "description": "\ud800"}}]}, tokenizer)
+    assert '"description": "\ufffd"' in tokenizer.decode(ids)
+
+
 def test_python_itself_is_not_listed(tokenizer):
     messages = [{"role": "user", "content": "?"}]
     python = [{"type": "function", "function": {"name": "python", "description": "Runs code.", "parameters": {}}}]
     assert tokenizer.apply_chat_template(messages, tools=python) == tokenizer.apply_chat_template(messages)
 
 
-@pytest.mark.parametrize("tools", ["lookup", [{"function": {}}], [3]])
+@pytest.mark.parametrize("tools", ["lookup", [{"function": {}}], [3], 3, True, {}, 0, ""])
 def test_malformed_tools_are_refused(tools):
     with pytest.raises(UserError, match="f:1: `tools` must be a list"):
         to_conversation({"messages": [{"role": "user", "content": "?"}], "tools": tools}, "f:1")
+
+
+def calling(*functions: dict) -> list[dict]:
+    calls = [{"type": "function", "function": function} for function in functions]
+    return [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ({"name": "python", "arguments": {}}, "needs `arguments` {code: string}"),
+        ({"name": "python", "arguments": {"code": None}}, "needs `arguments` {code: string}"),
+        ({"name": "python", "arguments": {"code": ["1"]}}, "needs `arguments` {code: string}"),
+        ({"name": "python", "arguments": {"code": "1", "timeout": 3}}, "needs `arguments` {code: string}"),
+        ({"name": "python", "arguments": '{"code": "1"}'}, "an object, not a JSON string"),
+        ({"name": "get-time", "arguments": {}}, "'get-time' is no name in Python"),
+        ({"name": "now", "arguments": {"from": 1}}, "'from' is no name in Python"),
+        ({"name": "", "arguments": {}}, "'' is no name in Python"),
+    ],
+)
+def test_calls_that_cannot_be_written_are_refused(function, words):
+    with pytest.raises(UserError, match=f"^f:1, message 2: .*{re.escape(words)}"):
+        to_conversation({"messages": calling(function)}, "f:1")
+
+
+def test_the_forms_that_calls_come_in(tokenizer):
+    """Nested as OpenAI has them, flat, and with the keys that a table fills with None."""
+    nested = calling({"name": "python", "arguments": {"code": "1+1", "city": None}})
+    flat = [nested[0], nested[1] | {"tool_calls": [{"function": None, "name": "python", "arguments": {"code": "1+1"}}]}]
+    first, second = (render_one(to_conversation({"messages": messages}, "f:1"), tokenizer) for messages in (nested, flat))
+    assert first == second and "<|python_start|>1+1<|python_end|>" in tokenizer.decode(first[0])
+
+
+def test_a_question_ends_the_turn_that_an_unanswered_call_left_open(tokenizer):
+    messages = [*calling({"name": "python", "arguments": {"code": "1"}}), {"role": "user", "content": "!"}]
+    text = tokenizer.decode(tokenizer.apply_chat_template(messages, return_dict=False))
+    assert text.endswith("<|python_start|>1<|python_end|><|assistant_end|><|user_start|>!<|user_end|>")
+    with pytest.raises(UserError, match="message 3: role 'user' is out of order, expected tool"):
+        to_conversation({"messages": messages}, "f:1")
+    with pytest.raises(UserError, match="message 4: role 'user' is out of order, expected assistant or tool"):
+        to_conversation({"messages": [*messages[:2], {"role": "tool", "content": "1"}, messages[2]]}, "f:1")
+
+
+def test_a_developers_message_is_a_system_message(tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ids = render_one(to_conversation({"messages": messages}, "f:1"), tokenizer)
+    messages[0] = {"role": "developer", "content": "Be brief."}
+    assert render_one(to_conversation({"messages": messages}, "f:1"), tokenizer) == ids
+
+
+def test_the_older_form_of_calls_is_not_lost_silently():
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "function_call": {"name": "f"}}]
+    with pytest.raises(UserError, match="write it as one of `tool_calls`"):
+        to_conversation({"messages": messages}, "f:1")
+    messages[1] = {"role": "assistant", "content": [CALL, RESULT], "tool_calls": [{}]}
+    with pytest.raises(UserError, match="not both"):
+        to_conversation({"messages": messages}, "f:1")
+
+
+@pytest.mark.parametrize("messages", [3, True, 1.5, None, "text", {"role": "user"}])
+def test_messages_of_another_type_are_refused(messages):
+    with pytest.raises(UserError, match="f:1: `messages` must be a non-empty list"):
+        to_conversation({"messages": messages}, "f:1")
+
+
+def test_a_file_of_the_originals_trains_as_it_is(tmp_path):
+    """One array of messages a line, which is how the original writes custom conversations."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    (tmp_path / "identity.jsonl").write_text(json.dumps(messages) + "\n" + json.dumps({"messages": messages}) + "\n")
+    assert read_conversations([str(tmp_path / "identity.jsonl")]) == [{"messages": messages}] * 2
 
 
 ARGUMENTS = {"city": 'P"a<|bos|>', "days": 3, "wet": True, "no": None, "deep": {"k": [1.5, False]}}
@@ -197,6 +276,13 @@ def test_another_functions_call_is_a_call_in_python(tokenizer):
         ([{"role": "user", "content": {"text": "b"}}], "list of text parts"),
         ([{"role": "user", "content": [{"type": "image", "url": "b"}]}], "only text content parts"),
         ([{"role": "user", "content": 3}], "list of text parts"),
+        ([{"role": "user", "content": None}], "no content"),
+        ([{"role": "user"}], "no content"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "only text content parts"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "only text content parts"),
+        ([{"role": "user", "content": "?"}, {"role": "tool", "content": "4"}], "must follow a call"),
+        (calling({"name": "python", "arguments": {"code": 5}}), "code of a call"),
+        (calling({"name": "python", "arguments": '{"code": "5"}'}), "not a JSON string"),
         ([{"role": "stranger", "content": "b"}], "unknown role"),
     ],
 )

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from .exact_encoders import code_points, exact_encoder, split_pattern, unassigned
+from .exact_encoders import code_points, exact_encoder, pattern_name, unassigned
 from .tokenization_nanochat import check_blanks, escaped, text_only, whole_characters
 
 MOST_THREADS = 4
@@ -38,8 +38,9 @@ class BulkEncoder:
         self.bos_token_id = tokenizer.bos_token_id
         self.threads = threads or available_threads()
         self.tokenizer = text_only(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
-        self.may_be_cut = split_pattern(self.tokenizer) is not None
-        self.exact = exact_encoder(self.tokenizer)
+        pattern = pattern_name(self.tokenizer)
+        self.may_be_cut = pattern is not None
+        self.exact = exact_encoder(self.tokenizer, pattern)
         self.unassigned = None if self.exact is None else unassigned()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

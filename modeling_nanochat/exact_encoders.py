@@ -39,24 +39,29 @@ LOADED_ANEW_AFTER = 2**28  # characters: gigatoken keeps every word that it has 
 PROBE = " It's ſ'ſ WE'LL  a\t\tb \n\n c\r\n\r\n  1 22 333 4444 55555 ٣٣٣٣ ½¾²³ naïve é 漢字かな 한국어 😀👩‍👩‍👧 ... !?\n\n//\x00\u200b\u3000 <|bos|>  "
 
 
-def exact_encoder(tokenizer: Tokenizer) -> Encode | None:
-    """The installed encoder that is fastest on most text, with the ids of `tokenizer`; None where they could differ."""
-    if split_pattern(tokenizer) is None or not merges_alike(tokenizer):
+def exact_encoder(tokenizer: Tokenizer, pattern: str | None) -> Encode | None:
+    """The installed encoder that is fastest on most text, with the ids of `tokenizer`; None where they could differ.
+
+    `pattern` is its `pattern_name`.
+    """
+    if pattern is None or not merges_alike(tokenizer):
         return None
-    return encoder_by(GigatokenEncoder, tokenizer) or encoder_by(TiktokenEncoder, tokenizer)
+    return encoder_by(GigatokenEncoder, tokenizer, pattern) or encoder_by(TiktokenEncoder, tokenizer, pattern)
 
 
-def encoder_by(library: "type[GigatokenEncoder | TiktokenEncoder]", tokenizer: Tokenizer) -> Encode | None:
+def encoder_by(
+    library: "type[GigatokenEncoder | TiktokenEncoder]", tokenizer: Tokenizer, pattern: str
+) -> Encode | None:
     """`library`'s encoder for a tokenizer of our structure; None if its ids are others or it cannot do it."""
     try:
-        encoder = library(tokenizer, split_pattern(tokenizer))
+        encoder = library(tokenizer, pattern)
         same = encoder(PROBE).tolist() == tokenizer.encode(PROBE, add_special_tokens=False).ids
     except Exception:  # not installed, or a version that knows other patterns or has another interface
         return None
     return encoder if same else None
 
 
-def split_pattern(tokenizer: Tokenizer) -> str | None:
+def pattern_name(tokenizer: Tokenizer) -> str | None:
     """Name of our pattern by which text is cut, where nothing else is done to it; with or without our escape."""
     description = json.loads(tokenizer.to_str())
     untouched = (

@@ -14,12 +14,12 @@ from typing import Any, get_args
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from modeling_nanochat.bulk_encoding import BulkEncoder, available_threads, text_only
+from modeling_nanochat.bulk_encoding import BulkEncoder, available_threads
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.exact_encoders import GigatokenEncoder, TiktokenEncoder, encoder_by, exact_encoder
+from modeling_nanochat.exact_encoders import GigatokenEncoder, TiktokenEncoder, encoder_by, exact_encoder, pattern_name
 from modeling_nanochat.sources import text_dataset
-from modeling_nanochat.tokenization_nanochat import escaped, whole_characters
+from modeling_nanochat.tokenization_nanochat import escaped, text_only, whole_characters
 from tokenizer_train.bpe import Trainer, choose_trainer, train_tokenizer
 
 
@@ -91,10 +91,11 @@ def encoding_ways(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[
         Way("fast tokenizer, one by one", lambda: [plain.encode(text, add_special_tokens=False).ids for text in inputs]),
         Way("fast tokenizer, as a batch", lambda: [row.ids for row in plain.encode_batch(inputs, add_special_tokens=False)]),
     ]
-    for library in (TiktokenEncoder, GigatokenEncoder) if exact_encoder(plain) else ():
-        for threads in (1, available_threads()) if encoder_by(library, plain) else ():
+    pattern = pattern_name(plain)
+    for library in (TiktokenEncoder, GigatokenEncoder) if exact_encoder(plain, pattern) else ():
+        for threads in (1, available_threads()) if encoder_by(library, plain, pattern) else ():
             encoder = BulkEncoder(tokenizer, threads)
-            encoder.exact = encoder_by(library, plain)  # of its own, so that none profits by what another has seen
+            encoder.exact = encoder_by(library, plain, pattern)  # of its own, so that none profits by what another has seen
             ways.append(Way(f"{library.__name__}, {threads} thread(s)", bulk(encoder, texts)))
     return ways
 

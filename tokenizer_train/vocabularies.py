@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from modeling_nanochat.byte_pairs import merges_of
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sources import first_line
-from modeling_nanochat.tokenization_nanochat import byte_symbols
+from modeling_nanochat.tokenization_nanochat import byte_symbols, text_only
 
 DOWNLOAD_SECONDS = 8.0  # for 1.5 MB
 PORTION = 256  # documents that are encoded at a time
@@ -246,8 +246,5 @@ def hugging_face_vocabulary(name: str, where: str) -> Vocabulary:
         raise MissingVocabulary(f"could not be opened ({first_line(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise MissingVocabulary(f"is no fast tokenizer but a {type(tokenizer).__name__}")
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
+    backend = text_only(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     return Vocabulary(name, len(tokenizer), where, fast_counter(backend))

@@ -11,6 +11,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .modeling_nanochat import CACHE
+
 SMALLEST_STEP = 64
 # A step takes a few milliseconds, so what Python does around its kernels counts; on a CPU so do Inductor's own kernels for
 # narrow products, which it compares with the BLAS library's while it compiles.
@@ -90,9 +92,9 @@ class Decoder:
             input_ids=ids,
             attention_mask=self.attention_mask,
             position_ids=self.position_ids,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: self.cache},
         )
         return output.logits[:, -1]
 

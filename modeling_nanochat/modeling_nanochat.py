@@ -12,7 +12,8 @@ differs is the initialisation (the original's: zero output projections and head)
 loss that never holds the logits of a whole batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -37,6 +39,54 @@ FLOAT16_REFUSED = (
     "NanoChat does not run in float16: the squared ReLU leaves its range and the output becomes NaN; "
     "load it with dtype=torch.bfloat16 or torch.float32"
 )
+
+
+# The name of the key-value cache in the calls that transformers makes and the outputs that it reads: `past_key_values`, and
+# from 5.24 on `cache`. A forward pass takes both.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+# What a forward pass takes beside its own arguments. Any other keyword is an error, as in every function: an argument that
+# a newer transformers has renamed would else be dropped without a word.
+EXTRA_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
+    # the loss
+    "ignore_index",
+    "shift_labels",
+    # transformers' continuous batching
+    "block_table",
+    "cache",
+    "logits_indices",
+    "logits_processor_args",
+    "read_index",
+    "write_index",
+    # servers that keep the cache in their attention functions
+    "attention_instances",
+    "forward_batch",
+    # read by transformers' decorators
+    "debug_io",
+    "debug_io_dir",
+    "prune_layers",
+    "return_dict",
+}
+
+
+def check_keywords(keywords: Iterable[str]) -> None:
+    """Raise TypeError for a keyword that no part of the model or of an attention function knows."""
+    if unknown := sorted(set(keywords) - EXTRA_KEYWORDS):
+        raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
+
+
+def pop_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Cache | None:
+    """The key-value cache under either name, taken out of `kwargs`.
+
+    Up to transformers 5.23 a `cache` that is no `Cache` is continuous batching's. There the attention functions update it,
+    so it stays in `kwargs`.
+    """
+    if CACHE != "cache" and not isinstance(kwargs.get("cache"), Cache):
+        return past_key_values
+    cache = kwargs.pop("cache", None)
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("give the key-value cache once, as cache or as past_key_values")
+    return past_key_values if cache is None else cache
 
 
 class NanoChatRMSNorm(nn.Module):
@@ -159,8 +209,9 @@ class NanoChatAttention(nn.Module):
         query, key, value = (part.view(shape).transpose(1, 2) for part in (query, key, value))
         query = self.qk_norm(apply_rotary(query, *position_embeddings))
         key = self.qk_norm(apply_rotary(key, *position_embeddings))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = pop_cache(past_key_values, kwargs)
+        if cache is not None:  # a paged cache also writes into `kwargs` what its attention functions need
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
         backend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -210,7 +261,7 @@ class NanoChatPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["NanoChatDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -277,23 +328,30 @@ class NanoChatModel(NanoChatPreTrainedModel):
             attention_mask: (B, S) ones and zeros for padding, a ready mask, or None.
             position_ids: (B, T). Restarting at 0 inside a row separates packed documents; needs `attention_mask=None`
                 and `use_cache=False`.
+            kwargs: `cache`, the newer name of `past_key_values`; what [`EXTRA_KEYWORDS`] lists.
+
+        Raises:
+            TypeError: A keyword that is unknown.
+            ValueError: Both or none of `input_ids` and `inputs_embeds`, or two caches.
         """
+        check_keywords(kwargs)
+        cache = pop_cache(past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = self.norm(inputs_embeds)
@@ -303,10 +361,10 @@ class NanoChatModel(NanoChatPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """(B, T) -> (B, T, C); under autocast in its dtype, as in the original, so that the whole stream is."""
@@ -361,15 +419,16 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
                 learnt (no argument by name, or transformers' Trainer would look for it in every batch).
                 `num_items_in_batch` divides the summed loss instead of the number of labels here.
         """
+        cache = pop_cache(past_key_values, kwargs)
         shift_labels = kwargs.pop("shift_labels", None)
         shift_labels = None if shift_labels is None else shift_labels.contiguous()  # a slice may come; the loss views it
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
         # written out because `slice_logits_to_keep` is missing in the oldest supported transformers
@@ -386,7 +445,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

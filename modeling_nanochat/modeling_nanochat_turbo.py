@@ -24,12 +24,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanochat_turbo import NanoChatTurboConfig
 from .modeling_nanochat import (
+    CACHE,
     NanoChatAttention,
     NanoChatDecoderLayer,
     NanoChatForCausalLM,
     NanoChatModel,
     NanoChatPreTrainedModel,
+    check_keywords,
     eager_attention_forward,
+    pop_cache,
 )
 
 VALUE_GATE_CHANNELS = 12
@@ -37,6 +40,7 @@ VALUE_GATE_RANGE = 3.0
 SMEAR_GATE_CHANNELS = 24
 DIGIT_BITS = 8  # integers up to 2^8 are exact in bfloat16
 DIGITS = 3
+OUTSIDE_CACHES = {"attention_instances", "forward_batch"}  # what vLLM and SGLang pass to their attention functions
 
 
 class NanoChatTurboAttention(NanoChatAttention):
@@ -107,7 +111,7 @@ class NanoChatTurboMemory(nn.Module):
         position_ids: torch.Tensor,
         dtype: torch.dtype,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """Token ids and positions (B, T) -> the ids one position back (B, T); anything where there is none.
@@ -115,7 +119,8 @@ class NanoChatTurboMemory(nn.Module):
         Raises:
             ValueError: A quantized cache, which would round the ids.
         """
-        if isinstance(past_key_values, QuantizedCache):
+        cache = pop_cache(past_key_values, kwargs)
+        if isinstance(cache, QuantizedCache):
             raise ValueError(
                 "turbo keeps token ids in its cache, which a quantized cache would round; use another cache"
             )
@@ -125,8 +130,8 @@ class NanoChatTurboMemory(nn.Module):
         position_ids = position_ids.expand_as(input_ids)
         query = self.spread(self.points(position_ids - 1), dtype)
         key = self.spread(self.points(position_ids), dtype)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         window = {"sliding_window": self.sliding_window}
         recalled, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, **window, **kwargs)
@@ -232,20 +237,29 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         """Hidden states (B, T, C) after the last norm; arguments as in [`NanoChatModel.forward`].
 
         Raises:
-            ValueError: `inputs_embeds` alone: value embeddings and smear read token ids; or drafting by early exit.
+            TypeError: A keyword that is unknown.
+            ValueError: `inputs_embeds` alone: value embeddings and smear read token ids; drafting by early exit; or an engine
+                that keeps the cache outside of the model.
         """
+        check_keywords(kwargs)
+        if OUTSIDE_CACHES & kwargs.keys():
+            raise ValueError(
+                "turbo remembers the token before each token in the model's own cache, and an engine that keeps the cache in "
+                "its attention functions would hand it another request's: serve it with transformers, or train plain"
+            )
+        cache = pop_cache(past_key_values, kwargs)
         if self.config.num_hidden_layers != len(self.layers):
             raise ValueError("turbo cannot draft by early exit: its last layers take out what the middle ones put in")
         if input_ids is None:
             raise ValueError("give input_ids: value embeddings and smear read token ids, not inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = self.positions(inputs_embeds, attention_mask, past_key_values)
-        masks = self.masks(inputs_embeds, attention_mask, past_key_values, position_ids)
-        shared = {"position_ids": position_ids, "past_key_values": past_key_values, **kwargs}
+            position_ids = self.positions(inputs_embeds, attention_mask, cache)
+        masks = self.masks(inputs_embeds, attention_mask, cache, position_ids)
+        shared = {"position_ids": position_ids, CACHE: cache, **kwargs}
 
         normed = self.norm(inputs_embeds)
         previous = self.previous(normed, input_ids, masks, **shared)
@@ -265,14 +279,14 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
             if i == len(self.layers) // 2:
                 halfway = hidden_states
         hidden_states = self.norm(hidden_states - self.backout_lambda * halfway)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
     @staticmethod
     def positions(
-        inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+        inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
     ) -> torch.Tensor:
         """Positions (B, T) counted from the first token that is no padding, which smear must know."""
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen = cache.get_seq_length() if cache is not None else 0
         columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
         if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
@@ -282,7 +296,7 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: torch.Tensor,
     ) -> dict[str, torch.Tensor | None]:
         """One mask per kind of layer; `generate` with a static cache and continuous batching bring them ready."""
@@ -292,8 +306,8 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
             "config": self.config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
             "position_ids": position_ids,
+            CACHE: cache,
         }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         return {kind: make[kind](**arguments) for kind in dict.fromkeys(self.config.layer_types)}
@@ -303,15 +317,14 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         normed: torch.Tensor,
         input_ids: torch.Tensor,
         masks: dict[str, torch.Tensor | None],
-        past_key_values: Cache | None,
         position_ids: torch.Tensor,
         **kwargs,
     ) -> torch.Tensor:
         """Normed embeddings (B, T, C) of the tokens one position back: shifted, or recalled where there is a cache."""
-        if past_key_values is None and kwargs.get("cache") is None:  # `cache`: continuous batching's
+        if kwargs.get(CACHE) is None and kwargs.get("cache") is None:  # `cache`: continuous batching's, of old
             return F.pad(normed[:, :-1], (0, 0, 1, 0))
         mask = masks[self.memory.layer_type]
-        ids = self.memory(input_ids, position_ids, normed.dtype, mask, past_key_values, **kwargs)
+        ids = self.memory(input_ids, position_ids, normed.dtype, mask, **kwargs)
         return self.norm(self.embed(ids))
 
     def smear(self, normed: torch.Tensor, previous: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers.models.nanochat import NanoChatForCausalLM as BuiltInModel
 from transformers.utils.generic import find_labels
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
+from modeling_nanochat.modeling_nanochat import CACHE
 from modeling_nanochat.modeling_nanochat_turbo import NanoChatTurboMemory
 
 
@@ -107,8 +108,9 @@ def test_greedy_decoding_is_the_originals(golden, cache):
     assert (torch.cat(generated.logits) - tensors["decode_logits"]).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
 @pytest.mark.parametrize("length", [24, 180])
-def test_chunks_into_a_filled_cache_equal_one_pass(golden, length):
+def test_chunks_into_a_filled_cache_equal_one_pass(golden, length, name):
     """Where the original is wrong for its newer architecture: the first token of a later chunk lost its smear."""
     model, tensors, _ = golden
     ids = tensors["input_ids"].repeat(1, 5)[:, : min(length, model.config.max_position_embeddings)]
@@ -117,7 +119,9 @@ def test_chunks_into_a_filled_cache_equal_one_pass(golden, length):
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
         for start, stop in itertools.pairwise(cuts):
-            pieces.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits)
+            output = model(ids[:, start:stop], **{name: cache}, use_cache=True)
+            pieces.append(output.logits)
+            assert output[CACHE] is cache
     assert (torch.cat(pieces, dim=1) - whole).abs().max() < 2e-5
 
 
@@ -238,6 +242,35 @@ def test_a_mask_alone_tells_the_positions_also_with_a_static_cache(either_model)
     assert (logits.logits[:, -1] - expected).abs().max() < 2e-5
 
 
+def test_a_cache_may_come_under_either_name_but_only_one_cache(either_model):
+    ids = torch.arange(6).unsqueeze(0)
+    one, other = (DynamicCache(config=either_model.config) for _ in range(2))
+    with torch.no_grad():
+        either_model(ids, past_key_values=one, cache=one)
+        assert one.get_seq_length() == 6
+        with pytest.raises(ValueError, match="once"):
+            either_model(ids, past_key_values=one, cache=other)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_unknown_keyword_is_an_error_and_not_ignored(either_model, training):
+    ids = torch.arange(6).unsqueeze(0)
+    either_model.train(training)
+    for call in (either_model, either_model.model):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'attention_maks'"):
+            call(ids, attention_maks=torch.ones(1, 6))
+
+
+@pytest.mark.parametrize("keyword", ["attention_instances", "forward_batch"])
+def test_turbo_refuses_engines_that_keep_the_cache_outside(keyword):
+    """They would hand smear the token of another request; plain has no such memory."""
+    ids = torch.arange(6).unsqueeze(0)
+    with pytest.raises(ValueError, match="serve it with transformers, or train plain"):
+        random_model("turbo").model(ids, use_cache=False, **{keyword: {}})
+    with torch.no_grad():
+        random_model("plain").model(ids, use_cache=False, **{keyword: {}})
+
+
 def test_gradient_checkpointing_changes_no_gradient(either_model):
     ids = torch.arange(60).reshape(2, 30)
 
@@ -248,7 +281,8 @@ def test_gradient_checkpointing_changes_no_gradient(either_model):
 
     either_model.train()
     plainly = gradients()
-    either_model.gradient_checkpointing_enable()
+    enable = "activation_checkpointing_enable"  # its name from transformers 5.23 on
+    getattr(either_model, enable, either_model.gradient_checkpointing_enable)()
     for name, gradient in gradients().items():
         assert torch.equal(gradient, plainly[name]), name
 

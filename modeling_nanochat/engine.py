@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .decoding import CompiledDecoder, Decoder
 from .errors import UserError
 from .python_tool import check_sandbox, run_python
+from .self_check import check_cached_decoding
 from .tokenization_nanochat import escaped, special_token_ids, text_only, whole_characters, whole_messages
 
 MAX_TOOL_CALLS = 8
@@ -213,7 +214,8 @@ class Engine:
         compile: Compile the decoding step: slower to the first token, faster ever after. One turn or batch at a time.
 
     Raises:
-        UserError: The tokenizer is no chat tokenizer, or the sandbox of the python tool is missing.
+        UserError: The tokenizer is no chat tokenizer, the sandbox of the python tool is missing, or the model does not decode
+            with its cache what it computes without.
     """
 
     def __init__(
@@ -228,6 +230,7 @@ class Engine:
             check_sandbox()
         self.model = model.eval()
         self.codec = chat_codec(tokenizer)
+        check_cached_decoding(self.model)
         self.vocabulary = min(len(tokenizer), model.config.vocab_size)
         self.context = model.config.max_position_embeddings
         self.tool = tool

@@ -1,15 +1,17 @@
 """The checks that chat, server and rollouts make before they rely on a model."""
 
 import copy
+import runpy
 import time
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_model
 from golden import plain_model, turbo_model
 
-from modeling_nanochat import ARCHITECTURES, NanoChatModel, NanoChatTurboModel, self_check
+from modeling_nanochat import ARCHITECTURES, NanoChatModel, NanoChatTurboModel, chat, self_check
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.self_check import (
     FLOAT32_LIMIT,
@@ -154,3 +156,15 @@ def test_versions_outside_of_the_tested_ones_are_named_with_both(monkeypatch):
         monkeypatch.setattr(self_check, "version", lambda name, v=installed: v if name == "transformers" else real(name))
         (line,) = [line for line in untested_versions() if line.startswith("transformers ")]
         assert installed in line and ">=5.17" in line
+
+
+def test_the_chat_refuses_a_model_whose_cache_is_ignored(toy_model_folder, ignored_cache):
+    with pytest.raises(UserError, match="does not get from the model's cache"):
+        chat.start([str(toy_model_folder), "--prompt", "Hi"])
+
+
+def test_the_page_refuses_a_model_whose_cache_is_ignored(toy_model_folder, ignored_cache):
+    pytest.importorskip("gradio")
+    page = runpy.run_path(str(Path(__file__).parents[1] / "space" / "app.py"))
+    with pytest.raises(UserError, match="does not get from the model's cache"):
+        page["start"]([str(toy_model_folder)])

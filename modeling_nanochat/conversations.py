@@ -48,6 +48,8 @@ def check_message(message: Any, where: str) -> str:
         raise UserError(f"{where}: `function_call` is not read; write it as one of `tool_calls`")
     if calls is not None and not isinstance(calls, list):
         raise UserError(f"{where}: `tool_calls` must be a list")
+    if calls and role != "assistant":
+        raise UserError(f"{where}: only a message of the assistant has `tool_calls`, not one of {role!r}")
     for call in calls or []:
         check_call(call, where)
     return "system" if role in INSTRUCTIONS else role

@@ -116,6 +116,16 @@ def build_tokenizer(
     )
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+    """Write the tokenizer's files into `folder`, the chat template where each library looks for it.
+
+    That is `chat_template.jinja` for transformers, which would write nothing else, and the key `chat_template` of
+    `tokenizer_config.json` for most others (transformers.js, servers in Rust and C++).
+    """
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    tokenizer.save_chat_templates(folder, {}, filename_prefix=None, save_jinja_files=True)
+
+
 def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Name -> id of the nine control tokens.
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from evals.records import write_json
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import whole_folder
-from modeling_nanochat.tokenization_nanochat import set_special_tokens
+from modeling_nanochat.tokenization_nanochat import save_tokenizer, set_special_tokens
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "trl", "huggingface_hub")
 
@@ -131,7 +131,7 @@ def finish_stage(
     try:
         with whole_folder(args.output_dir) as folder:
             model.save_pretrained(folder, state_dict=weights)
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
             (folder / "README.md").write_text(card(record), encoding="utf-8")
         write_json(beside(args.output_dir, "stages", ".json"), record)
     except (OSError, SafetensorError) as error:

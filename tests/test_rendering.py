@@ -222,6 +222,13 @@ def test_a_question_ends_the_turn_that_an_unanswered_call_left_open(tokenizer):
         to_conversation({"messages": [*messages[:2], {"role": "tool", "content": "1"}, messages[2]]}, "f:1")
 
 
+@pytest.mark.parametrize("role", ["user", "system", "tool"])
+def test_only_an_assistants_message_has_calls(role):
+    messages = [*calling({"name": "python", "arguments": {"code": "1"}})[: 2 if role == "tool" else 0]]
+    with pytest.raises(UserError, match=f"only a message of the assistant has `tool_calls`, not one of '{role}'"):
+        to_conversation({"messages": [*messages, calling({"name": "f", "arguments": {}})[1] | {"role": role}]}, "f:1")
+
+
 def test_a_developers_message_is_a_system_message(tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     ids = render_one(to_conversation({"messages": messages}, "f:1"), tokenizer)
@@ -282,10 +289,39 @@ def test_another_functions_call_is_a_call_in_python(tokenizer):
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "only text content parts"),
         ([{"role": "user", "content": "?"}, {"role": "tool", "content": "4"}], "must follow a call"),
         (calling({"name": "python", "arguments": {"code": 5}}), "code of a call"),
+        (calling({"name": "python", "arguments": {"code": None}}), "code of a call"),
+        (calling({"name": "python", "arguments": {"city": None}}), "code of a call"),
+        (calling({"name": "python", "arguments": {"expression": "1+1"}}), "code as the argument 'code' and no other, not 'expression'"),
+        (calling({"name": "python", "arguments": {"code": "1", "timeout": 3}}), "no other, not 'timeout'"),
         (calling({"name": "python", "arguments": '{"code": "5"}'}), "not a JSON string"),
+        (calling({"name": "python"}), "arguments must be a dict"),
+        (calling({"arguments": {"code": "5"}}), "call has no name"),
+        (calling({"name": "", "arguments": {"code": "5"}}), "call has no name"),
+        ([{"role": "assistant", "tool_calls": {"name": "python", "arguments": {"code": "5"}}}], "tool_calls must be a list"),
+        ([{"role": "assistant", "tool_calls": "5"}], "tool_calls must be a list"),
+        ([{"role": "user", "content": "?", "tool_calls": [{"name": "f", "arguments": {}}]}], "only a message of the assistant"),
+        ([{"role": "assistant", "content": "a", "function_call": {"name": "f"}}], "function_call is not read"),
+        ([{"role": "assistant", "content": 0}], "list of text parts"),
+        ([{"role": "assistant", "content": {}}], "list of text parts"),
         ([{"role": "stranger", "content": "b"}], "unknown role"),
     ],
 )
 def test_the_template_loses_nothing_silently(tokenizer, messages, words):
     with pytest.raises(Exception, match=words):
         tokenizer.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("tools", [[{"type": "function", "function": {"parameters": {}}}], [{"name": None}]])
+def test_a_tool_without_a_name_is_not_listed_silently(tokenizer, tools):
+    with pytest.raises(Exception, match="functions with a name"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tools=tools)
+
+
+def test_documents_are_not_dropped_silently(tokenizer):
+    with pytest.raises(Exception, match="documents are not read"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], documents=[{"title": "a", "text": "b"}])
+
+
+def test_what_trl_renders_to_see_what_follows_a_call_is_an_empty_call(tokenizer):
+    text = tokenizer.decode(tokenizer.apply_chat_template(calling({"name": "python", "arguments": {}}), return_dict=False))
+    assert text.endswith("<|assistant_start|><|python_start|><|python_end|>")

@@ -1,3 +1,6 @@
+import copy
+import json
+
 import pytest
 from golden import golden_json
 from hypothesis import given
@@ -10,6 +13,7 @@ from modeling_nanochat.tokenization_nanochat import (
     SPECIAL_TOKENS,
     byte_symbols,
     encode_documents,
+    save_tokenizer,
     special_token_ids,
 )
 from tokenizer_train.bpe import train_tokenizer
@@ -39,12 +43,27 @@ def test_training_gives_the_originals_vocabulary():
 
 
 def test_special_tokens_come_last_and_survive_a_save(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
     opened = AutoTokenizer.from_pretrained(tmp_path)
     assert list(special_token_ids(opened).values()) == list(range(len(opened) - 9, len(opened)))
     assert (opened.bos_token, opened.eos_token, opened.padding_side) == ("<|bos|>", "<|assistant_end|>", "left")
     assert opened.chat_template == tokenizer.chat_template
-    assert (tmp_path / "chat_template.jinja").exists()
+
+
+def test_the_template_is_saved_where_each_library_looks_for_it(tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["chat_template"] == (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "alone")
+    assert config.pop("chat_template") and config == json.loads((tmp_path / "alone" / "tokenizer_config.json").read_text())
+
+
+def test_several_templates_and_none_are_saved_as_well(tokenizer, tmp_path):
+    tokenizer = copy.copy(tokenizer)
+    for template in ({"default": "a", "tool_use": "b"}, None):
+        tokenizer.chat_template = template
+        save_tokenizer(tokenizer, tmp_path / str(template is None))
+        assert AutoTokenizer.from_pretrained(tmp_path / str(template is None)).chat_template == template
 
 
 @given(st.text())

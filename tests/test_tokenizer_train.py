@@ -57,6 +57,7 @@ def test_the_script_leaves_a_tokenizer_that_opens_anywhere_and_a_record(train, t
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert len(tokenizer) == 300 and tokenizer.model_max_length == 128
     assert tokenizer.response_template == RESPONSE_TEMPLATE and (folder / "chat_template.jinja").exists()
+    assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == tokenizer.chat_template
     sizes = load_file(folder / "token_bytes.safetensors")["token_bytes"]
     assert sizes.dtype == "int32" and sizes.tolist() == token_bytes(tokenizer).tolist() and sizes[-9:].sum() == 0
     record = json.loads((tmp_path / "run" / "stages" / "tokenizer.json").read_text())

@@ -29,7 +29,7 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import whole_folder
 from modeling_nanochat.token_bytes import token_bytes
-from modeling_nanochat.tokenization_nanochat import encode_documents
+from modeling_nanochat.tokenization_nanochat import encode_documents, save_tokenizer
 from tokenizer_train.bpe import check_request, choose_trainer, train_tokenizer
 from tokenizer_train.mixture import (
     Source,
@@ -169,7 +169,7 @@ def save(tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
     """The folder, whole or not at all, with the bytes of each token (V,) int32 for bits per byte."""
     try:
         with whole_folder(target) as folder:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
             save_file({"token_bytes": token_bytes(tokenizer)}, folder / "token_bytes.safetensors")
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror or error}); pass another --output_dir") from error

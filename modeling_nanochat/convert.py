@@ -28,6 +28,7 @@ from .cli import parse
 from .configuration_nanochat import NanoChatConfig
 from .errors import UserError, exit_on_user_error
 from .folders import whole_folder
+from .hub import find_folder
 from .loading import load_tokenizer
 from .original_checkpoint import (
     dtype_name,
@@ -37,9 +38,9 @@ from .original_checkpoint import (
     turbo_places,
 )
 from .original_config import Architecture, OriginalConfig, config_from_original, config_to_original
-from .original_files import locate, pick_step, read_config, read_meta, read_safetensors, read_tensors, steps
+from .original_files import pick_step, read_config, read_meta, read_safetensors, read_tensors, steps
 from .pickled_tokenizer import load_pickled_tokenizer
-from .tokenization_nanochat import set_special_tokens, special_token_ids
+from .tokenization_nanochat import save_tokenizer, set_special_tokens, special_token_ids
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
@@ -108,12 +109,12 @@ def convert(args: ConvertArguments) -> None:
 
 def to_hub(args: ConvertArguments) -> None:
     """Original checkpoint -> model folder with tokenizer, template, generation settings and card."""
-    folder = locate(args.input, "config.json", "meta_*.json", "tokenizer*", "special_tokens_map.json", "*.jinja")
+    folder = find_folder(args.input, "config.json", "meta_*.json", "tokenizer*", "special_tokens_map.json", "*.jinja")
     if not steps(folder) and (folder / "config.json").is_file():
         refuse_model_folder(args, folder)
     step = pick_step(folder, args.step)
     sizes = read_meta(folder / f"meta_{step:06d}.json")
-    path = locate(args.input, f"model_{step:06d}.pt") / f"model_{step:06d}.pt"
+    path = find_folder(args.input, f"model_{step:06d}.pt") / f"model_{step:06d}.pt"
     try:
         state_dict, architecture = state_dict_from_original(read_tensors(path), sizes)
         config = config_from_original(sizes, architecture)
@@ -128,7 +129,7 @@ def to_hub(args: ConvertArguments) -> None:
     model = build_model(config, {name: tensor.to(dtype) for name, tensor in state_dict.items()}, tokenizer)
     with whole_folder(args.output_dir) as target:
         model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        save_tokenizer(tokenizer, target)
         (target / "README.md").write_text(model_card(args, model, architecture, step), encoding="utf-8")
     print(
         f"{args.output_dir}: {architecture}, step {step}, {model.num_parameters():,} parameters in {dtype_name(model.dtype)}"
@@ -137,7 +138,7 @@ def to_hub(args: ConvertArguments) -> None:
 
 def to_original(args: ConvertArguments) -> None:
     """Model folder -> `model_<step>.pt` and `meta_<step>.json`: launch layout for plain, current layout for turbo."""
-    folder = locate(args.input, "config.json", "*.safetensors", "*.safetensors.index.json")
+    folder = find_folder(args.input, "config.json", "*.safetensors", "*.safetensors.index.json")
     if not (folder / "config.json").is_file():
         what = "a checkpoint of the original already" if steps(folder) else "no model folder, it has no config.json"
         raise UserError(f"{args.input}: {what}; --to {args.to} takes a model folder")
@@ -178,7 +179,7 @@ def open_tokenizer(args: ConvertArguments, folder: Path, sizes: OriginalConfig) 
     if place.is_dir() and not (place / "tokenizer.json").is_file():
         tokenizer = unpickle_tokenizer(pickled, args.allow_pickle, sizes.sequence_len)
     else:
-        tokenizer = load_tokenizer(str(place) if place.is_dir() else name)
+        tokenizer = load_tokenizer(find_folder(name), name)
     try:
         special_token_ids(tokenizer)
     except UserError as error:

@@ -1,19 +1,26 @@
 """Opening a model folder or Hub id: checked first, so that what is wrong with it is told in one line.
 
-Weights are read from safetensors only, and no code that a checkpoint carries is run.
+Weights are read from safetensors inside the folder only, and no code that a checkpoint carries is run.
 """
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
+from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .errors import UserError
+from .hub import find_folder
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HFValidationError)
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+STAGES = ("base", "mid", "sft", "rl")
+MERGE = "AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')"
 
 
 def pick_device() -> torch.device:
@@ -37,70 +44,152 @@ def load_model_and_tokenizer(
         device: Default: `pick_device()`.
 
     Raises:
-        UserError: No such folder or Hub id; config, safetensors or tokenizer are missing or do not fit together.
+        UserError: No such folder or Hub id; config, safetensors or tokenizer are missing or do not fit together; a
+            weight is not finite.
     """
     device = torch.device(device) if device is not None else pick_device()
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
     name = str(name_or_path)
-    check_exists(name)
-    tokenizer = load_tokenizer(name)
-    model = load_model(name, dtype)
+    folder = find_folder(name)
+    check_folder(folder, name)
+    tokenizer = load_tokenizer(folder, name)
+    model = load_model(folder, name, dtype)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
             "they are not from the same training, copy the right tokenizer into the folder"
         )
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    if broken := first_not_finite(model):
+        raise UserError(
+            f"{name}: {broken} has values that are not finite; the training diverged, take another checkpoint"
+        )
+    return model, tokenizer
 
 
-def check_exists(name: str) -> None:
-    """Raise [`UserError`] for a folder that is missing or lacks a part; a Hub id is left to the Hub."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        check_folder(folder)
-    elif folder.exists():
-        raise UserError(f"{name}: a file, expected a model folder or a Hub id")
-    elif name.startswith(("/", ".", "~")) or name.count("/") != 1 or folder.parent.is_dir():  # `runs/mid` is no Hub id
-        raise UserError(f"{name}: no such folder; give a model folder that a training stage wrote, or a Hub id")
-
-
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, name: str) -> None:
+    """Raise [`UserError`] for a folder that lacks a part, or that would have weights read from elsewhere or unpickled."""
+    if (folder / "adapter_config.json").is_file():  # transformers would open the base model that it names
+        raise UserError(
+            f"{name}: a PEFT adapter, not a whole model; merge it into its base model with peft's "
+            f"{MERGE.format(name=name)}, copy the tokenizer's files into `merged` and give that"
+        )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: has no config.json, so it is no model folder; did the training stage finish?")
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        pickled = " (pickled weights are not opened, convert them)" if list(folder.glob("*.bin")) else ""
-        raise UserError(f"{folder}: has no model.safetensors{pickled}; did the training stage finish?")
+        raise UserError(f"{name}: has no config.json, so it is no model folder; did the training stage finish?")
+    if "transformers_weights" in read_json(folder / "config.json", name):  # transformers reads that file instead
+        raise UserError(
+            f"{name}: config.json has `transformers_weights`; rename the file to {WEIGHTS}, remove the key"
+        )
+    if not (folder / WEIGHTS).is_file():
+        check_shards(folder, name)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
-            f"{folder}: has no tokenizer.json; copy the tokenizer folder that the model was trained with into it"
+            f"{name}: has no tokenizer.json; copy the tokenizer folder that the model was trained with into it"
         )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def check_shards(folder: Path, name: str) -> None:
+    """Raise [`UserError`] unless the index names safetensors of this folder, all of which are there.
+
+    transformers would open whatever path it names, pickles too. Links are followed: the Hub's cache consists of them.
+    """
+    if not (folder / WEIGHTS_INDEX).is_file():
+        pickled = " (pickled weights are not opened, convert them)" if list(folder.glob("*.bin")) else ""
+        raise UserError(f"{name}: has no {WEIGHTS}{pickled}; did the training stage finish, or the download?")
+    shards = read_json(folder / WEIGHTS_INDEX, name).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{name}: {WEIGHTS_INDEX} has no `weight_map`; save the model again")
+    for shard in sorted({str(shard) for shard in shards.values()}):
+        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise UserError(f"{name}: {WEIGHTS_INDEX} names {shard!r}; only safetensors inside the folder are opened")
+        if not (folder / shard).is_file():
+            raise UserError(f"{name}: has no {shard}, which {WEIGHTS_INDEX} names; copy or download the folder again")
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        raise unreadable(name, "tokenizer", error) from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{name}: {path.name} cannot be opened: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{name}: {path.name} cannot be opened: not a JSON object")
+    return content
 
 
-def load_model(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, which errors call `name`."""
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except LOADING_ERRORS as error:
-        raise unreadable(name, "model", error) from error
-    # transformers fills absent weights with random numbers and only warns
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(
-            f"{name}: model.safetensors lacks {missing[0]} and {len(missing) - 1} more of config.json's weights"
-        )
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of any kind: tokenizers raises bare `Exception`s
+        raise UserError(f"{name}: the tokenizer cannot be opened: {one_line(error)}") from error
+
+
+def load_model(folder: Path, name: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    try:
+        with errors_only():  # transformers' table of what does not fit; it says `OK` where random numbers fill in
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # told below
+                output_loading_info=True,
+            )
+    except Exception as error:  # of any kind: a configuration that no model can be built of fails wherever it is used
+        raise UserError(f"{name}: the model cannot be opened: {one_line(error)}") from error
+    if misfit := weights_beside_config(loading):
+        raise UserError(f"{name}: the weights do not belong to config.json: {misfit}; copy both from one training")
     return model
 
 
-def unreadable(name: str, part: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    if Path(name).is_dir():
-        return UserError(f"{name}: the {part} cannot be opened: {reason}")
-    return UserError(f"{name}: no such folder, and no {part} of that id could be had from the Hub: {reason}")
+def weights_beside_config(loading: dict[str, Any]) -> str | None:
+    """The first thing in which the weights and config.json disagree, from `from_pretrained`'s loading info."""
+    for key, in_weights, by_config in sorted(loading["mismatched_keys"]):
+        return f"{key} is {tuple(in_weights)}, config.json says {tuple(by_config)}"
+    for keys, what in [("missing_keys", "they lack"), ("unexpected_keys", "config.json has no place for")]:
+        if found := sorted(loading[keys]):
+            return f"{what} {found[0]}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+    return None
+
+
+@torch.no_grad()
+def first_not_finite(model: PreTrainedModel) -> str | None:
+    """Name of the first weight or buffer with NaN or infinity in it.
+
+    One number per tensor and a single transfer: a sum is not finite if any addend is not. One that is not, because the
+    addends are huge, is looked at again.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {name: tensor for name, tensor in named if tensor.is_floating_point() and tensor.itemsize > 1}
+    if not tensors:
+        return None
+    finite = torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors.values()]).isfinite().tolist()
+    suspects = (name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite)
+    return next((name for name in suspects if not tensors[name].isfinite().all()), None)
+
+
+def training_stage(model: PreTrainedModel) -> str | None:
+    """Which of `STAGES` wrote the folder that `model` was loaded from, by its model card's tags; None if that is unknown."""
+    card = Path(model.name_or_path or ".") / "README.md"
+    try:
+        tags = (metadata_load(card) or {}).get("tags") if model.name_or_path and card.is_file() else None
+    except Exception:  # a card is free text: YAML or not, UTF-8 or not
+        return None
+    tags = tags if isinstance(tags, list) and "nanochat" in tags else []
+    return next((stage for stage in STAGES if stage in tags), None)
+
+
+def one_line(error: Exception) -> str:
+    return shorten(str(error).strip() or type(error).__name__, 300, placeholder=" ...")
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Within the block transformers logs no warnings."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

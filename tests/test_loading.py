@@ -1,12 +1,14 @@
+import copy
 import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from modeling_nanochat import NanoChatForCausalLM
+from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.loading import load_model_and_tokenizer, pick_device
+from modeling_nanochat.loading import first_not_finite, load_model_and_tokenizer, pick_device, training_stage
 from tokenizer_train.bpe import train_tokenizer
 
 
@@ -71,12 +73,177 @@ def test_a_damaged_folder_is_one_line(toy_model_folder, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_weights_that_do_not_match_the_config_are_refused(toy_model_folder):
-    config = json.loads((toy_model_folder / "config.json").read_text())
-    for change, message in [({"num_hidden_layers": 3}, "lacks"), ({"vocab_size": 100}, "cannot be opened|only 100")]:
-        (toy_model_folder / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match=message):
-            load_model_and_tokenizer(toy_model_folder)
+@pytest.fixture(params=["whole", "sharded"])
+def saved_model_folder(request, toy_model_folder, toy_model_and_tokenizer):
+    """The toy model in one file, or in several with an index."""
+    if request.param == "sharded":
+        (toy_model_folder / "model.safetensors").unlink()
+        toy_model_and_tokenizer[0].save_pretrained(toy_model_folder, max_shard_size="30KB")
+        assert len(list(toy_model_folder.glob("model-*.safetensors"))) > 1
+    return toy_model_folder
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as error:
+        load_model_and_tokenizer(folder)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"{folder}: ")
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3}, "they lack model.layers.2.mlp.fc1.weight and 5 more"),
+        ({"num_hidden_layers": 1}, "config.json has no place for model.layers.1.mlp.fc1.weight and 5 more"),
+        ({"vocab_size": 100}, "lm_head.weight is (320, 32), config.json says (100, 32)"),
+        ({"vocab_size": 384}, "lm_head.weight is (320, 32), config.json says (384, 32)"),
+        ({"num_key_value_heads": 2}, "k_proj.weight is (16, 32), config.json says (32, 32)"),
+        ({"model_type": "nanochat_turbo"}, "they lack"),
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_match_the_config_are_refused(saved_model_folder, change, message, capfd):
+    change_config(saved_model_folder, **change)
+    assert message in refusal(saved_model_folder)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_keys_of_an_adapted_model_are_named(saved_model_folder, toy_model_and_tokenizer):
+    state = {f"base_model.model.{name}": weight for name, weight in toy_model_and_tokenizer[0].state_dict().items()}
+    for path in saved_model_folder.glob("model*"):
+        path.unlink()
+    save_file(state, saved_model_folder / "model.safetensors", metadata={"format": "pt"})
+    assert "they lack lm_head.weight and" in refusal(saved_model_folder)
+
+
+def test_a_tied_head_needs_no_weights_of_its_own(toy_model_and_tokenizer, tmp_path):
+    model, tokenizer = toy_model_and_tokenizer
+    tied = NanoChatForCausalLM(NanoChatConfig(**model.config.to_diff_dict() | {"tie_word_embeddings": True}))
+    for part in (tied, tokenizer):
+        part.save_pretrained(tmp_path)
+    opened = load_model_and_tokenizer(tmp_path, device="cpu")[0]
+    assert opened.lm_head.weight is opened.model.embed_tokens.weight
+    change_config(tmp_path, tie_word_embeddings=False)
+    assert "they lack lm_head.weight;" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_not_finite_is_named(value, dtype, toy_model_and_tokenizer, tmp_path):
+    model, tokenizer = copy.deepcopy(toy_model_and_tokenizer)
+    with torch.no_grad():
+        model.model.layers[1].mlp.fc2.weight[-1, -1] = value
+    for part in (model.to(dtype), tokenizer):
+        part.save_pretrained(tmp_path)
+    assert "model.layers.1.mlp.fc2.weight has values that are not finite" in refusal(tmp_path)
+
+
+def test_a_buffer_that_is_not_finite_is_named(toy_model_folder):
+    change_config(toy_model_folder, rope_parameters={"rope_type": "default", "rope_theta": float("nan")})
+    assert "inv_freq has values that are not finite" in refusal(toy_model_folder)
+
+
+def test_huge_weights_whose_sum_overflows_are_finite(toy_model_and_tokenizer):
+    model = copy.deepcopy(toy_model_and_tokenizer[0])
+    torch.nn.init.constant_(model.lm_head.weight, 1e38)
+    assert first_not_finite(model) is None
+    torch.nn.init.constant_(model.lm_head.weight, 60000.0)
+    assert first_not_finite(model.half()) is None
+
+
+@pytest.mark.parametrize(
+    "config", ['{"hidden_size": "32"}', '{"dtype": "float3"}', "[]", "[" * 100_000, '{"layer_types": 3}']
+)
+def test_a_config_of_which_no_model_can_be_built_is_one_line(toy_model_folder, config):
+    path = toy_model_folder / "config.json"
+    changed = json.loads(path.read_text()) | json.loads(config) if config.startswith("{") else None
+    path.write_text(json.dumps(changed) if changed else config)
+    assert "cannot be opened" in refusal(toy_model_folder)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "pytorch_model.bin",
+        "../outside.safetensors",
+        "/outside.safetensors",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        5,
+    ],
+)
+def test_an_index_that_leads_elsewhere_or_to_pickle_is_refused(toy_model_folder, shard):
+    """`torch.load` reading a pickle, or a path outside the folder being read, would end in another message."""
+    weights = toy_model_folder / "model.safetensors"
+    (toy_model_folder / "sub").mkdir()
+    for place in (toy_model_folder.parent / "outside.safetensors", toy_model_folder / "sub" / "x.safetensors"):
+        shutil.copy(weights, place)
+    torch.save(load_file(weights), toy_model_folder / "pytorch_model.bin")
+    names = load_file(weights)
+    weights.unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+    (toy_model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"names {str(shard)!r}; only safetensors inside the folder" in refusal(toy_model_folder)
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "gone.safetensors"}}', "{"])
+def test_a_broken_index_is_one_line(toy_model_folder, index):
+    (toy_model_folder / "model.safetensors").unlink()
+    (toy_model_folder / "model.safetensors.index.json").write_text(index)
+    assert "model.safetensors.index.json" in refusal(toy_model_folder)
+
+
+def test_weights_under_another_name_are_refused(toy_model_folder):
+    """The file could be an index, which nothing has checked."""
+    change_config(toy_model_folder, transformers_weights="other.safetensors.index.json")
+    assert "transformers_weights" in refusal(toy_model_folder)
+
+
+def test_weights_may_be_linked(toy_model_folder):
+    weights = toy_model_folder / "model.safetensors"
+    weights.rename(toy_model_folder.parent / "blob")
+    weights.symlink_to("../blob")
+    load_model_and_tokenizer(toy_model_folder, device="cpu")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_adapter_is_named_as_such_and_how_to_merge_it(toy_model_folder, whole):
+    (toy_model_folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model"}')
+    if not whole:
+        (toy_model_folder / "config.json").unlink()
+    message = refusal(toy_model_folder)
+    assert "a PEFT adapter" in message and "merge_and_unload" in message
+
+
+@pytest.mark.parametrize(
+    ("card", "stage"),
+    [
+        ("---\ntags:\n- nanochat\n- base\n---\n# x", "base"),
+        ("---\ntags: [nanochat, rl]\n---\n", "rl"),
+        ("---\ntags: [base]\n---\n", None),
+        ("---\ntags: nanochat\n---\n", None),
+        ("---\ntags: [\n---\n", None),
+        ("# only text", None),
+        (None, None),
+    ],
+)
+def test_the_card_knows_the_stage(toy_model_folder, card, stage, caplog):
+    if card is not None:
+        (toy_model_folder / "README.md").write_text(card)
+    model, _ = load_model_and_tokenizer(toy_model_folder, device="cpu")
+    assert training_stage(model) == stage
+    assert not caplog.records
+
+
+def test_a_model_from_no_folder_has_no_stage(toy_model_and_tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("---\ntags: [nanochat, base]\n---\n")
+    monkeypatch.chdir(tmp_path)
+    assert training_stage(toy_model_and_tokenizer[0]) is None
 
 
 def test_a_tokenizer_of_another_training_is_refused(toy_model_folder):

@@ -12,7 +12,7 @@ differs is the initialisation (the original's: zero output projections and head)
 loss that never holds the logits of a whole batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,16 +48,10 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 # What a forward pass takes beside its own arguments. Any other keyword is an error, as in every function: an argument that
 # a newer transformers has renamed would else be dropped without a word.
 EXTRA_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
-    # the loss
+    "cache",
+    # of the loss
     "ignore_index",
     "shift_labels",
-    # transformers' continuous batching
-    "block_table",
-    "cache",
-    "logits_indices",
-    "logits_processor_args",
-    "read_index",
-    "write_index",
     # servers that keep the cache in their attention functions
     "attention_instances",
     "forward_batch",
@@ -69,9 +63,13 @@ EXTRA_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
 }
 
 
-def check_keywords(keywords: Iterable[str]) -> None:
-    """Raise TypeError for a keyword that no part of the model or of an attention function knows."""
-    if unknown := sorted(set(keywords) - EXTRA_KEYWORDS):
+def check_keywords(kwargs: dict[str, Any]) -> None:
+    """Raise TypeError for a keyword that no part of the model or of an attention function knows.
+
+    Those of continuous batching, whose cache is no `Cache`, are between it and its attention functions.
+    """
+    unknown = sorted(kwargs.keys() - EXTRA_KEYWORDS)
+    if unknown and isinstance(kwargs.get("cache"), Cache | None):
         raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
 
 

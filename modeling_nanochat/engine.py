@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .decoding import CompiledDecoder, Decoder
 from .errors import UserError
 from .python_tool import check_sandbox, run_python
+from .sampling import Sampler, check_setting
 from .self_check import check_cached_decoding
 from .tokenization_nanochat import escaped, special_token_ids, text_only, whole_characters, whole_messages
 
@@ -175,34 +176,6 @@ def call_message(text: str, code: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text, "tool_calls": [call]}
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Chooses one token per row, each row independently: `temperature` 0 is argmax, `top_k` 0 or None is off."""
-
-    temperature: float
-    top_k: int | None
-    generator: torch.Generator
-
-    def __post_init__(self):
-        if self.temperature < 0:
-            raise UserError(
-                f"temperature {self.temperature} is negative; use 0 for the likeliest token, 1 for plain sampling"
-            )
-        if self.top_k is not None and self.top_k < 0:
-            raise UserError(f"top_k {self.top_k} is negative; use 0 to switch it off")
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (rows, vocabulary) -> token ids (rows,)."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = logits.float() / self.temperature
-        if not self.top_k:
-            return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(1)
-        values, ids = logits.topk(min(self.top_k, logits.shape[-1]))
-        choice = torch.multinomial(values.softmax(-1), 1, generator=self.generator)
-        return ids.gather(1, choice).squeeze(1)
-
-
 class Engine:
     """A chat model with its python tool.
 
@@ -251,13 +224,13 @@ class Engine:
 
         Args:
             messages: The conversation, ending with the user's message.
-            max_new_tokens: Most tokens of the turn, tool results included.
-            temperature: 0 takes the likeliest token each time.
+            max_new_tokens: Most tokens of the turn, tool results included; at least 1.
+            temperature: From 0, which takes the most likely token each time, to 2.
             top_k: Samples among that many; 0 or None: among all.
             seed: Same seed, same reply; None: a new one each time.
 
         Raises:
-            UserError: The conversation does not fit the model's context.
+            UserError: The conversation does not fit the model's context, or a setting is out of its range.
         """
         sampler = self.sampler(temperature, top_k, seed)
         prompt = self.codec.prompt(messages)
@@ -294,30 +267,38 @@ class Engine:
         return [turn.messages for turn in turns]
 
     def fit(self, messages: list[dict[str, Any]], max_new_tokens: int = 256) -> list[dict[str, Any]]:
-        """`messages` without as many of the oldest turns as needed to leave room for a reply; system messages stay."""
+        """`messages` without as many of the oldest turns as needed to leave room for a reply; system messages stay.
+
+        Raises:
+            UserError: The last question alone leaves no room for a reply.
+        """
+        check_setting("max_new_tokens", max_new_tokens)
         system = [message for message in messages if message["role"] == "system"]
         rest = messages[len(system) :]
         room = self.context - min(max_new_tokens, self.context // 2)
-        while len(self.codec.prompt(system + rest)) > room:
+        while (length := len(self.codec.prompt(system + rest))) > room:
             later = [i for i, message in enumerate(rest) if i > 0 and message["role"] == "user"]
             if not later:
                 break
             rest = rest[later[0] :]
+        if length >= self.context:
+            question = sum(len(self.codec.encode(message["content"] or "")) for message in rest)
+            fits = max(0, self.context - 1 - (length - question))
+            raise UserError(f"the question itself is too long: {question} tokens, of which {fits} fit; shorten it")
         return system + rest
 
     def sampler(self, temperature: float, top_k: int | None, seed: int | None) -> Sampler:
+        check_setting("seed", seed)
         generator = torch.Generator(device=self.model.device)
         generator.seed() if seed is None else generator.manual_seed(seed)
         return Sampler(temperature, top_k, generator)
 
     def turn(self, prompt: list[int], max_new_tokens: int, live: bool = False) -> Turn:
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
+        check_setting("max_new_tokens", max_new_tokens)
         room = self.context - len(prompt)
         if room < 1:
             raise UserError(
-                f"the conversation has {len(prompt)} tokens, the model's context is {self.context}; "
-                "shorten it or start a new one"
+                f"the conversation has {len(prompt)} tokens, the model's context is {self.context}; shorten it"
             )
         return Turn(self.codec, self.tool, min(max_new_tokens, room), self.max_tool_calls, live)
 

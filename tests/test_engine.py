@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.decoding import Decoder
-from modeling_nanochat.engine import ChatCodec, Engine, Finished, Sampler, TextDelta, ToolCall, ToolResult, Turn
+from modeling_nanochat.engine import ChatCodec, Engine, Finished, TextDelta, ToolCall, ToolResult, Turn
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.python_tool import run_python
+from modeling_nanochat.sampling import Sampler
 
 QUESTION = [{"role": "user", "content": "What is 12+7?"}]
 QUESTIONS = [
@@ -251,10 +253,63 @@ def test_sampler_settings():
     assert set(Sampler(1.0, 99, generator)(logits).tolist()) == {0, 1, 2}
     drawn = Sampler(0.5, None, generator)(logits).bincount(minlength=3) / 500
     assert torch.allclose(drawn, (logits[0] / 0.5).softmax(-1), atol=0.06)
-    with pytest.raises(UserError, match="negative"):
-        Sampler(-1, None, generator)
-    with pytest.raises(UserError, match="negative"):
-        Sampler(1, -1, generator)
+    assert set(Sampler(1e-40, None, generator)(logits).tolist()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("setting", "range_"),
+    [
+        *[({"temperature": x}, "a number from 0 to 2") for x in (-0.1, 2.1, math.nan, math.inf, None, "1", True)],
+        *[({"top_k": x}, "a whole number of at least 0") for x in (-1, 2.5, math.inf, "5", False)],
+        *[({"max_new_tokens": x}, "a whole number of at least 1") for x in (0, -5, 2.5, None, "5", math.nan)],
+        *[({"seed": x}, "a whole number from 0 to") for x in (-1, 2**63, 1.5, "1")],
+    ],
+    ids=str,
+)
+def test_a_setting_of_the_wrong_kind_or_out_of_range_is_one_line(engine, setting, range_):
+    ((name, value),) = setting.items()
+    for ask in (
+        lambda: next(engine.stream(QUESTION, **setting)),
+        lambda: engine.generate_batch([QUESTION], **setting),
+    ):
+        with pytest.raises(UserError) as error:
+            ask()
+        assert str(error.value).startswith(f"{name} must be {range_}") and str(error.value).endswith(f"not {value!r}")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": 2},
+        {"temperature": 0},
+        {"top_k": None},
+        {"top_k": 10**30},
+        {"max_new_tokens": 1},
+        {"seed": 2**63 - 1},
+    ],
+    ids=str,
+)
+def test_the_ends_of_a_range_belong_to_it(engine, setting):
+    *_, finished = engine.stream(QUESTION, **{"max_new_tokens": 2} | setting)
+    assert isinstance(finished, Finished)
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]], ids=["", "system"])
+@pytest.mark.parametrize("history", [[], [*QUESTION, {"role": "assistant", "content": "19"}] * 3], ids=["", "history"])
+def test_a_question_that_is_too_long_by_itself_is_told_with_what_fits(engine, system, history):
+    def question(tokens):
+        return {"role": "user", "content": "z" * tokens}
+
+    assert len(engine.codec.encode("z" * 300)) == 300  # a letter that is in no merge
+    with pytest.raises(UserError, match="the question itself is too long: 300 tokens, of which") as error:
+        engine.fit([*system, *history, question(300)])
+    most = int(str(error.value).split("of which ")[1].split()[0])
+    fitted = engine.fit([*system, *history, question(most)], max_new_tokens=1)
+    assert fitted == [*system, question(most)]
+    *_, finished = engine.stream(fitted)
+    assert finished.finish_reason in ("stop", "length")
+    with pytest.raises(UserError, match=f"{most + 1} tokens, of which {most} fit"):
+        engine.fit([*system, *history, question(most + 1)])
 
 
 def test_progress_counts_every_conversation(engine):

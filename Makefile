@@ -1,34 +1,48 @@
 # make run    the pocket recipe from raw text to a chat, in a virtual environment that it makes
-# make test   the tests
+# make test   ruff and the tests
 # make chat   talk to the model that `make run` trained;  make space  the same in the browser
+#
+# LIBRARIES=  tested (constraints.txt, the default), ranges, oldest or newest: see .ci/libraries.py
 
 PYTHON ?= python3
-VENV ?= .venv
+LIBRARIES ?= tested
+VENV ?= .venv$(if $(filter-out tested,$(LIBRARIES)),-$(LIBRARIES))
 BIN = $(VENV)/bin
 RUN ?= runs/pocket
+INSTALLED = $(VENV)/.installed-$(LIBRARIES)
 
-.PHONY: run test lint chat space clean
+.PHONY: run install test lint pytest chat space constraints clean
 
-run: $(VENV)/.installed
+run: $(INSTALLED)
 	$(BIN)/python recipes/run.py pocket --run_dir $(RUN)
 	@echo "or in short:  make chat   (terminal),  make space   (browser)"
 
-test: $(VENV)/.installed
+install: $(INSTALLED)
+
+test: lint pytest
+
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
+
+pytest: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-chat: $(VENV)/.installed
+chat: $(INSTALLED)
 	$(BIN)/nanochat-chat $(RUN)/rl
 
-space: $(VENV)/.installed
+space: $(INSTALLED)
 	$(BIN)/python space/app.py $(RUN)/rl
 
-clean:
-	rm -rf $(VENV) runs
+# The newest versions that pyproject.toml allows become the tested ones; commit them when `make test` passes.
+constraints:
+	rm -rf .venv-ranges
+	@$(MAKE) --no-print-directory install LIBRARIES=ranges VENV=.venv-ranges
+	.venv-ranges/bin/python .ci/constraints.py
 
-# Written last, so that an interrupted installation is taken up again.
-$(VENV)/.installed: pyproject.toml
+clean:
+	rm -rf .venv .venv-ranges .venv-oldest .venv-newest runs
+
+$(INSTALLED): pyproject.toml constraints.txt .ci/install.py .ci/libraries.py
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): no such program; name a Python of 3.11 or newer: make PYTHON=…"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %s; try make PYTHON=python3.12" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[all]'
-	touch $@
+	@$(PYTHON) .ci/install.py $(VENV) $(LIBRARIES)

@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import yaml
 
 from modeling_nanochat.engine import Engine, Finished, TextDelta, ToolCall, ToolResult
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.loading import load_model_and_tokenizer
 
 pytest.importorskip("gradio")
 ROOT = Path(__file__).parents[1]
@@ -85,10 +85,10 @@ def test_the_second_question_comes_with_the_whole_first_turn(page):
     [
         (("   ",), "the message is empty"),
         (("a" * 9000,), "at most 8000"),
-        (("lamp " * 400,), "context is 256"),
-        (("hi", 9.0), "temperature must be a number from 0 to 2"),
-        (("hi", 1.0, -3), "top_k must be a number from 0 to 200"),
-        (("hi", 1.0, 3, 5000), "max_new_tokens must be a number from 1 to 1024"),
+        (("lamp " * 400,), "the question itself is too long"),
+        *[(("hi", x), "temperature must be a number from 0 to 2") for x in (9.0, float("nan"), float("inf"), None, True)],
+        *[(("hi", 1.0, x), "top_k must be a whole number from 0 to 200") for x in (-3, 2.5, "3")],
+        *[(("hi", 1.0, 3, x), "max_new_tokens must be a whole number from 1 to 1024") for x in (5000, 0, 1.5)],
     ],
 )
 def test_limits_hold_also_for_those_who_come_without_the_page(toy_model_and_tokenizer, request_, complaint):
@@ -99,11 +99,40 @@ def test_limits_hold_also_for_those_who_come_without_the_page(toy_model_and_toke
     assert "\n" not in refusal.metadata["title"]
 
 
+def test_of_a_question_too_long_by_itself_nothing_is_said_about_older_messages(toy_model_and_tokenizer, monkeypatch):
+    told = []
+    monkeypatch.setattr(app.gr, "Info", lambda message, **_: told.append(message))
+    reply = app.replies_of(ScriptedEngine(*toy_model_and_tokenizer))
+    history = [{"role": "user", "content": "lamp"}, {"role": "assistant", "content": "mat " * 60}] * 4
+    list(reply("lamp " * 400, history))
+    assert told == []
+    list(reply("lamp", history))
+    assert "oldest messages" in told[0]
+
+
+def test_the_page_of_a_base_model_says_what_to_expect(toy_model_folder):
+    def heading():
+        return app.heading(Engine(*load_model_and_tokenizer(toy_model_folder, device="cpu")), "toy")
+
+    assert "never seen a conversation" not in heading()
+    (toy_model_folder / "README.md").write_text("---\ntags: [nanochat, base]\n---\n")
+    assert "never seen a conversation" in heading()
+
+
+@pytest.mark.parametrize(
+    ("port", "complaint"),
+    [("99999", "--port 99999: must be"), ("0", "--port 0: must be"), ("x", "invalid int value: 'x'")],
+)
+def test_a_port_that_cannot_be_is_told_before_anything_is_loaded(port, complaint):
+    with pytest.raises(UserError, match=complaint):
+        app.start(["/no/such/folder", "--port", port])
+
+
 def test_a_refused_question_is_told_and_the_chat_goes_on(page):
     engine, connect = page
     client = connect()
     (refusal,) = client.predict("lamp " * 400, api_name="/chat")
-    assert "context is 256" in refusal["metadata"]["title"]
+    assert "the question itself is too long" in refusal["metadata"]["title"]
     assert texts(client.predict("And now?", api_name="/chat"))[-1] == "It is 19."
     assert engine.asked[-1][0] == [{"role": "user", "content": "And now?"}]
 
@@ -160,10 +189,7 @@ def test_a_taken_port_is_one_line(page, toy_model_folder):
         app.start([str(toy_model_folder), "--port", str(port)])
 
 
-def test_the_space_asks_for_what_the_package_asks_for():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = (ROOT / "space" / "requirements.txt").read_text().splitlines()
-    assert set(project["dependencies"]) <= set(requirements)
+def test_the_space_names_its_kind_and_its_file():
     front = yaml.safe_load((ROOT / "space" / "README.md").read_text().split("---")[1])
     assert front["sdk"] == "gradio" and (ROOT / "space" / front["app_file"]).is_file()
     assert json.dumps(front["sdk_version"]).startswith('"6.')

@@ -1,0 +1,43 @@
+"""Write the versions that are installed here to constraints.txt, and those that a Space needs to space/requirements.txt.
+
+Run by `make constraints` in a fresh environment with the newest versions that pyproject.toml allows.
+"""
+
+import re
+import sys
+from importlib import metadata
+
+from libraries import ROOT, name_of, read_constraints, read_project
+
+# Of the installer itself, and what only torch's CUDA build asks for: torch names those versions exactly.
+LEFT_OUT = re.compile(r"pip|modeling-nanochat|nvidia-.*|cuda-.*|triton")
+HEADER = "# Versions that passed the tests, written by `make constraints`: pip install -c constraints.txt -e '.[all]'\n"
+SPACE_HEADER = "# The versions of ../constraints.txt, written by `make constraints`; gradio comes with README.md's sdk_version.\n"
+
+
+def main() -> None:
+    if sys.version_info[:2] != (3, 11):
+        sys.exit("make constraints needs the oldest supported Python, so that newer ones can install the versions too: 3.11")
+    installed = {name_of(found.name): found.version for found in metadata.distributions()}
+    (ROOT / "constraints.txt").write_text(constraints(installed), encoding="utf-8")
+    pins = read_constraints()
+    (ROOT / "space" / "requirements.txt").write_text(space_requirements(read_project(), pins), encoding="utf-8")
+    card = ROOT / "space" / "README.md"
+    text = re.sub(r"(?m)^sdk_version: .*$", f"sdk_version: {pins['gradio']}", card.read_text(encoding="utf-8"))
+    card.write_text(text, encoding="utf-8")
+
+
+def constraints(installed: dict[str, str]) -> str:
+    """constraints.txt for installed versions: `2.13.0+cpu` becomes 2.13.0, which every build of 2.13.0 satisfies."""
+    kept = sorted(name for name in installed if not LEFT_OUT.fullmatch(name))
+    return HEADER + "".join(f"{name}=={installed[name].partition('+')[0]}\n" for name in kept)
+
+
+def space_requirements(project: dict, pins: dict[str, str]) -> str:
+    """A Space's requirements.txt: the package's own dependencies, and `spaces` for ZeroGPU."""
+    names = [name_of(requirement) for requirement in project["dependencies"]]
+    return SPACE_HEADER + "".join(f"{name}=={pins[name]}\n" for name in names) + "spaces\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Install the project and one set of its libraries (libraries.py) into a virtual environment.
+
+python .ci/install.py .venv tested
+
+pip's output goes to install.log in the environment; the terminal shows a line, or pip's errors and what to do about them.
+"""
+
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from libraries import ROOT, SETS, pip_arguments, read_project
+
+UNREACHABLE = ("Retrying (Retry", "ConnectionError", "NewConnectionError", "ReadTimeout", "Temporary failure in name")
+
+
+def main(venv: Path, libraries: str) -> None:
+    if libraries not in SETS:
+        sys.exit(f"LIBRARIES={libraries}: take one of {', '.join(SETS)}")
+    unfinished = venv / ".installing"
+    try:
+        make_environment(venv, unfinished)
+        install(venv, libraries)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command starts the installation again")
+    for other in venv.glob(".installed-*"):
+        other.unlink()
+    unfinished.unlink()
+    (venv / f".installed-{libraries}").touch()
+
+
+def make_environment(venv: Path, unfinished: Path) -> None:
+    """Make the environment, or make it again if a previous installation did not end: pip takes what an
+    interrupted pip left half written for installed.
+
+    Raises:
+        SystemExit: The folder is something else, or this Python cannot make virtual environments.
+    """
+    if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").is_file():
+        sys.exit(f"{venv} is not a virtual environment; move it away, or name another folder: make VENV=…")
+    if unfinished.exists() or not works(venv):
+        if not all(importlib.util.find_spec(module) for module in ("venv", "ensurepip")):
+            sys.exit(
+                f"{sys.executable} cannot make virtual environments; install its venv module (on Debian and Ubuntu: "
+                "apt install python3-venv), or name another Python: make PYTHON=…"
+            )
+        empty(venv)
+        made = subprocess.run([sys.executable, "-m", "venv", venv], check=False, capture_output=True, text=True)
+        if made.returncode:
+            reason = (made.stderr or made.stdout).strip().splitlines()
+            sys.exit(f"{sys.executable} cannot make the virtual environment {venv}: {reason[-1] if reason else 'no reason given'}")
+    unfinished.touch()
+
+
+def empty(venv: Path) -> None:
+    """Delete what the environment holds; pyvenv.cfg, by which it is known, goes last in case this is interrupted."""
+    for entry in sorted(venv.iterdir() if venv.exists() else (), key=lambda entry: entry.name == "pyvenv.cfg"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def works(venv: Path) -> bool:
+    """Whether the environment has a Python of a sufficient version and a pip that starts."""
+    check = "import sys, pip; sys.exit(sys.version_info < (3, 11))"
+    try:
+        ended = subprocess.run([venv / "bin" / "python", "-c", check], check=False, capture_output=True)
+    except OSError:
+        return False
+    return ended.returncode == 0
+
+
+def install(venv: Path, libraries: str) -> None:
+    """Install the libraries, then the checkout itself without asking for its ranges again: `newest` exceeds them.
+
+    Raises:
+        SystemExit: pip failed; with its errors and what to do.
+    """
+    log, start = venv / "install.log", time.monotonic()
+    print(f"installing the libraries into {venv}, some minutes the first time (log: {log}) …", flush=True)
+    upgrade = ["--upgrade", "--upgrade-strategy", "eager"]
+    steps = [upgrade + pip_arguments(libraries, read_project()), ["--no-deps", "--editable", str(ROOT)]]
+    with open(log, "w", encoding="utf-8") as output:
+        for step in steps:
+            pip = [venv / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+            command = [*pip, "--progress-bar", "off", *step]
+            ended = subprocess.run(command, check=False, stdout=output, stderr=subprocess.STDOUT)
+            if ended.returncode:
+                sys.exit(explain(log.read_text(encoding="utf-8", errors="replace"), libraries, log))
+    print(f"installed in {time.monotonic() - start:.0f} seconds")
+
+
+def explain(output: str, libraries: str, log: Path) -> str:
+    """pip's errors at the end of its output, and a line on what to do."""
+    errors = [line for line in output.splitlines() if line.lower().startswith("error")]
+    if "No space left on device" in output:
+        advice = "the disk is full; the libraries need 2 GB, with torch's CUDA build 8 GB"
+    elif any(words in output for words in UNREACHABLE):
+        advice = "the package index could not be reached; check the network or PIP_INDEX_URL, then repeat the command"
+    elif libraries == "tested":
+        advice = (
+            f"the versions in constraints.txt cannot be installed with Python {platform.python_version()}; take another "
+            "Python (make PYTHON=python3.12), or the newest versions that pyproject.toml allows (make LIBRARIES=ranges)"
+        )
+    else:
+        advice = f"the {libraries} libraries cannot be installed with Python {platform.python_version()}"
+    return "\n".join([*errors[-5:], f"{advice}. pip's whole output: {log}"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

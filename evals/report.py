@@ -8,6 +8,7 @@ stage that is missing is shown as missing, and no figure is left out because of 
 """
 
 import os
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 from evals.curves import draw_curves
 from evals.records import aligned_table

@@ -13,6 +13,7 @@ the second is for a GPU.
 import json
 import os
 import platform
+import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,9 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 import torch
 from transformers import PreTrainedModel

@@ -13,6 +13,7 @@ Notable features:
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,9 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 import torch
 

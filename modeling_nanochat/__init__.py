@@ -4,6 +4,11 @@ Importing the package registers its classes over the ones of transformers with t
 same logits, nanochat's initialisation.
 """
 
+from .interrupts import end_on_interrupt, is_imported_by_command
+
+if is_imported_by_command(__name__):
+    end_on_interrupt()
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_nanochat import NanoChatConfig

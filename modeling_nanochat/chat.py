@@ -7,6 +7,7 @@ The model is a folder that a training stage wrote, or a Hub id. Piped questions,
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,17 +16,20 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .cli import OneLineParser
 from .engine import Engine, Finished, TextDelta, ToolCall, ToolResult
 from .errors import UserError, exit_on_user_error
 from .loading import load_model_and_tokenizer
+from .sampling import check_setting, describe
+from .stages import stage_note
 
 EXAMPLES = (
     "Who are you?",
     "Tell me a story about Mira and a kite.",
     "Mira has 12 pears. Then Mira finds 7 more pears. How many pears does Mira have now?",
 )
-HELP = """/temperature X   0 is the likeliest reply each time, 1 plain sampling (now {temperature:g})
-/top_k N         sample among the N likeliest tokens, 0 among all (now {top_k})
+HELP = """/temperature X   0 is the most likely reply each time, 1 plain sampling, 2 the highest (now {temperature})
+/top_k N         sample among the N most likely tokens, 0 among all (now {top_k})
 /clear           begin a new conversation
 /exit            leave, as does Ctrl-D; Ctrl-C stops a reply"""
 DIM, CYAN, RED, RESET = "\033[2m", "\033[36m", "\033[31m", "\033[0m"
@@ -99,16 +103,14 @@ class Chat:
         return True
 
     def set(self, name: str, value: str) -> None:
-        kind, highest = (float, 2) if name == "temperature" else (int, 1000)
         try:
-            number = kind(value) if value else getattr(self, name)
-        except ValueError:
-            number = -1
-        if 0 <= number <= highest:
-            setattr(self, name, number)
-            self.note(f"[{name} {number:g}]\n")
+            number = read_number(value) if value else getattr(self, name)
+            check_setting(name, number)
+        except UserError as error:
+            self.note(f"error: {error}\n", RED)
         else:
-            self.note(f"/{name} takes a number from 0 to {highest}\n", RED)
+            setattr(self, name, number)
+            self.note(f"[{name} {number}]\n")
 
     def note(self, text: str, color: str = DIM) -> None:
         """Print what is not the model's own text."""
@@ -126,6 +128,16 @@ class Chat:
                     self.ask(line)
                 except UserError as error:
                     self.note(f"error: {error}\n", RED)
+
+
+def read_number(text: str) -> int | float | str:
+    """`5` as an integer, `0.5` and `nan` as floats, and what is no number as it is."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def new_line(said: list[str]) -> str:
@@ -155,7 +167,7 @@ def typed_lines() -> Iterator[str]:
 
 
 def piped_lines() -> Iterator[str]:
-    for line in sys.stdin:
+    for line in sys.stdin or ():  # None after `<&-`
         print(f"> {line.strip()}", flush=True)
         yield line.strip()
 
@@ -168,26 +180,38 @@ def greeting(name: str, engine: Engine, examples: Sequence[str] = EXAMPLES) -> s
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="nanochat-chat", description="Talk to a model in the terminal.")
+    parser = OneLineParser(prog="nanochat-chat", description="Talk to a model in the terminal.")
     parser.add_argument("model", help="model folder or Hub id")
     parser.add_argument("--prompt", help="ask this one question and leave")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 to 2; default %(default)s")
-    parser.add_argument("--top_k", type=int, default=50, help="0: off; default %(default)s")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="limit of a reply; default %(default)s")
-    parser.add_argument("--seed", type=int, help="makes the replies repeatable")
-    return parser.parse_args(arguments)
+    settings = {
+        "temperature": (0.6, "0 takes the most likely token each time"),
+        "top_k": (50, "sample among that many tokens, 0: among all"),
+        "max_new_tokens": (256, "limit of a reply"),
+        "seed": (None, "makes the replies repeatable"),
+    }
+    for name, (default, what) in settings.items():
+        shown = "" if default is None else f"; default {default}"
+        parser.add_argument(f"--{name}", type=read_number, default=default, help=f"{what}; {describe(name)}{shown}")
+    options = parser.parse_args(arguments)
+    for name in settings:
+        check_setting(name, getattr(options, name))
+    return options
 
 
 def start(arguments: Sequence[str] | None = None) -> None:
     options = vars(parse_arguments(arguments))
     name, prompt = options.pop("model"), options.pop("prompt")
-    sys.stdout.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logging.disable_progress_bar()
     engine = Engine(*load_model_and_tokenizer(name))
     chat = Chat(engine, **options, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    if note := stage_note(engine.model):
+        print(f"note: {note}", file=sys.stderr)
     if prompt is not None:
         chat.ask(prompt)
-    elif sys.stdin.isatty():
+    elif sys.stdin and sys.stdin.isatty():
         chat.note(greeting(name, engine) + "\n")
         chat.run(typed_lines())
     else:
@@ -195,10 +219,7 @@ def start(arguments: Sequence[str] | None = None) -> None:
 
 
 def main() -> None:
-    try:
-        exit_on_user_error(start)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    exit_on_user_error(start)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,13 @@ from typing import Any, NoReturn
 from .errors import UserError
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaints are [`UserError`]s instead of the usage and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; run with --help to see every option")
+
+
 def parse(*dataclass_types: type, args: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Instances of `dataclass_types` from the command line, read by TRL's `TrlParser`.
 
@@ -19,13 +26,13 @@ def parse(*dataclass_types: type, args: Sequence[str] | None = None) -> tuple[An
     """
     from trl import TrlParser
 
-    class OneLineParser(TrlParser):
+    class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
             raise ValueError(message)
 
     args = list(sys.argv[1:] if args is None else args)
     config = config_path(args)
-    parser = OneLineParser(dataclass_types)
+    parser = Parser(dataclass_types)
     try:
         if config:
             check_keys(config, {action.dest: action for action in parser._actions})

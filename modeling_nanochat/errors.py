@@ -1,7 +1,13 @@
-"""Errors that the person at the keyboard can put right, told in one line."""
+"""How a command ends: errors that the user can fix are one line, Ctrl-C and a closed output are no errors at all."""
 
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+INTERRUPTED, PIPE_CLOSED = 128 + 2, 128 + 13  # what a shell reports of a process that ended by SIGINT or SIGPIPE
 
 
 class UserError(Exception):
@@ -9,9 +15,46 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`; a [`UserError`] becomes one line on stderr and exit code 1, without a traceback."""
+    """Run `main`; a [`UserError`] becomes one line on stderr and exit code 1, without a traceback.
+
+    So do Ctrl-C (exit code 130) and an output that nobody reads any more, as of `command | head` (141), without the line.
+    """
+    with interruptible():
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:
+            if output_is_read():
+                raise
+            sys.exit(PIPE_CLOSED)
+        finally:
+            if not output_is_read():
+                # At exit Python writes what is left in the buffer again, and would complain.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block Ctrl-C raises KeyboardInterrupt, unless it is ignored; before and after it a command may simply end."""
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def output_is_read() -> bool:
+    try:
+        if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return False
+    return True

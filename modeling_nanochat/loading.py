@@ -11,7 +11,6 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -19,7 +18,6 @@ from .errors import UserError
 from .hub import find_folder
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-STAGES = ("base", "mid", "sft", "rl")
 MERGE = "AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')"
 
 
@@ -167,17 +165,6 @@ def first_not_finite(model: PreTrainedModel) -> str | None:
     finite = torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors.values()]).isfinite().tolist()
     suspects = (name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite)
     return next((name for name in suspects if not tensors[name].isfinite().all()), None)
-
-
-def training_stage(model: PreTrainedModel) -> str | None:
-    """Which of `STAGES` wrote the folder that `model` was loaded from, by its model card's tags; None if that is unknown."""
-    card = Path(model.name_or_path or ".") / "README.md"
-    try:
-        tags = (metadata_load(card) or {}).get("tags") if model.name_or_path and card.is_file() else None
-    except Exception:  # a card is free text: YAML or not, UTF-8 or not
-        return None
-    tags = tags if isinstance(tags, list) and "nanochat" in tags else []
-    return next((stage for stage in STAGES if stage in tags), None)
 
 
 def one_line(error: Exception) -> str:

@@ -25,7 +25,7 @@ def check_setting(name: str, value: object) -> None:
         return
     kind = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value <= highest:  # NaN is in no range
-        raise UserError(f"{name} must be {describe(name)}, not {value!r}")
+        raise UserError(f"{name} must be {describe(name)}, not {value!r:.60}")
 
 
 def describe(name: str) -> str:

@@ -9,7 +9,11 @@ Every key of `trl.GRPOConfig` can be set beside those listed here. The recipes s
 on-policy, advantage = reward - mean of the group, no KL, no clipping at work, normalised by tokens.
 """
 
+import signal
 from dataclasses import dataclass, field
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 import torch
 from datasets import Dataset

@@ -3,8 +3,12 @@
     python recipes/loader_speed.py --tokenizer runs/tokenizer --train_files 'text/*.parquet' --max_length 2048
 """
 
+import signal
 import time
 from dataclasses import dataclass, field
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 from transformers import AutoTokenizer
 

@@ -12,7 +12,11 @@ Notable features:
 """
 
 import random
+import signal
 from dataclasses import dataclass, field
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 import torch
 from accelerate.utils import set_seed

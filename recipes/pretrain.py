@@ -14,8 +14,12 @@ Notable features:
 - checkpoints that survive a kill at any instant; `--resume auto` goes on as if nothing had happened
 """
 
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed

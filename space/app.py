@@ -10,11 +10,15 @@ is shown in boxes that open on a click.
 import argparse
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from html import escape
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 try:  # on ZeroGPU hardware this must come before torch touches CUDA
     import spaces
@@ -23,9 +27,11 @@ except ImportError:
 
 import gradio as gr
 
+from modeling_nanochat.cli import OneLineParser
 from modeling_nanochat.engine import Engine, Finished, TextDelta, ToolCall, ToolResult
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
+from modeling_nanochat.stages import stage_note
 
 EXAMPLES = (
     "Who are you?",
@@ -79,7 +85,9 @@ def build_demo(engine: Engine, title: str, examples: Sequence[str] = EXAMPLES) -
 def heading(engine: Engine, title: str) -> str:
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     size = f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
-    return f"<h1>{escape(title)}</h1><p>{size} parameters, {engine.context} tokens of context</p>"
+    note = stage_note(engine.model)
+    about = f"<p>{size} parameters, {engine.context} tokens of context</p>" + (f"<p>{escape(note)}</p>" if note else "")
+    return f"<h1>{escape(title)}</h1>{about}"
 
 
 def chat_window() -> gr.Chatbot:
@@ -140,7 +148,7 @@ def replies_of(engine: Engine) -> Callable:
             options = {"temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
             check_request(message, history, options)
             asked = [*conversation(history), {"role": "user", "content": message}]
-            options |= {"top_k": int(top_k), "max_new_tokens": int(max_new_tokens)}  # sliders send 50.0
+            options |= {"top_k": int(top_k), "max_new_tokens": int(max_new_tokens)}
             fitted = engine.fit(asked, options["max_new_tokens"])
             if len(fitted) < len(asked):
                 gr.Info("The oldest messages no longer fit into the model's context and were left out.", duration=5)
@@ -162,8 +170,10 @@ def check_request(message: Any, history: Any, options: dict[str, Any]) -> None:
         raise UserError(f"the conversation has more than {MAX_MESSAGES} messages; start a new one")
     for name, (lowest, highest) in LIMITS.items():
         value = options[name]
-        if not isinstance(value, int | float) or not lowest <= value <= highest:
-            raise UserError(f"{name} must be a number from {lowest:g} to {highest:g}")
+        kind = "number" if name == "temperature" else "whole number"  # sliders send 50.0
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not lowest <= value <= highest or (kind == "whole number" and value % 1):
+            raise UserError(f"{name} must be a {kind} from {lowest:g} to {highest:g}")
 
 
 def conversation(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -257,11 +267,14 @@ def appearance() -> dict[str, Any]:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A chat page for a nanochat model.")
+    parser = OneLineParser(description="A chat page for a nanochat model.")
     parser.add_argument("model", nargs="?", help="model folder or Hub id; default: the variable NANOCHAT_MODEL")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--port", type=int, help="1 to 65535; default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="also open a temporary public address")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.port is not None and not 1 <= options.port <= 65535:
+        raise UserError(f"--port {options.port}: must be from 1 to 65535")
+    return options
 
 
 def start(arguments: Sequence[str] | None = None) -> None:

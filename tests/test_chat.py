@@ -7,6 +7,8 @@ import pytest
 from modeling_nanochat import chat as chat_module
 from modeling_nanochat.chat import Chat, greeting, printable, start
 from modeling_nanochat.engine import Engine, Finished, TextDelta, ToolCall, ToolResult
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.sampling import describe
 
 ANSWER = [{"role": "assistant", "content": "It is 19."}]
 
@@ -79,9 +81,11 @@ def test_limits_and_empty_replies_are_told(capsys):
         ("/temperature 0", "[temperature 0]"),
         ("/temperature", "[temperature 0.6]"),
         ("/top_k 5", "[top_k 5]"),
-        ("/temperature hot", "takes a number from 0 to 2"),
-        ("/temperature 3", "takes a number from 0 to 2"),
-        ("/temperature nan", "takes a number from 0 to 2"),
+        ("/temperature hot", "error: temperature must be a number from 0 to 2, not 'hot'"),
+        ("/temperature 3", "temperature must be a number from 0 to 2, not 3"),
+        ("/temperature nan", "temperature must be a number from 0 to 2, not nan"),
+        ("/top_k 2.5", "top_k must be a whole number of at least 0, not 2.5"),
+        ("/top_k " + "9" * 400, "[top_k 999"),
         ("/help", "/temperature X"),
         ("/nonsense", "there is no /nonsense"),
     ],
@@ -105,9 +109,68 @@ def test_control_characters_do_not_reach_the_terminal():
 
 def test_too_long_a_question_is_told_and_the_chat_goes_on(toy_model_and_tokenizer, capsys):
     chat = Chat(Engine(*toy_model_and_tokenizer), max_new_tokens=3, seed=0)
-    chat.run(iter(["lamp " * 500, "Who are you?"]))
-    assert "error: the conversation has" in capsys.readouterr().out
-    assert chat.messages[0]["content"] == "Who are you?"
+    chat.run(iter(["Hi", "lamp " * 500, "Who are you?"]))
+    out = capsys.readouterr().out
+    assert "error: the question itself is too long" in out and "left out" not in out
+    assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["Hi", "Who are you?"]
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        (["--temperature", "nan"], "temperature must be a number from 0 to 2, not nan"),
+        (["--temperature", "3"], "temperature must be a number from 0 to 2, not 3"),
+        (["--temperature", "hot"], "temperature must be a number from 0 to 2, not 'hot'"),
+        (["--top_k", "-1"], "top_k must be a whole number of at least 0, not -1"),
+        (["--max_new_tokens", "0"], "max_new_tokens must be a whole number of at least 1, not 0"),
+        (["--seed", "1.5"], "seed must be a whole number from 0 to"),
+        (["--hot"], "unrecognized arguments: --hot; run with --help"),
+        (["--seed"], "argument --seed: expected one argument"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_anything_is_loaded(option, complaint):
+    with pytest.raises(UserError) as error:
+        start(["/no/such/folder", *option])
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_ranges_in_the_help_are_those_that_hold(capsys):
+    with pytest.raises(SystemExit) as end:
+        start(["--help"])
+    help_ = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert all(describe(name) in help_ for name in ("temperature", "top_k", "max_new_tokens", "seed"))
+
+
+def test_a_base_model_says_what_to_expect_and_a_chat_model_nothing(toy_model_folder, capsys):
+    prompt = [str(toy_model_folder), "--prompt", "hi", "--max_new_tokens", "1"]
+    for stage, note in [("base", "has never seen a conversation"), ("mid", "answers better"), ("sft", None)]:
+        (toy_model_folder / "README.md").write_text(f"---\ntags: [nanochat, {stage}]\n---\n")
+        start(prompt)
+        told = capsys.readouterr().err
+        assert note in told if note else not told
+
+
+def test_bytes_that_are_no_text_are_answered_like_any_other(toy_model_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Who \xff are you?\nHi\n"), encoding="utf-8"))
+    start([str(toy_model_folder), "--max_new_tokens", "1"])
+    out = capsys.readouterr().out
+    assert "> Who \ufffd are you?" in out and "> Hi" in out
+
+
+def test_without_an_input_nothing_is_asked(toy_model_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    start([str(toy_model_folder)])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_first_chat_shows_nothing_but_the_chat(toy_model_folder):
+    """No warning of ours or of a library, with the warnings that Python shows to a user."""
+    command = [sys.executable, "-m", "modeling_nanochat.chat", str(toy_model_folder), "--max_new_tokens", "3"]
+    result = subprocess.run(command, input="Hi\nAgain\n", check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [line[:2] for line in result.stdout.split("\n") if line.startswith(">")] == ["> ", "> "]
+    assert "warning" not in result.stdout.lower()
 
 
 def test_greeting_names_model_size_and_questions(toy_model_and_tokenizer):

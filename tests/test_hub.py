@@ -8,7 +8,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from modeling_nanochat import hub
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.hub import find_folder
-from modeling_nanochat.loading import load_model_and_tokenizer, training_stage
+from modeling_nanochat.loading import load_model_and_tokenizer
+from modeling_nanochat.stages import training_stage
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.loading import first_not_finite, load_model_and_tokenizer, pick_device, training_stage
+from modeling_nanochat.loading import first_not_finite, load_model_and_tokenizer, pick_device
+from modeling_nanochat.stages import training_stage
 from tokenizer_train.bpe import train_tokenizer
 
 

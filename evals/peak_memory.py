@@ -1,7 +1,11 @@
-"""The most memory that training a contender needs, measured in a process of its own: a peak outlives its cause."""
+"""The most memory that training a contender needs, measured in a process of its own: a peak outlives its cause.
+
+A part of `evals/throughput.py`, not a command.
+"""
 
 import contextlib
 import resource
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -19,7 +23,8 @@ def peak_memory(name: str, setting: Setting, ids: torch.Tensor) -> tuple[int, in
 
     On a CPU resident memory, on CUDA what torch allocated. A compiled contender's compiler is loaded before.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent is the one to end
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=signal.signal, initargs=ignore) as pool:
         return pool.submit(measure, name, setting, ids.cpu()).result()
 
 

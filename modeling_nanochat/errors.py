@@ -28,7 +28,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
-            if output_is_read():
+            if output_is_read(probe="\n"):  # it was another pipe
                 raise
             sys.exit(PIPE_CLOSED)
         finally:
@@ -51,9 +51,11 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def output_is_read() -> bool:
+def output_is_read(probe: str = "") -> bool:
+    """Whether standard output takes `probe` and what is buffered; without a buffer only a probe tells."""
     try:
         if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.write(probe)
             sys.stdout.flush()
     except BrokenPipeError:
         return False

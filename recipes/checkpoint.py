@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import flush
+
+from .main_process import on_main_process
 
 MARKER = "complete.json"
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -86,16 +89,7 @@ class Checkpoints:
         Raises:
             UserError: The folder named is no checkpoint or is damaged, or all of them are damaged.
         """
-        answer: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                answer[0] = self.newest_good() if resume == "auto" else self.named(resume)
-            except UserError as error:
-                answer[1] = str(error)
-        broadcast_object_list(answer)
-        if answer[1]:
-            raise UserError(answer[1])
-        return answer[0]
+        return on_main_process(lambda: self.newest_good() if resume == "auto" else self.named(resume))
 
     def newest_good(self) -> Checkpoint | None:
         damages = []
@@ -189,12 +183,23 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def delete(self) -> None:
-        """Remove all of them, at one stroke: a kill amid deleting must not leave what looks like damaged ones."""
-        if self.accelerator.is_main_process and self.folder.exists():
-            discarded = self.folder.with_name(f".{self.folder.name}.old")
-            shutil.rmtree(discarded, ignore_errors=True)
-            self.folder.rename(discarded)
-            shutil.rmtree(discarded, ignore_errors=True)
+        """Remove all of them."""
+        if self.accelerator.is_main_process:
+            discard(self.folder)
+
+
+def discard(folder: Path, only_leftovers: bool = False) -> None:
+    """Remove a stage's checkpoints at one stroke, for a kill amid deleting must not leave what looks like damaged ones.
+
+    What such a kill has left is removed as well; with `only_leftovers` nothing else is.
+    """
+    discarded = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(discarded, ignore_errors=True)
+    if folder.exists() and not only_leftovers:
+        folder.rename(discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
+    with suppress(OSError):  # not empty: another stage's are there
+        folder.parent.rmdir()
 
 
 def write_files(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any] | None) -> dict:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from modeling_nanochat.errors import UserError
@@ -20,6 +21,7 @@ from modeling_nanochat.errors import UserError
 from .batch_size import explain_out_of_memory, is_out_of_memory
 from .checkpoint import Checkpoint, Checkpoints, restore_random_state
 from .dial import Plan
+from .learning import LearningWatch
 from .loader import Loader
 from .optimizer import MuonAdamW, muon_adamw
 from .precision import convert_to_float8, evaluation_precision
@@ -148,6 +150,7 @@ def train(
     definition: dict[str, object] | None = None,
     evaluations: tuple[Evaluation, ...] = (),
     decode: Callable[[list[int]], str] = str,
+    stage: str = "base",
 ) -> Progress:
     """Train `model` in place up to `plan.max_steps` optimizer steps.
 
@@ -158,20 +161,26 @@ def train(
         resume_from: Where to go on.
         definition: The settings that make this run what it is; kept in the checkpoints.
         decode: Text of token ids, to name a batch by.
+        stage: base or mid.
 
     Raises:
-        UserError: The loss is not finite (before the optimizer would have used it), memory or disk is full.
+        UserError: The loss is not finite, or the gradients are not (before the optimizer would have used them); memory or
+            disk is full.
         Stopped: SIGTERM or Ctrl-C; a checkpoint was written.
     """
-    progress = restore(resume_from, optimizer, loader, accelerator) if resume_from else Progress()
+    watch = LearningWatch(stage, plan.max_steps)
+    progress = restore(resume_from, optimizer, loader, watch, accelerator) if resume_from else Progress()
     batch_size, processes = loader.batch_size, accelerator.num_processes
     accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, processes)
     schedule, laps = plan.schedule(), Laps()
-    report = ProgressReport(accelerator, model.config, plan, args, log, laps, progress)
+    report = ProgressReport(accelerator, model.config, plan, args, log, laps, progress, watch)
+
+    def is_saved(step: int) -> bool:
+        return step == plan.max_steps or bool(args.save_steps and step % args.save_steps == 0)
 
     def save() -> None:
         state = {"progress": vars(progress), "seconds": log.seconds, "definition": definition or {}}
-        state |= {"processes": processes, "per_device_train_batch_size": batch_size}
+        state |= {"learning": watch.state_dict(), "processes": processes, "per_device_train_batch_size": batch_size}
         shares = {"optimizer": optimizer.share_of_state(), "data": loader.state()}
         checkpoints.save(progress.steps, state, shares, lambda: whole_state(accelerator, module, model))
 
@@ -184,21 +193,29 @@ def train(
             batches = [next(loader) for _ in range(accumulation)]
             laps.lap("data")
             losses = accumulate(accelerator, module, batches)
-            loss, stopping = agree(accelerator, losses, request)
+            step = progress.steps + 1
+            looked_at = report.is_logged(step) or is_saved(step)  # not in every step: it reads all gradients
+            norm = gradient_norm(module) if looked_at else None
+            loss, stopping, norms = agree(accelerator, losses, request, norm)
             laps.lap("model")
             if not math.isfinite(loss):
                 first_row = progress.steps * (plan.total_batch_size // args.max_length)
                 raise UserError(non_finite(accelerator, losses, batches, progress.steps, first_row, decode))
+            if norms is not None and not math.isfinite(norms):
+                raise UserError(
+                    f"the gradients are not finite at step {progress.steps} (loss {loss:.4g}); the optimizer has not used "
+                    "them. Lower matrix_lr or embedding_lr; earlier checkpoints are good"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             laps.lap("optimizer")
             progress = progress.after(loss, plan.total_batch_size)
-            report.step(progress, schedule)
+            report.step(progress, schedule, norms)
             garbage.after_step(progress.steps)
             laps.lap("rest")
             evaluate(evaluations, model, progress, plan, report)
             laps.lap("evaluation")
-            if stopping or progress.steps == plan.max_steps or (args.save_steps and progress.steps % args.save_steps == 0):
+            if stopping or is_saved(progress.steps):
                 save()
                 laps.lap("checkpoint")
             if stopping and progress.steps < plan.max_steps:
@@ -244,8 +261,12 @@ def advice_on_memory(batch_size: int, max_length: int) -> Iterator[None]:
         raise explain_out_of_memory(error, batch_size, max_length) from error
 
 
-def restore(checkpoint: Checkpoint, optimizer: MuonAdamW, loader: Loader, accelerator: Accelerator) -> Progress:
-    """Optimizer, data and random generators as they were; the weights were loaded before."""
+def restore(
+    checkpoint: Checkpoint, optimizer: MuonAdamW, loader: Loader, watch: LearningWatch, accelerator: Accelerator
+) -> Progress:
+    """Optimizer, data, random generators and what was observed as they were; the weights were loaded before."""
+    if "learning" in checkpoint.state:
+        watch.load_state_dict(checkpoint.state["learning"])
     optimizer.load_shares(checkpoint.shares("optimizer"))
     loader.load_states(checkpoint.shares("data"))
     restore_random_state(checkpoint, accelerator)
@@ -282,11 +303,27 @@ def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches:
     return torch.stack(losses)
 
 
-def agree(accelerator: Accelerator, losses: torch.Tensor, request: StopRequest) -> tuple[float, bool]:
-    """The loss over all processes, and whether any of them was asked to stop: one message, one wait for the device."""
-    stopping = losses.new_tensor(float(request.reason is not None))
-    loss, stops = accelerator.reduce(torch.stack([losses.sum(), stopping]), "sum").tolist()
-    return loss, stops > 0
+def gradient_norm(module: torch.nn.Module) -> torch.Tensor:
+    """The norm of this process's own gradients, a 0-d tensor: 0 only if all of them are, inf or nan if one is.
+
+    Before the processes have averaged them it says no more than that; in return it costs one reading of the gradients.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return torch.nn.utils.get_total_norm(local).float()
+
+
+def agree(
+    accelerator: Accelerator, losses: torch.Tensor, request: StopRequest, norm: torch.Tensor | None
+) -> tuple[float, bool, float | None]:
+    """The loss over all processes, whether any of them was asked to stop, and the sum of their gradients' norms.
+
+    One message and one wait for the device, whatever is asked.
+    """
+    values = [losses.sum(), losses.new_tensor(float(request.reason is not None))]
+    values += [] if norm is None else [norm.to(losses)]
+    loss, stops, *norms = accelerator.reduce(torch.stack(values), "sum").tolist()
+    return loss, stops > 0, norms[0] if norms else None
 
 
 def non_finite(

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.sources import first_line
 
 from .batch_size import find_batch_size, smallest
 from .checkpoint import Checkpoint, Checkpoints
@@ -41,11 +42,16 @@ def make_accelerator(args: LoopArguments, output_dir: str) -> Accelerator:
                 log_with=args.report_to, project_dir=beside(output_dir, "trackers", ""), **options
             )
         except ValueError as error:
-            raise UserError(f"report_to {args.report_to}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"report_to {args.report_to}: {first_line(error)}") from error
         if not accelerator.log_with:
             raise UserError(f"report_to {args.report_to}: not installed; pip install {args.report_to}")
         values = {key: value for key, value in vars(args).items() if value is not None}
-        accelerator.init_trackers(f"nanochat-{Path(output_dir).name}", config=values)
+        try:
+            accelerator.init_trackers(f"nanochat-{Path(output_dir).name}", config=values)
+        except Exception as error:  # each tracker has its own: no login, no network, a folder that cannot be written
+            raise UserError(
+                f"report_to {args.report_to} cannot start ({first_line(error)}); set it up, or give --report_to none"
+            ) from error
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates itself, by total_batch_size
     return accelerator
 
@@ -103,6 +109,7 @@ def run_stage(
             definition=definition,
             evaluations=evaluations,
             decode=tokenizer.decode,
+            stage=str(record["stage"]),
         )
     except Stopped as stopped:
         end(accelerator, str(stopped))
@@ -113,7 +120,8 @@ def run_stage(
     if accelerator.is_main_process:
         derived = {key: value for key, value in asdict(plan).items() if key != "origins"}
         resolved = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-        record = record | {"settings": settings(*arguments) | derived | resolved, **vars(progress)}
+        record = record | {"settings": settings(*arguments) | derived | resolved, "given": given(*arguments)}
+        record |= vars(progress)
         finish_stage(model, tokenizer, output, log, record, model_card, weights)
     end(accelerator)
     if accelerator.is_main_process:
@@ -125,16 +133,24 @@ def end(accelerator: Accelerator, message: str | None = None) -> None:
     if message and accelerator.is_main_process:
         print(message, flush=True)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    try:
+        accelerator.end_training()
+    except Exception as error:  # a tracker's, see `ProgressReport.track`; the model is written
+        print(f"warning: the tracker's log may be incomplete ({first_line(error)})", flush=True)
+        accelerator.state.destroy_process_group()
+
+
+def given(*arguments: object) -> dict[str, object]:
+    """The settings that make a run what it is, as they were given."""
+    return {key: value for key, value in settings(*arguments).items() if key not in FREE_TO_CHANGE | OUTPUT_KEYS}
 
 
 def define(*arguments: object) -> dict[str, object]:
-    """The settings that make a run what it is. Of files and folders only the names count: a run may be moved.
+    """What makes a run what it is, for its checkpoints. Of files and folders only the names count: a run may be moved.
 
     That it is the same data is checked by its size too, see `recipes/lanes.py`.
     """
-    kept = {key: value for key, value in settings(*arguments).items() if key not in FREE_TO_CHANGE | OUTPUT_KEYS}
-    return {key: names_of(value) if key in PATH_KEYS else value for key, value in kept.items()}
+    return {key: names_of(value) if key in PATH_KEYS else value for key, value in given(*arguments).items()}
 
 
 def names_of(paths: str | list[str] | None) -> str | list[str] | None:

@@ -30,7 +30,7 @@ from recipes.data import read_conversations, render
 from recipes.dial import Plan, derive
 from recipes.lanes import ConversationLanes, MixedLanes, TextLanes
 from recipes.loop import LoopArguments
-from recipes.loop_stage import make_accelerator, run_stage
+from recipes.loop_stage import given, make_accelerator, run_stage
 from recipes.packing import Conversation
 from recipes.stage import OutputArguments, check_output
 from recipes.validation import bits_per_byte_evaluation, conversation_rows, validation
@@ -53,7 +53,8 @@ class MidtrainArguments:
 
 def main() -> None:
     args, loop, output = parse(MidtrainArguments, LoopArguments, OutputArguments)
-    check_output(output, loop.resume)
+    if check_output(output, loop.resume, given(args, loop, output)):
+        return
     conversations = read_conversations(args.train_files)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     accelerator = make_accelerator(loop, output.output_dir)

@@ -36,7 +36,7 @@ from modeling_nanochat.tokenization_nanochat import special_token_ids
 from recipes.dial import Plan, derive
 from recipes.lanes import TextLanes
 from recipes.loop import Evaluation, LoopArguments
-from recipes.loop_stage import make_accelerator, run_stage
+from recipes.loop_stage import given, make_accelerator, run_stage
 from recipes.stage import OutputArguments, check_output
 from recipes.validation import bits_per_byte_evaluation, text_rows, validation
 
@@ -71,7 +71,8 @@ class PretrainArguments:
 
 def main() -> None:
     args, loop, output = parse(PretrainArguments, LoopArguments, OutputArguments)
-    check_output(output, loop.resume)
+    if check_output(output, loop.resume, given(args, loop, output)):
+        return
     tokenizer = load_tokenizer(args.tokenizer)
     accelerator = make_accelerator(loop, output.output_dir)
     set_seed(loop.seed)

@@ -4,6 +4,7 @@ import gc
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,10 @@ from transformers import PretrainedConfig
 
 from evals.device_peaks import device_peaks
 from modeling_nanochat.sizes import training_flops_per_token
+from modeling_nanochat.sources import first_line
 
 from .dial import Plan
+from .learning import LearningWatch
 from .schedule import Schedule
 from .stage import StageLog
 
@@ -34,6 +37,7 @@ class Progress:
     tokens: int = 0
     loss: float = math.nan
     tokens_per_second: float = 0.0
+    warnings: Sequence[str] = ()  # that nothing was learnt, see `recipes/learning.py`
 
     def after(self, loss: float, tokens: int) -> "Progress":
         return replace(self, steps=self.steps + 1, tokens=self.tokens + tokens, loss=loss)
@@ -101,8 +105,10 @@ class ProgressReport:
         log: StageLog,
         laps: Laps,
         progress: Progress,
+        watch: LearningWatch,
     ):
         self.accelerator, self.plan, self.args, self.log, self.laps = accelerator, plan, args, log, laps
+        self.watch, self.tracking = watch, True
         self.flops_per_token = training_flops_per_token(config, args.max_length)
         name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else ""
         self.peak_flops = device_peaks(name)[0]
@@ -122,11 +128,19 @@ class ProgressReport:
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
 
-    def step(self, progress: Progress, schedule: Schedule) -> None:
-        """After each optimizer step: the bar; at intervals the log and the trackers."""
+    def is_logged(self, step: int) -> bool:
+        return step % self.args.logging_steps == 0 or step in (1, self.plan.max_steps)
+
+    def step(self, progress: Progress, schedule: Schedule, norm: float | None) -> None:
+        """After each optimizer step: the bar; at intervals the log and the trackers.
+
+        Args:
+            norm: 0 only if all gradients were zero; None where nobody has looked.
+        """
         self.bar.update()
         self.bar.set_postfix_str(f"loss {progress.loss:.3f}{self.speed()}", refresh=False)
-        if progress.steps % self.args.logging_steps and progress.steps not in (1, self.plan.max_steps):
+        self.write(f"warning: {line}" for line in self.watch.observe(progress.steps, loss=progress.loss, grad_norm=norm))
+        if not self.is_logged(progress.steps):
             return
         seconds, steps = self.laps.take(), progress.steps - self.logged_at
         self.logged_at = progress.steps
@@ -140,7 +154,7 @@ class ProgressReport:
             values["mfu_percent"] = round(100 * self.mfu(), 2)
         per_step = {f"seconds_{kind}": round(spent / steps, 6) for kind, spent in seconds.items()}
         self.log.log(step=progress.steps, tokens=progress.tokens, **values, **per_step)
-        self.accelerator.log({f"train/{key}": value for key, value in values.items()}, step=progress.steps)
+        self.track({f"train/{key}": value for key, value in values.items()}, progress.steps)
 
     def mfu(self) -> float:
         """Share of the devices' dense bfloat16 peak that the model's own arithmetic makes use of."""
@@ -154,11 +168,25 @@ class ProgressReport:
     def evaluated(self, progress: Progress, values: dict[str, Any], lines: list[str]) -> None:
         self.log.log(step=progress.steps, tokens=progress.tokens, **values)
         numbers = {f"val/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
-        self.accelerator.log(numbers, step=progress.steps)
+        self.track(numbers, progress.steps)
+        self.write(f"step {progress.steps}: {line}" for line in lines)
+
+    def write(self, lines: Iterable[str]) -> None:
+        """Above the bar, by the main process."""
         if self.accelerator.is_main_process:
             for line in lines:
-                self.bar.write(f"step {progress.steps}: {line}")
+                self.bar.write(line)
+
+    def track(self, values: dict[str, float], step: int) -> None:
+        """Trackers raise whatever they like, at a full disk or without a network; training goes on without them."""
+        try:
+            if self.tracking:
+                self.accelerator.log(values, step=step)
+        except Exception as error:
+            self.tracking = False
+            self.write([f"warning: report_to {self.args.report_to} failed ({first_line(error)}); training goes on without it"])
 
     def finished(self, progress: Progress) -> Progress:
-        """With the speed of the run: the median of the log's entries, the first (it warms up) left out."""
-        return replace(progress, tokens_per_second=median(self.rates[1:] or self.rates or [0.0]))
+        """With the speed of the run, the median of the log's entries without the first (it warms up), and the warnings."""
+        speed = median(self.rates[1:] or self.rates or [0.0])
+        return replace(progress, tokens_per_second=speed, warnings=self.watch.warnings)

@@ -6,10 +6,13 @@ A folder under its final name is whole: it is written beside it, flushed to disk
 import json
 import os
 import platform
+import re
 import resource
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,15 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from evals.records import write_json
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.folders import whole_folder
+from modeling_nanochat.folders import flush, settle, whole_folder
 from modeling_nanochat.tokenization_nanochat import save_tokenizer, set_special_tokens
 
+from .checkpoint import discard, write_text
+from .main_process import on_main_process
+from .output_lock import lock_output
+
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "trl", "huggingface_hub")
+PROBE_BYTES = 2**16
 
 
 @dataclass
@@ -39,20 +48,107 @@ class OutputArguments:
     hub_private_repo: bool = field(default=False, metadata={"help": "Make a new Hub repository private."})
 
 
-def check_output(args: OutputArguments, resume: str | None = None) -> None:
-    """Raise [`UserError`] before any work is done if its result could not be put away, or would bury an unfinished run."""
-    if Path(args.output_dir).exists() and not args.overwrite_output_dir:
-        raise UserError(
-            f"{args.output_dir} already exists; pass --overwrite_output_dir true to replace it, or another --output_dir"
-        )
-    unfinished = beside(args.output_dir, "checkpoints", "")
-    if unfinished.exists() and not resume and not args.overwrite_output_dir:
-        raise UserError(
-            f"{unfinished} holds the checkpoints of an unfinished run; pass --resume auto to go on from them, or "
-            "--overwrite_output_dir true to start anew"
-        )
+def check_output(args: OutputArguments, resume: str | None = None, given: dict[str, Any] | None = None) -> bool:
+    """Before any work: whether its result can be put away, buries nothing, and is not already there. In every process.
+
+    The output folder is locked until the main process ends, and what a killed run left of its ending is cleared up.
+
+    Args:
+        given: The settings that make the run what it is, as they will be in its record under "given".
+
+    Returns:
+        Whether the same run has finished before. Then there is nothing to do; its upload, if asked for, is done.
+
+    Raises:
+        UserError: The folder cannot be written, another trainer is at work in it, it holds a finished model, or one that
+            is unfinished; or the place to push to is missing.
+    """
     if args.push_to_hub and not args.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id, for instance me/my-nanochat")
+    finished = on_main_process(lambda: take_output(args, resume, given))
+    if finished and PartialState().is_main_process:
+        push(args)
+        discard_own_checkpoints(args.output_dir)
+    return finished
+
+
+def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any] | None) -> bool:
+    """The main process's part of [`check_output`]."""
+    folder, checkpoints = Path(args.output_dir), beside(args.output_dir, "checkpoints", "")
+    if folder.name in ("", "..") or folder.is_file():
+        raise UserError(f"--output_dir {args.output_dir} is not the name of a folder; give one, for instance runs/pocket/base")
+    try:
+        probe(folder)
+        lock_output(folder)
+        settle_record(folder, settle(folder))
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {args.output_dir}: {error.filename or folder.parent} cannot be written ({error.strerror}); "
+            "free space, change the permissions, or give another folder"
+        ) from error
+    if folder.exists() and not args.overwrite_output_dir:
+        if given is None or read_record(folder).get("given") != json.loads(json.dumps(given)):
+            raise UserError(
+                f"{args.output_dir} already exists; pass --overwrite_output_dir true to replace it, or another --output_dir"
+            )
+        print(f"{args.output_dir}: already finished with these settings; --overwrite_output_dir true trains it anew")
+        return True
+    if checkpoints.exists() and not resume and not args.overwrite_output_dir:
+        raise UserError(
+            f"{checkpoints} holds the checkpoints of an unfinished run; pass --resume auto to go on from them, or "
+            "--overwrite_output_dir true to start anew"
+        )
+    return False
+
+
+def discard_own_checkpoints(output_dir: str) -> None:
+    """Remove the checkpoints of the finished run; others there are of a run that was to replace it."""
+    checkpoints, steps = beside(output_dir, "checkpoints", ""), read_record(Path(output_dir)).get("steps")
+    if any(re.search(rf"-0*{steps}$", path.name) for path in checkpoints.glob("*")):
+        discard(checkpoints)
+
+
+def probe(output_dir: Path) -> None:
+    """Write a little wherever the stage will; makes no folder but the one that `output_dir` is to be in.
+
+    Raises:
+        OSError: It cannot be written, or is full.
+    """
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    for kind in ("logs", "stages", "checkpoints"):
+        folder = beside(output_dir, kind, "").parent
+        with tempfile.NamedTemporaryFile(dir=folder if folder.exists() else output_dir.parent, prefix=".probe") as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def record_path(output_dir: str | Path) -> Path:
+    return beside(output_dir, "stages", ".json")
+
+
+def pending_record(output_dir: str | Path) -> Path:
+    """Where the record is until its model folder has its name."""
+    path = record_path(output_dir)
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def settle_record(output_dir: Path, model_is_whole: bool) -> None:
+    """Clear up after a process that was killed while it finished: the record goes the way of its model."""
+    pending = pending_record(output_dir)
+    if model_is_whole and pending.exists():
+        pending.replace(record_path(output_dir))
+    pending.unlink(missing_ok=True)
+    discard(beside(output_dir, "checkpoints", ""), only_leftovers=True)
+
+
+def read_record(output_dir: Path) -> dict[str, Any]:
+    """The record of the model at `output_dir`; empty if there is none that can be read."""
+    try:
+        record = json.loads(record_path(output_dir).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 class StageLog:
@@ -65,13 +161,14 @@ class StageLog:
     def __init__(self, output_dir: str | Path, enabled: bool = True, *, step: int = 0, seconds: float = 0.0):
         self.started = time.perf_counter() - seconds
         self.path = beside(output_dir, "logs", ".jsonl")
-        self.enabled = enabled
+        self.enabled, self.complete = enabled, True
         if enabled:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = lines_up_to(self.path, step) if step else []
-            unfinished = self.path.with_name(f".{self.path.name}.unfinished")
-            unfinished.write_text("".join(kept), encoding="utf-8")
-            unfinished.replace(self.path)  # a kill in between takes no line
+            with self.going_on_without():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                kept = lines_up_to(self.path, step) if step else []
+                unfinished = self.path.with_name(f".{self.path.name}.unfinished")
+                unfinished.write_text("".join(kept), encoding="utf-8")
+                unfinished.replace(self.path)  # a kill in between takes no line
 
     @property
     def seconds(self) -> float:
@@ -79,8 +176,27 @@ class StageLog:
 
     def log(self, **values: Any) -> None:
         if self.enabled:
-            with open(self.path, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"seconds": round(self.seconds, 3), **values}) + "\n")
+            with self.going_on_without():
+                size = self.path.stat().st_size if self.path.exists() else 0
+                try:
+                    with open(self.path, "a", encoding="utf-8") as lines:
+                        lines.write(json.dumps({"seconds": round(self.seconds, 3), **values}) + "\n")
+                except OSError:
+                    os.truncate(self.path, size)  # no half a line, to which a later one would be appended
+                    raise
+
+    @contextmanager
+    def going_on_without(self) -> Iterator[None]:
+        """A log that cannot be written is no reason to lose the training: said once, then the line is left out."""
+        try:
+            yield
+        except OSError as error:
+            if self.complete:
+                tqdm.write(
+                    f"warning: {self.path} cannot be written ({error.strerror}); training goes on, its log will have gaps",
+                    file=sys.stderr,
+                )
+            self.complete = False
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
@@ -128,13 +244,18 @@ def finish_stage(
         "machine": machine(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     }
+    pending = pending_record(args.output_dir)
     try:
+        pending.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(args.output_dir) as folder:
             model.save_pretrained(folder, state_dict=weights)
             save_tokenizer(tokenizer, folder)
             (folder / "README.md").write_text(card(record), encoding="utf-8")
-        write_json(beside(args.output_dir, "stages", ".json"), record)
+            write_text(pending, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        pending.replace(record_path(args.output_dir))
+        flush(pending.parent)
     except (OSError, SafetensorError) as error:
+        pending.unlink(missing_ok=True)
         raise UserError(
             f"{args.output_dir} could not be written ({' '.join(str(error).split())}); free space and run the stage again"
         ) from error

@@ -1,4 +1,5 @@
-"""A polite end: SIGTERM, as schedulers send before they kill, and Ctrl-C stop training after the step that is running."""
+"""A polite end: after the step that is running, training stops for SIGTERM, which schedulers send before they kill, for
+Ctrl-C, and for SIGHUP, when the terminal is closed."""
 
 import os
 import re
@@ -38,6 +39,7 @@ class StopRequest:
     signal_name: str | None = None
     noted_at: float = 0.0
     launcher: int | None = field(default_factory=single_process_launcher)
+    terminals: list[int] = field(default_factory=lambda: [number for number in (1, 2) if os.isatty(number)])
 
     @property
     def reason(self) -> str | None:
@@ -46,17 +48,30 @@ class StopRequest:
         return "the launcher has ended" if self.launcher not in (None, os.getppid()) else None
 
     def note(self, number: int, frame: FrameType | None) -> None:
+        if signal.Signals(number).name == "SIGHUP":
+            leave(self.terminals)
         if self.signal_name is None:
             self.signal_name, self.noted_at = signal.Signals(number).name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.noted_at > ECHO_SECONDS:
             raise KeyboardInterrupt  # a person who asks again does not want to wait
 
 
+def leave(terminals: list[int]) -> None:
+    """Send what would be written to a terminal that is gone nowhere, where no error comes back from."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in terminals:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Within the block SIGTERM and SIGINT are noted instead of obeyed; afterwards all is as before."""
+    """Within the block these signals are noted instead of obeyed; afterwards all is as before."""
     request = StopRequest()
-    before = {number: signal.signal(number, request.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, request.note) for number in numbers}
     try:
         yield request
     finally:

@@ -30,6 +30,8 @@ def expand(patterns: Sequence[str], what: str) -> list[str]:
     files = []
     for pattern in patterns:
         matches = sorted(glob.glob(str(pattern), recursive=True))
+        if not matches and is_hub_id(str(pattern)):
+            raise UserError(f"{what}: {pattern} is no local file, and a Hub dataset cannot be read here; give local files")
         if not matches:
             raise UserError(f"{what}: no file matches {pattern!r}; give the path of an existing file, from {Path.cwd()}")
         files += matches
@@ -96,8 +98,25 @@ def text_in_order(
     return local_source(files, what, column)
 
 
+def check_text_files(files: Sequence[str], what: str, column: str = "text") -> None:
+    """Raise [`UserError`] where the kind or the beginning of a local file shows that [`text_dataset`] would refuse it.
+
+    A Hub dataset is not looked at.
+    """
+    if len(files) == 1 and is_hub_id(files[0]):
+        return
+    for name in expand_text(files, what):
+        reader = reader_of(name)
+        try:
+            check_beginning(name, reader, column)
+        except UserError:
+            raise
+        except Exception as error:  # the libraries raise many kinds
+            raise unreadable(name, reader, error) from error
+
+
 def local_source(files: Sequence[str], what: str, column: str) -> "Dataset | IterableDataset":
-    names = expand(files, what)
+    names = expand_text(files, what)
     if sum(Path(name).stat().st_size for name in names) > WHOLE_UP_TO:
         return in_parts(read_files(names, column, streaming=True))
     return whole_dataset(names, what, column)
@@ -117,7 +136,15 @@ def text_dataset(files: Sequence[str], *, what: str = "text files", column: str 
     """
     if len(files) == 1 and is_hub_id(files[0]):
         return read_hub(files[0], column)
-    return whole_dataset(expand(files, what), what, column)
+    return whole_dataset(expand_text(files, what), what, column)
+
+
+def expand_text(files: Sequence[str], what: str) -> list[str]:
+    """[`expand`], for text; a Hub dataset among several entries has an error of its own."""
+    for name in files:
+        if len(files) > 1 and is_hub_id(name):
+            raise UserError(f"{what}: the Hub dataset {name} must be the only entry; give it alone, or local files only")
+    return expand(files, what)
 
 
 def whole_dataset(names: list[str], what: str, column: str) -> "Dataset":
@@ -203,11 +230,9 @@ def read_text_files(names: list[str], reader: str, column: str, **options):
     if reader == "text":
         options["sample_by"] = "paragraph"
     try:
-        for name in names if reader == "json" else []:
-            first_record_has(column, name)
+        for name in names:
+            check_beginning(name, reader, column)
         if reader == "parquet":
-            for name in names:
-                table_has(column, name)
             options["columns"] = [column]  # other columns may differ from file to file
         return only_text(load_dataset(reader, data_files=names, split="train", **options), column, names[0])
     except Exception as error:  # corrupt parquet, wrong encoding: one line instead of the library's chain
@@ -216,20 +241,40 @@ def read_text_files(names: list[str], reader: str, column: str, **options):
                 read_text_files([name], reader, column, **options)
         if isinstance(error, UserError):
             raise
-        if isinstance(cause := innermost(error), UnicodeDecodeError):
-            raise UserError(f"{names[0]}: not UTF-8 text ({cause.reason}); convert the file to UTF-8") from error
-        if reader == "json" and Path(names[0]).suffix.lower() not in COMPRESSED:
+        binary = isinstance(innermost(error), UnicodeDecodeError)
+        if reader == "json" and not binary and Path(names[0]).suffix.lower() not in COMPRESSED:
             list(read_jsonl(names[0]))  # the library refuses a whole file without naming the line that is wrong
-        raise UserError(f"{names[0]}: cannot be read as {reader} ({first_line(error)})") from error
+        raise unreadable(names[0], reader, error) from error
+
+
+def unreadable(name: str, reader: str, error: Exception) -> UserError:
+    if isinstance(cause := innermost(error), UnicodeDecodeError):
+        return UserError(f"{name}: not UTF-8 text ({cause.reason}); convert the file to UTF-8")
+    return UserError(f"{name}: cannot be read as {reader} ({first_line(error)}); give a file of that kind")
+
+
+def check_beginning(name: str, reader: str, column: str) -> None:
+    """Refuse a file whose table or first record has no such column, or whose beginning is not text."""
+    if reader == "parquet":
+        table_has(column, name)
+    elif reader == "json":
+        first_record_has(column, name)
+    else:
+        beginning(name)
+
+
+def beginning(name: str) -> tuple[int, str]:
+    """Number (from 1) and text of the first line that is not blank, empty if there is none."""
+    import fsspec
+
+    with fsspec.open(name, "rt", encoding="utf-8-sig", compression="infer") as lines:
+        return next(((number, line) for number, line in enumerate(lines, start=1) if line.strip()), (1, ""))
 
 
 def first_record_has(column: str, name: str) -> None:
     """Of several JSON files, the library fills up what one of them lacks, without a word."""
-    import fsspec
-
-    with fsspec.open(name, "rt", encoding="utf-8-sig", compression="infer") as lines:
-        number, first = next(((i, line) for i, line in enumerate(lines, start=1) if line.strip()), (1, ""))
-    if first.lstrip().startswith("{"):
+    number, first = beginning(name)
+    if first and not first.lstrip().startswith("["):  # a file that is one array is left to the library
         columns = parse_line(first, f"{name}:{number}")
         if column not in columns:
             raise UserError(missing_column(name, column, columns))

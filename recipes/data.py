@@ -1,6 +1,7 @@
 """Conversations from files, as token ids with marks of what is learnt."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,13 @@ from modeling_nanochat.tokenization_nanochat import whole_messages
 from .packing import Conversation
 
 
-def read_conversations(patterns: Sequence[str], what: str = "train_files") -> list[dict]:
+def read_conversations(patterns: Sequence[str], what: str = "train_files", first: int | None = None) -> list[dict]:
     """Conversations {"messages"} from JSONL files of conversations, GSM8K, ARC or MMLU records.
+
+    Args:
+        patterns: Local files, or shell patterns.
+        what: Name of the setting, for errors.
+        first: Read that many records of each file, to see whether it can be read at all; all of them if None.
 
     Raises:
         UserError: No file, an empty one, or a bad line; names file and line.
@@ -26,7 +32,7 @@ def read_conversations(patterns: Sequence[str], what: str = "train_files") -> li
         if Path(name).suffix != ".jsonl":
             raise UserError(f"{what}: {name} is not a .jsonl file; write one conversation a line")
         before = len(conversations)
-        lines = read_jsonl(name, arrays_are="messages")  # as the original's files of conversations have them
+        lines = islice(read_jsonl(name, arrays_are="messages"), first)  # arrays: the original's files of conversations
         conversations += [to_conversation(record, f"{name}:{line}") for line, record in lines]
         if len(conversations) == before:
             raise UserError(f"{what}: {name} has no conversation in it; fill it or leave it out")

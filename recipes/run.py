@@ -4,10 +4,13 @@
 
     python recipes/run.py pocket --from sft                      # redo from there
     python recipes/run.py pocket --config my_data.yaml           # your files in place of the generated world
+    python recipes/run.py pocket --set base.depth=6 'base.sample_prompts=["Once upon a time, there", "One day"]'
 
 Notable features:
 - every stage is a process of its own, the same command that you would type
 - what is finished is found and skipped, and a stage that was stopped goes on from its last checkpoint
+- a folder that this run did not make is never replaced, unless `--from` asks for it
+- settings and files of every stage are checked before the first one runs (`recipes/preflight.py`)
 - `--set stage.key=value` reaches any key of any stage
 """
 
@@ -19,11 +22,13 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 import psutil
 import yaml
@@ -31,7 +36,7 @@ import yaml
 from evals.records import write_json
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.sources import expand, is_hub_id
+from modeling_nanochat.sources import first_line
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -39,7 +44,6 @@ STAGES = ("data", "tokenizer", "base", "mid", "sft", "rl", "report")
 ALIASES = {"pretrain": "base", "midtrain": "mid", "grpo": "rl"}
 SCRIPTS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "grpo"}
 GRACE_SECONDS = 60.0  # for a stage that was stopped to write its checkpoint
-EARLY = ("data", "tokenizer", "tokenizer.eval")
 RESUMABLE = ("base", "mid")  # stages with checkpoints; the others are short and start over
 PREDECESSOR = {"mid": "base", "sft": "mid", "rl": "sft"}
 # Where a recipe's generated world puts what was not given.
@@ -72,15 +76,29 @@ class RunArguments:
     grpo_files: list[str] | None = field(default=None, metadata={"help": "Word problems as in GSM8K, JSONL."})
     eval_files: list[str] | None = field(default=None, metadata={"help": "Tasks, each name=file.jsonl."})
     set: list[str] = field(
-        default_factory=list, metadata={"help": "Settings of stages, each stage.key=value, for instance base.depth=6."}
+        default_factory=list,
+        metadata={
+            "help": "Settings of stages, each stage.key=value, for instance base.depth=6. Commas separate the values of a "
+            "list; for a value with a comma in it write YAML: 'base.sample_prompts=[\"Once upon a time, there\"]'."
+        },
     )
-    from_stage: str | None = field(default=None, metadata={"help": "--from: redo this stage and the later ones."})
-    to_stage: str = field(default="report", metadata={"help": "--to: stop after this stage."})
+    from_stage: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--from"],
+            "help": f"Redo this stage and the later ones, those before it as they are: {', '.join(STAGES)}.",
+        },
+    )
+    to_stage: str = field(default="report", metadata={"aliases": ["--to"], "help": "Stop after this stage."})
 
 
 @dataclass
 class Step:
-    """One command of the ladder: its name in `<run>/finished/`, the script with its launcher, its YAML, its arguments."""
+    """One command of the ladder: its name, the script with its launcher, its YAML, its arguments.
+
+    `<run>/started/<name>.json` says that the run has begun it and with what settings, `<run>/finished/<name>.json` that
+    it also saw its end.
+    """
 
     name: str
     program: list[str]
@@ -109,28 +127,52 @@ class Step:
         path = self.settings.get("output_dir") or self.settings.get("output_file")
         return Path(path[0]) if path else None
 
+    @property
+    def makes_folder(self) -> bool:
+        return "output_dir" in self.settings
+
+    @property
+    def record(self) -> Path | None:
+        """The file that the step itself writes last, and so the sign that it is finished; None if it has none."""
+        if self.makes_folder and self.name != "data":
+            return self.result.parent / "stages" / f"{self.result.name}.json"
+        return None if self.makes_folder else self.result
+
     def fingerprint(self, run_dir: Path) -> dict:
         """What the result depends on apart from the files' content; the run folder itself may be moved or copied."""
         arguments = {
             key: [word.replace(str(run_dir), "{run_dir}") for word in words] for key, words in self.settings.items()
         }
-        return {"arguments": arguments, "config": yaml.safe_load(self.config.read_text()) if self.config else {}}
+        return {"arguments": arguments, "config": read_yaml(self.config) if self.config else {}}
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); every recipe needs it, as recipes/pocket has it") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the file") from error
 
 
 def main() -> None:
     recipe, words = recipe_and_words(sys.argv[1:])
     (args,) = parse(RunArguments, args=words)
-    first = stage_number(args.from_stage) if args.from_stage else len(STAGES)
+    first = stage_number(args.from_stage) if args.from_stage else None
     last = stage_number(args.to_stage)
+    if first is not None and first > last:
+        raise UserError(f"--from {args.from_stage} comes after --to {args.to_stage}: nothing to do; give a later --to")
     overrides, run_dir = parse_overrides(args.set), Path(args.run_dir)
     started = time.perf_counter()
     with only_run(run_dir) as lock:
-        ladder = [(n, s) for n, stage in enumerate(STAGES[: last + 1]) for s in steps(stage, RECIPES / recipe, args, overrides)]
-        waiting = [step for number, step in ladder if number >= first or not is_finished(step, run_dir)]
-        check_settings(waiting)
-        check_files(args)
-        for number, step in ladder:
-            run_step(step, run_dir, redo=number >= first, lock=lock)
+        ladder = {stage: steps(stage, RECIPES / recipe, args, overrides) for stage in STAGES[: last + 1]}
+        plan = make_plan(ladder, run_dir, first)
+        check_before([step for step, todo, _ in plan if todo])
+        for step, todo, redo in plan:
+            if todo:
+                run_step(step, run_dir, redo, lock)
+            else:
+                print(f"{step.name}: {'finished before, skipped' if is_own(step.name, run_dir) else 'not made by this run, kept'}")
     print(f"{recipe}: {args.run_dir} is complete up to {STAGES[last]}, {time.perf_counter() - started:.0f} s in this run")
     if STAGES[last] == "report":
         python, model = min(os.path.relpath(sys.executable), sys.executable, key=len), f"{args.run_dir}/rl"
@@ -141,14 +183,25 @@ def main() -> None:
 def recipe_and_words(words: list[str]) -> tuple[str, list[str]]:
     """The recipe's name and the rest of the command line, with the recipe's run.yaml as its configuration file."""
     known = sorted(path.parent.name for path in RECIPES.glob("*/run.yaml"))
+    usage = f"python recipes/run.py {{{','.join(known)}}} [--from stage] [--to stage] [...]"
+    if {"-h", "--help"} & set(words):
+        print(f"{__doc__}\nRecipes: {', '.join(known)}. {usage}\n")
+        parse(RunArguments, args=["--help"])
     if not words or words[0] not in known:
         given = f"{words[0]!r} is not a recipe" if words and not words[0].startswith("-") else "which recipe?"
-        raise UserError(f"{given}; python recipes/run.py {{{','.join(known)}}} [--from stage] [--to stage] [...]")
-    renamed = {"--from": "--from_stage", "--to": "--to_stage"}
-    rest = [renamed.get(word, word) for word in words[1:]]
+        raise UserError(f"{given}; {usage}")
+    recipe, *rest = words
     if not any(word == "--config" or word.startswith("--config=") for word in rest):
-        rest = ["--config", str(RECIPES / words[0] / "run.yaml"), *rest]
-    return words[0], rest
+        rest = ["--config", str(RECIPES / recipe / "run.yaml"), *rest]
+    return recipe, rest
+
+
+def check_before(waiting: list[Step]) -> None:
+    """Check what the steps to come were given. Imports all of them, which a run with nothing left to do can save."""
+    if any(step.name != "report" for step in waiting):
+        from recipes.preflight import check_steps
+
+        check_steps(waiting)
 
 
 def stage_number(name: str) -> int:
@@ -159,10 +212,7 @@ def stage_number(name: str) -> int:
 
 
 def parse_overrides(words: list[str]) -> dict[str, list[str]]:
-    """`["base.depth=6"]` -> `{"base": ["--depth", "6"]}`; "eval" and "tokenizer_eval" are stages here too.
-
-    Lists are separated by commas.
-    """
+    """`["base.depth=6"]` -> `{"base": ["--depth", "6"]}`; "eval" and "tokenizer_eval" are stages here too."""
     overrides: dict[str, list[str]] = {stage: [] for stage in (*STAGES, "eval", "tokenizer_eval")}
     for word in words:
         key, equals, value = word.partition("=")
@@ -170,8 +220,22 @@ def parse_overrides(words: list[str]) -> dict[str, list[str]]:
         stage = ALIASES.get(stage, stage)
         if not equals or not dot or not name or stage not in overrides:
             raise UserError(f"--set {word}: expected stage.key=value, with a stage of {', '.join(overrides)}")
-        overrides[stage] += [f"--{name}", *value.split(",")]
+        overrides[stage] += [f"--{name}", *override_values(word, value)]
     return overrides
+
+
+def override_values(word: str, value: str) -> list[str]:
+    """`a,b` -> `["a", "b"]`; what begins with a bracket or a quote is YAML: `["a, b"]` and `"a, b"` -> `["a, b"]`."""
+    if not value.startswith(("[", '"', "'")):
+        return value.split(",")
+    try:
+        values = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {word}: not valid YAML ({first_line(error)}); write ['one, with a comma', 'two']") from error
+    values = values if isinstance(values, list) else [values]
+    if not values or any(isinstance(value, list | dict) or value is None for value in values):
+        raise UserError(f"--set {word}: expected a list of values; write ['one, with a comma', 'two']")
+    return [str(value) for value in values]
 
 
 def steps(stage: str, recipe: Path, args: RunArguments, overrides: dict[str, list[str]]) -> list[Step]:
@@ -249,95 +313,101 @@ def files(args: RunArguments, name: str) -> list[str]:
     return [entry.replace("data/", f"{args.run_dir}/data/", 1) for entry in GENERATED[name]]
 
 
-def check_settings(waiting: list[Step]) -> None:
-    """Read the settings of the steps to come, as they will: a misspelt key is told now, not hours later.
+def make_plan(ladder: dict[str, list[Step]], run_dir: Path, first: int | None) -> list[tuple[Step, bool, bool]]:
+    """Each step, whether it is to be run, and whether it was asked for by `--from`. Nothing is changed yet.
 
-    Data, tokenizer and its evaluation are left out, they come first and tell it themselves.
+    Args:
+        ladder: The steps of each stage, in order.
+        first: Number of the stage that `--from` names.
 
     Raises:
-        UserError: A key is unknown, missing, or has the wrong type.
+        UserError: A YAML is missing, a step was finished with other settings, or its folder is not this run's.
     """
-    later = [step for step in waiting if step.name not in (*EARLY, "report")]
-    argument_classes = script_arguments() if later else {}
-    for step in later:
-        with warnings.catch_warnings(action="ignore"):  # the step itself will say it again
-            kind = "eval" if step.name.endswith(".eval") else step.name
-            parse(*argument_classes[kind], args=["--config", str(step.config), *step.arguments])
+    plan, stale = [], False
+    for stage, of_stage in ladder.items():
+        for step in of_stage:
+            wanted = step.fingerprint(run_dir)
+            redo = first is not None and STAGES.index(stage) >= first
+            todo = redo or is_to_do(step, run_dir, wanted, stale, keep=first is not None)
+            stale = stale or (todo and step.makes_folder)  # all that follows was made from what it replaces
+            plan.append((step, todo, redo))
+    return plan
 
 
-def script_arguments() -> dict[str, tuple[type, ...]]:
-    """The dataclasses of each script; imported here, since a run with nothing left to do needs none of them."""
-    from trl import GRPOConfig, SFTConfig
+def is_to_do(step: Step, run_dir: Path, wanted: dict, stale: bool, keep: bool) -> bool:
+    """Whether a step that was not asked for is to be run; `keep` folders that are not this run's."""
+    if step.makes_folder and step.result.exists() and not is_own(step.name, run_dir):
+        if keep:
+            return False
+        raise UserError(
+            f"{step.result} is there, but not made by this run; give --from {step.name} to replace it, --from "
+            f"{STAGES[STAGES.index(step.name) + 1]} to go on from it as it is, or another --run_dir"
+        )
+    if step.name == "report" or stale or not is_finished(step, run_dir):
+        return True
+    change = difference(read_marker(step, run_dir), wanted)
+    if change and not step.name.endswith(".eval"):  # an evaluation is cheap, a model may be dear
+        raise UserError(
+            f"{step.name} was finished with other settings ({change}); give --from {step.name} to redo it and what "
+            "follows, or another --run_dir"
+        )
+    if change:
+        print(f"{step.name}: settings changed ({change})")
+    return bool(change)
 
-    from evals.evaluate_model import EvaluateArguments
-    from recipes.grpo import GRPOArguments
-    from recipes.loop import LoopArguments
-    from recipes.midtrain import MidtrainArguments
-    from recipes.pretrain import PretrainArguments
-    from recipes.sft import SFTArguments
-    from recipes.stage import OutputArguments
 
-    return {
-        "base": (PretrainArguments, LoopArguments, OutputArguments),
-        "mid": (MidtrainArguments, LoopArguments, OutputArguments),
-        "sft": (SFTArguments, SFTConfig),
-        "rl": (GRPOArguments, GRPOConfig),
-        "eval": (EvaluateArguments,),
-    }
-
-
-def check_files(args: RunArguments) -> None:
-    """Raise [`UserError`] for a given file that is missing or empty, before the stages that come first are run."""
-    for name in GENERATED:
-        for entry in getattr(args, name) or []:
-            path = entry.partition("=")[2] if name == "eval_files" else entry
-            if not is_hub_id(path):
-                expand([path], name)
+def is_own(name: str, run_dir: Path) -> bool:
+    """Whether this run has begun the step of that name at some time."""
+    return any(marker(name, run_dir, kind).exists() for kind in ("started", "finished"))
 
 
 def is_finished(step: Step, run_dir: Path) -> bool:
-    """A step is finished when its marker says so and what it left is still there."""
-    return bool(read_marker(step, run_dir)) and (step.result is None or step.result.exists())
+    """Whether what the step leaves is there, and the run saw its end, or was killed before but the step wrote its record."""
+    ended = marker(step.name, run_dir, "finished").exists() or (step.record is not None and step.record.exists())
+    return ended and bool(read_marker(step, run_dir)) and (step.result is None or step.result.exists())
+
+
+def marker(name: str, run_dir: Path, kind: str) -> Path:
+    return run_dir / kind / f"{name}.json"
 
 
 def read_marker(step: Step, run_dir: Path) -> dict:
-    try:
-        return json.loads((run_dir / "finished" / f"{step.name}.json").read_text())
-    except (OSError, ValueError):  # none, or damaged: the step is done again
-        return {}
+    """The settings that the step was last begun with; empty if there are none, or none to be read: it is done again."""
+    for kind in ("started", "finished"):
+        try:
+            return json.loads(marker(step.name, run_dir, kind).read_text())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            break
+    return {}
 
 
 def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None) -> None:
-    """Run a step unless it is finished; what it makes counts as finished only after this.
+    """Run a step; while it runs, nothing that follows from its earlier result counts as finished.
 
     Raises:
-        UserError: The command failed, was stopped, or was finished with other settings.
+        UserError: The command failed or was stopped.
     """
     wanted, again = step.fingerprint(run_dir), "the same command without --from" if redo else "the same command"
-    if not redo and is_finished(step, run_dir) and step.name != "report":
-        change = difference(read_marker(step, run_dir), wanted)
-        if not change:
-            print(f"{step.name}: finished before, skipped")
-            return
-        if not step.name.endswith(".eval"):  # an evaluation is cheap, a model may be dear
-            raise UserError(
-                f"{step.name} was finished with other settings ({change}); give --from {step.name} to redo it and what "
-                "follows, or another --run_dir"
-            )
-        print(f"{step.name}: settings changed ({change})")
     forget(step, run_dir)
-    # whatever lies there without a marker is unfinished or unwanted; the world replaces only itself
-    overwrite = ["--overwrite_output_dir", "true"] if "output_dir" in step.settings and step.name != "data" else []
+    if step.record is not None:
+        step.record.unlink(missing_ok=True)
+    write_json(marker(step.name, run_dir, "started"), wanted)
+    # a folder of that name is this run's, unfinished or unwanted; the world replaces only itself
+    overwrite = ["--overwrite_output_dir", "true"] if step.makes_folder and step.name != "data" else []
     resume = ["--resume", "auto"] if step.name in RESUMABLE and not redo else []
     print(f"\n=== {step.name}: {shown(step.command)}", flush=True)
     started = time.perf_counter()
     code = call([*step.command, *overwrite, *resume], lock, again)
-    if step.name in RESUMABLE and (run_dir / "checkpoints" / step.name).exists():
+    if code or not (step.record is None or step.record.exists()):
         how = f"stopped with exit code {code}; put it right and" if code else "was stopped before its end;"
-        raise UserError(f"{step.name} {how} {again} goes on from its checkpoint, --from {step.name} starts anew")
-    if code:
-        raise UserError(f"{step.name} stopped with exit code {code}; put it right and run the same command again")
-    write_json(run_dir / "finished" / f"{step.name}.json", wanted | {"seconds": round(time.perf_counter() - started, 1)})
+        checkpoints = step.name in RESUMABLE and (run_dir / "checkpoints" / step.name).exists()
+        then = f"goes on from its checkpoint, --from {step.name} starts anew" if checkpoints else "goes on from there"
+        raise UserError(f"{step.name} {how} {again} {then}")
+    seconds = round(time.perf_counter() - started, 1)
+    write_json(marker(step.name, run_dir, "finished"), wanted | {"seconds": seconds})
+    marker(step.name, run_dir, "started").unlink()
 
 
 def call(command: list[str], lock: int | None = None, again: str = "the same command") -> int:
@@ -348,7 +418,9 @@ def call(command: list[str], lock: int | None = None, again: str = "the same com
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     held = () if lock is None else (lock,)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
     with subprocess.Popen(command, env=environment, process_group=0, pass_fds=held) as process:
         try:
             return process.wait()
@@ -385,14 +457,19 @@ def plain(value: object) -> str:
 
 
 def forget(step: Step, run_dir: Path) -> None:
-    """Take away the marker of a step, and what was recorded of everything made from its earlier result."""
-    (run_dir / "finished" / f"{step.name}.json").unlink(missing_ok=True)
-    if step.name.endswith(".eval") or step.name == "report":
-        return
-    for stage in STAGES[STAGES.index(step.name) :]:
-        for kind, name in (("finished", stage), ("finished", f"{stage}.eval"), ("stages", stage), ("results", stage)):
-            (run_dir / kind / f"{name}.json").unlink(missing_ok=True)
-        if stage != step.name:
+    """Let neither the step nor what this run made from its earlier result count as finished."""
+    names = [step.name]
+    if step.makes_folder:
+        names += [name for stage in STAGES[STAGES.index(step.name) :] for name in (stage, f"{stage}.eval")]
+    for name in names:
+        if not is_own(name, run_dir):
+            continue
+        if marker(name, run_dir, "finished").exists():  # what it left is still the run's own
+            (run_dir / "started").mkdir(exist_ok=True)
+            marker(name, run_dir, "finished").replace(marker(name, run_dir, "started"))
+        stage, _, evaluation = name.partition(".")
+        marker(stage, run_dir, "results" if evaluation else "stages").unlink(missing_ok=True)
+        if not evaluation and name != step.name:
             (run_dir / "logs" / f"{stage}.jsonl").unlink(missing_ok=True)
             shutil.rmtree(run_dir / "checkpoints" / stage, ignore_errors=True)
 
@@ -404,9 +481,10 @@ def only_run(run_dir: Path) -> Iterator[int]:
 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "w")
     except OSError as error:
-        raise UserError(f"run_dir {run_dir}: cannot be made ({error.strerror}); give another --run_dir") from error
-    with open(run_dir / ".lock", "w") as lock:
+        raise UserError(f"run_dir {run_dir}: cannot be written ({error.strerror}); give another --run_dir") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

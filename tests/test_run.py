@@ -1,17 +1,19 @@
 import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 
-from modeling_nanochat.errors import UserError
+from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.run import (
     RECIPES,
     RunArguments,
     Step,
+    main,
+    make_plan,
     only_run,
     parse_overrides,
     recipe_and_words,
@@ -34,100 +36,189 @@ def touching_step(tmp_path, config, name="tokenizer", *more, code="open({!r}, 'a
     return Step(name, [sys.executable, "-c", code.format(str(path))], config, list(more)), path
 
 
+MAKING = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+folder.mkdir(exist_ok=True)
+(folder / "weights").open("a").write("x")
+(folder.parent / "said").open("a").write(" ".join(sys.argv) + "\\n")
+record = folder.parent / "stages" / f"{folder.name}.json"
+record.parent.mkdir(exist_ok=True)
+"""
+FINISHING = "record.write_text('{}')"
+
+
+def making_step(run_dir, config, name="base", *more, ending=FINISHING):
+    """A stage that adds one character to its folder's weights each time that it runs, and writes its record."""
+    program = [sys.executable, "-c", MAKING + ending]
+    return Step(name, program, config, ["--output_dir", str(run_dir / name), *more])
+
+
+def run_all(run_dir, *steps, first=None):
+    """What the runner does with these steps, `first` being the stage of `--from`; gives the names of the steps run."""
+    ladder = {}
+    for step in steps:
+        ladder.setdefault(step.name.partition(".")[0], []).append(step)
+    plan = make_plan(ladder, run_dir, first and stage_number(first))
+    for step, todo, redo in plan:
+        if todo:
+            run_step(step, run_dir, redo)
+    return [step.name for step, todo, _ in plan if todo]
+
+
+def weights(run_dir, name="base"):
+    return (run_dir / name / "weights").read_text()
+
+
 def test_a_finished_step_is_skipped_and_can_be_redone(tmp_path, config):
-    step, path = touching_step(tmp_path, config)
-    run_step(step, tmp_path, redo=False)
-    run_step(step, tmp_path, redo=False)
-    assert path.read_text() == "x"
-    run_step(step, tmp_path, redo=True)
-    assert path.read_text() == "xx"
+    step = making_step(tmp_path, config)
+    assert run_all(tmp_path, step) == ["base"] and run_all(tmp_path, step) == []
+    assert run_all(tmp_path, step, first="base") == ["base"] and weights(tmp_path) == "xx"
 
 
 def test_a_failed_step_is_not_taken_for_finished(tmp_path, config):
     step, _ = touching_step(tmp_path, config, code="import sys; sys.exit(3)")
     with pytest.raises(UserError, match="exit code 3"):
-        run_step(step, tmp_path, redo=False)
+        run_all(tmp_path, step)
     assert not (tmp_path / "finished" / "tokenizer.json").exists()
+    assert run_all(tmp_path, touching_step(tmp_path, config)[0]) == ["tokenizer"]
 
 
 def test_other_settings_for_a_finished_step_are_refused_by_name(tmp_path, config):
-    step, path = touching_step(tmp_path, config, "tokenizer", "--vocab_size", "300")
-    run_step(step, tmp_path, redo=False)
+    run_all(tmp_path, making_step(tmp_path, config, "tokenizer", "--vocab_size", "300"))
     config.write_text("depth: 6\n")
     with pytest.raises(UserError, match=r"depth: 4 is now 6.*--from tokenizer"):
-        run_step(step, tmp_path, redo=False)
+        run_all(tmp_path, making_step(tmp_path, config, "tokenizer", "--vocab_size", "300"))
     config.write_text("depth: 4\n")
-    changed, _ = touching_step(tmp_path, config, "tokenizer", "--vocab_size", "400")
     with pytest.raises(UserError, match="vocab_size: 300 is now 400"):
-        run_step(changed, tmp_path, redo=False)
-    assert path.read_text() == "x"
+        run_all(tmp_path, making_step(tmp_path, config, "tokenizer", "--vocab_size", "400"))
+    assert weights(tmp_path, "tokenizer") == "x"
 
 
 def test_a_changed_evaluation_is_done_again(tmp_path, config):
     step, path = touching_step(tmp_path, config, "base.eval", "--max_examples", "5")
-    run_step(step, tmp_path, redo=False)
-    run_step(touching_step(tmp_path, config, "base.eval", "--max_examples", "9")[0], tmp_path, redo=False)
+    run_all(tmp_path, step)
+    run_all(tmp_path, touching_step(tmp_path, config, "base.eval", "--max_examples", "9")[0])
     assert path.read_text() == "xx"
 
 
 def test_a_marker_without_its_result_or_damaged_is_not_believed(tmp_path, config):
-    result = tmp_path / "model"
-    step, path = touching_step(tmp_path, config, "base", "--output_dir", str(result))
-    result.mkdir()
-    run_step(step, tmp_path, redo=False)
-    run_step(step, tmp_path, redo=False)
-    assert path.read_text() == "x"
-    result.rmdir()
-    run_step(step, tmp_path, redo=False)
-    result.mkdir()
+    step = making_step(tmp_path, config)
+    run_all(tmp_path, step)
+    shutil.rmtree(tmp_path / "base")
+    assert run_all(tmp_path, step) == ["base"]
     (tmp_path / "finished" / "base.json").write_text('{"conf')
-    run_step(step, tmp_path, redo=False)
-    assert path.read_text() == "xxx"
+    assert run_all(tmp_path, step) == ["base"] and weights(tmp_path) == "xx"
 
 
 def test_a_moved_run_is_still_finished(tmp_path, config):
     before, after = tmp_path / "before", tmp_path / "after"
-    run_step(touching_step(tmp_path, config, "tokenizer", "--train_files", f"{before}/data/a")[0], before, redo=False)
+    before.mkdir()
+    run_all(before, making_step(before, config, "tokenizer", "--train_files", f"{before}/data/a"))
     before.rename(after)
-    step, path = touching_step(tmp_path, config, "tokenizer", "--train_files", f"{after}/data/a")
-    run_step(step, after, redo=False)
-    assert path.read_text() == "x"
+    assert run_all(after, making_step(after, config, "tokenizer", "--train_files", f"{after}/data/a")) == []
 
 
 def test_redoing_a_stage_forgets_what_was_made_from_it(tmp_path, config):
-    for name in ("tokenizer", "base", "base.eval", "mid"):
-        run_step(touching_step(tmp_path, config, name)[0], tmp_path, redo=False)
-    for stage in ("base", "mid"):
-        for kind, suffix in (("results", "json"), ("stages", "json"), ("logs", "jsonl")):
-            (tmp_path / kind).mkdir(exist_ok=True)
+    steps = [making_step(tmp_path, config, name) for name in ("tokenizer", "base", "mid")]
+    evaluation, _ = touching_step(tmp_path, config, "base.eval")
+    run_all(tmp_path, *steps, evaluation)
+    for kind, suffix in (("results", "json"), ("logs", "jsonl")):
+        (tmp_path / kind).mkdir(exist_ok=True)
+        for stage in ("base", "mid"):
             (tmp_path / kind / f"{stage}.{suffix}").write_text("{}")
     (tmp_path / "checkpoints" / "mid" / "step-00000004").mkdir(parents=True)
-    run_step(touching_step(tmp_path, config, "base")[0], tmp_path, redo=True)
+    run_step(steps[1], tmp_path, redo=True)
     assert not (tmp_path / "checkpoints" / "mid").exists()
     assert {path.stem for path in (tmp_path / "finished").iterdir()} == {"tokenizer", "base"}
-    assert not list((tmp_path / "results").iterdir()) and not (tmp_path / "logs" / "mid.jsonl").exists()
+    assert {path.stem for path in (tmp_path / "stages").iterdir()} == {"tokenizer", "base"}
+    assert [path.stem for path in (tmp_path / "logs").iterdir()] == ["base"]
+    # what was forgotten is made again unasked, since it was the run's own
+    assert run_all(tmp_path, *steps[:2], evaluation, steps[2]) == ["base.eval", "mid"]
+
+
+def test_what_follows_from_a_stage_that_is_missing_is_made_again(tmp_path, config):
+    steps = [making_step(tmp_path, config, name) for name in ("base", "mid", "sft")]
+    run_all(tmp_path, *steps)
+    shutil.rmtree(tmp_path / "mid")
+    assert run_all(tmp_path, *steps) == ["mid", "sft"] and weights(tmp_path) == "x"
+
+
+def test_a_model_that_an_orphaned_stage_finished_is_not_trained_again(tmp_path, config):
+    """The runner was killed while the stage ran; the stage went on, and wrote its record."""
+    step = making_step(tmp_path, config)
+    run_all(tmp_path, step)
+    orphan_finished(tmp_path)
+    assert run_all(tmp_path, step) == [] and weights(tmp_path) == "x"
+    config.write_text("depth: 6\n")
+    with pytest.raises(UserError, match=r"depth: 4 is now 6.*--from base"):
+        run_all(tmp_path, step)
+    config.write_text("depth: 4\n")
+    (tmp_path / "stages" / "base.json").unlink()  # killed before its end
+    assert run_all(tmp_path, step) == ["base"]
+
+
+def orphan_finished(run_dir):
+    """As if the runner had been killed after it began the step, and had not seen its end."""
+    (run_dir / "started").mkdir(exist_ok=True)
+    content = json.loads((run_dir / "finished" / "base.json").read_text())
+    del content["seconds"]
+    (run_dir / "started" / "base.json").write_text(json.dumps(content))
+    (run_dir / "finished" / "base.json").unlink()
+
+
+def test_an_evaluation_that_an_orphan_finished_is_not_done_again(tmp_path, config):
+    result = tmp_path / "results" / "base.json"
+    result.parent.mkdir()
+    step, path = touching_step(tmp_path, config, "base.eval", "--output_file", str(result), code="open({!r}, 'a').write('x')")
+    with pytest.raises(UserError, match=r"base.eval was stopped before its end"):  # no result
+        run_all(tmp_path, step)
+    result.write_text("{}")
+    assert run_all(tmp_path, step) == [] and path.read_text() == "x"
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_a_model_that_the_run_did_not_make_is_left_alone(tmp_path, config, with_record):
+    """Trained by hand, or copied in."""
+    steps = [making_step(tmp_path, config, name) for name in ("base", "mid")]
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "weights").write_text("mine")
+    if with_record:
+        (tmp_path / "stages").mkdir()
+        (tmp_path / "stages" / "base.json").write_text('{"settings": {"depth": 4}}')
+    with pytest.raises(UserError, match=r"base is there, but not made by this run.*--from base.*--from mid"):
+        run_all(tmp_path, *steps)
+    assert not (tmp_path / "mid").exists()
+    assert run_all(tmp_path, *steps, first="mid") == ["mid"]
+    assert weights(tmp_path) == "mine" and (tmp_path / "stages" / "base.json").exists() == with_record
+    assert run_all(tmp_path, *steps, first="base") == ["base", "mid"] and weights(tmp_path) == "minex"
+
+
+def test_a_run_that_stops_early_leaves_later_models_of_others_alone(tmp_path, config):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "mid.json").write_text("{}")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "mid.jsonl").write_text("{}")
+    run_all(tmp_path, making_step(tmp_path, config))
+    assert (tmp_path / "stages" / "mid.json").exists() and (tmp_path / "logs" / "mid.jsonl").exists()
 
 
 def test_a_stage_that_was_stopped_goes_on_unless_it_is_to_be_redone(tmp_path, config):
-    checkpoint = tmp_path / "checkpoints" / "base"
-    checkpoint.mkdir(parents=True)
-    said = tmp_path / "said"
-    code = f"import sys; open({str(said)!r}, 'a').write(' '.join(sys.argv) + '\\n') #"
-    step, _ = touching_step(tmp_path, config, "base", code=code + "{}")
+    (tmp_path / "checkpoints" / "base").mkdir(parents=True)
+    stopped = making_step(tmp_path, config, ending="")
     with pytest.raises(UserError, match="base was stopped before its end; the same command goes on from its checkpoint"):
-        run_step(step, tmp_path, redo=False)
+        run_all(tmp_path, stopped)
     with pytest.raises(UserError, match="the same command without --from goes on"):
-        run_step(step, tmp_path, redo=True)
-    first, second = said.read_text().splitlines()
+        run_all(tmp_path, stopped, first="base")
+    first, second = (tmp_path / "said").read_text().splitlines()
     assert "--resume auto" in first and "--resume" not in second
-    checkpoint.rmdir()
-    run_step(step, tmp_path, redo=False)
-    assert (tmp_path / "finished" / "base.json").exists()
+    assert run_all(tmp_path, making_step(tmp_path, config)) == ["base"]
+    assert (tmp_path / "finished" / "base.json").exists() and not list((tmp_path / "started").iterdir())
 
 
 def test_stopping_the_runner_waits_for_what_its_launcher_left_behind(tmp_path, config):
     """`accelerate launch` dies of SIGTERM at once, while the trainer still writes its checkpoint."""
-    path, trainer = tmp_path / "started", tmp_path / "trainer.py"
+    path, trainer = tmp_path / "begun", tmp_path / "trainer.py"
     trainer.write_text(
         "import pathlib, signal, sys, time\n"
         f"started = pathlib.Path({str(path)!r})\n"
@@ -141,24 +232,9 @@ def test_stopping_the_runner_waits_for_what_its_launcher_left_behind(tmp_path, c
     )
     code = f"import subprocess, sys; subprocess.run([sys.executable, {str(trainer)!r}])"
     step = Step("tokenizer", [sys.executable, "-c", code], None, [])
-    stop_the_runner(step, path, tmp_path)
+    returned, errors = stop_the_runner(step, path, tmp_path)
+    assert returned == 1 and "stopped; the same command goes on" in errors
     assert path.with_name("ended").exists()
-
-
-def test_misspelt_settings_and_missing_files_are_told_before_anything_runs(tmp_path):
-    def run(*words):
-        command = [sys.executable, "recipes/run.py", "pocket", "--run_dir", str(tmp_path / "run"), *words]
-        return subprocess.run(command, cwd=RECIPES.parent, capture_output=True, text=True, check=False)
-
-    for words, expected in (
-        (["--set", "rl.nonsense=5"], "nonsense"),
-        (["--grpo_files", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--accelerate_config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--pretrain_fles", "x"], "pretrain_fles"),
-    ):
-        result = run(*words)
-        assert result.returncode == 1 and expected in result.stderr, result.stderr
-        assert result.stderr.count("\n") == 1 and "===" not in result.stdout
 
 
 def test_a_run_folder_is_held_by_one_run(tmp_path):
@@ -169,29 +245,48 @@ def test_a_run_folder_is_held_by_one_run(tmp_path):
         pass
 
 
-def stop_the_runner(step, path, tmp_path):
-    """Run the step, SIGTERM as soon as it has written to `path`."""
-    script = (
-        "import sys; from pathlib import Path; from recipes.run import Step, run_step; "
-        "from modeling_nanochat.errors import exit_on_user_error; "
-        f"exit_on_user_error(lambda: run_step(Step('tokenizer', {step.program!r}, None, []), Path({str(tmp_path)!r}), False))"
-    )
-    runner = subprocess.Popen([sys.executable, "-c", script], cwd=RECIPES.parent, stderr=subprocess.PIPE, text=True)
+def stop_the_runner(step, path, tmp_path, number=signal.SIGTERM, nohup=False):
+    """Run the step in a process of its own, send the signal as soon as the step has written to `path`.
+
+    Gives the exit code and what was said on stderr.
+    """
+    errors = tmp_path / "errors"
+    runner = os.fork()
+    if not runner:
+        code = 0
+        try:
+            sys.stderr = errors.open("w")
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+            exit_on_user_error(lambda: run_step(step, tmp_path, redo=False))
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
     deadline = time.time() + 30
     while not (path.exists() and path.read_text()) and time.time() < deadline:
-        time.sleep(0.1)
-    runner.send_signal(signal.SIGTERM)
-    _, errors = runner.communicate(timeout=20)
-    assert runner.returncode == 1 and "stopped; the same command goes on" in errors
+        time.sleep(0.05)
+    os.kill(runner, number)
+    _, status = os.waitpid(runner, 0)
+    return os.waitstatus_to_exitcode(status), errors.read_text()
 
 
-def test_stopping_the_runner_stops_its_stage(tmp_path, config):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stopping_the_runner_or_closing_its_terminal_stops_its_stage(tmp_path, config, number):
     code = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     step, path = touching_step(tmp_path, config, code=code)
-    stop_the_runner(step, path, tmp_path)
+    returned, errors = stop_the_runner(step, path, tmp_path, number)
+    assert returned == 1 and "stopped; the same command goes on" in errors
     with pytest.raises(ProcessLookupError):
         os.kill(int(path.read_text()), 0)
     assert not (tmp_path / "finished").exists()
+
+
+def test_under_nohup_a_run_outlives_its_terminal(tmp_path, config):
+    code = "import time; open({!r}, 'w').write('x'); time.sleep(1)"
+    step, path = touching_step(tmp_path, config, code=code)
+    returned, _ = stop_the_runner(step, path, tmp_path, signal.SIGHUP, nohup=True)
+    assert returned == 0 and (tmp_path / "finished" / "tokenizer.json").exists()
 
 
 def commands(stage, **settings):
@@ -220,6 +315,27 @@ def test_overrides_reach_their_stage_only():
             parse_overrides([bad])
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("One day,The end", ["One day", "The end"]),
+        ('["Once upon a time, there", One day]', ["Once upon a time, there", "One day"]),
+        ('"Once upon a time, there"', ["Once upon a time, there"]),
+        ("'it is, \"so\"'", ['it is, "so"']),
+        ("[0.5, 2, true]", ["0.5", "2", "True"]),
+    ],
+)
+def test_an_override_can_hold_a_comma(value, words):
+    assert parse_overrides([f"base.sample_prompts={value}"])["base"] == ["--sample_prompts", *words]
+
+
+@pytest.mark.parametrize("value", ["[a", "[]", "[null]", "[[a]]", "[{a: 1}]", '"a'])
+def test_an_override_that_is_no_list_of_values_is_refused(value):
+    with pytest.raises(UserError, match="--set base.sample_prompts") as error:
+        parse_overrides([f"base.sample_prompts={value}"])
+    assert "\n" not in str(error.value)
+
+
 def test_the_tokenizer_is_evaluated_on_the_files_of_the_run():
     train, evaluation = commands("tokenizer", pretrain_files=["a.parquet"], set=["tokenizer_eval.max_bytes=9"])
     assert [train.name, evaluation.name] == ["tokenizer", "tokenizer.eval"]
@@ -237,7 +353,7 @@ def test_a_run_from_before_the_tokenizers_evaluation_gets_it_and_keeps_the_rest(
     (tmp_path / "text.jsonl").write_text('{"text": "The cat sat on the mat."}\n')
     (tmp_path / "run" / "finished").mkdir()
     for name in ("tokenizer", "base"):
-        (tmp_path / "run" / "finished" / f"{name}.json").write_text("{}")
+        (tmp_path / "run" / "finished" / f"{name}.json").write_text('{"arguments": {}, "config": {}}')
     files = {name: [str(tmp_path / "text.jsonl")] for name in ("pretrain_files", "val_files")}
     args = RunArguments(run_dir=str(tmp_path / "run"), accelerate_config="accelerate_configs/cpu.yaml", **files)
     _, evaluation = steps("tokenizer", RECIPES / "pocket", args, parse_overrides([]))
@@ -248,23 +364,55 @@ def test_a_run_from_before_the_tokenizers_evaluation_gets_it_and_keeps_the_rest(
 
 
 def test_redoing_the_tokenizer_forgets_its_evaluation(tmp_path, config):
-    for name in ("tokenizer", "tokenizer.eval"):
-        run_step(touching_step(tmp_path, config, name)[0], tmp_path, redo=False)
+    step = making_step(tmp_path, config, "tokenizer")
+    run_all(tmp_path, step, touching_step(tmp_path, config, "tokenizer.eval")[0])
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "tokenizer.json").write_text("{}")
-    run_step(touching_step(tmp_path, config, "tokenizer")[0], tmp_path, redo=True)
+    run_step(step, tmp_path, redo=True)
     assert {path.stem for path in (tmp_path / "finished").iterdir()} == {"tokenizer"}
     assert not (tmp_path / "results" / "tokenizer.json").exists()
 
 
 def test_recipe_and_stage_names_are_checked():
-    assert recipe_and_words(["pocket", "--from", "sft"])[1][-2:] == ["--from_stage", "sft"]
     assert recipe_and_words(["pocket", "--config", "mine.yaml"]) == ("pocket", ["--config", "mine.yaml"])
     with pytest.raises(UserError, match="pocket"):
         recipe_and_words(["nosuch"])
     assert stage_number("pretrain") == stage_number("base") == 2
     with pytest.raises(UserError, match="'end' is not a stage"):
         stage_number("end")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pocket", "--help"], ["pocket", "--from", "sft", "-h"]])
+def test_help_names_every_option_and_recipe(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        recipe_and_words(words)
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    for option in ("--from", "--to", "--set", "--sft_files", "{pocket}"):
+        assert option in said
+
+
+def test_a_run_that_would_do_nothing_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--from sft comes after --to base"):
+        call_main(monkeypatch, tmp_path / "run", "--from", "sft", "--to", "base")
+    assert not (tmp_path / "run").exists()
+
+
+def call_main(monkeypatch, run_dir, *words):
+    monkeypatch.setattr(sys, "argv", ["run.py", "pocket", "--run_dir", str(run_dir), *words])
+    main()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (RECIPES / "pocket").glob("*.yaml") if path.name != "run.yaml"))
+def test_a_recipe_that_lacks_a_yaml_or_has_a_broken_one_is_refused_before_anything_runs(tmp_path, monkeypatch, name):
+    recipe = tmp_path / "recipes" / "pocket"
+    shutil.copytree(RECIPES / "pocket", recipe)
+    monkeypatch.setattr("recipes.run.RECIPES", recipe.parent)
+    for spoil, complaint in (((recipe / name).unlink, "cannot be read"), (lambda: (recipe / name).write_text("[a"), "not valid YAML")):
+        spoil()
+        with pytest.raises(UserError, match=f"{name}: {complaint}"):
+            call_main(monkeypatch, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_every_step_records_what_it_depends_on(tmp_path, config):

@@ -1,0 +1,158 @@
+"""What `run.py` checks before its first step: that every step to come will take its settings and its files.
+
+The checks are those of the steps themselves, as far as they need neither a model nor all of the data; of large files the
+first records are read. What the run is still to make is left out: models, the tokenizer, the generated world.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl import GRPOConfig, SFTConfig
+
+from evals.core_tasks import load_core
+from evals.evaluate_model import EvaluateArguments, load_tasks
+from modeling_nanochat.cli import parse
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.hub import find_folder
+from modeling_nanochat.loading import check_folder
+from modeling_nanochat.python_tool import check_sandbox
+from modeling_nanochat.sources import check_text_files
+from recipes.data import read_conversations
+from recipes.grpo import GRPOArguments, read_problems
+from recipes.loop import LoopArguments
+from recipes.midtrain import MidtrainArguments
+from recipes.pretrain import PretrainArguments, load_tokenizer
+from recipes.sft import SFTArguments
+from recipes.stage import OutputArguments
+from tokenizer_train.evaluate import TokenizerEvaluateArguments
+from tokenizer_train.mixture import check_weights
+from tokenizer_train.train import TokenizerArguments
+from tokenizer_train.train import check as check_tokenizer_arguments
+from tokenizer_train.vocabularies import parse_baselines
+
+if TYPE_CHECKING:
+    from recipes.run import Step
+
+FIRST_RECORDS = 100  # of each file of conversations
+
+
+class ToBeMade:
+    """Tells what the steps to come will make, and so cannot be looked at yet."""
+
+    def __init__(self, steps: Sequence["Step"]):
+        self.results = {step.result for step in steps}
+
+    def __contains__(self, name: str) -> bool:
+        return any(path in self.results for path in (Path(name), *Path(name).parents))
+
+    def others(self, names: Sequence[str] | None) -> list[str]:
+        return [name for name in names or () if name not in self]
+
+
+def check_steps(steps: Sequence["Step"]) -> None:
+    """Read the settings of the steps as they will, and the beginnings of their files.
+
+    The world and the report are left out: the one comes first and tells itself, the other has no settings.
+
+    Raises:
+        UserError: A step would refuse something; begins with the name of the step.
+    """
+    to_be_made = ToBeMade(steps)
+    for step in steps:
+        check = CHECKS.get(step.name) or (check_evaluation if step.name.endswith(".eval") else None)
+        if check:
+            try:
+                with warnings.catch_warnings(action="ignore"):  # the step itself will say it again
+                    check(step, to_be_made)
+            except UserError as error:
+                raise UserError(f"{step.name}: {error}") from error
+
+
+def arguments(step: "Step", *dataclass_types: type) -> tuple:
+    overwrite = ["--overwrite_output_dir", "true"] if step.makes_folder else []
+    return parse(*dataclass_types, args=["--config", str(step.config), *step.arguments, *overwrite])
+
+
+def check_texts(names: Sequence[str] | None, what: str, to_be_made: ToBeMade) -> None:
+    if given := to_be_made.others(names):
+        check_text_files(given, what)
+
+
+def check_conversations(names: Sequence[str], to_be_made: ToBeMade) -> None:
+    if given := to_be_made.others(names):
+        read_conversations(given, first=FIRST_RECORDS)
+
+
+def check_model(name: str, to_be_made: ToBeMade) -> None:
+    if name and name not in to_be_made:
+        check_folder(find_folder(name), name)
+
+
+def check_tokenizer(step: "Step", to_be_made: ToBeMade) -> None:
+    (args,) = arguments(step, TokenizerArguments)
+    check_tokenizer_arguments(args)
+    if args.train_weights is not None:
+        check_weights(args.train_files, args.train_weights)
+    for name in args.train_files:
+        check_texts([name], "train_files", to_be_made)
+
+
+def check_tokenizer_evaluation(step: "Step", to_be_made: ToBeMade) -> None:
+    (args,) = arguments(step, TokenizerEvaluateArguments)
+    args.check()
+    parse_baselines(args.baselines)
+    for name in ("train_files", "val_files"):
+        check_texts(getattr(args, name), name, to_be_made)
+
+
+def check_pretraining(step: "Step", to_be_made: ToBeMade) -> None:
+    args, _, _ = arguments(step, PretrainArguments, LoopArguments, OutputArguments)
+    if args.tokenizer not in to_be_made:
+        load_tokenizer(args.tokenizer)
+    for name in ("train_files", "val_files"):
+        check_texts(getattr(args, name), name, to_be_made)
+    if args.core_dir:
+        load_core(args.core_dir)
+
+
+def check_midtraining(step: "Step", to_be_made: ToBeMade) -> None:
+    args, _, _ = arguments(step, MidtrainArguments, LoopArguments, OutputArguments)
+    check_model(args.model_name_or_path, to_be_made)
+    check_conversations(args.train_files, to_be_made)
+    check_texts(args.replay_files, "replay_files", to_be_made)
+
+
+def check_sft(step: "Step", to_be_made: ToBeMade) -> None:
+    args, _ = arguments(step, SFTArguments, SFTConfig)
+    check_model(args.model_name_or_path, to_be_made)
+    check_conversations(args.train_files, to_be_made)
+
+
+def check_grpo(step: "Step", to_be_made: ToBeMade) -> None:
+    args, _ = arguments(step, GRPOArguments, GRPOConfig)
+    check_sandbox()
+    check_model(args.model_name_or_path, to_be_made)
+    if given := to_be_made.others(args.train_files):
+        read_problems(given)
+
+
+def check_evaluation(step: "Step", to_be_made: ToBeMade) -> None:
+    (args,) = arguments(step, EvaluateArguments)
+    args.check()
+    check_texts(args.text_files, "text_files", to_be_made)
+    if args.core_dir:
+        load_core(args.core_dir)
+    args.eval_files = [entry for entry in args.eval_files if entry.partition("=")[2] not in to_be_made]
+    load_tasks(args)
+
+
+CHECKS: dict[str, Callable[["Step", ToBeMade], None]] = {
+    "tokenizer": check_tokenizer,
+    "tokenizer.eval": check_tokenizer_evaluation,
+    "base": check_pretraining,
+    "mid": check_midtraining,
+    "sft": check_sft,
+    "rl": check_grpo,
+}

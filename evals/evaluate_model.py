@@ -30,6 +30,7 @@ from evals.bits_per_byte import text_bits_per_byte
 from evals.cloze import predict_choices
 from evals.core import CoreTask, core, load_core
 from evals.generative import generate_replies, predicted_answers, reference_answers
+from evals.gsm8k import last_words
 from evals.multiple_choice import predict_letters
 from evals.records import aligned_table, format_count, format_value, make_record, write_json
 from evals.tasks import Task, load_task, parse_task_argument
@@ -41,6 +42,8 @@ from modeling_nanochat.loading import load_model_and_tokenizer
 METRIC = Path(__file__).parent / "metrics" / "exact_accuracy"
 GREETING = "Who are you?"
 GENERATIVE = ("gsm8k", "match")
+SHOWN = 60  # characters of an answer in a note
+NEEDS = {"core_max_per_task": "core_dir", "max_examples": "eval_files", "max_length": "text_files"}
 
 
 @dataclass
@@ -73,7 +76,7 @@ class EvaluateArguments:
     seed: int = field(default=0, metadata={"help": "Of the draw of examples; replies are greedy."})
 
     def check(self) -> None:
-        """Raise `UserError` on a setting that cannot be."""
+        """Raise `UserError` on a setting that cannot be, or that would have no effect."""
         if not self.eval_files and not self.text_files and not self.core_dir:
             raise UserError("nothing to evaluate; give eval_files, text_files or core_dir, or several of them")
         counts = ("max_examples", "core_max_per_task", "max_text_tokens", "max_length", "batch_size", "max_new_tokens")
@@ -81,6 +84,11 @@ class EvaluateArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        if self.num_samples < 0:
+            raise UserError(f"num_samples is {self.num_samples}; it must be at least 0")
+        for name, needed in NEEDS.items():
+            if getattr(self, name) is not None and not getattr(self, needed):
+                raise UserError(f"{name} has no effect without {needed}; give {needed}, or leave it out")
 
 
 def main() -> None:
@@ -89,6 +97,9 @@ def main() -> None:
     rows = [[r["task"], r["metric"], format_value(r), format_count(r)] for r in results["records"]]
     print(f"{args.model_name_or_path}, {results['seconds']:.0f} s, results in {args.output_file}")
     print(aligned_table([["task", "metric", "value ± standard error", "n"], *rows]))
+    for record in results["records"]:
+        if "note" in record:
+            print(f"{record['task']}: {record['note']}")
 
 
 def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
@@ -122,13 +133,23 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
 
 
 def load_tasks(args: EvaluateArguments) -> list[Task]:
-    """The tasks of `args.eval_files` that this model can be asked."""
+    """The tasks of `args.eval_files` that this model can be asked.
+
+    Raises:
+        UserError: A file is wrong, or nothing is left to evaluate.
+    """
     named = [parse_task_argument(argument) for argument in args.eval_files]
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
         raise UserError(f"eval_files: a task name occurs twice in {', '.join(names)}; give each file its own")
     tasks = [load_task(name, path, args.max_examples, args.seed) for name, path in named]
-    return [task for task in tasks if task.kind == "cloze" or not args.base_model]
+    asked = [task for task in tasks if task.kind == "cloze" or not args.base_model]
+    if not asked and not args.text_files and not args.core_dir:
+        raise UserError(
+            f"nothing to evaluate: {', '.join(names)} need chat tokens, which base_model says this model never saw; give "
+            "cloze tasks, text_files or core_dir, or leave base_model out"
+        )
+    return asked
 
 
 def text_record(model, tokenizer, args: EvaluateArguments) -> dict[str, Any]:
@@ -166,7 +187,8 @@ def evaluate_generative(engine: Engine, task: Task, args: EvaluateArguments) -> 
         {"task": task.name, "correct": prediction == reference, "messages": [user_message(question), *reply]}
         for question, reply, prediction, reference in zip(questions, replies, predictions, references, strict=True)
     ]
-    return accuracy_record(task, predictions, references, 0.0, settings, args), samples
+    answers = predictions if task.kind == "gsm8k" else [last_words(reply) for reply in replies]
+    return accuracy_record(task, predictions, references, 0.0, settings, args, answers), samples
 
 
 def evaluate_choices(model, tokenizer, task: Task, args: EvaluateArguments) -> dict[str, Any]:
@@ -181,7 +203,8 @@ def evaluate_choices(model, tokenizer, task: Task, args: EvaluateArguments) -> d
         references = [question.answer for question in task.examples]
         counts = [len(question.choices) for question in task.examples]
     baseline = statistics.fmean(1 / count for count in counts)
-    return accuracy_record(task, predictions, references, baseline, {"shots": 0}, args)
+    answers = [f"choice {int(choice) + 1}" for choice in predictions] if task.kind == "cloze" else predictions
+    return accuracy_record(task, predictions, references, baseline, {"shots": 0}, args, answers)
 
 
 def core_records(model, tokenizer, tasks: Sequence[CoreTask], args: EvaluateArguments) -> list[dict[str, Any]]:
@@ -199,13 +222,31 @@ def core_records(model, tokenizer, tasks: Sequence[CoreTask], args: EvaluateArgu
 
 
 def accuracy_record(
-    task: Task, predictions: list[str], references: list[str], baseline: float, settings: dict, args: EvaluateArguments
+    task: Task,
+    predictions: list[str],
+    references: list[str],
+    baseline: float,
+    settings: dict,
+    args: EvaluateArguments,
+    answers: list[str],
 ) -> dict[str, Any]:
+    """The record; with a note if all `answers`, as a reader would see them, are the same."""
     metric = evaluate.load(str(METRIC), keep_in_memory=True)
     figures = metric.compute(predictions=predictions, references=references, baseline=baseline)
     drawn = {"kind": task.kind, "max_examples": args.max_examples, "seed": args.seed, "baseline": round(baseline, 4)}
     value, error, n = figures["accuracy"], figures["standard_error"], figures["n"]
-    return make_record(task.name, "accuracy", value, error, n, drawn | settings, args.model_name_or_path)
+    record = make_record(task.name, "accuracy", value, error, n, drawn | settings, args.model_name_or_path)
+    note = same_answer(answers, references)
+    return record | ({"note": note} if note else {})
+
+
+def same_answer(answers: Sequence[str], references: Sequence[str]) -> str | None:
+    """What a reader should know of a model that answers different questions alike; None if it does not."""
+    if len(set(answers)) > 1 or len(set(references)) < 2:
+        return None
+    answer = " ".join(answers[0].split())
+    shown = repr(answer if len(answer) <= SHOWN else answer[:SHOWN] + "...") if answer else "none"
+    return f"the same answer to all {len(answers)} questions: {shown}"
 
 
 def spread(samples: Sequence[Sequence[dict]], count: int) -> list[dict]:

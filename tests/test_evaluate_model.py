@@ -7,7 +7,7 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from evals.evaluate_model import METRIC, EvaluateArguments, main, run_evaluation, spread
+from evals.evaluate_model import METRIC, EvaluateArguments, main, run_evaluation, same_answer, spread
 from evals.records import aligned_table, format_count, format_value, make_record, write_json
 from evals.run_folder import read_run
 from evals.summary import summary_rows
@@ -83,7 +83,7 @@ def core_dir(tmp_path):
 
 
 def test_core_has_a_record_and_so_has_each_of_its_tasks(toy_model_folder, files, core_dir):
-    only_core = {"eval_files": [], "text_files": [], "base_model": True, "core_dir": str(core_dir)}
+    only_core = {"eval_files": [], "text_files": [], "max_length": None, "base_model": True, "core_dir": str(core_dir)}
     args = arguments(toy_model_folder, files, core_max_per_task=3, **only_core)
     core, zero, two = run_evaluation(args)["records"]
     assert (core["task"], core["metric"], core["n"]) == ("core", "centered_accuracy", 6)
@@ -113,7 +113,7 @@ def test_the_same_evaluation_twice_gives_the_same_figures(toy_model_folder, file
 def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, files):
     long = {"question": "word " * 400, "answer": "#### 1"}
     (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
-    args = arguments(toy_model_folder, files, eval_files=[f"long={files / 'long.jsonl'}"], text_files=[])
+    args = arguments(toy_model_folder, files, eval_files=[f"long={files / 'long.jsonl'}"], text_files=[], max_length=None)
     (record,) = run_evaluation(args)["records"]
     assert (record["value"], record["n"], record["settings"]["questions_beyond_context"]) == (0.0, 1, 1)
 
@@ -126,6 +126,10 @@ def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, fi
         ({"text_files": ["absent.parquet"]}, "no file matches 'absent.parquet'"),
         ({"core_dir": "absent"}, "absent: no such folder"),
         ({"core_max_per_task": 0}, "core_max_per_task is 0"),
+        ({"core_max_per_task": 5}, "core_max_per_task has no effect without core_dir"),
+        ({"eval_files": [], "max_examples": 5}, "max_examples has no effect without eval_files"),
+        ({"text_files": []}, "max_length has no effect without text_files"),
+        ({"num_samples": -1}, "num_samples is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"model_name_or_path": "./absent"}, "no such folder"),
     ],
@@ -135,6 +139,49 @@ def test_what_is_wrong_is_told_in_one_line_and_nothing_is_written(toy_model_fold
     with pytest.raises(UserError, match=complaint) as error:
         run_evaluation(args)
     assert "\n" not in str(error.value) and not Path(args.output_file).exists()
+
+
+def test_a_base_model_with_nothing_but_chat_tasks_is_refused(toy_model_folder, files):
+    chat_tasks = [f"{name}={files / name}.jsonl" for name in ("problems", "facts", "letters")]
+    args = arguments(toy_model_folder, files, base_model=True, eval_files=chat_tasks, text_files=[], max_length=None)
+    with pytest.raises(UserError, match="nothing to evaluate: problems, facts, letters need chat tokens"):
+        run_evaluation(args)
+    assert not Path(args.output_file).exists()
+
+
+@pytest.mark.parametrize(
+    ("answers", "references", "note"),
+    [
+        (["B"] * 8, list("ABCDABCD"), "the same answer to all 8 questions: 'B'"),
+        (["", ""], ["3", "4"], "the same answer to all 2 questions: none"),
+        (["x" * 90] * 2, ["3", "4"], "the same answer to all 2 questions: '" + "x" * 60 + "...'"),
+        (["B", "A"], ["A", "A"], None),
+        (["A"] * 4, ["A"] * 4, None),
+        (["A"], ["B"], None),
+    ],
+)
+def test_the_same_answer_to_different_questions_is_noted(answers, references, note):
+    assert same_answer(answers, references) == note
+
+
+def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(toy_model_folder, files, monkeypatch, capsys):
+    """Of every kind of task; what it answers is shown as a reader would see it."""
+    colours = [{"question": "Which?", "answer": colour, "rivals": ["blue"]} for colour in ("red", "green")]
+    mats = [{"query": "The cat sat on the", "choices": ["mat.", "lamp."], "gold": gold} for gold in (0, 1)]
+    for name, records in (("facts", colours), ("cloze", mats)):
+        (files / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    reply = [{"role": "assistant", "content": "Hello.\n#### 7"}]
+    monkeypatch.setattr("evals.evaluate_model.generate_replies", lambda engine, questions, **_: [reply] * len(questions))
+    monkeypatch.setattr("evals.evaluate_model.predict_letters", lambda model, tokenizer, questions, **_: ["C"] * len(questions))
+    monkeypatch.setattr("evals.evaluate_model.predict_choices", lambda model, tokenizer, tasks, **_: [1] * len(tasks))
+    args = arguments(toy_model_folder, files)
+    words = [f"--{name}={value}" for name, value in (("model_name_or_path", args.model_name_or_path), ("output_file", args.output_file))]
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *words, "--eval_files", *args.eval_files])
+    main()
+    written = json.loads(Path(args.output_file).read_text(encoding="utf-8"))["records"]
+    notes = {record["task"]: record["note"].partition(": ")[2] for record in written}
+    assert notes == {"problems": "'7'", "facts": "'Hello. #### 7'", "letters": "'C'", "cloze": "'choice 2'"}
+    assert "letters: the same answer to all 8 questions: 'C'" in capsys.readouterr().out
 
 
 def test_two_tasks_of_one_name_are_refused(toy_model_folder, files):

@@ -23,18 +23,23 @@ ARCHITECTURES = {
 LIMITS = """It is small, makes things up, and knows nothing but its training text. Do not rely on it, and run what it writes
 only in isolation."""
 
+# What a snippet needs before its own lines: no library ships turbo.
+IMPORTS = {"nanochat": "", "nanochat_turbo": "import modeling_nanochat  # registers the architecture\n"}
+
 CHAT = """```python
-import modeling_nanochat  # optional: its chat engine runs the python tool
-from transformers import pipeline
+{imports}from transformers import pipeline
 
 chat = pipeline("text-generation", "{model}")
 print(chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)[0]["generated_text"][-1])
-```"""
+```
 
+With `modeling-nanochat` installed, `nanochat-chat {model}` talks to it in the terminal and runs the Python that it calls."""
+
+# The tokenizer begins the text with `<|bos|>` by itself.
 TEXT = """```python
-from transformers import pipeline
+{imports}from transformers import pipeline
 
-print(pipeline("text-generation", "{model}")("<|bos|>Once upon a time", max_new_tokens=64)[0]["generated_text"])
+print(pipeline("text-generation", "{model}")("Once upon a time", max_new_tokens=64)[0]["generated_text"])
 ```"""
 
 
@@ -55,7 +60,7 @@ def model_card(record: dict) -> str:
             stage=STAGES[record["stage"]],
             architecture=ARCHITECTURES[record["model_type"]],
         ),
-        (TEXT if record["stage"] == "base" else CHAT).format(model=name),
+        (TEXT if record["stage"] == "base" else CHAT).format(model=name, imports=IMPORTS[record["model_type"]]),
         "## Training",
         facts(record),
         "## Limits",

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
@@ -65,8 +65,8 @@ class ThroughputArguments:
         default=True,
         metadata={"help": "Measure training's peak memory (CPU: resident; CUDA: allocated), a new process for each."},
     )
-    device: str = field(default="auto", metadata={"help": "cpu or cuda; auto takes CUDA where there is one."})
-    dtype: str = field(default="auto", metadata={"help": "float32 or bfloat16; auto is bfloat16 on CUDA."})
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "auto: CUDA where there is one."})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "auto: bfloat16 on CUDA."})
 
     def check(self) -> None:
         """Fill in what is `auto`; raise [`UserError`] on a setting that cannot be."""
@@ -75,10 +75,8 @@ class ThroughputArguments:
         self.dtype = self.dtype.replace("auto", "bfloat16" if self.device == "cuda" else "float32")
         if unknown := sorted(set(self.architectures) - set(ARCHITECTURES)):
             raise UserError(f"architectures: {unknown[0]!r} is none of {', '.join(ARCHITECTURES)}")
-        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not cuda):
-            raise UserError(f"device {self.device} is not here; take cpu, or cuda where torch sees a GPU")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"dtype {self.dtype} is neither float32 nor bfloat16")
+        if self.device == "cuda" and not cuda:
+            raise UserError("device cuda: torch sees no GPU; take cpu")
         least = {"train_batch_size": 0, "decode_batch_sizes": 0, "sequence_length": 2}
         for name, value in asdict(self).items():
             values = value if isinstance(value, list) else [value]

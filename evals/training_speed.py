@@ -21,6 +21,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
@@ -42,7 +43,7 @@ class TrainingSpeedArguments:
     tokenizer: str = field(metadata={"help": "Tokenizer folder or Hub id."})
     train_files: list[str] = field(metadata={"help": "Running text."})
     val_files: list[str] = field(metadata={"help": "Running text."})
-    architecture: str = field(default="plain", metadata={"help": "plain or turbo."})
+    architecture: Literal["plain", "turbo"] = field(default="plain", metadata={"help": "Which of the two."})
     depth: int = field(default=4, metadata={"help": "Number of layers."})
     aspect_ratio: int = field(default=32, metadata={"help": "Width per layer."})
     head_dim: int = field(default=32, metadata={"help": "Width of a head."})

@@ -66,6 +66,9 @@ def check_keys(config: str, known: dict[str, argparse.Action]) -> None:
             raise UserError(f"{config}: {key} must be a list, write [{value}]")
         if not wants_list and isinstance(value, list):
             raise UserError(f"{config}: {key} must be a single value, not a list")
+        choices = known[key].choices if key in known and value is not None else None
+        if choices and (wrong := [one for one in (value if wants_list else [value]) if one not in choices]):
+            raise UserError(f"{config}: {key} {wrong[0]!r} is none of {', '.join(map(str, choices))}")
 
 
 def config_path(args: list[str]) -> str | None:

@@ -182,12 +182,14 @@ def derive(
     constants = recipe_named(recipe)
     sizes = {"max_steps": max_steps, "target_flops": target_flops, "total_batch_size": total_batch_size}
     sizes["target_param_data_ratio"] = target_param_data_ratio
-    sizes = {name: None if value == -1 else value for name, value in sizes.items()}
+    sizes = {name: given_or_none(value) for name, value in sizes.items()}
     rates = {"matrix_lr": matrix_lr, "embedding_lr": embedding_lr, "unembedding_lr": unembedding_lr}
     rates |= {"scalar_lr": scalar_lr, "weight_decay": weight_decay}
     shape = {"warmup_steps": warmup_steps, "momentum_steps": momentum_steps}
     shape |= {"warmdown_ratio": warmdown_ratio, "final_lr_fraction": final_lr_fraction}
-    check_ranges(sizes, rates | shape, max_length)
+    shares = {name: shape[name] for name in ("warmdown_ratio", "final_lr_fraction")}
+    check_ranges(positive=sizes | {"max_length": max_length}, not_negative=rates | shape, shares=shares)
+    check_whole_rows(sizes["total_batch_size"], max_length)
 
     counted = constants.parameters(config)
     growth = counted / constants.parameters(reference(config, aspect_ratio)) if constants.scales else 1.0
@@ -220,21 +222,37 @@ def recipe_named(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def check_ranges(sizes: Mapping[str, float | None], others: Mapping[str, float | None], max_length: int) -> None:
+def check_ranges(
+    *,
+    positive: Mapping[str, float | None],
+    not_negative: Mapping[str, float | None],
+    shares: Mapping[str, float | None],
+) -> None:
     """
     Raises:
-        UserError: A value that no run can have.
+        UserError: A value out of its range; None is in all of them.
     """
-    for name, value in (sizes | {"max_length": max_length}).items():
-        if value is not None and not value > 0:
+    for name, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} is {value}; give a positive number, or leave it out")
-    for name, value in others.items():
-        if value is not None and not value >= 0:
-            raise UserError(f"{name} is {value}; it must not be negative")
-    for name in ("warmdown_ratio", "final_lr_fraction"):
-        if others[name] is not None and others[name] > 1:
-            raise UserError(f"{name} is {others[name]}; it is a share, from 0 to 1")
-    tokens = sizes["total_batch_size"]
+    for name, value in not_negative.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"{name} is {value}; it must not be negative, nor infinite")
+    for name, value in shares.items():
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}; it is a share, from 0 to 1")
+
+
+def given_or_none(value: float | None) -> float | None:
+    """None for -1, which stands for a value that is to be derived."""
+    return None if value == -1 else value
+
+
+def check_whole_rows(tokens: int | None, max_length: int) -> None:
+    """
+    Raises:
+        UserError: A step's tokens are not a whole number of rows.
+    """
     if tokens is not None and tokens % max_length:
         raise UserError(
             f"total_batch_size {tokens} must be a multiple of max_length {max_length}; take {whole_rows(tokens, max_length)}"

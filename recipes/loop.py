@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from modeling_nanochat.errors import UserError
 
 from .batch_size import explain_out_of_memory, is_out_of_memory
 from .checkpoint import Checkpoint, Checkpoints, restore_random_state
-from .dial import Plan
+from .dial import Plan, check_ranges, given_or_none
 from .learning import LearningWatch
 from .loader import Loader
 from .optimizer import MuonAdamW, muon_adamw
@@ -30,14 +31,17 @@ from .stage import StageLog
 from .stopping import Stopped, StopRequest, stop_request
 
 Batch = dict[str, torch.Tensor]
+Tracker = Literal[
+    "none", "all", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]
 
 
 @dataclass
 class LoopArguments:
     """What pretraining and midtraining have in common. Empty values are derived: see `recipes/dial.py`."""
 
-    training_recipe: str = field(
-        default="current", metadata={"help": "current, or classic: optimizer, schedule and horizon of nanochat's launch."}
+    training_recipe: Literal["current", "classic"] = field(
+        default="current", metadata={"help": "Optimizer, schedule and horizon: today's, or those of nanochat's launch."}
     )
     max_length: int = field(default=2048, metadata={"help": "Tokens in a row."})
     total_batch_size: int | None = field(
@@ -66,8 +70,24 @@ class LoopArguments:
         default=None, metadata={"help": "auto: go on from the newest good checkpoint, if any; or a checkpoint's folder."}
     )
     torch_compile: bool | None = field(default=None, metadata={"help": "Compile the model; default: where that works."})
-    report_to: str = field(default="none", metadata={"help": "none, or trackio, tensorboard, wandb."})
+    report_to: Tracker = field(default="none", metadata={"help": "Where else to log: one of Accelerate's trackers."})
     seed: int = field(default=42, metadata={"help": "Seed of weights and data order."})
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: A number that no run can have, or that would train nothing.
+        """
+        sizes = ("max_length", "total_batch_size", "per_device_train_batch_size", "max_steps", "logging_steps")
+        shares = ("warmdown_ratio", "final_lr_fraction")
+        others = {"eval_steps": self.eval_steps, "save_steps": self.save_steps, "seed": self.seed}
+        check_ranges(
+            positive={name: given_or_none(getattr(self, name)) for name in sizes},
+            not_negative={name: rate for name, rate in self.rates().items() if name not in sizes} | others,
+            shares={name: getattr(self, name) for name in shares},
+        )
+        if self.seed >= 2**32:
+            raise UserError(f"seed is {self.seed}; give one below 2^32")
 
     def rates(self) -> dict[str, float | int | None]:
         """Batch and schedule as far as they are given, by the names that `recipes.dial.derive` has for them."""

@@ -27,7 +27,7 @@ from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.sources import text_source
 from recipes.data import read_conversations, render
-from recipes.dial import Plan, derive
+from recipes.dial import Plan, check_ranges, derive
 from recipes.lanes import ConversationLanes, MixedLanes, TextLanes
 from recipes.loop import LoopArguments
 from recipes.loop_stage import given, make_accelerator, run_stage
@@ -43,12 +43,29 @@ class MidtrainArguments:
     model_name_or_path: str = field(metadata={"help": "Base model: folder or Hub id."})
     train_files: list[str] = field(metadata={"help": "JSONL: conversations, GSM8K, ARC or MMLU records."})
     replay_files: list[str] | None = field(default=None, metadata={"help": "Running text to mix in, as in pretraining."})
-    replay_every: int = field(default=4, metadata={"help": "One row of replayed text after this many of conversations."})
+    replay_every: int | None = field(
+        default=None, metadata={"help": "One row of replayed text after this many of conversations, 4."}
+    )
     assistant_only_loss: bool = field(
         default=False, metadata={"help": "Learn only the assistant's tokens; the original learns all of them here."}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the conversations if max_steps is -1."})
     validation_share: float = field(default=0.02, metadata={"help": "Share of the conversations set aside."})
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: A number that no run can have, or that would train nothing; a setting without effect.
+        """
+        check_ranges(
+            positive={"num_train_epochs": self.num_train_epochs, "replay_every": self.replay_every},
+            not_negative={},
+            shares={"validation_share": self.validation_share},
+        )
+        if self.replay_every is not None and not self.replay_files:
+            raise UserError("replay_every has no effect without replay_files; give --replay_files, or leave it out")
+        if self.replay_files and self.replay_every is None:
+            self.replay_every = 4
 
 
 def main() -> None:
@@ -85,17 +102,23 @@ def split(
     """Training and validation conversations; the latter at least one.
 
     Raises:
-        UserError: Fewer than two conversations.
+        UserError: Fewer than two conversations, or all of them set aside.
     """
     if len(rendered) < 2:
         raise UserError("midtraining needs at least two conversations, one of them for validation")
     shuffled = random.Random(seed).sample(rendered, len(rendered))
     held_out = max(1, round(validation_share * len(shuffled)))
+    if held_out == len(shuffled):
+        raise UserError(f"validation_share {validation_share} leaves no conversation to train on; lower it")
     return shuffled[held_out:], shuffled[:held_out]
 
 
 def make_plan(model: PreTrainedModel, train_set: list[Conversation], args: MidtrainArguments, loop: LoopArguments) -> Plan:
-    """Steps from the number of epochs unless given; replayed text counts on top. No weight decay unless given."""
+    """Steps from the number of epochs unless given; replayed text counts on top. No weight decay unless given.
+
+    Raises:
+        UserError: Less than half a step.
+    """
     rates = loop.rates() | {"weight_decay": loop.weight_decay or 0.0}
     if loop.max_steps >= 0:
         return derive(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=loop.max_steps, **rates)
@@ -105,7 +128,12 @@ def make_plan(model: PreTrainedModel, train_set: list[Conversation], args: Midtr
     if rates["total_batch_size"] is None:
         one_step = derive(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=1, **rates)
         rates["total_batch_size"] = one_step.total_batch_size
-    steps = max(1, round(tokens / rates["total_batch_size"]))
+    steps = round(tokens / rates["total_batch_size"])
+    if steps < 1:
+        raise UserError(
+            f"num_train_epochs {args.num_train_epochs:g}: {tokens:,.0f} tokens are less than one step of "
+            f"{rates['total_batch_size']:,}; raise num_train_epochs, lower total_batch_size, or give max_steps"
+        )
     return derive(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=steps, **rates)
 
 

@@ -17,6 +17,7 @@ Notable features:
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
@@ -33,12 +34,14 @@ from modeling_nanochat.configuration_nanochat import ASPECT_RATIO, HEAD_DIM
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sources import text_source
 from modeling_nanochat.tokenization_nanochat import special_token_ids
-from recipes.dial import Plan, derive
+from recipes.dial import Plan, check_ranges, derive, given_or_none
 from recipes.lanes import TextLanes
 from recipes.loop import Evaluation, LoopArguments
 from recipes.loop_stage import given, make_accelerator, run_stage
 from recipes.stage import OutputArguments, check_output
 from recipes.validation import bits_per_byte_evaluation, text_rows, validation
+
+CORE_DEFAULTS = {"core_steps": 2000, "core_max_per_task": 500}
 
 
 @dataclass
@@ -48,7 +51,7 @@ class PretrainArguments:
     tokenizer: str = field(metadata={"help": "Tokenizer folder or Hub id."})
     train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or patterns, or one Hub dataset."})
     val_files: list[str] = field(metadata={"help": "The same, for validation."})
-    architecture: str = field(
+    architecture: Literal["plain", "turbo"] = field(
         default="plain", metadata={"help": "plain opens everywhere; turbo learns faster and carries its code."}
     )
     depth: int = field(default=20, metadata={"help": "Number of layers; sets the width."})
@@ -61,12 +64,32 @@ class PretrainArguments:
     target_flops: float | None = field(default=None, metadata={"help": "Arithmetic of the whole run, where max_steps is -1."})
     eval_tokens: int = field(default=1048576, metadata={"help": "Tokens of one validation."})
     core_dir: str | None = field(default=None, metadata={"help": "Folder of the CORE tasks; without it, no CORE."})
-    core_steps: int = field(default=2000, metadata={"help": "Steps between two CORE; the last step always has one."})
-    core_max_per_task: int = field(default=500, metadata={"help": "Examples per CORE task; -1: all."})
+    core_steps: int | None = field(
+        default=None, metadata={"help": "Steps between two CORE, 2000; the last step always has one."}
+    )
+    core_max_per_task: int | None = field(default=None, metadata={"help": "Examples per CORE task, 500; -1: all."})
     sample_steps: int = field(default=2000, metadata={"help": "Steps between two samples; the last step always has some."})
     sample_prompts: list[str] = field(
         default_factory=lambda: list(PROMPTS), metadata={"help": "Beginnings that the model continues; 16 tokens each."}
     )
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: A number that no run can have, or that would train nothing; a setting without effect.
+        """
+        positive = ("depth", "aspect_ratio", "head_dim", "num_key_value_heads", "eval_tokens", "core_max_per_task")
+        positive += ("target_param_data_ratio", "target_flops")
+        check_ranges(
+            positive={name: given_or_none(getattr(self, name)) for name in positive},
+            not_negative={name: getattr(self, name) for name in ("core_steps", "sample_steps")},
+            shares={},
+        )
+        for name, usual in CORE_DEFAULTS.items():
+            if getattr(self, name) is None and self.core_dir:
+                setattr(self, name, usual)
+            elif getattr(self, name) is not None and not self.core_dir:
+                raise UserError(f"{name} has no effect without core_dir; give --core_dir, or leave it out")
 
 
 def main() -> None:
@@ -150,8 +173,6 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
 def build_model(args: PretrainArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerFast) -> NanoChatForCausalLM:
     """Random weights, sizes from the dial; the vocabulary is the tokenizer's."""
-    if args.architecture not in ARCHITECTURES:
-        raise UserError(f"architecture {args.architecture} is unknown; take {' or '.join(ARCHITECTURES)}")
     config_class, model_class = ARCHITECTURES[args.architecture]
     try:
         config = config_class.from_depth(

@@ -118,9 +118,9 @@ def test_a_finished_tokenizer_is_replaced_only_if_asked(train, tmp_path):
     [
         (["--vocab_size", "9000"], "lower --vocab_size"),
         (["--vocab_size", "9"], "265"),
-        (["--split_pattern", "gpt5"], "use one of nanochat, cl100k, qwen2, gpt2"),
-        (["--training_recipe", "launch"], "use one of classic, current"),
-        (["--trainer", "spm"], "use one of rustbpe, tokenizers"),
+        (["--split_pattern", "gpt5"], "invalid choice: 'gpt5'.*nanochat.*cl100k.*qwen2.*gpt2"),
+        (["--training_recipe", "launch"], "invalid choice: 'launch'.*current.*classic"),
+        (["--trainer", "spm"], "invalid choice: 'spm'.*rustbpe.*tokenizers"),
         (["--doc_cap", "0"], "doc_cap is 0"),
         (["--max_chars", "-1"], "max_chars is -1"),
         (["--train_weights", "1", "2"], "2 weights for 1 entries"),

@@ -24,7 +24,7 @@ from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.exact_encoders import GigatokenEncoder, TiktokenEncoder, encoder_by, exact_encoder, pattern_name
 from modeling_nanochat.sources import text_dataset
 from modeling_nanochat.tokenization_nanochat import escaped, text_only, whole_characters
-from tokenizer_train.bpe import Trainer, choose_trainer, train_tokenizer
+from tokenizer_train.bpe import SplitPattern, Trainer, choose_trainer, train_tokenizer
 
 
 @dataclass
@@ -33,7 +33,7 @@ class SpeedArguments:
 
     train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or patterns, or one Hub dataset."})
     vocab_size: int = field(default=32768, metadata={"help": "Entries of the tokenizer that is trained."})
-    split_pattern: str = field(default="nanochat", metadata={"help": "nanochat, cl100k, qwen2 or gpt2."})
+    split_pattern: SplitPattern = field(default="nanochat", metadata={"help": "How text is cut before merging."})
     train_megabytes: float = field(default=75, metadata={"help": "Text to train on."})
     encode_megabytes: float = field(default=20, metadata={"help": "Text to encode."})
     train_rounds: int = field(default=1, metadata={"help": "How often to train by each library; the median counts."})

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
@@ -34,7 +35,7 @@ from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import whole_folder
 from modeling_nanochat.token_bytes import token_bytes
 from modeling_nanochat.tokenization_nanochat import encode_documents, save_tokenizer
-from tokenizer_train.bpe import check_request, choose_trainer, train_tokenizer
+from tokenizer_train.bpe import SplitPattern, Trainer, check_request, choose_trainer, train_tokenizer
 from tokenizer_train.mixture import (
     Source,
     by_weight,
@@ -63,22 +64,20 @@ class TokenizerArguments:
         default=None,
         metadata={"help": "A share of the characters for each entry of train_files; without, all of each in order."},
     )
-    training_recipe: str = field(
-        default="current", metadata={"help": "current, or classic, nanochat's launch: sets the vocabulary size."}
+    training_recipe: Literal["current", "classic"] = field(
+        default="current", metadata={"help": "classic is nanochat's launch: sets the vocabulary size."}
     )
     vocab_size: int | None = field(
         default=None,
         metadata={"help": "Entries, the 256 bytes and 9 special tokens included; current: 32768, classic: 65536."},
     )
-    split_pattern: str = field(
-        default="nanochat", metadata={"help": "How text is cut before merging: nanochat, cl100k, qwen2 or gpt2."}
-    )
+    split_pattern: SplitPattern = field(default="nanochat", metadata={"help": "How text is cut before merging."})
     max_chars: int = field(default=2_000_000_000, metadata={"help": "Characters to read in all."})
     doc_cap: int = field(default=10_000, metadata={"help": "Characters to read of one document."})
     model_max_length: int = field(default=2048, metadata={"help": "Context length written into the tokenizer."})
-    trainer: str | None = field(
+    trainer: Trainer | None = field(
         default=None,
-        metadata={"help": "rustbpe or tokenizers, with the same result; default: rustbpe, if installed: it is faster."},
+        metadata={"help": "The library, with the same result; default: rustbpe, if installed: it is faster."},
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished tokenizer there."})
 
@@ -116,8 +115,6 @@ def main() -> None:
 
 def check(args: TokenizerArguments) -> None:
     """Fill in what follows from other settings; raise [`UserError`] for what cannot be, before anything is read."""
-    if args.training_recipe not in VOCABULARY_SIZES:
-        raise UserError(f"training_recipe {args.training_recipe!r} is unknown; use one of {', '.join(VOCABULARY_SIZES)}")
     if args.vocab_size is None:
         args.vocab_size = VOCABULARY_SIZES[args.training_recipe]
     for name in ("max_chars", "doc_cap", "model_max_length"):

@@ -23,7 +23,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from evals.curves import draw_curves
 from evals.records import aligned_table
 from evals.run_folder import MODELS, STAGES, RunFolder, read_run
-from evals.summary import NOTHING, comparisons, summary_rows
+from evals.summary import NOTHING, comparisons, evaluation_notes, summary_rows, warnings
 from evals.tokenizer_section import PICTURE, TABLE_NOTE, code, draw_compression, notes, statistics_rows, table_rows
 from evals.transcript import fenced, title, transcript
 from modeling_nanochat.cli import parse
@@ -76,8 +76,10 @@ def render(run: RunFolder, pictures: dict[str, str]) -> str:
     if run.world is not None:
         note = SYNTHETIC_NOTE.format(seed=run.world.get("seed"), description=run.world.get("description", ""))
         parts.append(f"> {note.strip()}")
+    parts += [f"> {line}" for line in marked_warnings(run)]
     parts += ["\n".join(f"- {line}" for line in header(run))]
     parts += ["## Summary", markdown_table(summary_rows(run)), SUMMARY_NOTE]
+    parts += ["\n".join(f"- {line}" for line in evaluation_notes(run))]
     parts += ["### RL against SFT", "\n".join(f"- {line}" for line in comparisons(run))]
     curves = [f"![{CAPTIONS[name]}](report/{file})" for name, file in pictures.items() if name in CAPTIONS]
     parts += ["## Curves", *progress_lines(run), *(curves or ["No logs."])]
@@ -86,7 +88,11 @@ def render(run: RunFolder, pictures: dict[str, str]) -> str:
     parts += ["## Settings", *settings_sections(run)]
     parts += ["## Code", markdown_table(code_rows(CHECKOUT))]
     parts += ["## Sample conversations", *sample_sections(run)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def marked_warnings(run: RunFolder) -> list[str]:
+    return [f"⚠ {text}" for text in warnings(run)]
 
 
 def tokenizer_parts(run: RunFolder, picture: str | None) -> list[str]:
@@ -263,7 +269,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def terminal_summary(run: RunFolder) -> str:
     """The summary table, RL against SFT, and one conversation of the last model, with a tool call if there is one."""
-    parts = [aligned_table(summary_rows(run)), "RL against SFT\n" + "\n".join(comparisons(run))]
+    parts = [aligned_table(summary_rows(run)), *evaluation_notes(run), "RL against SFT\n" + "\n".join(comparisons(run))]
+    parts += marked_warnings(run)
     samples = next((r["samples"] for s in reversed(MODELS) if (r := run.results.get(s, {})).get("samples")), [])
     calling = [sample for sample in samples if any(message.get("tool_calls") for message in sample["messages"])]
     for sample in (calling or samples)[:1]:

@@ -32,6 +32,17 @@ def label(record: dict[str, Any]) -> str:
     return f"{record['task']}, {record['metric']}".replace("_", " ") + guessing
 
 
+def warnings(run: RunFolder) -> list[str]:
+    """What the stages' records say of having learned nothing, see `recipes/learning.py`."""
+    return [f"{name}: {text}" for stage, name in MODELS.items() for text in run.stages.get(stage, {}).get("warnings", ())]
+
+
+def evaluation_notes(run: RunFolder) -> list[str]:
+    """What the evaluations' records note of their figures."""
+    records = [(name, record) for stage, name in MODELS.items() for record in run.results.get(stage, {}).get("records", ())]
+    return [f"{name}, {record['task'].replace('_', ' ')}: {record['note']}" for name, record in records if "note" in record]
+
+
 def comparisons(run: RunFolder, before: str = "sft", after: str = "rl") -> list[str]:
     """One line per figure that both models have: the difference, its standard error, and whether it exceeds that."""
     lines = []

@@ -137,6 +137,29 @@ def test_a_figure_over_another_number_of_examples_says_so(run_folder):
     assert summary_rows(read_run(run_folder))[-1][-1] == "90.0 % ± 10.0 (n=9)"
 
 
+def test_a_stage_that_learned_nothing_is_marked_and_an_evaluation_noted(run_folder):
+    for kind, key in (("stages", "warnings"), ("results", "note")):
+        file = run_folder / kind / "rl.json"
+        content = json.loads(file.read_text())
+        if key == "warnings":
+            content[key] = ["no completion ended by itself from step 1 to step 60", "the loss did not fall"]
+        else:
+            content["records"][1][key] = "the same answer to all 200 questions: 7"
+        write(file, content)
+    run = read_run(run_folder)
+    text = render(run, {})
+    assert "\n\n> ⚠ RL: no completion ended by itself from step 1 to step 60\n\n> ⚠ RL: the loss did not fall\n\n" in text
+    assert text.index("⚠") < text.index("## Summary")
+    assert "\n- RL, problems: the same answer to all 200 questions: 7\n" in text
+    printed = terminal_summary(run)
+    assert "⚠ RL: the loss did not fall" in printed and "RL, problems: the same answer to all 200 questions: 7" in printed
+
+
+def test_a_run_that_learned_is_not_marked(run_folder):
+    run = read_run(run_folder)
+    assert "⚠" not in render(run, {}) + terminal_summary(run)
+
+
 def test_the_same_run_gives_the_same_report(run_folder):
     run = read_run(run_folder)
     first = [write_report(run).read_bytes()] + [p.read_bytes() for p in sorted((run_folder / "report").iterdir())]

@@ -88,7 +88,7 @@ def install(venv: Path, libraries: str) -> None:
     with open(log, "w", encoding="utf-8") as output:
         for step in steps:
             pip = [venv / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-            command = [*pip, "--progress-bar", "off", *step]
+            command = [*pip, "--progress-bar", "off", "--no-compile", *step]  # most files are never imported
             ended = subprocess.run(command, check=False, stdout=output, stderr=subprocess.STDOUT)
             if ended.returncode:
                 sys.exit(explain(log.read_text(encoding="utf-8", errors="replace"), libraries, log))

@@ -1,7 +1,7 @@
 """Writes the data of the pocket recipe: a small, closed, made-up world that a model of a few million parameters can learn.
 
     python recipes/pocket/world.py --output_dir runs/pocket/data --seed 0
-    python recipes/pocket/world.py --config recipes/pocket/world.yaml --conversations 4000
+    python recipes/pocket/world.py --config recipes/pocket/world.yaml --sft_conversations 4000
 
 No network, one core, a few seconds; the same arguments give the same bytes. The folder gets
 

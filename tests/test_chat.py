@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from modeling_nanochat import chat as chat_module
-from modeling_nanochat.chat import Chat, greeting, printable, start
+from modeling_nanochat.chat import Chat, greeting, main, printable, start
 from modeling_nanochat.engine import Engine, Finished, TextDelta, ToolCall, ToolResult
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sampling import describe
@@ -203,9 +203,10 @@ def test_no_color_is_respected(toy_model_folder, capsys, monkeypatch):
     assert "\033[" not in capsys.readouterr().out
 
 
-def test_a_missing_folder_is_one_line_and_exit_code_1():
-    command = [sys.executable, "-m", "modeling_nanochat.chat", "/no/such/folder"]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: /no/such/folder: no such folder")
-    assert result.stderr.count("\n") == 1
+def test_a_missing_folder_is_one_line_and_exit_code_1(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["nanochat-chat", "/no/such/folder"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    err = capsys.readouterr().err
+    assert end.value.code == 1
+    assert err.startswith("error: /no/such/folder: no such folder") and err.count("\n") == 1

@@ -18,6 +18,7 @@ from .errors import UserError
 from .hub import find_folder
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+ATTENTION = ("attn_implementation", "_attn_implementation")  # names of kernels that transformers would download
 MERGE = "AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')"
 
 
@@ -75,10 +76,13 @@ def check_folder(folder: Path, name: str) -> None:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{name}: has no config.json, so it is no model folder; did the training stage finish?")
-    if "transformers_weights" in read_json(folder / "config.json", name):  # transformers reads that file instead
+    config = read_json(folder / "config.json", name)
+    if "transformers_weights" in config:  # transformers reads that file instead
         raise UserError(
             f"{name}: config.json has `transformers_weights`; rename the file to {WEIGHTS}, remove the key"
         )
+    if kernel := next((key for key in ATTENTION if "/" in str(config.get(key))), None):
+        raise UserError(f"{name}: config.json has `{kernel}`, which runs code from the Hub; remove the key")
     if not (folder / WEIGHTS).is_file():
         check_shards(folder, name)
     if not (folder / "tokenizer.json").is_file():
@@ -118,7 +122,8 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, which errors call `name`."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with errors_only():  # it looks into config.json and warns of what `load_model` refuses
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of any kind: tokenizers raises bare `Exception`s
         raise UserError(f"{name}: the tokenizer cannot be opened: {one_line(error)}") from error
 
@@ -162,7 +167,7 @@ def first_not_finite(model: PreTrainedModel) -> str | None:
     tensors = {name: tensor for name, tensor in named if tensor.is_floating_point() and tensor.itemsize > 1}
     if not tensors:
         return None
-    finite = torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors.values()]).isfinite().tolist()
+    finite = torch.stack([tensor.sum().float() for tensor in tensors.values()]).isfinite().tolist()
     suspects = (name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite)
     return next((name for name in suspects if not tensors[name].isfinite().all()), None)
 

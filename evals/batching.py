@@ -29,7 +29,7 @@ def batches_by_length(
 
 def with_progress(batches: Sequence[list[int]], description: str) -> Iterator[list[int]]:
     """The batches, under a progress bar that counts examples and shows the time left."""
-    with tqdm(total=sum(map(len, batches)), desc=description, unit="example", leave=False) as bar:
+    with tqdm(total=sum(map(len, batches)), desc=description, unit="example", leave=False, disable=None) as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch))

@@ -79,7 +79,7 @@ def text_bits_per_byte(
     rows = text_rows(tokenizer, text_dataset(files, what="text_files")["text"], max_length, max_tokens)
     batches = [padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     results = map_batches(
-        model, tqdm(batches, desc="bits per byte", unit="batch", leave=False), torch.from_numpy(token_bytes(tokenizer))
+        model, tqdm(batches, desc="bits per byte", unit="batch", leave=False, disable=None), torch.from_numpy(token_bytes(tokenizer))
     )
     nats, counts = (torch.cat(column).tolist() for column in zip(*results, strict=True))
     figures = evaluate.load(str(METRIC), keep_in_memory=True).compute(nats=nats, bytes=counts)

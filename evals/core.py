@@ -110,7 +110,7 @@ def with_progress(
 ) -> Iterator[tuple[int, range]]:
     """The blocks, under a progress bar that counts this process's examples and names the task."""
     total = sum(len(indices) for _, indices in blocks)
-    with tqdm(total=total, desc="CORE", unit="example", leave=False, disable=quiet) as bar:
+    with tqdm(total=total, desc="CORE", unit="example", leave=False, disable=quiet or None) as bar:
         for number, indices in blocks:
             bar.set_postfix_str(tasks[number].label, refresh=False)
             yield number, indices

@@ -27,7 +27,7 @@ def generate_replies(
     conversations = [[{"role": "user", "content": question}] for question in questions]
     fitting = [i for i, messages in enumerate(conversations) if len(engine.codec.prompt(messages)) < engine.context]
     replies: list[list[dict]] = [[] for _ in questions]
-    with tqdm(total=len(fitting), desc=description, unit="reply", leave=False, disable=len(fitting) < 2) as bar:
+    with tqdm(total=len(fitting), desc=description, unit="reply", leave=False, disable=len(fitting) < 2 or None) as bar:
         new = engine.generate_batch(
             [conversations[i] for i in fitting],
             max_new_tokens=max_new_tokens,

@@ -55,7 +55,8 @@ def render(
         UserError: None is left.
     """
     rendered, too_long, silent = [], 0, 0
-    for conversation in tqdm(conversations, desc="rendering", unit=" conversations", disable=not show_progress, mininterval=1):
+    hidden = None if show_progress else True  # None: where it would not go to a terminal
+    for conversation in tqdm(conversations, desc="rendering", unit=" conversations", disable=hidden, mininterval=1):
         ids, mask = render_one(conversation, tokenizer)
         too_long += len(ids) > max_length
         silent += not any(mask)
@@ -75,6 +76,7 @@ def render_one(conversation: dict, tokenizer: PreTrainedTokenizerFast) -> Conver
     rendered = tokenizer.apply_chat_template(
         whole_messages(conversation["messages"]),
         tools=whole_messages(conversation.get("tools")),
+        tokenizer_kwargs={"verbose": False},  # what is too long is left out by the caller, who reports it
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,

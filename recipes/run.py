@@ -280,7 +280,15 @@ def launcher(config: str) -> list[str]:
     if found is None:
         raise UserError(f"accelerate_config {config}: no such file; accelerate_configs/ holds the shipped ones")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
-    return [*command, "--config_file", os.path.relpath(found)]
+    return [*command, "--config_file", os.path.relpath(found), *threads_on_cpu(read_yaml(found))]
+
+
+def threads_on_cpu(accelerate_config: dict) -> list[str]:
+    """The number of threads that `accelerate launch` takes on a CPU; if not given it takes the same, with a warning."""
+    if not accelerate_config.get("use_cpu") or "OMP_NUM_THREADS" in os.environ:
+        return []
+    cores, processes = psutil.cpu_count(logical=False) or 1, accelerate_config.get("num_processes") or 1
+    return ["--num_cpu_threads_per_process", str(max(1, cores // processes))]
 
 
 def inputs(stage: str, args: RunArguments) -> list[str]:
@@ -396,7 +404,8 @@ def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None) -> 
     write_json(marker(step.name, run_dir, "started"), wanted)
     # a folder of that name is this run's, unfinished or unwanted; the world replaces only itself
     overwrite = ["--overwrite_output_dir", "true"] if step.makes_folder and step.name != "data" else []
-    resume = ["--resume", "auto"] if step.name in RESUMABLE and not redo else []
+    has_checkpoints = step.name in RESUMABLE and (run_dir / "checkpoints" / step.name).exists()
+    resume = ["--resume", "auto"] if has_checkpoints and not redo else []
     print(f"\n=== {step.name}: {shown(step.command)}", flush=True)
     started = time.perf_counter()
     code = call([*step.command, *overwrite, *resume], lock, again)
@@ -417,6 +426,8 @@ def call(command: list[str], lock: int | None = None, again: str = "the same com
     """
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if not sys.stderr.isatty():  # a progress bar in a file is one endless line
+        environment |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     held = () if lock is None else (lock,)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup

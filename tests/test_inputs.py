@@ -1,6 +1,7 @@
 """What people bring and get wrong: every case ends in one line that says what, where and what to do."""
 
 import json
+import logging
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.conversations import check_messages
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sources import read_jsonl, text_dataset
-from recipes.data import read_conversations, render
+from recipes.data import read_conversations, render, render_one
 from recipes.grpo import read_problems
 from recipes.loop import LoopArguments
 from recipes.loop_stage import make_accelerator
@@ -121,6 +122,17 @@ def test_problems_need_a_final_answer(tmp_path):
     path.write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+2?", "answer": "4"}\n')
     with pytest.raises(UserError, match="problems.jsonl:2"):
         read_problems([str(path)])
+
+
+def test_a_conversation_beyond_the_context_is_counted_without_a_warning_of_the_library(
+    toy_model_and_tokenizer, caplog, monkeypatch
+):
+    """What is left out is reported by `render` itself; transformers would warn of "indexing errors"."""
+    _, tokenizer = toy_model_and_tokenizer
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(tokenizer, "deprecation_warnings", {})  # it warns once per tokenizer
+    ids, _ = render_one({"messages": [user(), assistant("The cat sat on the mat. " * 100)]}, tokenizer)
+    assert len(ids) > tokenizer.model_max_length and not caplog.records
 
 
 def test_conversations_too_long_or_without_an_answer_are_left_out_aloud(toy_model_and_tokenizer, capsys):

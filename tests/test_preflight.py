@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from modeling_nanochat import python_tool
 from modeling_nanochat.errors import UserError
 from recipes.preflight import check_steps
 from recipes.run import RECIPES, STAGES, RunArguments, main, parse_overrides, steps
@@ -104,6 +105,7 @@ def test_settings_that_a_stage_would_refuse_are_refused(files, word, complaint):
 
 
 def test_grpo_without_an_interpreter_for_its_tool_is_refused(files, monkeypatch):
+    monkeypatch.setattr(python_tool, "sandbox_pool", python_tool.sandbox_pool.__wrapped__)  # not the one that runs already
     monkeypatch.setitem(sys.modules, "pydantic_monty", None)
     with pytest.raises(UserError, match="rl: .*pydantic-monty"):
         check(files)

@@ -12,6 +12,7 @@ from recipes.run import (
     RECIPES,
     RunArguments,
     Step,
+    launcher,
     main,
     make_plan,
     only_run,
@@ -419,3 +420,21 @@ def test_every_step_records_what_it_depends_on(tmp_path, config):
     step, _ = touching_step(tmp_path, config)
     run_step(step, tmp_path, redo=False)
     assert json.loads((tmp_path / "finished" / "tokenizer.json").read_text())["config"] == {"depth": 4}
+
+
+def test_a_run_into_a_file_has_no_progress_bars(tmp_path, config, capfd):
+    code = "import tqdm; tqdm.tqdm(range(9), desc='read').update(); tqdm.tqdm.write('said'); open({!r}, 'a')"
+    run_step(touching_step(tmp_path, config, code=code)[0], tmp_path, redo=False)
+    captured = capfd.readouterr()
+    assert "said\n" in captured.out and captured.err == ""
+
+
+def test_the_launcher_is_told_how_many_threads_it_takes_on_a_cpu(monkeypatch):
+    """Else it takes as many and warns of it at every stage."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 6)
+    (train, _) = commands("base")
+    assert train.program[train.program.index("--num_cpu_threads_per_process") + 1] == "6"
+    assert "--num_cpu_threads_per_process" not in launcher("accelerate_configs/single_gpu.yaml")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert "--num_cpu_threads_per_process" not in commands("base")[0].program

@@ -11,7 +11,7 @@ STAGES = {
     "rl": "reinforcement learning (GRPO) on word problems with the python tool",
 }
 
-INTRODUCTION = """A small language model with {parameters:,} parameters, after {stage}. Trained from nothing with
+INTRODUCTION = """A small language model with {parameters:,} parameters, after {stage}. Trained from scratch with
 nanochat on the Hugging Face stack. {architecture}"""
 
 ARCHITECTURES = {

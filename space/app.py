@@ -102,7 +102,7 @@ def chat_window() -> gr.Chatbot:
         latex_delimiters=[],  # "$3 and $4" is money here
         allow_tags=False,
         render=False,
-        placeholder="A small language model. It was trained from nothing, and it makes mistakes.",
+        placeholder="A small language model. It was trained from scratch, and it makes mistakes.",
     )
 
 
@@ -123,8 +123,8 @@ def settings(engine: Engine) -> list[gr.Slider]:
     longest = min(longest, engine.context)
     slider = partial(gr.Slider, step=1, render=False)
     return [
-        slider(coldest, hottest, 0.6, step=0.05, label="Temperature", info="0: the likeliest reply each time"),
-        slider(0, most, 50, label="Top-k", info="sample among the k likeliest tokens; 0: among all"),
+        slider(coldest, hottest, 0.6, step=0.05, label="Temperature", info="0: the most likely reply each time"),
+        slider(0, most, 50, label="Top-k", info="sample among the k most likely tokens; 0: among all"),
         slider(1, longest, min(256, longest), label="Max tokens", info="limit of a reply"),
     ]
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sources import first_line
@@ -61,16 +61,16 @@ def portion(documents: int, lanes: int, most: int = PORTION) -> int:
 
 
 class ShuffledDocuments:
-    """A lane's texts of a `datasets.Dataset` with a column `text`."""
+    """A lane's documents of a `datasets.Dataset`, by index."""
 
-    def __init__(self, texts: Dataset, share: Share):
-        self.texts, self.share = texts, share
-        self.portion = portion(len(texts), share.lanes)
-        self.made_of = [len(texts), share.epochs.seed]
+    def __init__(self, share: Share):
+        self.share = share
+        self.portion = portion(share.epochs.size, share.lanes)
+        self.made_of = [share.epochs.size, share.epochs.seed]
 
-    def __iter__(self) -> Iterator[list[str]]:
+    def __iter__(self) -> Iterator[list[int]]:
         while True:
-            yield self.texts[self.share.take(self.portion)]["text"]
+            yield self.share.take(self.portion)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {"place": np.array(self.share.place)}

@@ -14,7 +14,7 @@ documents with lengths as on the web (lognormal), 24.5 % instead of 18.8 % after
 still filling with documents that exceed a row (at least 21.7 % are cut off in the long run).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -26,11 +26,25 @@ from transformers import PreTrainedTokenizerFast
 from modeling_nanochat.bulk_encoding import BulkEncoder
 from modeling_nanochat.errors import UserError
 
-from .documents import CONVERSATIONS, Epochs, Share, ShuffledDocuments, State, StreamedDocuments, is_text, portion
+from .documents import (
+    CONVERSATIONS,
+    PORTION,
+    Epochs,
+    Share,
+    ShuffledDocuments,
+    State,
+    StreamedDocuments,
+    is_text,
+    portion,
+)
 from .packing import Buffer, Conversation, fill_with_conversations, fill_with_documents
 
 LANES = 16
+FEW = LANES * PORTION  # documents that are encoded only once, for all lanes and epochs
+CHARACTERS_AT_ONCE = 2**22  # of documents that are encoded together
 Row = dict[str, np.ndarray]  # name -> int64 (width,), written in place
+Document = tuple[int, np.ndarray]  # its tokens, and of their ids (n,) uint32 as many as a row can hold
+Encode = Callable[[list], list[Document | None]]  # None for a blank one
 
 
 class Lane(Protocol):
@@ -60,17 +74,15 @@ class TextLane:
     The state holds the ids of the documents that wait in the buffer: nothing is read or encoded again.
     """
 
-    def __init__(self, documents: ShuffledDocuments | StreamedDocuments, encoder: BulkEncoder, capacity: int):
-        self.documents, self.encoder, self.capacity = documents, encoder, capacity
+    def __init__(self, documents: ShuffledDocuments | StreamedDocuments, encode: Encode, capacity: int):
+        self.documents, self.encode, self.capacity = documents, encode, capacity
         self.buffer: Buffer[np.ndarray] = Buffer(self.encoded(), documents.portion // 2)
         self.made_of = np.array([capacity, *documents.made_of])
         self.rows = 0
 
-    def encoded(self) -> Iterator[list[tuple[int, np.ndarray]]]:
-        for texts in self.documents:
-            ids = self.encoder.encode([text for text in texts if is_text(text)])
-            # what exceeds a row counts in choosing, but can never be written
-            yield [(len(one), one if len(one) <= self.capacity else one[: self.capacity].copy()) for one in ids]
+    def encoded(self) -> Iterator[list[Document]]:
+        for documents in self.documents:
+            yield [document for document in self.encode(documents) if document is not None]
 
     def write(self, row: Row) -> None:
         fill_with_documents(self.buffer, row["input_ids"])
@@ -199,12 +211,43 @@ class TextLanes:
             raise UserError("there is no text to train on, every document is empty; give other files")
         return Epochs(len(self.texts), self.seed)
 
+    @cached_property
+    def encoded(self) -> dict[int, Document | None]:
+        """Those of few documents that have been encoded, by index."""
+        return {}
+
     def __call__(self, lane: int) -> TextLane:
         if isinstance(self.texts, IterableDataset):
-            documents = StreamedDocuments(self.texts, lane, LANES, self.seed)
-        else:
-            documents = ShuffledDocuments(self.texts, Share(self.epochs, lane, LANES))
-        return TextLane(documents, self.encoder, self.max_length + 1)
+            return TextLane(StreamedDocuments(self.texts, lane, LANES, self.seed), self.encode, self.max_length + 1)
+        return TextLane(ShuffledDocuments(Share(self.epochs, lane, LANES)), self.encode_at, self.max_length + 1)
+
+    def encode_at(self, indices: list[int]) -> list[Document | None]:
+        """The documents at `indices`, which may repeat: of few documents, every lane takes the same ones again and again."""
+        encoded = self.encoded if len(self.texts) <= FEW else {}
+        missing = [index for index in dict.fromkeys(indices) if index not in encoded]
+        if missing:
+            encoded.update(zip(missing, self.encode(self.texts[missing]["text"]), strict=True))
+        return [encoded[index] for index in indices]
+
+    def encode(self, texts: list[str | None]) -> list[Document | None]:
+        written = groups([text for text in texts if is_text(text)])
+        documents = (self.shortened(ids) for group in written for ids in self.encoder.encode(group))
+        return [next(documents) if is_text(text) else None for text in texts]
+
+    def shortened(self, ids: np.ndarray) -> Document:
+        """What exceeds a row counts in choosing, but can never be written."""
+        return len(ids), ids if len(ids) <= self.max_length + 1 else ids[: self.max_length + 1].copy()
+
+
+def groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts, no more of them at a time than are worth the memory of their ids."""
+    group: list[str] = []
+    for text in texts:
+        group.append(text)
+        if sum(map(len, group)) >= CHARACTERS_AT_ONCE:
+            yield group
+            group = []
+    yield group
 
 
 @dataclass

@@ -11,7 +11,8 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.sources import read_files
 from modeling_nanochat.tokenization_nanochat import encode_documents
 from recipes import documents as documents_module
-from recipes.documents import Epochs, Share, ShuffledDocuments, StreamedDocuments
+from recipes import lanes as lanes_module
+from recipes.documents import Epochs, Share, StreamedDocuments
 from recipes.lanes import LANES, ConversationLanes, MixedLanes, TextLanes
 from recipes.packing import IGNORED
 
@@ -195,6 +196,54 @@ def test_a_waiting_document_longer_than_a_row_keeps_only_what_can_be_written(tok
     assert max(length for length, _, _ in lane.buffer.waiting) > 5000
 
 
+def encoded_texts(lanes, monkeypatch) -> list[str]:
+    """Fills up with every text that is encoded."""
+    encoded, encode = [], lanes.encoder.encode
+    monkeypatch.setattr(lanes.encoder, "encode", lambda texts: encoded.extend(texts) or encode(texts))
+    return encoded
+
+
+def test_few_documents_are_encoded_once_for_all_lanes_and_epochs(tokenizer, monkeypatch):
+    texts = ["the cat " * 5000, "cat", "", "mat " * 40, None]
+    lanes = TextLanes(Dataset.from_dict({"text": texts}), tokenizer, MAX_LENGTH)
+    encoded = encoded_texts(lanes, monkeypatch)
+    for lane in range(LANES):
+        written(lanes(lane), 50)
+    assert sorted(encoded) == sorted(text for text in texts if text)
+
+
+def test_the_rows_of_few_documents_are_those_of_encoding_them_again(tokenizer, monkeypatch):
+    def rows():
+        lanes = TextLanes(Dataset.from_dict({"text": [*texts_of(20), "the cat " * 3000]}), tokenizer, MAX_LENGTH)
+        return [written(lanes(lane), 30) for lane in (0, 5, 15)]
+
+    kept = rows()
+    monkeypatch.setattr(lanes_module, "FEW", 0)
+    assert rows() == kept
+
+
+def test_of_many_documents_none_is_kept(tokenizer, monkeypatch):
+    monkeypatch.setattr(lanes_module, "FEW", 40)
+    lanes = TextLanes(Dataset.from_dict({"text": texts_of(41)}), tokenizer, MAX_LENGTH)
+    encoded = encoded_texts(lanes, monkeypatch)
+    written(lanes(0), 300)
+    assert len(encoded) > 82 and not lanes.encoded
+
+
+def test_long_documents_are_encoded_few_at_a_time(tokenizer, monkeypatch):
+    monkeypatch.setattr(lanes_module, "CHARACTERS_AT_ONCE", 100)
+    texts = ["the cat " * 10, "mat " * 10, "cat " * 30, "", "the"]
+    lanes = TextLanes(Dataset.from_dict({"text": texts}), tokenizer, MAX_LENGTH)
+    groups, encode = [], lanes.encoder.encode
+    monkeypatch.setattr(lanes.encoder, "encode", lambda texts: groups.append(list(texts)) or encode(texts))
+    documents = lanes.encode(texts)
+    assert groups == [[texts[0], texts[1]], [texts[2]], [texts[4]]]
+    whole = encode_documents(tokenizer, texts)
+    assert [document and (document[0], document[1].tolist()) for document in documents] == [
+        (len(ids), ids[: MAX_LENGTH + 1]) if text else None for text, ids in zip(texts, whole, strict=True)
+    ]
+
+
 def test_every_conversation_comes_whole_and_once_an_epoch(tokenizer):
     lanes = ConversationLanes(conversations(40), 900, MAX_LENGTH)
     lane = lanes(2)
@@ -239,6 +288,7 @@ def test_a_state_of_other_data_is_refused(tokenizer):
 
 
 def test_documents_of_a_dataset_made_of_parts(tokenizer):
-    parts = [Dataset.from_dict({"text": texts_of(n)}) for n in (5, 7)]
-    documents = ShuffledDocuments(concatenate_datasets(parts), Share(Epochs(12, 0), 0, LANES))
-    assert set(next(iter(documents))) <= set(texts_of(7))
+    texts = concatenate_datasets([Dataset.from_dict({"text": texts_of(n)}) for n in (5, 7)])
+    rows = [row["input_ids"] for row in written(TextLanes(texts, tokenizer, MAX_LENGTH)(0), 20)]
+    whole = TextLanes(Dataset.from_dict({"text": texts["text"][:]}), tokenizer, MAX_LENGTH)(0)
+    assert rows == [row["input_ids"] for row in written(whole, 20)]

@@ -118,7 +118,7 @@ class ProgressReport:
             total=plan.max_steps,
             initial=progress.steps,
             unit="step",
-            disable=not accelerator.is_main_process,
+            disable=None if accelerator.is_main_process else True,  # None: not where it would go into a file
             mininterval=0.5,
         )
 

@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from evals.run_folder import read_run
 from evals.summary import summary_rows
 from modeling_nanochat.errors import UserError
 
-SCRIPT = Path(__file__).parents[1] / "evals" / "evaluate_model.py"
 TASKS = {
     "problems": [{"question": f"{n} + 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(6)],
     "facts": [{"question": "Which?", "answer": "red", "rivals": ["blue"]}] * 3,
@@ -190,18 +187,17 @@ def test_two_tasks_of_one_name_are_refused(toy_model_folder, files):
         run_evaluation(args)
 
 
-def test_the_script_reads_yaml_and_prints_a_table(toy_model_folder, files):
+def test_the_script_reads_yaml_and_prints_a_table(toy_model_folder, files, monkeypatch, capsys):
     config = files / "eval.yaml"
     config.write_text(
         f"model_name_or_path: {toy_model_folder}\noutput_file: {files / 'out.json'}\n"
         f"eval_files:\n- cloze={files / 'cloze.jsonl'}\nbase_model: true\n",
         encoding="utf-8",
     )
-    command = [sys.executable, str(SCRIPT), "--config", str(config), "--max_examples", "2"]
-    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].split()[:2] == ["cloze", "accuracy"] and done.stdout.endswith("  2\n")
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", "--config", str(config), "--max_examples", "2"])
+    main()
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1].split()[:2] == ["cloze", "accuracy"] and said.endswith("  2\n")
     (record,) = json.loads((files / "out.json").read_text(encoding="utf-8"))["records"]
     assert record["settings"]["max_examples"] == 2
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -117,10 +117,14 @@ def probe(output_dir: Path) -> None:
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     for kind in ("logs", "stages", "checkpoints"):
         folder = beside(output_dir, kind, "").parent
-        with tempfile.NamedTemporaryFile(dir=folder if folder.exists() else output_dir.parent, prefix=".probe") as file:
-            file.write(bytes(PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+        folder = folder if folder.exists() else output_dir.parent
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe") as file:
+                file.write(bytes(PROBE_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def record_path(output_dir: str | Path) -> Path:
@@ -182,7 +186,8 @@ class StageLog:
                     with open(self.path, "a", encoding="utf-8") as lines:
                         lines.write(json.dumps({"seconds": round(self.seconds, 3), **values}) + "\n")
                 except OSError:
-                    os.truncate(self.path, size)  # no half a line, to which a later one would be appended
+                    with suppress(OSError):
+                        os.truncate(self.path, size)  # no half a line, to which a later one would be appended
                     raise
 
     @contextmanager

@@ -78,8 +78,7 @@ def main() -> None:
     curves = []
     for name, (settings, _) in VARIANTS.items():
         run = folder / name.replace(" + ", "-") / "base"
-        if not run.exists():
-            train(args, settings, run)
+        train(args, settings, run)
         curves.append(read_curve(name, run))
     draw(curves, folder / "curves.svg")
     text = table(curves, args)
@@ -88,6 +87,7 @@ def main() -> None:
 
 
 def train(args: LearningCurvesArguments, settings: dict[str, object], run: Path) -> None:
+    """Train a variant, or go on with it; one that is finished with these settings stays, with others it is an error."""
     common = {key: value for key, value in vars(args).items() if key != "output_dir"}
     fixed = {"output_dir": run, "sample_steps": 0, "torch_compile": "false", "resume": "auto"}
     command = [sys.executable, str(PRETRAIN), *words(common | settings | fixed)]

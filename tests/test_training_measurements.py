@@ -8,8 +8,9 @@ import sys
 import pytest
 import training
 
-from evals.learning_curves import Curve, LearningCurvesArguments, cost_of, draw, read_curve, table
+from evals.learning_curves import Curve, LearningCurvesArguments, cost_of, draw, main, read_curve, table
 from evals.training_speed import read_log
+from modeling_nanochat.errors import UserError
 
 ROOT = training.ROOT
 
@@ -53,6 +54,18 @@ def test_the_table_says_who_reached_the_first_ones_end(tmp_path):
     assert "not reached" in lines[6]
     draw(curves, tmp_path / "new" / "curves.svg")
     assert "<svg" in (tmp_path / "new" / "curves.svg").read_text()
+
+
+def test_a_curve_of_other_settings_is_not_taken_for_one_of_these(tmp_path, monkeypatch):
+    """Whether a folder is what was asked for is for the training to say: it knows its settings."""
+    (tmp_path / "plain-classic" / "base").mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr("subprocess.run", lambda command, **_: asked.append(command) or subprocess.CompletedProcess(command, 1))
+    words = {"output_dir": tmp_path, "tokenizer": "t", "train_files": "a", "val_files": "b", "depth": 6}
+    monkeypatch.setattr("sys.argv", ["learning_curves.py", *(f"--{key}={value}" for key, value in words.items())])
+    with pytest.raises(UserError, match="plain-classic/base failed"):
+        main()
+    assert asked[0][asked[0].index("--depth") + 1] == "6"
 
 
 def test_the_log_gives_medians_after_the_warm_up(tmp_path):

@@ -7,12 +7,22 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
 from recipes.checkpoint import Checkpoints
 from recipes.dial import derive
-from recipes.loop import Evaluation, LoopArguments, accumulate, accumulation_steps, prepare, train
+from recipes.loop import (
+    Evaluation,
+    LoopArguments,
+    accumulate,
+    accumulation_steps,
+    agree,
+    gradient_norm,
+    prepare,
+    train,
+)
 from recipes.loop_stage import define
 from recipes.pretrain import PretrainArguments
 from recipes.stage import OutputArguments, StageLog
@@ -71,9 +81,22 @@ def test_gradients_are_of_the_mean_over_all_learnt_tokens(tmp_path):
         assert (grad - p.grad).abs().max() < 1e-6
 
 
+def two_processes() -> Accelerator:
+    """In a process that `debug_launcher` has forked from one that already had an accelerator of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    return accelerator
+
+
+def step_gradients_of_two(path):
+    two_processes()
+    step_gradients(path)
+
+
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     step_gradients(tmp_path / "one.pt")
-    debug_launcher(step_gradients, args=(tmp_path / "two.pt",), num_processes=2)
+    debug_launcher(step_gradients_of_two, args=(tmp_path / "two.pt",), num_processes=2)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
     for a, b in zip(one["grads"], two["grads"], strict=True):
@@ -185,6 +208,58 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_the_batc
     assert "optimizer has not used it" in str(error.value)
     for name, p in model.named_parameters():
         assert torch.equal(torch.nan_to_num(p), torch.nan_to_num(before[name])), name
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_stop_before_the_optimizer(tmp_path, toy_model_and_tokenizer, bad):
+    model = small_model()
+    before = [p.clone() for p in model.parameters()]
+    model.lm_head.weight.register_hook(lambda gradient: gradient * bad)
+    with pytest.raises(UserError, match=r"the gradients are not finite at step 0 \(loss 4\.\d+\)"):
+        run(tmp_path, "c", toy_model_and_tokenizer[1], model=model, evaluations=())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_stage_whose_gradients_are_all_zero_says_so(tmp_path, toy_model_and_tokenizer, capsys):
+    model = small_model()
+    for p in model.parameters():
+        p.register_hook(torch.zeros_like)
+    _, progress = run(tmp_path, "c", toy_model_and_tokenizer[1], model=model, evaluations=())
+    assert progress.warnings[0].startswith("all gradients were zero from step 1 to step 20")
+    assert "warning: all gradients were zero from step 1 to step 10" in capsys.readouterr().out
+    assert run(tmp_path, "d", toy_model_and_tokenizer[1], evaluations=())[1].warnings == []
+
+
+def test_one_process_with_a_gradient_is_enough(tmp_path):
+    debug_launcher(gradients_of_one, args=(tmp_path / "norms.pt",), num_processes=2)
+    norms = torch.load(tmp_path / "norms.pt", weights_only=True)
+    assert norms == [0.0, pytest.approx(5.0)]
+
+
+def gradients_of_one(path):
+    """What the processes agree on when none has gradients that are not zero, and when the last one has."""
+    accelerator, module, norms = two_processes(), torch.nn.Linear(2, 1, bias=False), []
+    for gradient in ([0.0, 0.0], [3.0, 4.0]):
+        mine = torch.tensor([gradient]) * accelerator.process_index
+        module.weight.grad = mine
+        with stop_request() as request:
+            norms.append(agree(accelerator, torch.ones(1), request, gradient_norm(module))[2])
+    if accelerator.is_main_process:
+        torch.save(norms, path)
+    accelerator.wait_for_everyone()
+
+
+def test_neither_the_log_nor_a_tracker_ends_the_training(tmp_path, toy_model_and_tokenizer, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(Accelerator, "log", fail)
+    (tmp_path / "logs").write_text("no folder")
+    _, progress = run(tmp_path, "a", toy_model_and_tokenizer[1], report_to="trackio")
+    assert progress.steps == 20
+    said = capsys.readouterr()
+    assert said.out.count("warning: report_to trackio failed (no network); training goes on without it") == 1
+    assert said.err.count("a.jsonl cannot be written") == 1
 
 
 def test_running_out_of_memory_says_what_to_lower(tmp_path, toy_model_and_tokenizer):

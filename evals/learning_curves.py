@@ -9,18 +9,19 @@ Notable features:
 - leaves `table.md`, `curves.svg` and each variant's log
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 import matplotlib
 import torch

@@ -10,10 +10,14 @@ the first step. The last line is JSON with everything. The first command takes a
 the second is for a GPU.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
 import json
 import os
 import platform
-import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +27,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 import torch
 from transformers import PreTrainedModel

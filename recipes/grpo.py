@@ -10,10 +10,11 @@ on-policy, advantage = reward - mean of the group, no KL, no clipping at work, n
 """
 
 import signal
-from dataclasses import dataclass, field
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
+from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset

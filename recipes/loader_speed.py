@@ -4,11 +4,12 @@
 """
 
 import signal
-import time
-from dataclasses import dataclass, field
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
+import time
+from dataclasses import dataclass, field
 
 from transformers import AutoTokenizer
 

@@ -11,12 +11,13 @@ Notable features:
 - the same loop, optimizer and log as pretraining
 """
 
-import random
 import signal
-from dataclasses import dataclass, field
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
+import random
+from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import set_seed

@@ -15,12 +15,13 @@ Notable features:
 """
 
 import signal
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed

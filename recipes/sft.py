@@ -9,10 +9,11 @@ Every key of `trl.SFTConfig` can be set beside those listed here.
 """
 
 import signal
-from dataclasses import dataclass, field
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
+from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset

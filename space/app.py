@@ -7,18 +7,19 @@ The model is a folder that a training stage wrote, or a Hub id. Replies are stre
 is shown in boxes that open on a click.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
 import argparse
 import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from html import escape
 from typing import Any
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 try:  # on ZeroGPU hardware this must come before torch touches CUDA
     import spaces

@@ -13,19 +13,20 @@ No network, one core, a few seconds; the same arguments give the same bytes. The
     world.json                      seed, sizes, counts, and what was held out
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
 import itertools
 import json
 import os
 import random
 import shutil
-import signal
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 import pyarrow
 import pyarrow.parquet

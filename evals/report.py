@@ -7,8 +7,12 @@ Every figure comes from logs/, stages/, results/ and data/world.json; the same r
 stage that is missing is shown as missing, and no figure is left out because of its value.
 """
 
-import os
 import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
+import os
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +21,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
-
 from evals.curves import draw_curves
 from evals.records import aligned_table
 from evals.run_folder import MODELS, STAGES, RunFolder, read_run
@@ -27,7 +28,7 @@ from evals.summary import NOTHING, comparisons, evaluation_notes, summary_rows, 
 from evals.tokenizer_section import PICTURE, TABLE_NOTE, code, draw_compression, notes, statistics_rows, table_rows
 from evals.transcript import fenced, title, transcript
 from modeling_nanochat.cli import parse
-from modeling_nanochat.errors import exit_on_user_error
+from modeling_nanochat.errors import UserError, exit_on_user_error
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CAPTIONS = {
@@ -60,13 +61,19 @@ def main() -> None:
 
 
 def write_report(run: RunFolder) -> Path:
-    """Write `report.md` and `report/*.svg` into the run folder; returns the path of the former."""
-    folder = run.path / "report"
-    pictures = draw_curves(run, folder) | draw_compression(run, folder)
-    path = run.path / "report.md"
+    """Write `report.md` and `report/*.svg` into the run folder; returns the path of the former.
+
+    Raises:
+        UserError: The folder cannot be written, or is full.
+    """
+    folder, path = run.path / "report", run.path / "report.md"
     temporary = path.with_name(".report.md")
-    temporary.write_text(render(run, pictures), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        pictures = draw_curves(run, folder) | draw_compression(run, folder)
+        temporary.write_text(render(run, pictures), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); free space, or change the permissions") from error
     return path
 
 

@@ -260,6 +260,12 @@ def test_the_terminal_shows_table_and_a_conversation_with_its_call(run_folder, m
     assert (run_folder / "report.md").is_file()
 
 
+def test_a_run_folder_that_cannot_be_written_is_said_in_one_line(run_folder):
+    (run_folder / "report").write_text("")
+    with pytest.raises(UserError, match="report.md cannot be written"):
+        write_report(read_run(run_folder))
+
+
 def test_a_run_without_evaluation_can_be_printed(tmp_path):
     write(tmp_path / "stages" / "base.json", {"stage": "base", "seconds": 1.0})
     assert "Base" in terminal_summary(read_run(tmp_path))

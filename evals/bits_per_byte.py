@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from modeling_nanochat.bulk_encoding import BulkEncoder
 from modeling_nanochat.sources import text_dataset
 from modeling_nanochat.token_bytes import token_bytes
-from modeling_nanochat.tokenization_nanochat import encode_documents
+from modeling_nanochat.tokenization_nanochat import whole_characters
 
 METRIC = Path(__file__).parent / "metrics" / "bits_per_byte"
-DOCUMENTS_AT_A_TIME = 64
 
 
 @torch.no_grad()
@@ -92,11 +92,13 @@ def text_rows(tokenizer, texts: Iterable[str], max_length: int, max_tokens: int)
     return [stream[i : i + max_length + 1] for i in range(0, len(stream) - 1, max_length)]
 
 
-def text_tokens(tokenizer, texts: Sequence[str]) -> Iterator[int]:
-    """The ids of all documents, each behind a bos, a few documents tokenized at a time."""
-    for i in range(0, len(texts), DOCUMENTS_AT_A_TIME):
-        for ids in encode_documents(tokenizer, [text or "" for text in texts[i : i + DOCUMENTS_AT_A_TIME]]):
-            yield from ids
+def text_tokens(tokenizer, texts: Iterable[str]) -> Iterator[int]:
+    """The ids of all documents, each behind a bos, encoded as they are asked for."""
+    encoder = BulkEncoder(tokenizer)
+    for text in texts:
+        yield tokenizer.bos_token_id
+        for part in encoder.parts(whole_characters(text or "")):
+            yield from encoder.text_ids(part).tolist()
 
 
 def padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:

@@ -6,9 +6,12 @@ import torch
 from golden import core_model, golden_json, golden_tokenizer, shared
 from safetensors.torch import load_file
 
-from evals.bits_per_byte import METRIC, bits_per_byte, nats_and_bytes, text_bits_per_byte, text_rows
+from evals.bits_per_byte import METRIC, bits_per_byte, nats_and_bytes, text_bits_per_byte, text_rows, text_tokens
+from modeling_nanochat import bulk_encoding
+from modeling_nanochat.bulk_encoding import BulkEncoder
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.token_bytes import token_bytes
+from modeling_nanochat.tokenization_nanochat import encode_documents
 
 TEXT = ["The flag of Zaria is green.", "Żółw – ein Wort: naïve 🙂", "One more line, with <|bos|> in it."]
 
@@ -65,6 +68,23 @@ def test_each_token_is_predicted_once():
     stream = [rows[0][0]] + [token for row in rows for token in row[1:]]
     assert stream == [t for text in TEXT * 5 for t in [491, *tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]]]
     assert sum(map(len, text_rows(tokenizer, TEXT * 5, max_length=16, max_tokens=40))) <= 40 + 3
+
+
+def test_of_an_enormous_document_only_what_is_measured_is_encoded(monkeypatch):
+    tokenizer, text, encoded = golden_tokenizer(), "The cat sat on the mat. " * 5_000, []
+    monkeypatch.setattr(bulk_encoding, "PART", 2_000)
+    monkeypatch.setattr(BulkEncoder, "text_ids", lambda self, part, ids=BulkEncoder.text_ids: encoded.append(part) or ids(self, part))
+    rows = text_rows(tokenizer, [text, "never read"], max_length=16, max_tokens=400)
+    assert len(encoded) == 1
+    ids = [*rows[0], *(token for row in rows[1:] for token in row[1:])]
+    assert ids == encode_documents(tokenizer, [text])[0][: len(ids)] and len(ids) == 400
+
+
+def test_the_ids_measured_are_those_of_whole_documents(monkeypatch):
+    tokenizer, texts = golden_tokenizer(), ["The cat sat.\nOn the mat. " * 40, "", None, "\ud800", "<|bos|> 12345"]
+    monkeypatch.setattr(bulk_encoding, "PART", 50)
+    whole = [token for ids in encode_documents(tokenizer, [text or "" for text in texts]) for token in ids]
+    assert list(text_tokens(tokenizer, texts)) == whole
 
 
 def test_targets_without_bytes_do_not_count():

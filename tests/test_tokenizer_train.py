@@ -156,7 +156,7 @@ def test_exactly_the_limit_is_not_over_it():
 
 
 def test_half_surrogates_are_whole_before_they_count():
-    assert list(capped(["\ud83d\ude00x\ud800yz", "abc"], 3)) == ["😀x\ufffd", "abc"]
+    assert [capped(text, 3) for text in ("\ud83d\ude00x\ud800yz", "abc")] == ["😀x\ufffd", "abc"]
 
 
 def test_weights_hold_at_every_point_and_reading_ends_with_the_first_source(capsys):
@@ -271,12 +271,26 @@ def test_surrogates_in_json(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["one.txt", "one.jsonl"])
-def test_one_enormous_document_is_cut(run, tmp_path, name):
+def test_one_enormous_document_is_cut_and_that_is_told(run, tmp_path, name, capsys):
     text = "The cat number 7 sleeps under the old tree. " * 250_000  # 11 MB
     (tmp_path / name).write_text(text if name.endswith("txt") else json.dumps({"text": text}))
     run([str(tmp_path / name)], "--vocab_size", "270")
     record = json.loads((tmp_path / "run" / "stages" / "tokenizer.json").read_text())
-    assert (record["characters"], record["documents"]) == (10_000, 1)
+    assert (record["characters"], record["documents"], record["documents_cut"]) == (10_000, 1, 1)
+    assert record["characters_left_out"] == record["sources"][0]["characters_left_out"] == len(text) - 10_000
+    told = [line for line in capsys.readouterr().out.splitlines() if "--doc_cap" in line]
+    assert len(told) == 1 and f"1 of them longer than 10,000 characters: {record['characters_left_out']:,} characters" in told[0]
+
+
+def test_documents_that_fit_are_not_told_to_be_cut(train, tmp_path, capsys):
+    longest = max(map(len, TEXTS))
+    train("--vocab_size", "300", "--doc_cap", str(longest))
+    assert "--doc_cap" not in capsys.readouterr().out
+    train("--vocab_size", "290", "--doc_cap", str(longest - 1), to="cut")
+    count = sum(len(text) == longest for text in TEXTS)
+    assert f"{count} of them longer" in capsys.readouterr().out
+    record = json.loads((tmp_path / "cut" / "stages" / "tokenizer.json").read_text())
+    assert record["documents_cut"] == record["characters_left_out"] == count
 
 
 def test_an_interrupt_leaves_nothing_half_written(tmp_path):

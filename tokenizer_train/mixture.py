@@ -24,18 +24,23 @@ class Source:
     expected: float = math.inf  # characters there are, as far as that is known beforehand
     characters: int = 0
     documents: int = 0
+    documents_cut: int = 0
+    characters_left_out: int = 0  # of those
 
     def read(self, doc_cap: int) -> Iterator[str]:
         """The beginning of each document, counted."""
-        for text in capped(self.texts, doc_cap):
-            self.characters += len(text)
+        for text in self.texts:
+            beginning = capped(text, doc_cap)
+            self.characters += len(beginning)
             self.documents += 1
-            yield text
+            self.documents_cut += len(text) > doc_cap
+            self.characters_left_out += max(0, len(text) - doc_cap)
+            yield beginning
 
 
-def capped(texts: Iterable[str], doc_cap: int) -> Iterator[str]:
-    """The first `doc_cap` characters of each document; halves of surrogate pairs become characters, and then count."""
-    return (whole_characters(text[: 2 * doc_cap])[:doc_cap] for text in texts)
+def capped(text: str, doc_cap: int) -> str:
+    """The first `doc_cap` characters; halves of surrogate pairs become characters, and then count."""
+    return whole_characters(text[: 2 * doc_cap])[:doc_cap]
 
 
 def open_sources(entries: Sequence[str], weights: Sequence[float] | None, doc_cap: int) -> list[Source]:

@@ -13,18 +13,19 @@ Notable features:
 - nothing of ours in the folder: `AutoTokenizer.from_pretrained` opens it anywhere, ready for chats and generation
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
 import json
 import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -46,6 +47,7 @@ from tokenizer_train.mixture import (
 )
 
 VOCABULARY_SIZES = {"classic": 65536, "current": 32768}  # of the original's launch, and of today's
+COUNTS = ("characters", "documents", "documents_cut", "characters_left_out")  # of a source, as recorded
 SAMPLE = 200  # documents whose bytes per token are told
 
 
@@ -100,11 +102,8 @@ def main() -> None:
     record = {
         "stage": "tokenizer",
         "settings": asdict(args),
-        "sources": [
-            {"name": source.name, "characters": source.characters, "documents": source.documents} for source in sources
-        ],
-        "characters": characters_read(sources),
-        "documents": sum(source.documents for source in sources),
+        "sources": [{"name": source.name} | {key: getattr(source, key) for key in COUNTS} for source in sources],
+        **{key: sum(getattr(source, key) for source in sources) for key in COUNTS},
         "seconds": round(time.perf_counter() - started, 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "bytes_per_token": round(bytes_per_token(tokenizer, reading.sample), 3),
@@ -164,6 +163,16 @@ class Reading:
         documents = sum(source.documents for source in self.sources)
         read = f"read {characters_read(self.sources):,} characters in {documents:,} documents"
         print(f"{read}, {time.perf_counter() - started:.1f} s; merging with {self.args.trainer}", flush=True)
+        if any(source.documents_cut for source in self.sources):
+            print(cut_line(self.sources, self.args.doc_cap), flush=True)
+
+
+def cut_line(sources: list[Source], doc_cap: int) -> str:
+    cut, left_out = (sum(getattr(source, key) for source in sources) for key in ("documents_cut", "characters_left_out"))
+    return (
+        f"{cut:,} of them longer than {doc_cap:,} characters: {left_out:,} characters beyond were left out; raise --doc_cap "
+        "to read more of each, or separate what are several documents, in a .txt file by blank lines"
+    )
 
 
 def save(tokenizer: PreTrainedTokenizerFast, target: Path) -> None:

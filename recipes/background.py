@@ -124,8 +124,8 @@ def work(begin: Callable[[], Fill], slots: dict[str, torch.Tensor], free, connec
 
 def settle(parent: int) -> None:
     """Signals to the whole group are the trainer's affair; the worker ends with it, and leaves it the cores."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive forking; the encoder has its own
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()

@@ -14,11 +14,15 @@ Notable features:
 - `--set stage.key=value` reaches any key of any stage
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
 import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -26,9 +30,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 import psutil
 import yaml
@@ -437,7 +438,8 @@ def call(command: list[str], lock: int | None = None, again: str = "the same com
             return process.wait()
         except (KeyboardInterrupt, SystemExit) as stopped:
             started = psutil.Process(process.pid).children(recursive=True)
-            os.killpg(process.pid, signal.SIGTERM)
+            closed = getattr(stopped, "code", None) == 128 + signal.SIGHUP  # the stage must know not to write there
+            os.killpg(process.pid, signal.SIGHUP if closed else signal.SIGTERM)
             # the launcher may be gone long before what it launched has written its checkpoint
             psutil.wait_procs(started, timeout=GRACE_SECONDS)
             raise UserError(f"stopped; {again} goes on where this one was") from stopped

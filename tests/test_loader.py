@@ -297,6 +297,7 @@ class Lanes:
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
 signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
+signal.signal(signal.SIGHUP, lambda *_: stopped.append(1))
 loader = Loader(Lanes(), batch_size=2)
 next(loader)
 print(loader.batches.process.pid, flush=True)
@@ -320,7 +321,7 @@ def started():
     return process, int(process.stdout.readline())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_leaves_the_worker_at_work_and_silent(number):
     process, worker = started()
     os.killpg(process.pid, number)

@@ -274,13 +274,19 @@ def stop_the_runner(step, path, tmp_path, number=signal.SIGTERM, nohup=False):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_stopping_the_runner_or_closing_its_terminal_stops_its_stage(tmp_path, config, number):
-    code = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    step, path = touching_step(tmp_path, config, code=code)
+    """Each by the signal that the runner got: at a hangup the stage has no terminal to write to."""
+    got = tmp_path / "got"
+    code = (
+        "import os, signal, sys, time; end = lambda number, _: sys.exit(open({got!r}, 'w').write(str(number))); "
+        "signal.signal(signal.SIGTERM, end); signal.signal(signal.SIGHUP, end); "
+        "open({{!r}}, 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    step, path = touching_step(tmp_path, config, code=code.format(got=str(got)))
     returned, errors = stop_the_runner(step, path, tmp_path, number)
     assert returned == 1 and "stopped; the same command goes on" in errors
     with pytest.raises(ProcessLookupError):
         os.kill(int(path.read_text()), 0)
-    assert not (tmp_path / "finished").exists()
+    assert got.read_text() == str(int(number)) and not (tmp_path / "finished").exists()
 
 
 def test_under_nohup_a_run_outlives_its_terminal(tmp_path, config):

@@ -19,12 +19,12 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         for path in [*unfinished.rglob("*"), unfinished]:
             flush(path)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(unfinished)
         raise
     if target.exists():
         target.rename(discarded)
     unfinished.rename(target)
-    shutil.rmtree(discarded, ignore_errors=True)
+    remove(discarded)
     flush(target.parent)
 
 
@@ -39,14 +39,22 @@ def settle(target: str | Path) -> bool:
     if discarded.exists() and not target.exists():  # killed between the two renames: the new one is whole
         (unfinished if unfinished.exists() else discarded).rename(target)
     settled = not unfinished.exists()
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(discarded, ignore_errors=True)
+    remove(unfinished)
+    remove(discarded)
     return settled
 
 
 def unfinished_and_discarded(target: Path) -> tuple[Path, Path]:
     """Where a folder is while it is filled, and where the one is that it has replaced."""
     return target.parent / f".{target.name}.unfinished", target.parent / f".{target.name}.old"
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or a link to one, if it is there and can be removed."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

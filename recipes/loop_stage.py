@@ -44,7 +44,8 @@ def make_accelerator(args: LoopArguments, output_dir: str) -> Accelerator:
         except ValueError as error:
             raise UserError(f"report_to {args.report_to}: {first_line(error)}") from error
         if not accelerator.log_with:
-            raise UserError(f"report_to {args.report_to}: not installed; pip install {args.report_to}")
+            package = "trackio" if args.report_to == "all" else args.report_to
+            raise UserError(f"report_to {args.report_to}: not installed; pip install {package}")
         values = {key: value for key, value in vars(args).items() if value is not None}
         try:
             accelerator.init_trackers(f"nanochat-{Path(output_dir).name}", config=values)

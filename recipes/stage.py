@@ -75,7 +75,7 @@ def check_output(args: OutputArguments, resume: str | None = None, given: dict[s
 def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any] | None) -> bool:
     """The main process's part of [`check_output`]."""
     folder, checkpoints = Path(args.output_dir), beside(args.output_dir, "checkpoints", "")
-    if folder.name in ("", "..") or folder.is_file():
+    if folder.name in ("", "..") or (os.path.lexists(folder) and not folder.is_dir()):
         raise UserError(f"--output_dir {args.output_dir} is not the name of a folder; give one, for instance runs/pocket/base")
     try:
         probe(folder)

@@ -119,6 +119,15 @@ def test_checkpoints_of_a_run_that_was_to_replace_a_finished_one_stay(toy_model_
     assert (tmp_path / "checkpoints" / "base" / "step-00000008").exists()
 
 
+def test_a_link_to_a_folder_is_replaced_and_its_folder_kept(toy_model_and_tokenizer, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "base").symlink_to(tmp_path / "elsewhere")
+    for steps in (1, 2):
+        finish(toy_model_and_tokenizer, tmp_path / "run" / "base", steps)
+    assert listing(tmp_path / "run") == {"base", "stages", "stages/base.json"} and (tmp_path / "elsewhere").is_dir()
+
+
 def test_another_stages_checkpoints_stay(tmp_path):
     left_by_training(tmp_path, 2)
     (tmp_path / "checkpoints" / "mid").mkdir()
@@ -132,6 +141,7 @@ def test_another_stages_checkpoints_stay(tmp_path):
         ("file/base", "file cannot be written"),
         ("file/runs/base", "cannot be written"),
         ("file", "is not the name of a folder"),
+        ("link", "is not the name of a folder"),
         ("..", "is not the name of a folder"),
         ("a/base", "a/logs cannot be written"),
         ("b/base", "b/checkpoints cannot be written"),
@@ -140,6 +150,7 @@ def test_another_stages_checkpoints_stay(tmp_path):
 )
 def test_where_nothing_can_be_written_is_said_in_one_line(tmp_path, name, message):
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
     for folder, kind in (("a", "logs"), ("b", "checkpoints")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / kind).write_text("")
@@ -237,7 +248,7 @@ def test_a_base_model_that_learns_nothing_says_so_also_after_it_was_resumed(worl
     assert sorted(path.name for path in output.parent.iterdir() if path.name != ".base.lock") == ["base", "logs", "stages"]
 
     written = (output / "model.safetensors").stat().st_mtime_ns
-    assert training.run(forks, arguments) == 0
+    assert training.run(forks, arguments, processes=2) == 0
     assert "already finished" in (tmp_path / "said").read_text()
     assert training.run(forks, training.pretrain_arguments(world, output, resume="auto", **still | {"warmup_steps": 3})) == 1
     assert (output / "model.safetensors").stat().st_mtime_ns == written

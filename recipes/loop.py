@@ -21,7 +21,7 @@ from modeling_nanochat.errors import UserError
 
 from .batch_size import explain_out_of_memory, is_out_of_memory
 from .checkpoint import Checkpoint, Checkpoints, restore_random_state
-from .dial import Plan, check_ranges, given_or_none
+from .dial import Plan, check_ranges, check_whole_rows, given_or_none
 from .learning import LearningWatch
 from .loader import Loader
 from .optimizer import MuonAdamW, muon_adamw
@@ -86,6 +86,7 @@ class LoopArguments:
             not_negative={name: rate for name, rate in self.rates().items() if name not in sizes} | others,
             shares={name: getattr(self, name) for name in shares},
         )
+        check_whole_rows(given_or_none(self.total_batch_size), self.max_length)
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}; give one below 2^32")
 

@@ -69,6 +69,7 @@ def test_the_trackers_are_accelerates():
         (pretrain, {"warmdown_ratio": 1.5}, "warmdown_ratio is 1.5; it is a share"),
         (pretrain, {"seed": -1}, "seed is -1"),
         (pretrain, {"seed": 2**32}, "seed is 4294967296"),
+        (pretrain, {"total_batch_size": 1000, "max_length": 64}, "total_batch_size 1000 must be a multiple of max_length 64; take 1024"),
         (pretrain, {"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
         (pretrain, {"core_steps": 5}, "core_steps has no effect without core_dir"),
         (pretrain, {"core_max_per_task": 5}, "core_max_per_task has no effect without core_dir"),

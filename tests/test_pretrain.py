@@ -62,12 +62,6 @@ def test_the_horizon_counts_matrices_and_head_in_both(toy_model_and_tokenizer, t
     assert "each step: 1 processes x 1 passes x 4 rows" in done.stdout
 
 
-def test_an_unknown_architecture_is_named(toy_model_and_tokenizer, tmp_path):
-    done = pretrain(tmp_path, toy_model_and_tokenizer[1], architecture="tubro", max_steps=1)
-    assert done.returncode != 0 and not (tmp_path / "base").exists()
-    assert "architecture tubro is unknown; take plain or turbo" in done.stderr.strip().splitlines()[-1]
-
-
 def test_core_and_samples_come_at_intervals(toy_model_and_tokenizer, tmp_path):
     entry = {
         "label": "mats",

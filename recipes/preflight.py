@@ -26,11 +26,6 @@ from recipes.midtrain import MidtrainArguments
 from recipes.pretrain import PretrainArguments, load_tokenizer
 from recipes.sft import SFTArguments
 from recipes.stage import OutputArguments
-from tokenizer_train.evaluate import TokenizerEvaluateArguments
-from tokenizer_train.mixture import check_weights
-from tokenizer_train.train import TokenizerArguments
-from tokenizer_train.train import check as check_tokenizer_arguments
-from tokenizer_train.vocabularies import parse_baselines
 
 if TYPE_CHECKING:
     from recipes.run import Step
@@ -54,15 +49,16 @@ class ToBeMade:
 def check_steps(steps: Sequence["Step"]) -> None:
     """Read the settings of the steps as they will, and the beginnings of their files.
 
-    The world and the report are left out: the one comes first and tells itself, the other has no settings.
+    World and tokenizer are left out, which come first and tell it themselves, and the report, which has no settings.
 
     Raises:
         UserError: A step would refuse something; begins with the name of the step.
     """
     to_be_made = ToBeMade(steps)
     for step in steps:
-        check = CHECKS.get(step.name) or (check_evaluation if step.name.endswith(".eval") else None)
-        if check:
+        stage, _, evaluation = step.name.partition(".")
+        if stage in CHECKS:
+            check = check_evaluation if evaluation else CHECKS[stage]
             try:
                 with warnings.catch_warnings(action="ignore"):  # the step itself will say it again
                     check(step, to_be_made)
@@ -71,8 +67,7 @@ def check_steps(steps: Sequence["Step"]) -> None:
 
 
 def arguments(step: "Step", *dataclass_types: type) -> tuple:
-    overwrite = ["--overwrite_output_dir", "true"] if step.makes_folder else []
-    return parse(*dataclass_types, args=["--config", str(step.config), *step.arguments, *overwrite])
+    return parse(*dataclass_types, args=["--config", str(step.config), *step.arguments])
 
 
 def check_texts(names: Sequence[str] | None, what: str, to_be_made: ToBeMade) -> None:
@@ -88,23 +83,6 @@ def check_conversations(names: Sequence[str], to_be_made: ToBeMade) -> None:
 def check_model(name: str, to_be_made: ToBeMade) -> None:
     if name and name not in to_be_made:
         check_folder(find_folder(name), name)
-
-
-def check_tokenizer(step: "Step", to_be_made: ToBeMade) -> None:
-    (args,) = arguments(step, TokenizerArguments)
-    check_tokenizer_arguments(args)
-    if args.train_weights is not None:
-        check_weights(args.train_files, args.train_weights)
-    for name in args.train_files:
-        check_texts([name], "train_files", to_be_made)
-
-
-def check_tokenizer_evaluation(step: "Step", to_be_made: ToBeMade) -> None:
-    (args,) = arguments(step, TokenizerEvaluateArguments)
-    args.check()
-    parse_baselines(args.baselines)
-    for name in ("train_files", "val_files"):
-        check_texts(getattr(args, name), name, to_be_made)
 
 
 def check_pretraining(step: "Step", to_be_made: ToBeMade) -> None:
@@ -149,8 +127,6 @@ def check_evaluation(step: "Step", to_be_made: ToBeMade) -> None:
 
 
 CHECKS: dict[str, Callable[["Step", ToBeMade], None]] = {
-    "tokenizer": check_tokenizer,
-    "tokenizer.eval": check_tokenizer_evaluation,
     "base": check_pretraining,
     "mid": check_midtraining,
     "sft": check_sft,

@@ -70,11 +70,11 @@ def test_what_the_stages_take_passes(files, given):
         ({"eval_files": ["chats=@chats.jsonl"]}, "base.eval: .*chats.jsonl:1: not a GSM8K"),
         ({"eval_files": ["a=me/problems"]}, "base.eval: me/problems: no such file"),
         ({"eval_files": ["a=@problems.jsonl", "a=@problems.jsonl"]}, "base.eval: .*occurs twice"),
-        ({"pretrain_files": ["@prose.jsonl"]}, "tokenizer: .*prose.jsonl:1: not valid JSON"),
-        ({"pretrain_files": ["@chats.jsonl"]}, "tokenizer: .*chats.jsonl: no column 'text'"),
-        ({"pretrain_files": ["@latin.txt"]}, "tokenizer: .*latin.txt: not UTF-8"),
+        ({"pretrain_files": ["@prose.jsonl"]}, "base: .*prose.jsonl:1: not valid JSON"),
+        ({"pretrain_files": ["@chats.jsonl"]}, "base: .*chats.jsonl: no column 'text'"),
+        ({"pretrain_files": ["@latin.txt"]}, "base: .*latin.txt: not UTF-8"),
         ({"pretrain_files": ["me/corpus", "@text.jsonl"]}, "the Hub dataset me/corpus must be the only entry"),
-        ({"val_files": ["@table.parquet"]}, "tokenizer.eval: .*table.parquet: cannot be read as parquet"),
+        ({"val_files": ["@table.parquet"]}, "base: .*table.parquet: cannot be read as parquet"),
     ],
 )
 def test_files_of_the_wrong_kind_are_refused_with_the_stage_that_would_read_them(files, given, complaint):
@@ -88,8 +88,6 @@ def test_files_of_the_wrong_kind_are_refused_with_the_stage_that_would_read_them
     [
         ("rl.nonsense=5", "rl: .*nonsense"),
         ("sft.max_length=many", "sft: .*max_length"),
-        ("tokenizer.vocab_size=5", "tokenizer: "),
-        ("tokenizer_eval.max_bytes=0", "tokenizer.eval: max_bytes is 0"),
         ("eval.batch_size=0", "base.eval: batch_size is 0"),
         ("eval.core_dir=@nowhere", "base.eval: .*nowhere: no such folder"),
         ("base.core_dir=@nowhere", "base: .*nowhere: no such folder"),

@@ -5,15 +5,20 @@ Every place can be written down and come back to.
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import numpy as np
-from datasets import IterableDataset
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sources import first_line
+from modeling_nanochat.tokenization_nanochat import encode_documents
 
 PORTION = 128  # documents of a lane that are read and encoded at a time
 CONVERSATIONS = 32  # the same for conversations: with more, padding hardly shrinks (0.8 % at 512 tokens a row)
+SAMPLED, SAMPLED_CHARACTERS = 64, 2000  # documents and of each so much, to estimate bytes per token
 BLOCK = 1024  # rows of a stream's part that are shuffled among themselves
 State = Mapping[str, np.ndarray]
 
@@ -53,6 +58,26 @@ class Share:
 
 def is_text(text: str | None) -> bool:
     return bool(text) and not text.isspace()
+
+
+def out_of_reach(texts: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerFast, max_length: int) -> str | None:
+    """A line for the log where rows hold less than half of the text, for of each document only the beginning fits a row.
+
+    Estimated from the documents' bytes and the bytes per token of a few beginnings; None where it is half or more, and for a stream.
+    """
+    if not isinstance(texts, Dataset):
+        return None
+    sizes = np.concatenate([np.zeros(1), *(pc.binary_length(part).drop_null().to_numpy() for part in texts.data.column("text").chunks)])
+    beginnings = [text[:SAMPLED_CHARACTERS] for text in islice(filter(is_text, texts["text"]), SAMPLED)]
+    tokens = sum(len(ids) - 1 for ids in encode_documents(tokenizer, beginnings))
+    fits = max_length * sum(len(text.encode("utf-8", "replace")) for text in beginnings) / max(tokens, 1)
+    share = np.minimum(sizes, fits).sum() / max(sizes.sum(), 1)
+    if share >= 0.5:
+        return None
+    return (
+        f"train_files: of a document only the first {max_length} tokens fit a row: about {100 * share:.2g} % of the text can be trained on; "
+        "separate what are several documents, in a .txt file by blank lines, or raise --max_length"
+    )
 
 
 def portion(documents: int, lanes: int, most: int = PORTION) -> int:

@@ -36,6 +36,7 @@ from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sources import text_source
 from modeling_nanochat.tokenization_nanochat import special_token_ids
 from recipes.dial import Plan, check_ranges, derive, given_or_none
+from recipes.documents import out_of_reach
 from recipes.lanes import TextLanes
 from recipes.loop import Evaluation, LoopArguments
 from recipes.loop_stage import given, make_accelerator, run_stage
@@ -104,6 +105,8 @@ def main() -> None:
     plan = make_plan(model, args, loop)
     texts = text_source(args.train_files, what="train_files")
     lanes_of = TextLanes(texts, tokenizer, loop.max_length, loop.seed)
+    if line := out_of_reach(texts, tokenizer, loop.max_length):
+        accelerator.print(line)
     evaluations = make_evaluations(args, loop, accelerator, tokenizer)
     run_stage({"stage": "base"}, (args, loop, output), accelerator, model, tokenizer, plan, lanes_of, evaluations)
 

@@ -12,7 +12,7 @@ from modeling_nanochat.sources import read_files
 from modeling_nanochat.tokenization_nanochat import encode_documents
 from recipes import documents as documents_module
 from recipes import lanes as lanes_module
-from recipes.documents import Epochs, Share, StreamedDocuments
+from recipes.documents import Epochs, Share, StreamedDocuments, out_of_reach
 from recipes.lanes import LANES, ConversationLanes, MixedLanes, TextLanes
 from recipes.packing import IGNORED
 
@@ -292,3 +292,18 @@ def test_documents_of_a_dataset_made_of_parts(tokenizer):
     rows = [row["input_ids"] for row in written(TextLanes(texts, tokenizer, MAX_LENGTH)(0), 20)]
     whole = TextLanes(Dataset.from_dict({"text": texts["text"][:]}), tokenizer, MAX_LENGTH)(0)
     assert rows == [row["input_ids"] for row in written(whole, 20)]
+
+
+def test_text_that_no_row_can_hold_is_told(tokenizer, part_files):
+    def line(texts, max_length):
+        return out_of_reach(Dataset.from_dict({"text": texts}), tokenizer, max_length)
+
+    long = "the cat sat\n" * 500
+    tokens = len(encode_documents(tokenizer, [long])[0]) - 1
+    told = line([long, None, "", "cat"], 100)
+    assert told.startswith("train_files: of a document only the first 100 tokens fit a row: about ")
+    assert abs(float(told.split("about ")[1].split(" %")[0]) - 100 * 100 / tokens) < 0.2
+    assert line([long], tokens // 2 - 10) and line([long], tokens // 2 + 10) is None
+    assert line(["the cat sat\n" * 10] * 40 + [long], 100) is not None
+    assert line(["the cat sat\n" * 2] * 400 + [long], 100) is None
+    assert out_of_reach(few_parts(part_files), tokenizer, 1) is None  # a stream is not read beforehand

@@ -291,6 +291,21 @@ def test_the_engine_reads_whole_results_whatever_the_tokenizer_did_before(tokeni
     assert codec.encode("a") == expected[:1]
 
 
+def test_a_pipeline_leaves_the_end_of_a_begun_reply_in_it_to_be_taken_off(toy_model_folder):
+    """transformers reads only replies that it began itself, by the response template; README says what to do."""
+    model, tokenizer = load_model_and_tokenizer(toy_model_folder, device="cpu")
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The cat"}]
+    ended = {"max_new_tokens": 3, "do_sample": False, "forced_eos_token_id": tokenizer.eos_token_id}
+    reply = write(chat, **ended)[0]["generated_text"][-1]
+    assert reply["content"].startswith("The cat") and reply["content"].endswith("<|assistant_end|>")
+    with pytest.raises(ValueError, match="does not appear in the chat"):
+        tokenizer.apply_chat_template([chat[0], reply], continue_final_message=True)
+    begun = reply["content"].removesuffix("<|assistant_end|>")
+    again = write([chat[0], {"role": "assistant", "content": begun}], **ended)[0]["generated_text"][-1]["content"]
+    assert again.startswith(begun) and again.count("<|assistant_end|>") == 1
+
+
 def test_pipeline(toy_model_folder):
     model, tokenizer = load_model_and_tokenizer(toy_model_folder, device="cpu")
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)

@@ -5,8 +5,11 @@
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/grpo.py \\
         --config recipes/pocket/grpo.yaml --model_name_or_path me/my-sft
 
-Every key of `trl.GRPOConfig` can be set beside those listed here. The recipes set it to the original's algorithm:
-on-policy, advantage = reward - mean of the group, no KL, no clipping at work, normalised by tokens.
+Of the keys of `trl.GRPOConfig` those can be set beside the ones listed here that have an effect, see `trl_settings.py`.
+The pocket recipe takes the original's advantage, reward - mean of the group, on-policy, without KL and without clipping at
+work. Its one micro-batch normalises by the tokens of all its problems together, where the original normalises the tokens
+of each problem on its own: that is `per_device_train_batch_size` equal to `num_generations`, and as many
+`gradient_accumulation_steps` as there are problems a step, with `loss_type: bnpo`.
 """
 
 import signal
@@ -19,17 +22,27 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 from transformers import set_seed
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from evals.gsm8k import extract_answer, is_correct, last_words
-from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.python_tool import check_sandbox, python
+from modeling_nanochat.self_check import check_cached_decoding
 from modeling_nanochat.sources import expand, read_jsonl
 from modeling_nanochat.tokenization_nanochat import whole_characters
-from recipes.stage import StageLog, check_output
-from recipes.trl_stage import MuonOptimizer, RateArguments, StageLogCallback, finish_trl_stage, output_arguments
+from recipes.stage import check_output
+from recipes.trl_settings import GRPOSettings, parse_settings
+from recipes.trl_stage import (
+    MuonTrainer,
+    RateArguments,
+    check_rows,
+    find_checkpoint,
+    output_arguments,
+    run_settings,
+    run_trl_stage,
+    start_log,
+)
 
 
 @dataclass
@@ -41,31 +54,38 @@ class GRPOArguments(RateArguments):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model there."})
 
 
-class NanoChatGRPOTrainer(MuonOptimizer, GRPOTrainer):
+class NanoChatGRPOTrainer(MuonTrainer, GRPOTrainer):
     """`GRPOTrainer` with Muon."""
+
+    stage = "rl"
 
 
 def main() -> None:
-    args, training = parse(GRPOArguments, GRPOConfig)
+    args, training, given = parse_settings(GRPOArguments, GRPOSettings)
     output = output_arguments(args, training)
-    check_output(output)
+    if check_output(output, training.resume_from_checkpoint, run_settings(given)):
+        return
+    checkpoint = find_checkpoint(training)
     check_sandbox()
     problems = read_problems(args.train_files)
+    check_rows(training, len(problems))
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
+    check_cached_decoding(model)  # rollouts depend on it
     set_seed(training.seed)
-    log = StageLog(output.output_dir, training.process_index == 0)
-    trainer = NanoChatGRPOTrainer(
-        model=model,
-        args=training,
-        train_dataset=problems,
-        processing_class=tokenizer,
-        reward_funcs=exact_answer,
-        tools=[python],
-        callbacks=[StageLogCallback(log)],
-        muon_rates=args.scaled(),
-    )
-    trainer.train()
-    finish_trl_stage("rl", args, training, trainer, output, log)
+    log = start_log(output.output_dir, training, checkpoint)
+
+    def make_trainer() -> NanoChatGRPOTrainer:
+        return NanoChatGRPOTrainer(
+            model=model,
+            args=training,
+            train_dataset=problems,
+            processing_class=tokenizer,
+            reward_funcs=exact_answer,
+            tools=[python],
+            muon_rates=args.scaled(),
+        )
+
+    run_trl_stage(make_trainer, args, training, given, output, log, checkpoint)
 
 
 def read_problems(patterns: list[str]) -> Dataset:

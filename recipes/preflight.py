@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl import GRPOConfig, SFTConfig
-
 from evals.core_tasks import load_core
 from evals.evaluate_model import EvaluateArguments, load_tasks
 from modeling_nanochat.cli import parse
@@ -26,6 +24,7 @@ from recipes.midtrain import MidtrainArguments
 from recipes.pretrain import PretrainArguments, load_tokenizer
 from recipes.sft import SFTArguments
 from recipes.stage import OutputArguments
+from recipes.trl_settings import GRPOSettings, SFTSettings, parse_settings
 
 if TYPE_CHECKING:
     from recipes.run import Step
@@ -67,7 +66,11 @@ def check_steps(steps: Sequence["Step"]) -> None:
 
 
 def arguments(step: "Step", *dataclass_types: type) -> tuple:
-    return parse(*dataclass_types, args=["--config", str(step.config), *step.arguments])
+    return parse(*dataclass_types, args=words(step))
+
+
+def words(step: "Step") -> list[str]:
+    return ["--config", str(step.config), *step.arguments]
 
 
 def check_texts(names: Sequence[str] | None, what: str, to_be_made: ToBeMade) -> None:
@@ -103,13 +106,13 @@ def check_midtraining(step: "Step", to_be_made: ToBeMade) -> None:
 
 
 def check_sft(step: "Step", to_be_made: ToBeMade) -> None:
-    args, _ = arguments(step, SFTArguments, SFTConfig)
+    args, _, _ = parse_settings(SFTArguments, SFTSettings, words(step))
     check_model(args.model_name_or_path, to_be_made)
     check_conversations(args.train_files, to_be_made)
 
 
 def check_grpo(step: "Step", to_be_made: ToBeMade) -> None:
-    args, _ = arguments(step, GRPOArguments, GRPOConfig)
+    args, _, _ = parse_settings(GRPOArguments, GRPOSettings, words(step))
     check_sandbox()
     check_model(args.model_name_or_path, to_be_made)
     if given := to_be_made.others(args.train_files):

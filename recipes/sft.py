@@ -5,7 +5,7 @@
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/sft.py \\
         --config recipes/pocket/sft.yaml --model_name_or_path me/my-mid --push_to_hub true --hub_model_id me/my-sft
 
-Every key of `trl.SFTConfig` can be set beside those listed here.
+Of the keys of `trl.SFTConfig` those can be set beside the ones listed here that have an effect, see `trl_settings.py`.
 """
 
 import signal
@@ -18,15 +18,23 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 from transformers import set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
-from modeling_nanochat.cli import parse
-from modeling_nanochat.errors import exit_on_user_error
+from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.data import read_conversations, render
 from recipes.packing import Conversation
-from recipes.stage import StageLog, check_output
-from recipes.trl_stage import MuonOptimizer, RateArguments, StageLogCallback, finish_trl_stage, output_arguments
+from recipes.stage import check_output
+from recipes.trl_settings import SFTSettings, parse_settings
+from recipes.trl_stage import (
+    MuonTrainer,
+    RateArguments,
+    find_checkpoint,
+    output_arguments,
+    run_settings,
+    run_trl_stage,
+    start_log,
+)
 
 
 @dataclass
@@ -40,30 +48,47 @@ class SFTArguments(RateArguments):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model there."})
 
 
-class NanoChatSFTTrainer(MuonOptimizer, SFTTrainer):
+class NanoChatSFTTrainer(MuonTrainer, SFTTrainer):
     """`SFTTrainer` with Muon."""
+
+    stage = "sft"
 
 
 def main() -> None:
-    args, training = parse(SFTArguments, SFTConfig)
+    args, training, given = parse_settings(SFTArguments, SFTSettings)
     output = output_arguments(args, training)
-    check_output(output)
+    if check_output(output, training.resume_from_checkpoint, run_settings(given)):
+        return
+    checkpoint = find_checkpoint(training)
     conversations = read_conversations(args.train_files)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
+    set_max_length(training, model.config.max_position_embeddings)
     set_seed(training.seed)
-    main_process = training.process_index == 0
-    rendered = render(conversations, tokenizer, training.max_length, show_progress=main_process)
-    log = StageLog(output.output_dir, main_process)
-    trainer = NanoChatSFTTrainer(
-        model=model,
-        args=training,
-        train_dataset=token_dataset(rendered),
-        processing_class=tokenizer,
-        callbacks=[StageLogCallback(log)],
-        muon_rates=args.scaled(),
-    )
-    trainer.train()
-    finish_trl_stage("sft", args, training, trainer, output, log)
+    rendered = render(conversations, tokenizer, training.max_length, show_progress=training.process_index == 0)
+    log = start_log(output.output_dir, training, checkpoint)
+
+    def make_trainer() -> NanoChatSFTTrainer:
+        return NanoChatSFTTrainer(
+            model=model,
+            args=training,
+            train_dataset=token_dataset(rendered),
+            processing_class=tokenizer,
+            muon_rates=args.scaled(),
+        )
+
+    run_trl_stage(make_trainer, args, training, given, output, log, checkpoint)
+
+
+def set_max_length(training: SFTSettings, context: int) -> None:
+    """Rows are as long as the model's context unless they are to be shorter.
+
+    Raises:
+        UserError: They are to be longer.
+    """
+    if training.max_length is None:
+        training.max_length = context
+    if training.max_length > context:
+        raise UserError(f"max_length {training.max_length} is beyond the model's context of {context} tokens; lower it")
 
 
 def token_dataset(rendered: list[Conversation]) -> Dataset:

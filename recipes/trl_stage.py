@@ -1,16 +1,28 @@
-"""What the two stages on TRL's trainers share: Muon as their optimizer, and their log in the same form as pretraining's."""
+"""What the two stages on TRL's trainers share: Muon, a watch on what is learnt, and log and record as in pretraining."""
 
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_nanochat.errors import UserError
 
+from .checkpoint import discard
+from .learning import LearningWatch
+from .loop import gradient_norm
 from .model_card import model_card
 from .optimizer import muon_adamw
-from .stage import OutputArguments, StageLog, finish_stage, push, settings
+from .stage import OutputArguments, StageLog, beside, finish_stage, lines_up_to, push, settings
+from .trl_settings import one_line
 
 # What the trainers call it -> what the log calls it.
 LOGGED = {
@@ -39,17 +51,75 @@ class RateArguments:
         return {name: getattr(self, name) * self.init_lr_fraction for name in names}
 
 
-class MuonOptimizer:
-    """Mixed into a trainer: Muon and AdamW by our groups, at the rates in `muon_rates`."""
+class MuonTrainer:
+    """Mixed into a trainer: Muon and AdamW by our groups, at the rates in `muon_rates`; `learning` sees every step."""
+
+    stage: str  # "sft" or "rl"
 
     def __init__(self, *args: Any, muon_rates: dict[str, float], **kwargs: Any):
         self.muon_rates = muon_rates
+        self.step_loss: torch.Tensor | float = 0.0
         super().__init__(*args, **kwargs)
+        self.learning = LearningCallback(self)
+        self.add_callback(self.learning)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = muon_adamw(self.model if model is None else model, **self.muon_rates)
+            model = self.model if model is None else model
+            self.optimizer = muon_adamw(model, **self.muon_rates, weight_decay=self.args.weight_decay)
         return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.step_loss = self.step_loss + loss.detach()  # micro-batches share the step's mean
+        return loss
+
+    def newest(self, metric: str) -> float | None:
+        """The trainer's last measurement since it logged: its log itself may show every tenth step only."""
+        values = self._metrics["train"].get(metric)
+        return values[-1] if values else None
+
+
+class LearningCallback(TrainerCallback, ExportableState):
+    """Ends training at a loss or gradient that is not finite; reports, once each, signs that nothing is learnt."""
+
+    def __init__(self, trainer: MuonTrainer):
+        self.trainer = trainer
+        self.watch = LearningWatch(trainer.stage, max_steps=0)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.watch = LearningWatch(self.trainer.stage, state.max_steps)
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, dict):  # the run goes on from a checkpoint
+            self.watch.load_state_dict(saved["attributes"])
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        """Raise [`UserError`], on all processes alike, before the optimizer uses what is not finite."""
+        loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
+        measured = torch.stack([torch.as_tensor(loss), gradient_norm(model).to(loss)])
+        self.measured = self.trainer.accelerator.reduce(measured, "mean").tolist()  # one wait for the device
+        if not torch.tensor(self.measured).isfinite().all():
+            raise UserError(
+                "the loss is {}, the norm of the gradients {} at step {}; the optimizer has not used them. Lower "
+                "init_lr_fraction, or look at the training data".format(*self.measured, state.global_step + 1)
+            )
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        loss, grad_norm = self.measured
+        all_alike = self.trainer.newest("frac_reward_zero_std")  # share of the groups without any difference in reward
+        found = self.watch.observe(
+            state.global_step,
+            loss=loss,
+            grad_norm=None if all_alike == 1 else grad_norm,  # it is 0 because of that
+            reward_std=None if all_alike is None else 1 - all_alike,
+            clipped_ratio=self.trainer.newest("completions/clipped_ratio"),
+        )
+        if state.is_world_process_zero:
+            for warning in found:
+                print(f"warning: {warning}", flush=True)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": self.watch.state_dict()}
 
 
 class StageLogCallback(TrainerCallback):
@@ -88,31 +158,125 @@ def output_arguments(args: Any, training: TrainingArguments) -> OutputArguments:
         hub_model_id=training.hub_model_id,
         hub_private_repo=bool(training.hub_private_repo),
     )
-    training.output_dir = f"{output.output_dir}.checkpoints"
+    training.output_dir = str(beside(output.output_dir, "checkpoints", ""))
     training.push_to_hub = False
     return output
 
 
-def finish_trl_stage(
-    stage: str, args: Any, training: TrainingArguments, trainer: Trainer, output: OutputArguments, log: StageLog
+def find_checkpoint(training: TrainingArguments) -> Path | None:
+    """The trainer's checkpoint that `resume_from_checkpoint` names: a folder, or `auto` for the newest, if there is one.
+
+    Raises:
+        UserError: It is no checkpoint.
+    """
+    resume = training.resume_from_checkpoint
+    if resume == "auto":
+        resume = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+        if resume is None and training.process_index == 0:
+            print(f"no checkpoint in {training.output_dir} yet: training from the start")
+    if resume is None:
+        return None
+    if missing := [name for name in ("trainer_state.json", "optimizer.pt") if not (Path(resume) / name).is_file()]:
+        raise UserError(
+            f"resume_from_checkpoint {resume}: no checkpoint, {missing[0]} is missing; give auto, or a folder such as "
+            f"{training.output_dir}/checkpoint-500"
+        )
+    return Path(resume)
+
+
+def start_log(output_dir: str, training: TrainingArguments, checkpoint: Path | None) -> StageLog:
+    """The stage's log; it goes on after `checkpoint`."""
+    enabled = training.process_index == 0
+    if checkpoint is None or not enabled:
+        return StageLog(output_dir, enabled)
+    step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    kept = lines_up_to(beside(output_dir, "logs", ".jsonl"), step)
+    return StageLog(output_dir, step=step, seconds=json.loads(kept[-1])["seconds"] if kept else 0.0)
+
+
+def run_trl_stage(
+    make_trainer: Callable[[], MuonTrainer],
+    args: Any,
+    training: TrainingArguments,
+    given: dict[str, Any],
+    output: OutputArguments,
+    log: StageLog,
+    checkpoint: Path | None,
 ) -> None:
-    """Save, record and, if asked, upload what `trainer` has trained; called by every process."""
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        finish_stage(model, trainer.processing_class, output, log, record(stage, args, training, trainer), model_card)
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        push(output)
+    """Train; save, record and, if asked, upload the model. Called by every process.
+
+    Raises:
+        UserError: The trainer refuses its settings, there is too little data for a step, a loss or gradient is not finite,
+            or training ended before its last step.
+    """
+    checkpoints = Path(training.output_dir)
+    try:
+        with one_line():
+            trainer = make_trainer()
+        trainer.add_callback(StageLogCallback(log))
+        check_rows(training, len(trainer.train_dataset))
+        with warnings.catch_warnings():
+            # TRL 1.16 asks the model for it under the name that it had before transformers 5.24
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.state
+        if state.global_step < max(state.max_steps, 1):
+            raise UserError(f"training ended at step {state.global_step} of {state.max_steps}; no model was written")
+        if trainer.is_world_process_zero():
+            model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+            written = record(args, training, given, output, trainer)
+            finish_stage(model, trainer.processing_class, output, log, written, model_card)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            push(output)
+            keep_completions(checkpoints, beside(output.output_dir, "logs", ".completions"))
+            discard(checkpoints)  # last: if the folder or the upload failed, they are still there
+    finally:
+        with suppress(OSError):  # it holds a checkpoint
+            checkpoints.rmdir()
+            checkpoints.parent.rmdir()
 
 
-def record(stage: str, args: Any, training: TrainingArguments, trainer: Trainer) -> dict[str, Any]:
-    """The stage's record; of the trainer's settings those that differ from its defaults."""
-    defaults = type(training)(output_dir=training.output_dir, bf16=False).to_dict()
-    changed = {key: value for key, value in training.to_dict().items() if value != defaults.get(key)}
+def check_rows(training: TrainingArguments, rows: int) -> None:
+    """Raise [`UserError`] unless `rows` of training data make at least one step."""
+    if hasattr(training, "num_generations"):
+        wanted, what = training.generation_batch_size // training.num_generations, "problems"
+        advice = "more problems, or lower per_device_train_batch_size or gradient_accumulation_steps"
+    else:
+        wanted, what = training.per_device_train_batch_size * training.world_size, "rows"
+        wanted = wanted if training.dataloader_drop_last else 1
+        advice = "more conversations, or lower per_device_train_batch_size"
+    if rows < wanted:
+        raise UserError(f"train_files: {rows} {what} make no step, one takes {wanted}; give {advice}")
+
+
+def keep_completions(checkpoints: Path, target: Path) -> None:
+    """Move what `log_completions` has written to where the logs are."""
+    if (checkpoints / "completions").is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.move(checkpoints / "completions", target)
+
+
+def record(
+    args: Any, training: TrainingArguments, given: dict[str, Any], output: OutputArguments, trainer: MuonTrainer
+) -> dict[str, Any]:
+    """The stage's record: the stage's own settings, and the trainer's that were given or that the device decided."""
+    values = training.to_dict() | settings(output)
+    used = {"bf16", "dataloader_pin_memory", "gradient_checkpointing", "output_dir"} | given.keys()
+    if training.max_steps > 0:
+        used.discard("num_train_epochs")  # it had no effect
     return {
-        "stage": stage,
+        "stage": trainer.stage,
         "base_model": args.model_name_or_path,
-        "settings": settings(args) | changed | {"output_dir": training.output_dir.removesuffix(".checkpoints")},
+        "settings": settings(args) | {key: values[key] for key in sorted(used & values.keys())},
+        "given": run_settings(given),
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen or getattr(trainer, "_total_train_tokens", 0)),
+        "warnings": trainer.learning.watch.warnings,
     }
+
+
+def run_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make a run what it is, as they were given."""
+    free = {"resume_from_checkpoint", "output_dir", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private_repo"}
+    return {key: value for key, value in given.items() if key not in free}

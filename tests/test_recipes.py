@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from trl import GRPOConfig, SFTConfig
 
 from evals.evaluate_model import EvaluateArguments
 from modeling_nanochat.cli import parse
@@ -18,6 +17,7 @@ from recipes.pretrain import PretrainArguments
 from recipes.run import RunArguments
 from recipes.sft import SFTArguments
 from recipes.stage import OutputArguments
+from recipes.trl_settings import GRPOSettings, SFTSettings
 from tokenizer_train.evaluate import TokenizerEvaluateArguments
 from tokenizer_train.train import TokenizerArguments
 
@@ -28,8 +28,8 @@ ARGUMENTS = {
     "tokenizer_eval": (TokenizerEvaluateArguments,),
     "pretrain": (PretrainArguments, LoopArguments, OutputArguments),
     "midtrain": (MidtrainArguments, LoopArguments, OutputArguments),
-    "sft": (SFTArguments, SFTConfig),
-    "grpo": (GRPOArguments, GRPOConfig),
+    "sft": (SFTArguments, SFTSettings),
+    "grpo": (GRPOArguments, GRPOSettings),
     "eval": (EvaluateArguments,),
     "run": (RunArguments,),
 }

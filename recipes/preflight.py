@@ -25,6 +25,7 @@ from recipes.pretrain import PretrainArguments, load_tokenizer
 from recipes.sft import SFTArguments
 from recipes.stage import OutputArguments
 from recipes.trl_settings import GRPOSettings, SFTSettings, parse_settings
+from recipes.trl_stage import check_rows
 
 if TYPE_CHECKING:
     from recipes.run import Step
@@ -112,11 +113,13 @@ def check_sft(step: "Step", to_be_made: ToBeMade) -> None:
 
 
 def check_grpo(step: "Step", to_be_made: ToBeMade) -> None:
-    args, _, _ = parse_settings(GRPOArguments, GRPOSettings, words(step))
+    args, training, _ = parse_settings(GRPOArguments, GRPOSettings, words(step))
     check_sandbox()
     check_model(args.model_name_or_path, to_be_made)
     if given := to_be_made.others(args.train_files):
-        read_problems(given)
+        problems = read_problems(given)
+        if len(given) == len(args.train_files):
+            check_rows(training, len(problems))
 
 
 def check_evaluation(step: "Step", to_be_made: ToBeMade) -> None:

@@ -50,7 +50,7 @@ def check(folder, *words, **files):
     [
         {},
         {"sft_files": ["@problems.jsonl"], "midtrain_files": ["@*chats.jsonl", "@problems.jsonl"]},
-        {"grpo_files": ["@problems.jsonl"], "eval_files": ["gsm8k=@problems.jsonl"]},
+        {"grpo_files": ["@problems.jsonl"] * 16, "eval_files": ["gsm8k=@problems.jsonl"]},
         {"pretrain_files": ["me/corpus:train"], "val_files": ["@prose.txt", "@text.jsonl"]},
     ],
 )
@@ -88,6 +88,13 @@ def test_files_of_the_wrong_kind_are_refused_with_the_stage_that_would_read_them
     [
         ("rl.nonsense=5", "rl: .*nonsense"),
         ("sft.max_length=many", "sft: .*max_length"),
+        ("base.architecture=turboo", "base: .*'turboo'.*plain.*turbo"),
+        ("base.max_steps=0", "base: .*max_steps is 0"),
+        ("mid.training_recipe=curent", "mid: .*'curent'.*current.*classic"),
+        ("base.report_to=wandbb", "base: .*'wandbb'"),
+        ("sft.learning_rate=0.1", "sft: learning_rate would have no effect"),
+        ("sft.max_steps=0", "sft: max_steps 0 trains nothing"),
+        ("rl.temperature=0", "rl: temperature must be"),
         ("eval.batch_size=0", "base.eval: batch_size is 0"),
         ("eval.core_dir=@nowhere", "base.eval: .*nowhere: no such folder"),
         ("base.core_dir=@nowhere", "base: .*nowhere: no such folder"),
@@ -100,6 +107,11 @@ def test_settings_that_a_stage_would_refuse_are_refused(files, word, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         check(files, word)
     assert "\n" not in str(error.value)
+
+
+def test_fewer_problems_than_a_step_takes_are_refused(files):
+    with pytest.raises(UserError, match="rl: .*1 "):
+        check(files, grpo_files=["@problems.jsonl"])
 
 
 def test_grpo_without_an_interpreter_for_its_tool_is_refused(files, monkeypatch):

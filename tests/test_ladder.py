@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -55,6 +56,8 @@ def run_dir(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("ladder") / "run"
     result = ladder(run_dir)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    (run_dir.parent / "stdout").write_text(result.stdout)
+    (run_dir.parent / "stderr").write_text(result.stderr)
     return run_dir
 
 
@@ -83,6 +86,14 @@ def test_each_stage_started_from_the_one_before_and_changed_it(run_dir):
             assert (distance > 0) == rewarded
         else:
             assert 0 < distance < 10
+
+
+def test_the_log_of_a_run_is_free_of_warnings_of_libraries_and_of_progress_bars(run_dir):
+    """On stderr libraries warn and progress bars move; of a run that goes well into a file nothing is there."""
+    assert (run_dir.parent / "stderr").read_text() == ""
+    said = (run_dir.parent / "stdout").read_text()
+    assert not re.search(r"\r|Warning|Traceback|deprecated|\d(it|step|example)s?/s", said)
+    assert said.count("\n=== ") == 12
 
 
 def test_loss_and_bits_per_byte_fell(run_dir):

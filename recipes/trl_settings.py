@@ -17,6 +17,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig, SFTConfig, TrlParser
 
@@ -45,7 +46,7 @@ PASSED_ON = {
     # the machine
     "use_cpu", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps",
     "accelerator_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
-    "ddp_backend", "ddp_timeout", "full_determinism",
+    "ddp_timeout", "full_determinism",
     # data
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "dataloader_in_order", "shuffle_dataset", "pad_to_multiple_of",
@@ -58,8 +59,7 @@ PASSED_ON = {
 }  # fmt: skip
 PASSED_ON_BY = {
     SFTConfig: {
-        "loss_type", "label_smoothing_factor", "average_tokens_across_devices",
-        "packing", "packing_strategy", "padding_free", "dataset_num_proc",
+        "loss_type", "average_tokens_across_devices", "packing", "packing_strategy", "dataset_num_proc",
         "dataloader_drop_last", "data_seed", "train_sampling_strategy",
     },
     GRPOConfig: {
@@ -105,7 +105,10 @@ INSTEAD = {
     COLUMNS: {
         "remove_unused_columns", "length_column_name", "dataset_text_field", "dataset_kwargs", "log_multimodal",
     },
-    LAUNCHER: {"fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ds3_gather_for_generation", "local_rank"},
+    LAUNCHER: {
+        "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ds3_gather_for_generation", "local_rank",
+        "ddp_backend",
+    },
     HUB: {
         "hub_token", "hub_strategy", "hub_always_push", "hub_revision", "log_completions_hub_repo",
     },
@@ -125,6 +128,8 @@ INSTEAD = {
     "there are no Liger kernels for these models: leave it out": {"use_liger_kernel", "liger_kernel_config"},
     "training keeps no cache, and the finished model is written with its cache on: leave it out": {"use_cache"},
     "set gradient_checkpointing": {"activation_offloading"},
+    "set packing": {"padding_free"},
+    "it is about to leave TRL, and no part of the models' fused loss: leave it out": {"label_smoothing_factor"},
     "set per_device_train_batch_size": {"auto_find_batch_size"},
     "a loss that is not finite ends the training: leave it out": {"logging_nan_inf_filter"},
     "checkpoints hold all that going on needs: leave it out": {
@@ -136,7 +141,7 @@ INSTEAD = {
 INSTEAD_BY = {
     SFTConfig: {},
     GRPOConfig: {
-        "set loss_type": {"label_smoothing_factor", "average_tokens_across_devices"},
+        "set loss_type": {"average_tokens_across_devices"},
         "set shuffle_dataset and seed": {"data_seed", "train_sampling_strategy"},
         "only whole batches are drawn: leave it out": {"dataloader_drop_last"},
     },
@@ -213,7 +218,7 @@ RANGES = {
         (TINY, math.inf),
     ),
     **dict.fromkeys(("top_p", "top_entropy_quantile"), (TINY, 1)),
-    **dict.fromkeys(("min_p", "label_smoothing_factor", "ref_model_mixup_alpha"), (0, 1)),
+    **dict.fromkeys(("min_p", "ref_model_mixup_alpha"), (0, 1)),
     "num_generations": (2, math.inf),
 }  # fmt: skip
 
@@ -288,6 +293,7 @@ def parse_settings(arguments: type, settings: type, args: Sequence[str] | None =
     check_values(given, base)
     with one_line():
         parsed, filled = parse(arguments, settings, args=words)
+    check_trackers(filled.report_to)
     for other, values, keys in NEEDS:
         value = getattr(filled, other, None)
         if not (value in values if values else value) and (useless := [key for key in keys if key in given]):
@@ -356,10 +362,18 @@ def check_dictionary(key: str, text: str) -> None:
         raise UserError(f"{key} must be a JSON object, for instance '{{\"name\": 1}}', not {text!r}")
 
 
+def check_trackers(names: list[str]) -> None:
+    try:
+        for callback in get_reporting_integration_callbacks(names):
+            callback()
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"report_to {' '.join(names)}: {' '.join(str(error).split())}") from error
+
+
 @contextmanager
 def one_line() -> Iterator[None]:
     """What a library says of the settings that it is given, as a [`UserError`]."""
     try:
         yield
-    except (ValueError, TypeError, ImportError, NotImplementedError, OSError) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError, OSError, RuntimeError) as error:
         raise UserError(f"the trainer refuses its settings: {' '.join(str(error).split())}") from error

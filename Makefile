@@ -10,6 +10,7 @@ VENV ?= .venv$(if $(filter-out tested,$(LIBRARIES)),-$(LIBRARIES))
 BIN = $(VENV)/bin
 RUN ?= runs/pocket
 INSTALLED = $(VENV)/.installed-$(LIBRARIES)
+JAVASCRIPT = @huggingface/jinja@0.5.11 @huggingface/tokenizers@0.2.0
 
 .PHONY: run install test lint pytest chat space constraints clean
 
@@ -24,8 +25,10 @@ test: lint pytest
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
+# The chat template is also rendered in JavaScript, where there is npm; else that test is skipped.
 pytest: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	@npm install --prefix $(VENV)/js --no-audit --no-fund --loglevel error $(JAVASCRIPT) >/dev/null 2>&1 || echo "no npm, or no network: the chat template is not tested in JavaScript"
+	HF_HUB_OFFLINE=1 NODE_PATH=$(abspath $(VENV)/js/node_modules) $(BIN)/python -m pytest
 
 chat: $(INSTALLED)
 	$(BIN)/nanochat-chat $(RUN)/rl

@@ -41,7 +41,7 @@ def requirements(project: dict, extra: str) -> list[str]:
 
 
 def lower_bound(requirement: str) -> str:
-    """`torch>=2.13,<2.14` as `torch==2.13`."""
+    """`torch>=2.11,<2.14` as `torch==2.11`."""
     return re.sub(r">=([\w.]+).*", r"==\1", requirement)
 
 

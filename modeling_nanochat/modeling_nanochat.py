@@ -68,7 +68,7 @@ def check_keywords(kwargs: dict[str, Any]) -> None:
 
     Those of continuous batching, whose cache is no `Cache`, are between it and its attention functions.
     """
-    unknown = sorted(kwargs.keys() - EXTRA_KEYWORDS)
+    unknown = [name for name in kwargs if name not in EXTRA_KEYWORDS]  # no set: torch 2.11 does not compile its operators
     if unknown and isinstance(kwargs.get("cache"), Cache | None):
         raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
 

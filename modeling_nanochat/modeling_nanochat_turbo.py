@@ -40,7 +40,7 @@ VALUE_GATE_RANGE = 3.0
 SMEAR_GATE_CHANNELS = 24
 DIGIT_BITS = 8  # integers up to 2^8 are exact in bfloat16
 DIGITS = 3
-OUTSIDE_CACHES = {"attention_instances", "forward_batch"}  # what vLLM and SGLang pass to their attention functions
+OUTSIDE_CACHES = ("attention_instances", "forward_batch")  # what vLLM and SGLang pass to their attention functions
 
 
 class NanoChatTurboAttention(NanoChatAttention):
@@ -242,7 +242,7 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
                 that keeps the cache outside of the model.
         """
         check_keywords(kwargs)
-        if OUTSIDE_CACHES & kwargs.keys():
+        if any(name in kwargs for name in OUTSIDE_CACHES):
             raise ValueError(
                 "turbo remembers the token before each token in the model's own cache, and an engine that keeps the cache in "
                 "its attention functions would hand it another request's: serve it with transformers, or train plain"

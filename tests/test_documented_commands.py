@@ -45,11 +45,11 @@ def commands(text):
         if found := ASSIGNMENT.match(line):
             variables[f"${found[1]}"] = found[2]
         elif STARTS.match(line) and "`" not in line:
+            command = line
             for name, value in variables.items():
-                line = line.replace(name, value)
-            line = line.replace(" ... ", f" {before.partition('.py ')[2]} ")
-            before = line
-            yield line
+                command = command.replace(name, value)
+            before = command.replace(" ... ", f" {before.partition('.py ')[2]} ")
+            yield before
 
 
 def documented():

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from evals.formats import to_conversation
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.self_check import check_renderings
 from modeling_nanochat.sources import expand, read_jsonl
 from modeling_nanochat.tokenization_nanochat import whole_messages
 
@@ -52,8 +53,9 @@ def render(
     Left out are conversations of more than `max_length` tokens and those without a learnt token; both are counted aloud.
 
     Raises:
-        UserError: None is left.
+        UserError: None is left, or the template marks other tokens than the assistant will write.
     """
+    check_renderings(tokenizer)
     rendered, too_long, silent = [], 0, 0
     hidden = None if show_progress else True  # None: where it would not go to a terminal
     for conversation in tqdm(conversations, desc="rendering", unit=" conversations", disable=hidden, mininterval=1):

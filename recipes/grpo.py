@@ -18,6 +18,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -28,7 +29,7 @@ from evals.gsm8k import extract_answer, is_correct, last_words
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.python_tool import check_sandbox, python
-from modeling_nanochat.self_check import check_cached_decoding
+from modeling_nanochat.self_check import check_cached_decoding, check_renderings
 from modeling_nanochat.sources import expand, read_jsonl
 from modeling_nanochat.tokenization_nanochat import whole_characters
 from recipes.stage import check_output
@@ -55,9 +56,17 @@ class GRPOArguments(RateArguments):
 
 
 class NanoChatGRPOTrainer(MuonTrainer, GRPOTrainer):
-    """`GRPOTrainer` with Muon."""
+    """`GRPOTrainer` with Muon.
+
+    Raises:
+        UserError: The model does not decode with its cache what it computes without.
+    """
 
     stage = "rl"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        check_cached_decoding(self.model)  # as rollouts will call it: on its device, with TRL's forward
 
 
 def main() -> None:
@@ -70,7 +79,7 @@ def main() -> None:
     problems = read_problems(args.train_files)
     check_rows(training, len(problems))
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
-    check_cached_decoding(model)  # rollouts depend on it
+    check_renderings(tokenizer)
     set_seed(training.seed)
     log = start_log(output.output_dir, training, checkpoint)
 

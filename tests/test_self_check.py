@@ -1,6 +1,7 @@
 """The checks that chat, server and rollouts make before they rely on a model."""
 
 import copy
+import json
 import runpy
 import time
 from importlib import metadata
@@ -25,6 +26,7 @@ from modeling_nanochat.self_check import (
     untested_versions,
     without_cache,
 )
+from recipes import grpo
 
 
 def trained_like(architecture: str, seed: int, dtype: torch.dtype = torch.float32, depth: int = 4):
@@ -168,3 +170,17 @@ def test_the_page_refuses_a_model_whose_cache_is_ignored(toy_model_folder, ignor
     page = runpy.run_path(str(Path(__file__).parents[1] / "space" / "app.py"))
     with pytest.raises(UserError, match="does not get from the model's cache"):
         page["start"]([str(toy_model_folder)])
+
+
+def test_grpo_refuses_a_model_whose_cache_is_ignored_and_leaves_nothing(
+    toy_model_folder, ignored_cache, tmp_path, monkeypatch
+):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps({"question": f"{i}+7?", "answer": f"#### {i + 7}"}) + "\n" for i in range(8)))
+    settings = {"model_name_or_path": toy_model_folder, "train_files": problems, "output_dir": tmp_path / "run" / "rl"}
+    settings |= {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "max_steps": 1}
+    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    monkeypatch.setattr("sys.argv", ["grpo.py", *words])
+    with pytest.raises(UserError, match="does not get from the model's cache"):
+        grpo.main()
+    assert not (tmp_path / "run" / "rl").exists() and not (tmp_path / "run" / "stages").exists()

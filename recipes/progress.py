@@ -2,6 +2,7 @@
 
 import gc
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .loop import LoopArguments
 
 GARBAGE_STEPS = 5000
+SECONDS_BETWEEN_LINES = 30
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,28 @@ class GarbageFreezer:
             gc.enable()
 
 
+class ProgressLines:
+    """Progress where there is no terminal for a bar: a line every half minute.
+
+    Args:
+        total: Steps of the whole run.
+        done: Steps that an earlier process made.
+    """
+
+    def __init__(self, total: int, done: int = 0):
+        self.total, self.first = total, done
+        self.started = self.written = time.monotonic()
+
+    def line(self, step: int) -> str | None:
+        """`step 120 of 400, 01:20 left`; None on a terminal, and while the last line is recent."""
+        now = time.monotonic()
+        if sys.stderr.isatty() or now - self.written < SECONDS_BETWEEN_LINES:
+            return None
+        self.written = now
+        left = (now - self.started) / (step - self.first) * (self.total - step)
+        return f"step {step:,} of {self.total:,}, {tqdm.format_interval(left)} left"
+
+
 class ProgressReport:
     """The progress bar with time left, the stage's log and the trackers, on the main process."""
 
@@ -114,6 +138,7 @@ class ProgressReport:
         self.peak_flops = device_peaks(name)[0]
         self.logged_at = progress.steps
         self.rates: list[float] = []
+        self.lines = ProgressLines(plan.max_steps, progress.steps)
         self.bar = tqdm(
             total=plan.max_steps,
             initial=progress.steps,
@@ -140,6 +165,8 @@ class ProgressReport:
         self.bar.update()
         self.bar.set_postfix_str(f"loss {progress.loss:.3f}{self.speed()}", refresh=False)
         self.write(f"warning: {line}" for line in self.watch.observe(progress.steps, loss=progress.loss, grad_norm=norm))
+        if line := self.lines.line(progress.steps):
+            self.write([f"{line}, loss {progress.loss:.3f}{self.speed()}"])
         if not self.is_logged(progress.steps):
             return
         seconds, steps = self.laps.take(), progress.steps - self.logged_at

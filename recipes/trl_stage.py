@@ -21,6 +21,7 @@ from .learning import LearningWatch
 from .loop import gradient_norm
 from .model_card import model_card
 from .optimizer import muon_adamw
+from .progress import ProgressLines
 from .stage import OutputArguments, StageLog, beside, finish_stage, lines_up_to, push, settings
 from .trl_settings import one_line
 
@@ -123,16 +124,25 @@ class LearningCallback(TrainerCallback, ExportableState):
 
 
 class StageLogCallback(TrainerCallback):
-    """Copies the trainer's measurements into the stage's log."""
+    """Copies the trainer's measurements into the stage's log, and some of them to where there is no terminal for a bar."""
 
     def __init__(self, log: StageLog):
         self.stage_log = log
         self.last = (0.0, 0.0)
+        self.measured = ""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.lines = ProgressLines(state.max_steps, state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero and (line := self.lines.line(state.global_step)):
+            print(line + self.measured, flush=True)
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs or not LOGGED.keys() & logs.keys() - {"num_tokens"}:
             return
         values = {name: float(logs[key]) for key, name in LOGGED.items() if key in logs}
+        self.measured = "".join(f", {name} {values[name]:.3f}" for name in ("loss", "reward") if name in values)
         values["tokens"] = int(values.get("tokens", 0))
         values["tokens_per_second"] = self.tokens_per_second(values["tokens"])
         self.stage_log.log(step=state.global_step, **values)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from modeling_nanochat.errors import UserError
 
@@ -69,6 +69,12 @@ class MuonTrainer:
             model = self.model if model is None else model
             self.optimizer = muon_adamw(model, **self.muon_rates, weight_decay=self.args.weight_decay)
         return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        with warnings.catch_warnings():
+            # TRL 1.16 uses the names that these had before transformers 5.24
+            warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
+            return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -225,10 +231,7 @@ def run_trl_stage(
             trainer = make_trainer()
         trainer.add_callback(StageLogCallback(log))
         check_rows(training, len(trainer.train_dataset))
-        with warnings.catch_warnings():
-            # TRL 1.16 asks the model for it under the name that it had before transformers 5.24
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
         if state.global_step < max(state.max_steps, 1):
             raise UserError(f"training ended at step {state.global_step} of {state.max_steps}; no model was written")

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from datasets import Dataset
-from trl import GRPOConfig
 
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.grpo import NanoChatGRPOTrainer, exact_answer
+from recipes.trl_settings import GRPOSettings
 
 
 def test_reward_is_for_the_exact_answer_in_the_last_message():
@@ -27,10 +27,10 @@ def test_reward_is_for_the_exact_answer_in_the_last_message():
 def test_weights_move_only_where_rewards_differ_within_a_group(toy_model_folder, tmp_path, spread):
     model, tokenizer = load_model_and_tokenizer(toy_model_folder, dtype=torch.float32, device="cpu")
     before = {name: p.clone() for name, p in model.named_parameters() if "layers" in name}
-    args = GRPOConfig(
+    args = GRPOSettings(
         output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=4, max_completion_length=6, max_steps=1,
         beta=0.0, scale_rewards="none", loss_type="bnpo", bf16=False, use_cpu=True, save_strategy="no", report_to="none",
-        learning_rate=1.0, disable_tqdm=True,
+        disable_tqdm=True,
     )  # fmt: skip
 
     def reward(completions, **kwargs):

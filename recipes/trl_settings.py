@@ -24,6 +24,8 @@ from trl import GRPOConfig, SFTConfig, TrlParser
 from modeling_nanochat.cli import config_path, parse
 from modeling_nanochat.errors import UserError
 
+from .precision import several_on_cpu
+
 # Keys that this repository reads itself, in both stages ...
 HANDLED = {
     "output_dir",  # of the model; the trainer's own folder is beside it
@@ -51,7 +53,7 @@ PASSED_ON = {
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "dataloader_in_order", "shuffle_dataset", "pad_to_multiple_of",
     # logs
-    "logging_strategy", "logging_steps", "logging_first_step", "include_num_input_tokens_seen", "log_level",
+    "logging_strategy", "logging_steps", "logging_first_step", "log_level",
     "log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "debug",
     # checkpoints
@@ -59,7 +61,7 @@ PASSED_ON = {
 }  # fmt: skip
 PASSED_ON_BY = {
     SFTConfig: {
-        "loss_type", "average_tokens_across_devices", "packing", "packing_strategy", "dataset_num_proc",
+        "include_num_input_tokens_seen", "loss_type", "average_tokens_across_devices", "packing", "packing_strategy", "dataset_num_proc",
         "dataloader_drop_last", "data_seed", "train_sampling_strategy",
     },
     GRPOConfig: {
@@ -143,6 +145,7 @@ INSTEAD_BY = {
     GRPOConfig: {
         "set loss_type": {"average_tokens_across_devices"},
         "set shuffle_dataset and seed": {"data_seed", "train_sampling_strategy"},
+        "all tokens are counted: leave it out": {"include_num_input_tokens_seen"},
         "only whole batches are drawn: leave it out": {"dataloader_drop_last"},
     },
 }
@@ -229,6 +232,7 @@ def by_what_the_device_can(settings: TrainingArguments) -> None:
     Raises:
         ValueError: bf16 is asked of a device without it.
     """
+    settings.use_cpu = settings.use_cpu or several_on_cpu()
     able = settings.use_cpu or is_torch_bf16_gpu_available()
     if settings.bf16 is None:
         settings.bf16 = able and not settings.use_cpu
@@ -236,6 +240,8 @@ def by_what_the_device_can(settings: TrainingArguments) -> None:
         raise ValueError("bf16 is not to be had on this device: leave it out, or set use_cpu to train on the CPU with it")
     if settings.dataloader_pin_memory is None:
         settings.dataloader_pin_memory = torch.cuda.is_available() and not settings.use_cpu
+    if settings.ddp_find_unused_parameters is None:
+        settings.ddp_find_unused_parameters = False  # the models use all of theirs; to look for others takes time
     if hasattr(settings, "activation_checkpointing"):  # transformers 5.24 renamed it, and warns of the old name
         for old, new in (
             ("gradient_checkpointing", "activation_checkpointing"),

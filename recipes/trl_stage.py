@@ -245,9 +245,10 @@ def run_trl_stage(
             keep_completions(checkpoints, beside(output.output_dir, "logs", ".completions"))
             discard(checkpoints)  # last: if the folder or the upload failed, they are still there
     finally:
-        with suppress(OSError):  # it holds a checkpoint
-            checkpoints.rmdir()
-            checkpoints.parent.rmdir()
+        if training.process_index == 0:
+            with suppress(OSError):  # it holds a checkpoint
+                checkpoints.rmdir()
+                checkpoints.parent.rmdir()
 
 
 def check_rows(training: TrainingArguments, rows: int) -> None:

@@ -32,7 +32,7 @@ SHARED_EXAMPLES = {
     "dataloader_num_workers": "1", "dataloader_persistent_workers": "true", "dataloader_prefetch_factor": "3",
     "dataloader_multiprocessing_context": "fork", "dataloader_in_order": "false", "pad_to_multiple_of": "8",
     "logging_strategy": "epoch", "logging_steps": "3", "logging_first_step": "true",
-    "include_num_input_tokens_seen": "true", "log_level": "error", "log_level_replica": "error",
+    "log_level": "error", "log_level_replica": "error",
     "log_on_each_node": "false", "disable_tqdm": "true", "report_to": "tensorboard", "run_name": "mine", "project": "ours",
     "trackio_space_id": "me/space", "trackio_bucket_id": "me/bucket", "trackio_static_space_id": "me/static",
     "skip_memory_metrics": "false", "debug": "underflow_overflow",
@@ -41,7 +41,7 @@ SHARED_EXAMPLES = {
 }  # fmt: skip
 EXAMPLES = {
     "sft": SHARED_EXAMPLES | {
-        "shuffle_dataset": "true", "loss_type": "dft",
+        "shuffle_dataset": "true", "include_num_input_tokens_seen": "true", "loss_type": "dft",
         "average_tokens_across_devices": "false", "packing": "true", "packing_strategy": "bfd_split",
         "dataset_num_proc": "1", "dataloader_drop_last": "true", "data_seed": "5",
         "train_sampling_strategy": "group_by_length",

@@ -72,7 +72,7 @@ class NanoChatGRPOTrainer(MuonTrainer, GRPOTrainer):
 def main() -> None:
     args, training, given = parse_settings(GRPOArguments, GRPOSettings)
     output = output_arguments(args, training)
-    if check_output(output, training.resume_from_checkpoint, run_settings(given)):
+    if check_output(output, training.resume_from_checkpoint, run_settings(given), "--resume_from_checkpoint"):
         return
     checkpoint = find_checkpoint(training)
     check_sandbox()

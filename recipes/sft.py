@@ -57,7 +57,7 @@ class NanoChatSFTTrainer(MuonTrainer, SFTTrainer):
 def main() -> None:
     args, training, given = parse_settings(SFTArguments, SFTSettings)
     output = output_arguments(args, training)
-    if check_output(output, training.resume_from_checkpoint, run_settings(given)):
+    if check_output(output, training.resume_from_checkpoint, run_settings(given), "--resume_from_checkpoint"):
         return
     checkpoint = find_checkpoint(training)
     conversations = read_conversations(args.train_files)

@@ -48,13 +48,19 @@ class OutputArguments:
     hub_private_repo: bool = field(default=False, metadata={"help": "Make a new Hub repository private."})
 
 
-def check_output(args: OutputArguments, resume: str | None = None, given: dict[str, Any] | None = None) -> bool:
+def check_output(
+    args: OutputArguments,
+    resume: str | None = None,
+    given: dict[str, Any] | None = None,
+    resume_key: str = "--resume",
+) -> bool:
     """Before any work: whether its result can be put away, buries nothing, and is not already there. In every process.
 
     The output folder is locked until the main process ends, and what a killed run left of its ending is cleared up.
 
     Args:
         given: The settings that make the run what it is, as they will be in its record under "given".
+        resume_key: What the stage calls `resume` on the command line.
 
     Returns:
         Whether the same run has finished before. Then there is nothing to do; its upload, if asked for, is done.
@@ -65,14 +71,14 @@ def check_output(args: OutputArguments, resume: str | None = None, given: dict[s
     """
     if args.push_to_hub and not args.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id, for instance me/my-nanochat")
-    finished = on_main_process(lambda: take_output(args, resume, given))
+    finished = on_main_process(lambda: take_output(args, resume, given, resume_key))
     if finished and PartialState().is_main_process:
         push(args)
         discard_own_checkpoints(args.output_dir)
     return finished
 
 
-def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any] | None) -> bool:
+def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any] | None, resume_key: str) -> bool:
     """The main process's part of [`check_output`]."""
     folder, checkpoints = Path(args.output_dir), beside(args.output_dir, "checkpoints", "")
     if folder.name in ("", "..") or (os.path.lexists(folder) and not folder.is_dir()):
@@ -95,7 +101,7 @@ def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any]
         return True
     if checkpoints.exists() and not resume and not args.overwrite_output_dir:
         raise UserError(
-            f"{checkpoints} holds the checkpoints of an unfinished run; pass --resume auto to go on from them, or "
+            f"{checkpoints} holds the checkpoints of an unfinished run; pass {resume_key} auto to go on from them, or "
             "--overwrite_output_dir true to start anew"
         )
     return False

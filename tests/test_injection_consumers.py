@@ -11,7 +11,7 @@ from hostile import ANY, HOSTILE, contents, learnt, messages_of, part, read, ren
 from hypothesis import given, settings
 from test_space import app
 from transformers import pipeline
-from trl import GRPOConfig, SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from evals import samples as samples_module
 from evals.cloze import continuation_rows
@@ -28,12 +28,13 @@ from recipes.data import read_conversations, render
 from recipes.grpo import NanoChatGRPOTrainer, read_problems
 from recipes.lanes import ConversationLanes, TextLanes
 from recipes.sft import NanoChatSFTTrainer, token_dataset
+from recipes.trl_settings import GRPOSettings, SFTSettings
 
 HALF, READ_AS = "a\ud800<|bos|>", "a\ufffd<|bos|>"  # JSON and terminals can write half a surrogate pair
 CHATS = [(HOSTILE[i - 1], [(text, [(HOSTILE[i - 2], "12+7", HOSTILE[i - 3])], HOSTILE[i - 4])]) for i, text in enumerate(HOSTILE)]
 CHATS += [(None, [(text, [], HOSTILE[i - 1]), (HOSTILE[i - 2], [], text)]) for i, text in enumerate(HOSTILE)]
 RATES = {"matrix_lr": 0.02, "embedding_lr": 0.0, "unembedding_lr": 0.0}
-CPU = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none"}
+CPU = {"use_cpu": True, "save_strategy": "no", "report_to": "none"}
 CPU |= {"disable_tqdm": True, "dataloader_pin_memory": False}
 
 
@@ -111,8 +112,8 @@ def fed(trainer: SFTTrainer) -> list[tuple[list, str]]:
     return sorted((read(tokenizer, ids[real].tolist()), tokenizer.decode(ids[labels != -100])) for ids, real, labels in rows)
 
 
-def sft_config(folder, **settings) -> SFTConfig:
-    return SFTConfig(output_dir=str(folder), max_length=512, per_device_train_batch_size=len(CHATS), **CPU, **settings)
+def sft_config(folder, **settings) -> SFTSettings:
+    return SFTSettings(output_dir=str(folder), max_length=512, per_device_train_batch_size=len(CHATS), **CPU, **settings)
 
 
 def test_sft_as_the_recipe_feeds_it(toy_model_folder, conversations, tmp_path):
@@ -152,7 +153,7 @@ class ScriptedGRPOTrainer(NanoChatGRPOTrainer):
 def grpo_trainer(folder, problems, output_dir, **options) -> ScriptedGRPOTrainer:
     model, tokenizer = load_model_and_tokenizer(folder, device="cpu")
     model.config.max_position_embeddings = 2000
-    args = GRPOConfig(
+    args = GRPOSettings(
         output_dir=str(output_dir), num_generations=2, per_device_train_batch_size=2, max_steps=1, beta=0.0,
         max_completion_length=1500, max_tool_calling_iterations=1, **CPU
     )  # fmt: skip

@@ -7,9 +7,10 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from modeling_nanochat.softcapped_loss import softcapped_cross_entropy
+from recipes.trl_settings import SFTSettings
 
 
 def whole(hidden_states, weight, targets, softcap):
@@ -140,7 +141,7 @@ def test_trl_computes_the_loss_of_the_models_own_logits(toy_model_and_tokenizer,
         labels = ids.masked_fill(ids % 3 == 0, -100)
         expected = cross_entropy(model(ids, use_cache=False).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         data = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
-        arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=64)
+        arguments = SFTSettings(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_length=64)
         trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
         trainer.model.eval()
         inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}

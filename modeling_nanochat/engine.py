@@ -73,8 +73,9 @@ class ChatCodec:
     def encode(self, text: str) -> list[int]:
         return self.plain.encode(escaped(whole_characters(text), self.plain), add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.plain.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], control_tokens: bool = False) -> str:
+        """The text of `ids`; control tokens among them are left out, or with `control_tokens` spelled."""
+        return self.plain.decode(ids, skip_special_tokens=not control_tokens)
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         quiet = {"verbose": False}  # the engine itself looks at the length
@@ -135,10 +136,10 @@ class Turn:
         """What a token that the model chose means at this place."""
         if token in self.codec.stop:
             self.finish_reason = "stop"
-        elif token == self.codec.python_start and self.tool is not None:
-            self.code = []
         elif token == self.codec.python_end:
             yield from self.close_call()
+        elif token == self.codec.python_start and self.tool is not None:
+            self.code = []
         elif self.code is not None:
             self.code.append(token)
         else:
@@ -146,7 +147,7 @@ class Turn:
 
     def close_call(self) -> Iterator[Event]:
         """Run the open call and queue its result; without one, or without code in it, nothing happens."""
-        code, self.code = self.codec.decode(self.code or []), None
+        code, self.code = self.codec.decode(self.code or [], control_tokens=True), None
         if not code:
             return
         if self.tool_calls == self.max_tool_calls:

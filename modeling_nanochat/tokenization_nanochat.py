@@ -24,6 +24,8 @@ SPLIT_PATTERNS = {
 }
 SPLIT_PATTERN = SPLIT_PATTERNS["nanochat"]
 BOS, ASSISTANT_END, PYTHON_END = "<|bos|>", "<|assistant_end|>", "<|python_end|>"
+# Padding: a token that no model writes or learns, so that nobody who takes its label or its attention away takes content.
+PAD = "<|output_start|>"
 SPECIAL_TOKENS = (
     BOS,
     "<|user_start|>",
@@ -47,21 +49,29 @@ TO_ESCAPE = rf"<\|(?={ESCAPE}|(?:{'|'.join(token[2:-2] for token in SPECIAL_TOKE
 
 TOO_MANY_BLANKS = 8_000_000  # in a row: the fast tokenizer tries for a line break behind each, and dies of ten million
 
-# How `parse_response` and TRL's tool loop read what the model wrote. The anchor names both places where an answer can
-# begin: with the assistant's turn, and after a tool's output.
+# How `parse_response` and TRL's tool loop read what the model wrote, in agreement with the engine. The anchor names both
+# places where an answer can begin: with the assistant's turn, and after a tool's output. A call is one only when it is
+# closed and has code in it; what is not closed is no text either. What follows the end of the turn is padding.
+CONTROL = rf"<\|(?:{'|'.join(token[2:-2] for token in SPECIAL_TOKENS)})\|>"
+IN_CALL = r"(?:(?!<\|python_(?:start|end)\|>).)"  # a second start begins it anew
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
     "start_anchor_pattern": r"(?:<\|assistant_start\|>|<\|output_end\|>)",
     "fields": {
         "tool_calls": {
-            "open": "<|python_start|>",
-            "close_pattern": r"<\|python_end\|>",
+            "open_pattern": rf"<\|python_start\|>(?P<code>{IN_CALL}+)<\|python_end\|>",
+            "close_pattern": "",
             "repeats": True,
             "content": "text",
-            "content_args": {"strip": False},
-            "transform": {"type": "function", "function": {"name": "python", "arguments": {"code": "{content}"}}},
+            "transform": {"type": "function", "function": {"name": "python", "arguments": {"code": "{code}"}}},
         },
-        "content": {"close_pattern": r"<\|assistant_end\|>|$", "content": "text", "content_args": {"strip": False}},
+        "ignored": {
+            "open_pattern": rf"<\|(?:assistant_end|bos)\|>.*|<\|python_start\|>{IN_CALL}*|{CONTROL}",
+            "close_pattern": "",
+            "content": "text",
+            "transform": "",  # what is empty is no part of the message
+        },
+        "content": {"repeats": True, "join": "", "content": "text", "content_args": {"strip": False}},
     },
 }
 
@@ -105,7 +115,7 @@ def build_tokenizer(
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=ASSISTANT_END,
-        pad_token=BOS,
+        pad_token=PAD,
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),
         padding_side="left",
         model_max_length=model_max_length,
@@ -142,13 +152,15 @@ def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """The tokenizer's ids, in model and generation configuration.
 
-    Generation stops at a turn's end and at a call's end, where whoever generates runs the tool.
+    Generation stops at the end of a turn, of a call, where whoever generates runs the tool, and of a document. It stops at
+    padding too: transformers then does not take it for padding in a prompt that comes without a mask.
     """
     ids = special_token_ids(tokenizer)
+    padding = ids[PAD] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for config in (model.config, model.generation_config):
-        config.bos_token_id, config.eos_token_id = ids[BOS], [ids[ASSISTANT_END], ids[PYTHON_END]]
-    padding = tokenizer.pad_token_id
-    model.generation_config.pad_token_id = ids[BOS] if padding is None else padding
+        config.bos_token_id, config.eos_token_id = ids[BOS], [ids[token] for token in (ASSISTANT_END, PYTHON_END, BOS, PAD)]
+    model.generation_config.pad_token_id = padding
+    model.config.pad_token_id = None  # its embedding would never learn
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:

@@ -85,12 +85,12 @@ def main() -> None:
         show_progress=accelerator.is_main_process,
     )
     train_set, val_set = split(rendered, args.validation_share, loop.seed)
-    lanes_of = ConversationLanes(train_set, tokenizer.pad_token_id, loop.max_length, loop.seed)
+    lanes_of = ConversationLanes(train_set, tokenizer.bos_token_id, loop.max_length, loop.seed)
     if args.replay_files:
         texts = text_source(args.replay_files, what="replay_files")
         lanes_of = MixedLanes(lanes_of, TextLanes(texts, tokenizer, loop.max_length, loop.seed), args.replay_every)
     plan = make_plan(model, train_set, args, loop)
-    val_rows = conversation_rows(val_set, tokenizer.pad_token_id, loop.max_length)
+    val_rows = conversation_rows(val_set, tokenizer.bos_token_id, loop.max_length)
     bits_per_byte = validation(accelerator, val_rows, tokenizer, max_rows=len(val_set))
     evaluations = (bits_per_byte_evaluation(bits_per_byte, loop.eval_steps),)
     record = {"stage": "mid", "base_model": args.model_name_or_path}

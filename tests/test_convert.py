@@ -186,7 +186,7 @@ def test_a_plain_folder_is_whole_and_opens_in_transformers_own_class(plain, toke
     with torch.no_grad():
         assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 2e-5
     assert ours.config.bos_token_id == tokenizer.convert_tokens_to_ids("<|bos|>")
-    stop = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
+    stop = tokenizer.convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>", "<|bos|>", "<|output_start|>"])
     assert ours.config.eos_token_id == ours.generation_config.eos_token_id == stop
     assert ours.generation_config.pad_token_id == tokenizer.pad_token_id
     assert ours.config.pad_token_id is None  # or one embedding would never learn

@@ -88,7 +88,8 @@ def test_replies_are_parsed_to_the_character(tokenizer, conversation):
             reply = rendered(tokenizer, messages[: i + 1])[len(prompt) :]
             parsed = tokenizer.parse_response(reply, prefix=prompt)
             assert parsed.get("content", "") == whole(message["content"])
-            assert parsed.get("tool_calls", []) == message.get("tool_calls", [])
+            calls = message.get("tool_calls", [])  # one without code is none, for the engine too
+            assert parsed.get("tool_calls", []) == [call for call in calls if call["function"]["arguments"]["code"]]
 
 
 @given(st.lists(conversations(ANY), min_size=2, max_size=3))

@@ -39,7 +39,7 @@ def test_a_stage_leaves_a_whole_folder_a_log_and_a_record(finished, toy_model_an
     model, _tokenizer = toy_model_and_tokenizer
     opened = AutoModelForCausalLM.from_pretrained(finished / "base")
     assert torch.equal(opened.lm_head.weight, model.lm_head.weight)
-    ends = AutoTokenizer.from_pretrained(finished / "base").convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>"])
+    ends = AutoTokenizer.from_pretrained(finished / "base").convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>", "<|bos|>", "<|output_start|>"])
     assert opened.generation_config.eos_token_id == ends
     line = json.loads((finished / "logs" / "base.jsonl").read_text())
     assert (line["step"], line["loss"]) == (1, 2.5) and line["seconds"] >= 0

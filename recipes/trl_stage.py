@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
@@ -57,10 +57,13 @@ class MuonTrainer:
 
     stage: str  # "sft" or "rl"
 
-    def __init__(self, *args: Any, muon_rates: dict[str, float], **kwargs: Any):
+    def __init__(self, model: PreTrainedModel, *args: Any, muon_rates: dict[str, float], **kwargs: Any):
         self.muon_rates = muon_rates
+        tokenizer = kwargs["processing_class"]
+        # What older trainers would set, and warn of; the finished folder has them as `set_special_tokens` does.
+        model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.step_loss: torch.Tensor | float = 0.0
-        super().__init__(*args, **kwargs)
+        super().__init__(model, *args, **kwargs)
         self.learning = LearningCallback(self)
         self.add_callback(self.learning)
 

@@ -232,24 +232,23 @@ def world(tmp_path_factory):
     return training.write_world(tmp_path_factory.mktemp("world"))
 
 
-def test_a_base_model_that_learns_nothing_says_so_also_after_it_was_resumed(world, forks, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRAINER_SAYS", str(tmp_path / "said"))
-    output, still = tmp_path / "run" / "base", {"matrix_lr": 0, "embedding_lr": 0, "unembedding_lr": 0}
+def test_a_base_model_that_learns_nothing_says_so_also_after_it_was_resumed(world, forks, tmp_path):
+    output, says, still = tmp_path / "run" / "base", tmp_path / "said", {"matrix_lr": 0, "embedding_lr": 0, "unembedding_lr": 0}
     arguments = training.pretrain_arguments(world, output, resume="auto", **still)
     assert training.run(forks, arguments, before=training.ask_to_stop_after_a_checkpoint) == 0
     assert not output.exists()
-    assert training.run(forks, arguments) == 0
+    assert training.run(forks, arguments, says=says) == 0
     record = json.loads((output.parent / "stages" / "base.json").read_text())
     (warning,) = record["warnings"]
     assert warning.startswith("the loss did not fall") and "over the first 2 steps" in warning
-    said = (tmp_path / "said").read_text()
+    said = says.read_text()
     assert f"warning: {warning}" in said and "going on after step" in said
     assert f"> ⚠ Base: {warning}" in render(read_run(output.parent), {})
     assert sorted(path.name for path in output.parent.iterdir() if path.name != ".base.lock") == ["base", "logs", "stages"]
 
     written = (output / "model.safetensors").stat().st_mtime_ns
-    assert training.run(forks, arguments, processes=2) == 0
-    assert "already finished" in (tmp_path / "said").read_text()
+    assert training.run(forks, arguments, processes=2, says=says) == 0
+    assert "already finished" in says.read_text()
     assert (output / "model.safetensors").stat().st_mtime_ns == written
 
 

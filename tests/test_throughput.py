@@ -63,7 +63,7 @@ def test_the_command_measures_every_contender_and_ends_in_json():
     assert [row["contender"] for row in results["training"]] == ["transformers eager", "plain eager", "turbo eager"]
     decoded = [(row["batch_size"], row["contender"].split()[0]) for row in results["decode"]]
     assert decoded == [(size, name) for size in (1, 3) for name in ("transformers", "plain", "turbo")]
-    assert results["settings"]["vocab_size"] == 128 and results["machine"]["torch"] == torch.__version__
+    assert results["settings"]["vocab_size"] == 128 and torch.__version__.startswith(results["machine"]["torch"])
     for rows in (results["training"], results["decode"][:3], results["decode"][3:]):
         for row in rows:
             assert row["agrees"] and row["slowest"] <= row["tokens_per_second"] <= row["fastest"]

@@ -105,11 +105,17 @@ def run(
     stage: str = "pretrain",
     processes: int = 1,
     before: Callable[[], None] | None = None,
+    says: Path | None = None,
 ) -> int:
-    """Train in as many processes of this machine; `before` is called in each. The first exit code that is not 0."""
+    """Train in as many processes of this machine. The first exit code that is not 0.
+
+    Args:
+        before: Called in each process.
+        says: File that their output is appended to.
+    """
     port = str(free_port())
     places = [(str(rank), str(processes), port) for rank in range(processes)]
-    workers = [forks.Process(target=child, args=(stage, arguments, place, before)) for place in places]
+    workers = [forks.Process(target=child, args=(stage, arguments, place, before, says)) for place in places]
     for worker in workers:
         worker.start()
     deadline = time.monotonic() + 100
@@ -122,7 +128,9 @@ def run(
     return next((worker.exitcode for worker in workers if worker.exitcode), 0)
 
 
-def child(stage: str, arguments: list[str], place: tuple[str, str, str], before: Callable[[], None] | None) -> None:
+def child(
+    stage: str, arguments: list[str], place: tuple[str, str, str], before: Callable[[], None] | None, says: Path | None
+) -> None:
     """One process of the trainer."""
     rank, world_size, port = place
     if world_size != "1":
@@ -132,7 +140,7 @@ def child(stage: str, arguments: list[str], place: tuple[str, str, str], before:
     if before:
         before()
     sys.argv = [f"{stage}.py", *arguments]
-    sys.stdout = sys.stderr = open(os.environ.get("TRAINER_SAYS", os.devnull), "a")
+    sys.stdout = sys.stderr = open(says or os.devnull, "a")
     importlib.import_module(f"recipes.{stage}").main()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from modeling_nanochat.errors import UserError
@@ -233,6 +234,9 @@ def run_trl_stage(
         with one_line():
             trainer = make_trainer()
         trainer.add_callback(StageLogCallback(log))
+        if not sys.stderr.isatty():
+            for printer in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(printer)  # they print whole dictionaries, where StageLogCallback prints lines
         check_rows(training, len(trainer.train_dataset))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state

@@ -75,7 +75,7 @@ def test_half_characters_in_a_file(tokenizer, tmp_path):
 def test_rows_of_midtraining(tokenizer, conversations):
     rendered_ = render(conversations, tokenizer, 255, show_progress=False)
     expected = {tuple(ids.tolist()) for ids, _ in rendered_}
-    rows = rows_of(ConversationLanes(rendered_, tokenizer.pad_token_id, 255), 20)
+    rows = rows_of(ConversationLanes(rendered_, tokenizer.bos_token_id, 255), 20)
     found = {document for row in rows for document in documents_in(tokenizer, row)}
     assert found and found <= expected
 

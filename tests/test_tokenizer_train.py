@@ -74,7 +74,7 @@ def test_a_batch_is_ready_for_generation(train, tmp_path):
     bos, longest = tokenizer.bos_token_id, batch["input_ids"][1]
     padding = batch["attention_mask"][0].count(0)
     assert padding > 0 and batch["attention_mask"][0] == [0] * padding + [1] * (len(longest) - padding)
-    assert longest[0] == bos and batch["input_ids"][0][: padding + 1] == [bos] * (padding + 1)
+    assert longest[0] == bos and batch["input_ids"][0][: padding + 1] == [tokenizer.pad_token_id] * padding + [bos]
     chat = [{"role": "user", "content": "The cat"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert ids[0] == bos and ids.count(bos) == 1 and tokenizer.decode(ids[-1:]) == "<|assistant_start|>"

@@ -21,7 +21,7 @@ from .decoding import CompiledDecoder, Decoder
 from .errors import UserError
 from .python_tool import check_sandbox, run_python
 from .sampling import Sampler, check_setting
-from .self_check import check_cached_decoding
+from .self_check import check_cached_decoding, warn_of_untested_versions
 from .tokenization_nanochat import escaped, special_token_ids, text_only, whole_characters, whole_messages
 
 MAX_TOOL_CALLS = 8
@@ -204,6 +204,7 @@ class Engine:
             check_sandbox()
         self.model = model.eval()
         self.codec = chat_codec(tokenizer)
+        warn_of_untested_versions()
         check_cached_decoding(self.model)
         self.vocabulary = min(len(tokenizer), model.config.vocab_size)
         self.context = model.config.max_position_embeddings

@@ -48,13 +48,11 @@ class Forced(LogitsProcessor):
 def check_cached_decoding(model: PreTrainedModel) -> None:
     """Compare the logits of teacher-forced steps with a cache, by `generate` and by our decoder, with those of one pass.
 
-    Takes nine forward passes of a few tokens. Library versions that were not tested are warned of first.
+    Takes ten forward passes of a few tokens.
 
     Raises:
         UserError: They differ by more than rounding explains; names the installed versions.
     """
-    for warning in untested_versions():
-        print(f"warning: {warning}", file=sys.stderr)
     training = model.training
     model.eval()
     try:
@@ -153,6 +151,12 @@ def check_renderings(tokenizer: PreTrainedTokenizerBase) -> None:
             f"assistant writes behind a generation prompt. Installed are {installed_versions()}; install the tested versions "
             "(constraints.txt), or take the chat template of this project's tokenizers"
         )
+
+
+def warn_of_untested_versions() -> None:
+    """A line on stderr for each; what they do to a model is for the checks above to find out."""
+    for warning in untested_versions():
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def untested_versions() -> list[str]:

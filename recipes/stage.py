@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import flush, settle, whole_folder
+from modeling_nanochat.self_check import warn_of_untested_versions
 from modeling_nanochat.tokenization_nanochat import save_tokenizer, set_special_tokens
 
 from .checkpoint import discard, write_text
@@ -80,6 +81,7 @@ def check_output(
 
 def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any] | None, resume_key: str) -> bool:
     """The main process's part of [`check_output`]."""
+    warn_of_untested_versions()
     folder, checkpoints = Path(args.output_dir), beside(args.output_dir, "checkpoints", "")
     if folder.name in ("", "..") or (os.path.lexists(folder) and not folder.is_dir()):
         raise UserError(f"--output_dir {args.output_dir} is not the name of a folder; give one, for instance runs/pocket/base")

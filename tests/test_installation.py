@@ -1,4 +1,5 @@
 import os
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -150,9 +151,20 @@ def test_pips_output_is_in_the_log_and_the_terminal_has_two_lines(tmp_path, capf
     out, err = capfd.readouterr()
     assert re.fullmatch(r"installing [^\n]*install\.log\) …\ninstalled in \d+ seconds\n", out) and not err
     assert (venv / "install.log").read_text().count("WARNING") == 4
-    first, second = (tmp_path / "arguments").read_text().splitlines()
+    first, second, third = (tmp_path / "arguments").read_text().splitlines()
     assert f"--constraint {ROOT / 'constraints.txt'}" in first and "transformers[serving]" in first
     assert second.endswith(f"--no-deps --editable {ROOT}")
+    assert third.startswith("-c import recipes.preflight,")
+
+
+def test_what_is_imported_is_compiled_once_also_where_python_is_told_not_to(monkeypatch):
+    for module in install.IMPORTED:
+        assert importlib.util.find_spec(module), module
+    seen = {}
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(install.subprocess, "run", lambda command, **options: seen.update(options))
+    install.compile_what_is_imported(ROOT / ".venv")
+    assert "PYTHONDONTWRITEBYTECODE" not in seen["env"] and seen["env"]["PATH"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from conftest import random_model
 from golden import plain_model, turbo_model
 
 from modeling_nanochat import ARCHITECTURES, NanoChatModel, NanoChatTurboModel, chat, self_check
+from modeling_nanochat.engine import Engine
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.self_check import (
     FLOAT32_LIMIT,
@@ -27,6 +28,7 @@ from modeling_nanochat.self_check import (
     without_cache,
 )
 from recipes import grpo
+from recipes.stage import OutputArguments, check_output
 
 
 def trained_like(architecture: str, seed: int, dtype: torch.dtype = torch.float32, depth: int = 4):
@@ -158,6 +160,15 @@ def test_versions_outside_of_the_tested_ones_are_named_with_both(monkeypatch):
         monkeypatch.setattr(self_check, "version", lambda name, v=installed: v if name == "transformers" else real(name))
         (line,) = [line for line in untested_versions() if line.startswith("transformers ")]
         assert installed in line and ">=5.17" in line
+
+
+def test_chat_and_training_warn_of_such_versions_once_and_go_on(toy_model_and_tokenizer, tmp_path, monkeypatch, capsys):
+    real = self_check.version
+    monkeypatch.setattr(self_check, "version", lambda name: "9.9.9" if name == "transformers" else real(name))
+    for start in (lambda: Engine(*toy_model_and_tokenizer), lambda: check_output(OutputArguments(str(tmp_path / "base")))):
+        start()
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split(" is ")[0] for line in lines] == ["warning: transformers 9.9.9"]
 
 
 def test_the_chat_refuses_a_model_whose_cache_is_ignored(toy_model_folder, ignored_cache):

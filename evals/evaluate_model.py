@@ -30,6 +30,7 @@ import evaluate
 from evals.bits_per_byte import text_bits_per_byte
 from evals.cloze import predict_choices
 from evals.core import CoreTask, core, load_core
+from evals.formats import question_messages
 from evals.generative import generate_replies, predicted_answers, reference_answers
 from evals.gsm8k import last_words
 from evals.multiple_choice import predict_letters
@@ -177,16 +178,16 @@ def text_record(model, tokenizer, args: EvaluateArguments) -> dict[str, Any]:
 
 def evaluate_generative(engine: Engine, task: Task, args: EvaluateArguments) -> tuple[dict[str, Any], list[dict]]:
     """The accuracy of the replies, and all conversations with whether they are right."""
-    questions = [example["question"] for example in task.examples]
+    conversations = [question_messages(example) for example in task.examples]
     replies = generate_replies(
-        engine, questions, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, description=task.name
+        engine, conversations, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, description=task.name
     )
     predictions, references = predicted_answers(task, replies), reference_answers(task)
     beyond_context = sum(not reply for reply in replies)
     settings = {"max_new_tokens": args.max_new_tokens, "temperature": 0.0, "questions_beyond_context": beyond_context}
     samples = [
-        {"task": task.name, "correct": prediction == reference, "messages": [user_message(question), *reply]}
-        for question, reply, prediction, reference in zip(questions, replies, predictions, references, strict=True)
+        {"task": task.name, "correct": prediction == reference, "messages": [*asked, *reply]}
+        for asked, reply, prediction, reference in zip(conversations, replies, predictions, references, strict=True)
     ]
     answers = predictions if task.kind == "gsm8k" else [last_words(reply) for reply in replies]
     return accuracy_record(task, predictions, references, 0.0, settings, args, answers), samples
@@ -257,12 +258,9 @@ def spread(samples: Sequence[Sequence[dict]], count: int) -> list[dict]:
 
 
 def greeting(engine: Engine, args: EvaluateArguments) -> list[dict]:
-    (reply,) = generate_replies(engine, [GREETING], max_new_tokens=args.max_new_tokens, description="greeting")
-    return [{"messages": [user_message(GREETING), *reply]}]
-
-
-def user_message(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
+    asked = [{"role": "user", "content": GREETING}]
+    (reply,) = generate_replies(engine, [asked], max_new_tokens=args.max_new_tokens, description="greeting")
+    return [{"messages": [*asked, *reply]}]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 Fields are those of the data sets on the Hub:
 conversation    {"messages": [...]}, optionally with "tools"; nanochat's own parts `python`, `python_output` are converted
-gsm8k           {"question", "answer"}, the answer with `<<12+7=19>>` marks and `#### 19` at the end
+gsm8k           {"question", "answer", "history"?}, the answer with `<<12+7=19>>` marks and `#### 19` at the end
 arc             {"question", "choices": {"text": [...], "label": [...]}, "answerKey"}
 mmlu            {"question", "choices": [...], "answer": index}, often with "subject"
-match           {"question", "answer", "rivals": [...]}: a reply is right if it has `answer` and no rival
+match           {"question", "answer", "rivals": [...], "history"?}: a reply is right if it has `answer` and no rival;
+                `answer` may be a list of strings, all of which must occur
 cloze           {"query", "choices": [...], "gold": index}, CORE's multiple choice
+
+`history` is a list of messages, as in a conversation, after which the question is the user's next turn; an empty one is none.
 """
 
 from typing import Any
@@ -57,7 +60,7 @@ def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]
             tools = {"tools": record["tools"]}
     elif kind == "gsm8k":
         check_gsm8k(record, where)
-        messages = gsm8k.to_messages(record["question"], record["answer"])
+        messages = [*history(record), *gsm8k.to_messages(record["question"], record["answer"])]
     elif kind in ("arc", "mmlu"):
         question = multiple_choice_question(record, where)
         messages = [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": question.answer}]
@@ -69,22 +72,56 @@ def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]
     return {"messages": messages} | tools
 
 
+def history(record: dict[str, Any]) -> list[dict]:
+    """The messages before a record's question; none if it has no `history`."""
+    return record.get("history") or []
+
+
+def question_messages(record: dict[str, Any]) -> list[dict]:
+    """The conversation to be answered: the history, then the question as the user's turn."""
+    return [*history(record), {"role": "user", "content": record["question"]}]
+
+
+def check_history(record: dict[str, Any], where: str) -> None:
+    if record.get("history") in (None, []):
+        return
+    check_messages(record["history"], f"{where}, `history`")
+    last = record["history"][-1]
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        raise UserError(f"{where}: `history` must end with an answer of the assistant; the question is the next turn")
+
+
+def require_no_history(record: dict[str, Any], where: str) -> None:
+    if record.get("history") not in (None, []):
+        raise UserError(f"{where}: only GSM8K and match records can have a `history`; leave it out")
+
+
 def check_gsm8k(record: dict[str, Any], where: str) -> None:
     require_strings(record, ("question", "answer"), where)
+    check_history(record, where)
     if gsm8k.extract_answer(record["answer"]) is None:
         raise UserError(f"{where}: `answer` has no final '#### <number>'; add it, as GSM8K writes it")
 
 
 def check_match(record: dict[str, Any], where: str) -> None:
-    require_strings(record, ("question", "answer"), where)
-    if not is_list_of_strings(record["rivals"]) or not all(
-        word.strip() for word in [record["answer"], *record["rivals"]]
-    ):
-        raise UserError(f"{where}: `rivals` must be a list of strings, and neither they nor `answer` may be empty")
+    require_strings(record, ("question",), where)
+    check_history(record, where)
+    for field, words in (("answer", match_answers(record)), ("rivals", record["rivals"])):
+        if not is_list_of_strings(words) or not all(word.strip() for word in words):
+            kind = "a string or a list" if field == "answer" else "a list"
+            raise UserError(f"{where}: `{field}` must be {kind} of strings, none of them empty")
+    if not record["answer"]:
+        raise UserError(f"{where}: `answer` is empty; give at least one word that a right reply contains")
+
+
+def match_answers(record: dict[str, Any]) -> Any:
+    """What a right reply to a match record contains: its `answer`, or all of them where it is a list."""
+    return [record["answer"]] if isinstance(record["answer"], str) else record["answer"]
 
 
 def check_cloze(record: dict[str, Any], where: str) -> None:
     require_strings(record, ("query",), where)
+    require_no_history(record, where)
     require_choices(record["choices"], where)
     require_index(record["gold"], "gold", len(record["choices"]), where)
 
@@ -96,6 +133,7 @@ def multiple_choice_question(record: dict[str, Any], where: str) -> MultipleChoi
         UserError: A field has the wrong type, or the answer is none of the choices.
     """
     require_strings(record, ("question",), where)
+    require_no_history(record, where)
     if kind_of(record) == "mmlu":
         require_choices(record["choices"], where)
         require_index(record["answer"], "answer", len(record["choices"]), where)

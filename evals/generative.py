@@ -9,24 +9,29 @@ from tqdm.auto import tqdm
 from modeling_nanochat.engine import Engine
 
 from . import gsm8k
+from .formats import match_answers
 from .tasks import Task
+
+# Thai, Lao, Burmese, Khmer, kana and Chinese characters: no space shows where a word begins or ends.
+UNSPACED_RANGES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNSPACED = re.compile(f"[{UNSPACED_RANGES}]")
+SPACED = rf"[^\W{UNSPACED_RANGES}]"  # letters and digits of all other scripts
 
 
 def generate_replies(
     engine: Engine,
-    questions: Sequence[str],
+    conversations: Sequence[list[dict]],
     *,
     max_new_tokens: int,
     batch_size: int = 32,
     description: str = "replies",
 ) -> list[list[dict]]:
-    """For each question the new messages, greedily decoded: assistant, and tool results where it called python.
+    """For each conversation the new messages, greedily decoded: assistant, and tool results where it called python.
 
-    A question that does not fit the model's context has no messages as its reply, and so is answered wrongly.
+    A conversation that does not fit the model's context has no messages as its reply, and so is answered wrongly.
     """
-    conversations = [[{"role": "user", "content": question}] for question in questions]
     fitting = [i for i, messages in enumerate(conversations) if len(engine.codec.prompt(messages)) < engine.context]
-    replies: list[list[dict]] = [[] for _ in questions]
+    replies: list[list[dict]] = [[] for _ in conversations]
     with tqdm(total=len(fitting), desc=description, unit="reply", leave=False, disable=len(fitting) < 2 or None) as bar:
         new = engine.generate_batch(
             [conversations[i] for i in fitting],
@@ -51,7 +56,13 @@ def predicted_answers(task: Task, replies: Sequence[Sequence[dict]]) -> list[str
 
 
 def reference_answers(task: Task) -> list[str]:
-    return [gsm8k.extract_answer(e["answer"]) if task.kind == "gsm8k" else e["answer"] for e in task.examples]
+    """The answer that each example calls right."""
+    reference = {"gsm8k": lambda example: gsm8k.extract_answer(example["answer"]), "match": match_reference}[task.kind]
+    return [reference(example) for example in task.examples]
+
+
+def match_reference(example: dict[str, Any]) -> str:
+    return ", ".join(match_answers(example))
 
 
 def extract_number(example: dict[str, Any], reply: Sequence[dict]) -> str:
@@ -59,15 +70,25 @@ def extract_number(example: dict[str, Any], reply: Sequence[dict]) -> str:
 
 
 def extract_match(example: dict[str, Any], reply: Sequence[dict]) -> str:
-    """The example's answer if `reply` has it as a whole word and has none of its rivals, else ""."""
-    text = " ".join(message["content"] or "" for message in reply if message["role"] == "assistant")
+    """The example's answer if `reply` has all of it as whole words and none of its rivals, else ""."""
+    text = assistant_text(reply)
+    has_answer = all(has_word(text, word) for word in match_answers(example))
     has_rival = any(has_word(text, rival) for rival in example["rivals"])
-    return example["answer"] if has_word(text, example["answer"]) and not has_rival else ""
+    return match_reference(example) if has_answer and not has_rival else ""
+
+
+def assistant_text(reply: Sequence[dict]) -> str:
+    """The assistant's own words, without its code and what the tool printed."""
+    return " ".join(message["content"] or "" for message in reply if message["role"] == "assistant")
 
 
 def has_word(text: str, word: str) -> bool:
-    """Whether `word` stands in `text` whole, upper and lower case told apart.
+    """Whether `word` stands in `text` as a whole; case matters.
 
     No letter or digit is beside it, nor joined to it by one of `,.-`: "1" is not in "1.5", nor "l,a,p" in "c,l,a,p".
+    Characters of scripts without spaces between words are no such neighbours, and have none: "12" is in "他有12个苹果",
+    and so is "苹果"; but "学,校" is not in "小,学,校".
     """
-    return re.search(rf"(?<!\w)(?<!\w[,.-]){re.escape(word)}(?!\w)(?![,.-]\w)", text) is not None
+    before = "" if UNSPACED.match(word[0]) else rf"(?<!{SPACED})"
+    after = "" if UNSPACED.match(word[-1]) else rf"(?!{SPACED})"
+    return re.search(rf"{before}(?<!\w[,.-]){re.escape(word)}{after}(?![,.-]\w)", text) is not None

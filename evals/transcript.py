@@ -17,7 +17,7 @@ def transcript(messages: Sequence[dict[str, Any]]) -> str:
         if message["content"] or not calls:
             blocks.append(block(message["role"], message["content"] or "(nothing)"))
         blocks += [block("  python", call["function"]["arguments"].get("code", "")) for call in calls]
-    if len(messages) == 1:
+    if messages[-1]["role"] == "user":
         blocks.append(block("assistant", "(no reply: the question does not fit the model's context)"))
     return "\n".join(blocks)
 

@@ -9,6 +9,7 @@ from evals.evaluate_model import METRIC, EvaluateArguments, main, run_evaluation
 from evals.records import aligned_table, format_count, format_value, make_record, write_json
 from evals.run_folder import read_run
 from evals.summary import summary_rows
+from evals.transcript import transcript
 from modeling_nanochat.errors import UserError
 
 TASKS = {
@@ -59,6 +60,28 @@ def test_samples_come_from_every_generative_task_and_end_with_the_greeting(toy_m
     assert [sample.get("task") for sample in samples] == ["problems", "problems", "facts", None]
     assert all(sample["messages"][0]["role"] == "user" for sample in samples)
     assert samples[-1]["messages"][0]["content"] == "Who are you?"
+
+
+def test_a_question_with_a_history_is_asked_after_it(toy_model_folder, files, monkeypatch):
+    """The model sees all turns, the samples keep them, and the transcript shows them."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    record = {"question": "Which?", "answer": "red", "rivals": [], "history": turns}
+    (files / "later.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    seen = []
+
+    def generate(engine, asked, **_):
+        seen.extend(asked)
+        return [[{"role": "assistant", "content": "red"}]] * len(asked)
+
+    monkeypatch.setattr("evals.evaluate_model.generate_replies", generate)
+    args = arguments(toy_model_folder, files, eval_files=[f"later={files / 'later.jsonl'}"], text_files=[], max_length=None)
+    results = run_evaluation(args)
+    question = [*turns, {"role": "user", "content": "Which?"}]
+    assert seen[0] == question and results["records"][0]["value"] == 1.0
+    assert results["samples"][0]["messages"] == [*question, {"role": "assistant", "content": "red"}]
+    lines = transcript(results["samples"][0]["messages"]).splitlines()
+    assert [line.split()[1] for line in lines] == ["Hi", "Hello.", "Which?", "red"]
+    assert "no reply" in transcript(question)
 
 
 def test_a_base_model_is_asked_nothing_that_needs_chat_tokens(toy_model_folder, files):
@@ -168,7 +191,7 @@ def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(toy_
     for name, records in (("facts", colours), ("cloze", mats)):
         (files / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     reply = [{"role": "assistant", "content": "Hello.\n#### 7"}]
-    monkeypatch.setattr("evals.evaluate_model.generate_replies", lambda engine, questions, **_: [reply] * len(questions))
+    monkeypatch.setattr("evals.evaluate_model.generate_replies", lambda engine, asked, **_: [reply] * len(asked))
     monkeypatch.setattr("evals.evaluate_model.predict_letters", lambda model, tokenizer, questions, **_: ["C"] * len(questions))
     monkeypatch.setattr("evals.evaluate_model.predict_choices", lambda model, tokenizer, tasks, **_: [1] * len(tasks))
     args = arguments(toy_model_folder, files)

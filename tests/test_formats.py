@@ -1,5 +1,6 @@
 import pytest
 
+from evals import gsm8k
 from evals.formats import kind_of, to_conversation
 from modeling_nanochat.errors import UserError
 
@@ -25,6 +26,12 @@ def test_a_word_problem_becomes_a_conversation_with_a_call():
     assert roles == ["user", "assistant", "tool", "assistant"]
 
 
+def test_a_word_problem_with_a_history_becomes_one_conversation():
+    before = gsm8k.to_messages("2 + 2?", "<<2+2=4>>4")
+    messages = to_conversation(GSM8K | {"history": before}, "f:1")["messages"]
+    assert messages == before + to_conversation(GSM8K, "f:1")["messages"]
+
+
 @pytest.mark.parametrize(("record", "letter"), [(ARC, "2"), (MMLU, "C")])
 def test_multiple_choice_is_answered_by_the_bare_letter(record, letter):
     user, assistant = to_conversation(record, "f:1")["messages"]
@@ -41,6 +48,8 @@ def test_multiple_choice_is_answered_by_the_bare_letter(record, letter):
         ({"messages": []}, "non-empty list"),
         ({"messages": CHAT["messages"][::-1]}, "out of order"),
         (GSM8K | {"answer": "2"}, "no final '#### <number>'"),
+        (GSM8K | {"history": CHAT["messages"][:1]}, "`history` must end with an answer of the assistant"),
+        (MMLU | {"history": CHAT["messages"]}, "only GSM8K and match records"),
         (GSM8K | {"question": 3}, "`question` must be a string"),
         (ARC | {"answerKey": "3"}, "must be one of the labels"),
         (ARC | {"choices": {"text": ["red", "blue"], "label": ["1"]}}, "one `label` per `text`"),

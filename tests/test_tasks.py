@@ -4,6 +4,7 @@ import pytest
 from golden import core_model, golden_json, golden_tokenizer, shared
 
 from evals.cloze import continuation_rows, mean_losses, predict_choices
+from evals.formats import question_messages
 from evals.generative import has_word, predicted_answers, reference_answers
 from evals.gsm8k import to_messages
 from evals.tasks import Task, load_task, parse_task_argument
@@ -11,6 +12,8 @@ from modeling_nanochat.errors import UserError
 
 MATCH = {"question": "Which?", "answer": "red", "rivals": ["blue"]}
 GSM8K = {"question": "1 + 1?", "answer": "<<1+1=2>>2\n#### 2"}
+HISTORY = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+MMLU = {"question": "Which?", "choices": ["red", "blue"], "answer": 0}
 CLOZE = {"query": "The sky is", "choices": ["blue", "square"], "gold": 0}
 
 
@@ -53,7 +56,18 @@ def test_a_draw_of_examples_is_repeatable_and_spread_over_the_file(tmp_path):
         ([{"text": "x"}], r":1: not a GSM8K, match, ARC, MMLU or cloze record"),
         ([{"messages": []}], r":1: not a GSM8K"),
         ([MATCH | {"rivals": "blue"}], r":1: `rivals` must be a list"),
-        ([MATCH | {"rivals": [""]}], r":1: .*may be empty"),
+        ([MATCH | {"rivals": [""]}], r":1: `rivals` must be .* none of them empty"),
+        ([MATCH | {"answer": ""}], r":1: `answer` must be .* none of them empty"),
+        ([MATCH | {"answer": ["red", " "]}], r":1: `answer` must be .* none of them empty"),
+        ([MATCH | {"answer": ["red", 2]}], r":1: `answer` must be a string or a list of strings"),
+        ([MATCH | {"answer": 2}], r":1: `answer` must be a string or a list of strings"),
+        ([MATCH | {"answer": []}], r":1: `answer` is empty"),
+        ([MATCH, MATCH | {"history": "Hi"}], r":2, `history`: "),
+        ([MATCH | {"history": HISTORY[1:]}], r":1, `history`, message 1: role 'assistant' is out of order"),
+        ([GSM8K | {"history": HISTORY[:1]}], r":1: `history` must end with an answer of the assistant"),
+        ([GSM8K | {"history": to_messages("2 + 2?", "<<2+2=4>>")[:2]}], r":1: `history` must end with an answer"),
+        ([CLOZE | {"history": HISTORY}], r":1: only GSM8K and match records"),
+        ([MMLU | {"history": HISTORY}], r":1: only GSM8K and match records"),
         ([CLOZE, CLOZE | {"gold": 2}], r":2: `gold` must be the index"),
         ([CLOZE | {"choices": ["one"]}], r":1: `choices` must hold"),
     ],
@@ -76,6 +90,14 @@ def test_whole_words_only():
     assert has_word("lamp:l,a,m,p.", "l,a,m,p") and has_word("Mira's, red.\nYes", "red") and has_word("-3", "-3")
     assert not has_word("It is Red, or reddish.", "red")
     assert not has_word("c,l,a,m,p", "l,a,m,p") and not has_word("l,a,m,p,s", "l,a,m,p") and not has_word("1.5", "1")
+    assert not has_word("médaille", "m") and not has_word("éclair", "clair")
+
+
+def test_words_of_scripts_without_spaces_are_found_in_running_text():
+    assert has_word("他有12个苹果。", "12") and has_word("他有12个苹果。", "苹果") and has_word("小明住在北京", "北京")
+    assert has_word("他叫Mira吗", "Mira") and has_word("拼写是学,校。", "学,校") and has_word("ミラは東京に住む", "東京")
+    assert not has_word("他有12个苹果。", "2") and not has_word("他有12个苹果。", "橙子")
+    assert not has_word("小,学,校", "学,校") and not has_word("学,校,长", "学,校") and not has_word("他叫Miranda吗", "Mira")
 
 
 def test_a_match_needs_the_answer_and_no_rival():
@@ -83,6 +105,23 @@ def test_a_match_needs_the_answer_and_no_rival():
     task = Task("t", "match", [MATCH] * len(replies))
     predictions = predicted_answers(task, [[{"role": "assistant", "content": reply}] for reply in replies])
     assert predictions == ["red", "", "", "", ""] and set(reference_answers(task)) == {"red"}
+
+
+def test_a_match_with_several_answers_needs_all_of_them():
+    example = {"question": "A story?", "answer": ["Mira", "kite"], "rivals": ["drum"]}
+    replies = ["Mira flew a kite.", "Mira ran.", "A kite flew.", "Mira had a kite and a drum.", "Mira and kites"]
+    task = Task("t", "match", [example] * len(replies))
+    predictions = predicted_answers(task, [[{"role": "assistant", "content": reply}] for reply in replies])
+    assert [bool(prediction) for prediction in predictions] == [True, False, False, False, False]
+    assert predictions[0] == reference_answers(task)[0]
+
+
+@pytest.mark.parametrize("record", [MATCH, GSM8K])
+def test_a_record_may_have_a_history_with_calls_of_the_tool(tmp_path, record):
+    turns = [*HISTORY, *to_messages("2 + 2?", "<<2+2=4>>4")]
+    task = load_task("t", write(tmp_path / "t.jsonl", record, record | {"history": []}, record | {"history": turns}))
+    assert [question_messages(example)[:-1] for example in task.examples] == [[], [], turns]
+    assert question_messages(task.examples[2])[-1] == {"role": "user", "content": record["question"]}
 
 
 def test_a_word_problem_is_graded_on_what_the_assistant_says_last():

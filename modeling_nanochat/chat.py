@@ -19,19 +19,16 @@ from transformers.utils import logging
 from .cli import OneLineParser
 from .engine import Engine, Finished, TextDelta, ToolCall, ToolResult
 from .errors import UserError, exit_on_user_error
+from .examples import example_questions
 from .loading import load_model_and_tokenizer
 from .sampling import check_setting, describe
 from .stages import stage_note
 
-EXAMPLES = (
-    "Who are you?",
-    "Tell me a story about Mira and a kite.",
-    "Mira has 12 pears. Then Mira finds 7 more pears. How many pears does Mira have now?",
-)
 HELP = """/temperature X   0 is the most likely reply each time, 1 plain sampling, 2 the highest (now {temperature})
 /top_k N         sample among the N most likely tokens, 0 among all (now {top_k})
 /clear           begin a new conversation
 /exit            leave, as does Ctrl-D; Ctrl-C stops a reply"""
+SHOWN_EXAMPLES = 3
 DIM, CYAN, RED, RESET = "\033[2m", "\033[36m", "\033[31m", "\033[0m"
 
 
@@ -172,11 +169,14 @@ def piped_lines() -> Iterator[str]:
         yield line.strip()
 
 
-def greeting(name: str, engine: Engine, examples: Sequence[str] = EXAMPLES) -> str:
+def greeting(name: str, engine: Engine, examples: Sequence[str]) -> str:
+    """What model this is, questions to try it with, if its card has any, and how to get help."""
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     size = f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
-    questions = ", ".join(f'"{example}"' for example in examples)
-    return f"{name}, {size} parameters, on {engine.model.device}. Try {questions}; /help lists the commands.\n"
+    lines = [f"{name}, {size} parameters, on {engine.model.device}. /help lists the commands, Ctrl-D leaves."]
+    if examples:
+        lines += ["Ask something, for instance:", *(f"  {example}" for example in examples[:SHOWN_EXAMPLES])]
+    return "\n".join(lines) + "\n"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -212,7 +212,7 @@ def start(arguments: Sequence[str] | None = None) -> None:
     if prompt is not None:
         chat.ask(prompt)
     elif sys.stdin and sys.stdin.isatty():
-        chat.note(greeting(name, engine) + "\n")
+        chat.note(greeting(name, engine, example_questions(engine.model.name_or_path)) + "\n")
         chat.run(typed_lines())
     else:
         chat.run(piped_lines())

@@ -17,7 +17,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from modeling_nanochat.python_tool import check_sandbox, python
 from modeling_nanochat.self_check import check_cached_decoding, check_renderings
 from modeling_nanochat.sources import expand, read_jsonl
 from modeling_nanochat.tokenization_nanochat import whole_characters
+from recipes.model_card import CardArguments
 from recipes.stage import check_output
 from recipes.trl_settings import GRPOSettings, parse_settings
 from recipes.trl_stage import (
@@ -47,7 +48,7 @@ from recipes.trl_stage import (
 
 
 @dataclass
-class GRPOArguments(RateArguments):
+class GRPOArguments(CardArguments, RateArguments):
     """What `trl.GRPOConfig` does not have."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Fine-tuned model: folder or Hub id."})
@@ -80,6 +81,7 @@ def main() -> None:
     check_rows(training, len(problems))
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     check_renderings(tokenizer)
+    args = replace(args, examples=args.examples_or_those_of(model))
     set_seed(training.seed)
     log = start_log(output.output_dir, training, checkpoint)
 

@@ -32,13 +32,14 @@ from recipes.dial import Plan, check_ranges, derive
 from recipes.lanes import ConversationLanes, MixedLanes, TextLanes
 from recipes.loop import LoopArguments
 from recipes.loop_stage import given, make_accelerator, run_stage
+from recipes.model_card import CardArguments
 from recipes.packing import Conversation
 from recipes.stage import OutputArguments, check_output
 from recipes.validation import bits_per_byte_evaluation, conversation_rows, validation
 
 
 @dataclass
-class MidtrainArguments:
+class MidtrainArguments(CardArguments):
     """What only midtraining has."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: folder or Hub id."})
@@ -58,6 +59,7 @@ class MidtrainArguments:
         Raises:
             UserError: A number that no run can have, or that would train nothing; a setting without effect.
         """
+        super().__post_init__()
         check_ranges(
             positive={"num_train_epochs": self.num_train_epochs, "replay_every": self.replay_every},
             not_negative={},
@@ -93,7 +95,7 @@ def main() -> None:
     val_rows = conversation_rows(val_set, tokenizer.bos_token_id, loop.max_length)
     bits_per_byte = validation(accelerator, val_rows, tokenizer, max_rows=len(val_set))
     evaluations = (bits_per_byte_evaluation(bits_per_byte, loop.eval_steps),)
-    record = {"stage": "mid", "base_model": args.model_name_or_path}
+    record = {"stage": "mid", "base_model": args.model_name_or_path, "examples": args.examples_or_those_of(model)}
     run_stage(record, (args, loop, output), accelerator, model, tokenizer, plan, lanes_of, evaluations)
 
 

@@ -13,7 +13,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from datasets import Dataset
@@ -23,6 +23,7 @@ from trl import SFTTrainer
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.data import read_conversations, render
+from recipes.model_card import CardArguments
 from recipes.packing import Conversation
 from recipes.stage import check_output
 from recipes.trl_settings import SFTSettings, parse_settings
@@ -38,7 +39,7 @@ from recipes.trl_stage import (
 
 
 @dataclass
-class SFTArguments(RateArguments):
+class SFTArguments(CardArguments, RateArguments):
     """What `trl.SFTConfig` does not have."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Midtrained model: folder or Hub id."})
@@ -63,6 +64,7 @@ def main() -> None:
     conversations = read_conversations(args.train_files)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_max_length(training, model.config.max_position_embeddings)
+    args = replace(args, examples=args.examples_or_those_of(model))
     set_seed(training.seed)
     rendered = render(conversations, tokenizer, training.max_length, show_progress=training.process_index == 0)
     log = start_log(output.output_dir, training, checkpoint)

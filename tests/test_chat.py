@@ -173,9 +173,30 @@ def test_the_first_chat_shows_nothing_but_the_chat(toy_model_folder):
     assert "warning" not in result.stdout.lower()
 
 
-def test_greeting_names_model_size_and_questions(toy_model_and_tokenizer):
-    line = greeting("runs/pocket/sft", Engine(*toy_model_and_tokenizer), ["Who are you?"])
-    assert line.startswith("runs/pocket/sft, 0.0") and "M parameters" in line and '"Who are you?"' in line
+def test_greeting_names_model_size_help_and_questions(toy_model_and_tokenizer):
+    engine = Engine(*toy_model_and_tokenizer)
+    first, second, *questions, end = greeting("runs/pocket/sft", engine, ["Who are you?", "你是谁？"]).split("\n")
+    assert first.startswith("runs/pocket/sft, 0.0") and "M parameters" in first and "/help" in first
+    assert "for instance" in second and questions == ["  Who are you?", "  你是谁？"] and end == ""
+    assert greeting("runs/pocket/sft", engine, []) == first + "\n"
+
+
+def test_the_questions_of_the_greeting_are_those_of_the_model_folder(toy_model_folder, capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    asked = [f"Question {number}?" for number in range(5)]
+    card = "---\nwidget:\n" + "".join(f"- messages: [{{role: user, content: '{question}'}}]\n" for question in asked)
+    (toy_model_folder / "README.md").write_text(card + "---\n")
+    monkeypatch.setattr(sys, "stdin", Terminal("/exit\n"))
+    monkeypatch.setattr("builtins.input", lambda prompt: "/exit")
+    start([str(toy_model_folder)])
+    out = capsys.readouterr().out
+    assert "for instance:\n  Question 0?\n  Question 1?\n  Question 2?\n\n" in out
+    (toy_model_folder / "README.md").unlink()
+    start([str(toy_model_folder)])
+    assert "for instance" not in capsys.readouterr().out
 
 
 def test_one_prompt_on_a_real_folder(toy_model_folder, capsys):

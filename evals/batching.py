@@ -1,8 +1,7 @@
 """Which examples go through the model together: neighbours in length, so that little is spent on padding."""
 
-from collections.abc import Iterator, Sequence
-
-from tqdm.auto import tqdm
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 # Bounds the memory of one forward pass where a few prompts are very long; short prompts never reach it.
 MAX_TOKENS_PER_BATCH = 16384
@@ -27,9 +26,9 @@ def batches_by_length(
     return batches
 
 
-def with_progress(batches: Sequence[list[int]], description: str) -> Iterator[list[int]]:
-    """The batches, under a progress bar that counts examples and shows the time left."""
-    with tqdm(total=sum(map(len, batches)), desc=description, unit="example", leave=False, disable=None) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
+def with_progress(batches: Sequence[list[int]], progress: Callable[[int], Any] | None) -> Iterator[list[int]]:
+    """The batches; `progress` is called with the number of examples after each, like `tqdm.update`."""
+    for batch in batches:
+        yield batch
+        if progress is not None:
+            progress(len(batch))

@@ -3,7 +3,8 @@
 Needs no chat tokens, so it is the one kind of question that a base model can answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +18,19 @@ DELIMITER = " "
 
 
 def predict_choices(
-    model, tokenizer, examples: Sequence[dict], *, batch_size: int = 32, description: str = "cloze"
+    model, tokenizer, examples: Sequence[dict], *, batch_size: int = 32, progress: Callable[[int], Any] | None = None
 ) -> list[int]:
-    """For each {"query", "choices"} the index of the choice whose continuation is likeliest (the first on ties)."""
+    """For each {"query", "choices"} the index of the choice whose continuation is most likely (the first on ties).
+
+    `progress` is called with the number of choices scored, like `tqdm.update`.
+    """
     rows, owners = [], []
     for index, example in enumerate(examples):
         prompts = [example["query"] + DELIMITER + choice for choice in example["choices"]]
         rows += continuation_rows(tokenizer, prompts)
         owners += [index] * len(prompts)
     losses: list[list[float]] = [[] for _ in examples]
-    for owner, loss in zip(owners, mean_losses(model, rows, batch_size, description), strict=True):
+    for owner, loss in zip(owners, mean_losses(model, rows, batch_size, progress), strict=True):
         losses[owner].append(loss)
     return [scores.index(min(scores)) for scores in losses]
 
@@ -41,11 +45,14 @@ def continuation_rows(tokenizer, prompts: Sequence[str]) -> list[tuple[list[int]
 
 
 def mean_losses(
-    model, rows: Sequence[tuple[Sequence[int], int]], batch_size: int = 32, description: str = "cloze"
+    model,
+    rows: Sequence[tuple[Sequence[int], int]],
+    batch_size: int = 32,
+    progress: Callable[[int], Any] | None = None,
 ) -> list[float]:
     """Mean loss in nats over the tokens from `start` on, for each row (ids, start)."""
     losses = [0.0] * len(rows)
-    for batch in with_progress(batches_by_length([len(ids) for ids, _ in rows], batch_size), description):
+    for batch in with_progress(batches_by_length([len(ids) for ids, _ in rows], batch_size), progress):
         for index, loss in zip(batch, batch_mean_losses(model, [rows[i] for i in batch]), strict=True):
             losses[index] = loss
     return losses

@@ -11,6 +11,7 @@ A task file is JSONL with GSM8K, match, ARC, MMLU or cloze records; its kind is 
 `--core_dir` adds the CORE metric: one record for it, and one for each of its tasks.
 `--base_model true` is for a model that never saw chat tokens: only bits per byte, CORE and cloze tasks are run, the
 others are left out of its records, and the report shows "-" for them.
+`--output_predictions` keeps every reply with whether it is right, so that two models can be compared question by question.
 """
 
 import signal
@@ -31,21 +32,37 @@ from evals.bits_per_byte import text_bits_per_byte
 from evals.cloze import predict_choices
 from evals.core import CoreTask, core, load_core
 from evals.formats import question_messages
-from evals.generative import generate_replies, predicted_answers, reference_answers
+from evals.generative import assistant_text, generate_replies, predicted_answers, reference_answers
 from evals.gsm8k import last_words
 from evals.multiple_choice import predict_letters
-from evals.records import aligned_table, format_count, format_value, make_record, write_json
+from evals.progress import EvaluationProgress
+from evals.records import (
+    aligned_table,
+    format_count,
+    format_value,
+    make_record,
+    summary_line,
+    write_json,
+    write_jsonl,
+)
 from evals.tasks import Task, load_task, parse_task_argument
 from modeling_nanochat.cli import parse
 from modeling_nanochat.engine import Engine
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
+from modeling_nanochat.sampling import check_setting
 
 METRIC = Path(__file__).parent / "metrics" / "exact_accuracy"
 GREETING = "Who are you?"
 GENERATIVE = ("gsm8k", "match")
 SHOWN = 60  # characters of an answer in a note
-NEEDS = {"core_max_per_task": "core_dir", "max_examples": "eval_files", "max_length": "text_files"}
+NEEDS = {
+    "core_max_per_task": "core_dir",
+    "max_examples": "eval_files",
+    "max_length": "text_files",
+    "output_predictions": "eval_files",
+    "top_k": "temperature",
+}
 
 
 @dataclass
@@ -74,8 +91,16 @@ class EvaluateArguments:
     )
     batch_size: int = field(default=32, metadata={"help": "Prompts in a forward pass."})
     max_new_tokens: int = field(default=96, metadata={"help": "Tokens in a reply, tool results included."})
+    temperature: float = field(default=0.0, metadata={"help": "Of replies; 0 takes the most likely token each time."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "Sample replies among that many tokens; among all if unset."}
+    )
     num_samples: int = field(default=6, metadata={"help": "Replies kept as sample conversations, over all tasks."})
-    seed: int = field(default=0, metadata={"help": "Of the draw of examples; replies are greedy."})
+    output_predictions: str | None = field(
+        default=None, metadata={"help": "JSONL file for every prediction: task, index, right, reply; none if unset."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the draw of examples, and of replies with a temperature."})
+    verbose: bool = field(default=False, metadata={"help": "Print a table with standard errors and counts."})
 
     def check(self) -> None:
         """Raise `UserError` on a setting that cannot be, or that would have no effect."""
@@ -88,6 +113,8 @@ class EvaluateArguments:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         if self.num_samples < 0:
             raise UserError(f"num_samples is {self.num_samples}; it must be at least 0")
+        for name in ("temperature", "top_k", "seed"):
+            check_setting(name, getattr(self, name))
         for name, needed in NEEDS.items():
             if getattr(self, name) is not None and not getattr(self, needed):
                 raise UserError(f"{name} has no effect without {needed}; give {needed}, or leave it out")
@@ -96,9 +123,12 @@ class EvaluateArguments:
 def main() -> None:
     (args,) = parse(EvaluateArguments)
     results = run_evaluation(args)
-    rows = [[r["task"], r["metric"], format_value(r), format_count(r)] for r in results["records"]]
-    print(f"{args.model_name_or_path}, {results['seconds']:.0f} s, results in {args.output_file}")
-    print(aligned_table([["task", "metric", "value ± standard error", "n"], *rows]))
+    if args.verbose:
+        rows = [[r["task"], r["metric"], format_value(r), format_count(r)] for r in results["records"]]
+        print(f"{args.model_name_or_path}, {results['seconds']:.0f} s, results in {args.output_file}")
+        print(aligned_table([["task", "metric", "value ± standard error", "n"], *rows]))
+    else:
+        print(summary_line(results["records"]))
     for record in results["records"]:
         if "note" in record:
             print(f"{record['task']}: {record['note']}")
@@ -106,6 +136,8 @@ def main() -> None:
 
 def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
     """Evaluate and write `args.output_file`: {"model", "seconds", "records", "samples"}, which is also returned.
+
+    `args.output_predictions` is written before it.
 
     Raises:
         UserError: A setting, a file or the model folder is wrong; nothing is written then.
@@ -118,18 +150,19 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
     records, samples = [], []
     if args.text_files:
         records.append(text_record(model, tokenizer, args))
-    if not args.base_model:
-        engine = Engine(model, tokenizer)
-        for task in (task for task in tasks if task.kind in GENERATIVE):
-            record, task_samples = evaluate_generative(engine, task, args)
-            records.append(record)
-            samples.append(task_samples)
-        samples = spread(samples, args.num_samples) + greeting(engine, args)
-    records += [evaluate_choices(model, tokenizer, task, args) for task in tasks if task.kind not in GENERATIVE]
+    engine = None if args.base_model else Engine(model, tokenizer)
+    with EvaluationProgress(sum(map(number_of_prompts, tasks))) as progress:
+        answered = [evaluate_generative(engine, task, args, progress) for task in tasks if task.kind in GENERATIVE]
+        chosen = [evaluate_choices(model, tokenizer, t, args, progress) for t in tasks if t.kind not in GENERATIVE]
+    if engine is not None:
+        samples = spread([result.samples for result in answered], args.num_samples) + greeting(engine, args)
+    records += [result.record for result in answered + chosen]
     if core_tasks:
         records += core_records(model, tokenizer, core_tasks, args)
     seconds = round(time.perf_counter() - started, 1)
     results = {"model": args.model_name_or_path, "seconds": seconds, "records": records, "samples": samples}
+    if args.output_predictions:
+        write_jsonl(args.output_predictions, (row for result in answered + chosen for row in result.predictions))
     write_json(args.output_file, results)
     return results
 
@@ -176,26 +209,53 @@ def text_record(model, tokenizer, args: EvaluateArguments) -> dict[str, Any]:
     return make_record("text", "bits_per_byte", value, error, n, settings, args.model_name_or_path)
 
 
-def evaluate_generative(engine: Engine, task: Task, args: EvaluateArguments) -> tuple[dict[str, Any], list[dict]]:
+@dataclass
+class TaskResult:
+    """The record of a task, a prediction for each of its examples, and the conversations where there are some."""
+
+    record: dict[str, Any]
+    predictions: list[dict[str, Any]]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def number_of_prompts(task: Task) -> int:
+    """What the progress of a task is counted in: replies, letters, or choices of a cloze question."""
+    return sum(len(example["choices"]) if task.kind == "cloze" else 1 for example in task.examples)
+
+
+def evaluate_generative(
+    engine: Engine, task: Task, args: EvaluateArguments, progress: EvaluationProgress
+) -> TaskResult:
     """The accuracy of the replies, and all conversations with whether they are right."""
+    progress.start(task.name)
     conversations = [question_messages(example) for example in task.examples]
-    replies = generate_replies(
-        engine, conversations, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, description=task.name
-    )
+    replies = generate_replies(engine, conversations, **reply_settings(args), progress=progress.update)
     predictions, references = predicted_answers(task, replies), reference_answers(task)
     beyond_context = sum(not reply for reply in replies)
-    settings = {"max_new_tokens": args.max_new_tokens, "temperature": 0.0, "questions_beyond_context": beyond_context}
+    settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    settings |= {"top_k": args.top_k} if args.temperature else {}
+    settings["questions_beyond_context"] = beyond_context
     samples = [
         {"task": task.name, "correct": prediction == reference, "messages": [*asked, *reply]}
         for asked, reply, prediction, reference in zip(conversations, replies, predictions, references, strict=True)
     ]
     answers = predictions if task.kind == "gsm8k" else [last_words(reply) for reply in replies]
-    return accuracy_record(task, predictions, references, 0.0, settings, args, answers), samples
+    record = accuracy_record(task, predictions, references, 0.0, settings, args, answers)
+    texts = [assistant_text(reply) for reply in replies]
+    return TaskResult(record, prediction_rows(task, predictions, references, texts), samples)
 
 
-def evaluate_choices(model, tokenizer, task: Task, args: EvaluateArguments) -> dict[str, Any]:
+def reply_settings(args: EvaluateArguments) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "seed", "batch_size")
+    return {name: getattr(args, name) for name in names}
+
+
+def evaluate_choices(
+    model, tokenizer, task: Task, args: EvaluateArguments, progress: EvaluationProgress
+) -> TaskResult:
     """The accuracy on a task whose answer is one of given choices; the baseline is that of guessing."""
-    options = {"batch_size": args.batch_size, "description": task.name}
+    progress.start(task.name)
+    options = {"batch_size": args.batch_size, "progress": progress.update}
     if task.kind == "cloze":
         predictions = [str(choice) for choice in predict_choices(model, tokenizer, task.examples, **options)]
         references = [str(example["gold"]) for example in task.examples]
@@ -206,7 +266,19 @@ def evaluate_choices(model, tokenizer, task: Task, args: EvaluateArguments) -> d
         counts = [len(question.choices) for question in task.examples]
     baseline = statistics.fmean(1 / count for count in counts)
     answers = [f"choice {int(choice) + 1}" for choice in predictions] if task.kind == "cloze" else predictions
-    return accuracy_record(task, predictions, references, baseline, {"shots": 0}, args, answers)
+    record = accuracy_record(task, predictions, references, baseline, {"shots": 0}, args, answers)
+    return TaskResult(record, prediction_rows(task, predictions, references, answers))
+
+
+def prediction_rows(
+    task: Task, predictions: Sequence[str], references: Sequence[str], replies: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What `output_predictions` holds; `index` counts the examples that were evaluated, in file order."""
+    graded = enumerate(zip(predictions, references, replies, strict=True))
+    return [
+        {"task": task.name, "index": index, "right": prediction == reference, "reply": reply}
+        for index, (prediction, reference, reply) in graded
+    ]
 
 
 def core_records(model, tokenizer, tasks: Sequence[CoreTask], args: EvaluateArguments) -> list[dict[str, Any]]:
@@ -259,7 +331,7 @@ def spread(samples: Sequence[Sequence[dict]], count: int) -> list[dict]:
 
 def greeting(engine: Engine, args: EvaluateArguments) -> list[dict]:
     asked = [{"role": "user", "content": GREETING}]
-    (reply,) = generate_replies(engine, [asked], max_new_tokens=args.max_new_tokens, description="greeting")
+    (reply,) = generate_replies(engine, [asked], **reply_settings(args))
     return [{"messages": [*asked, *reply]}]
 
 

@@ -1,10 +1,8 @@
 """Questions answered in words: the model replies, with its python tool, and the reply is graded."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from modeling_nanochat.engine import Engine
 
@@ -23,24 +21,30 @@ def generate_replies(
     conversations: Sequence[list[dict]],
     *,
     max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
     batch_size: int = 32,
-    description: str = "replies",
+    progress: Callable[[int], Any] | None = None,
 ) -> list[list[dict]]:
-    """For each conversation the new messages, greedily decoded: assistant, and tool results where it called python.
+    """For each conversation the new messages: assistant, and tool results where it called python.
 
     A conversation that does not fit the model's context has no messages as its reply, and so is answered wrongly.
+    `progress` is called with the number of replies that are complete, like `tqdm.update`.
     """
     fitting = [i for i, messages in enumerate(conversations) if len(engine.codec.prompt(messages)) < engine.context]
     replies: list[list[dict]] = [[] for _ in conversations]
-    with tqdm(total=len(fitting), desc=description, unit="reply", leave=False, disable=len(fitting) < 2 or None) as bar:
-        new = engine.generate_batch(
-            [conversations[i] for i in fitting],
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-            seed=0,
-            batch_size=batch_size,
-            progress=bar.update,
-        )
+    if progress is not None:
+        progress(len(conversations) - len(fitting))
+    new = engine.generate_batch(
+        [conversations[i] for i in fitting],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
     for index, messages in zip(fitting, new, strict=True):
         replies[index] = messages
     return replies

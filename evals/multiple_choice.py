@@ -1,7 +1,8 @@
 """Multiple choice by letter: nanochat's prompt, answered by the letter with the highest logit (no generation)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -42,9 +43,11 @@ def predict_letters(
     questions: Sequence[MultipleChoiceQuestion],
     *,
     batch_size: int = 32,
-    description: str = "letters",
+    progress: Callable[[int], Any] | None = None,
 ) -> list[str]:
     """For each question the letter whose token has the highest logit after the prompt (the first on ties).
+
+    `progress` is called with the number of questions answered, like `tqdm.update`.
 
     Raises:
         UserError: A letter is not exactly one token.
@@ -52,7 +55,7 @@ def predict_letters(
     letter_ids = {letter: letter_id(tokenizer, letter) for question in questions for letter in question.letters}
     prompts = [prompt_ids(tokenizer, question.prompt) for question in questions]
     predictions = [""] * len(questions)
-    for batch in with_progress(batches_by_length([len(p) for p in prompts], batch_size), description):
+    for batch in with_progress(batches_by_length([len(p) for p in prompts], batch_size), progress):
         for index, logits in zip(batch, last_logits(model, [prompts[i] for i in batch]), strict=True):
             letters = questions[index].letters
             scores = logits[[letter_ids[letter] for letter in letters]].tolist()

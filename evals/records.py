@@ -4,7 +4,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,21 @@ def make_record(
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write beside `path` and rename, so that no reader ever meets half a file."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One object a line, written like `write_json`."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def write_whole(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -56,6 +64,26 @@ def format_value(record: dict[str, Any]) -> str:
 def format_count(record: dict[str, Any]) -> str:
     """`200`, or `52,310 bytes`: what the figure is a mean over."""
     return f"{record['n']:,} bytes" if record["metric"] == "bits_per_byte" else f"{record['n']:,}"
+
+
+def summary_line(records: Sequence[dict[str, Any]]) -> str:
+    """`text 0.317 bits per byte, facts 99.6 %, problems 69 % ± 3`: all figures in a line, CORE's tasks left out."""
+    has_core = any(record["task"] == "core" for record in records)
+    shown = [r for r in records if not (has_core and r["task"].startswith("core_"))]
+    return ", ".join(f"{record['task'].replace('_', ' ')} {short_value(record)}" for record in shown)
+
+
+def short_value(record: dict[str, Any]) -> str:
+    """Whole percent with a standard error of at least one; a decimal where rounding would say all or none."""
+    value, error = record["value"], record["standard_error"]
+    if value is None:
+        return "not finite"
+    if record["metric"] == "bits_per_byte":
+        return f"{value:.3f} bits per byte"
+    rounded = round(100 * value)
+    digits = 1 if rounded in (0, 100) and 100 * value != rounded else 0
+    shown_error = f" ± {100 * error:.0f}" if error and round(100 * error) else ""
+    return f"{100 * value:.{digits}f} %{shown_error}"
 
 
 def aligned_table(rows: Sequence[Sequence[str]]) -> str:

@@ -6,11 +6,13 @@ import evaluate
 import pytest
 
 from evals.evaluate_model import METRIC, EvaluateArguments, main, run_evaluation, same_answer, spread
-from evals.records import aligned_table, format_count, format_value, make_record, write_json
+from evals.progress import EvaluationProgress
+from evals.records import aligned_table, format_count, format_value, make_record, summary_line, write_json
 from evals.run_folder import read_run
 from evals.summary import summary_rows
 from evals.transcript import transcript
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.sources import read_jsonl
 
 TASKS = {
     "problems": [{"question": f"{n} + 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(6)],
@@ -149,6 +151,11 @@ def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, fi
         ({"core_max_per_task": 5}, "core_max_per_task has no effect without core_dir"),
         ({"eval_files": [], "max_examples": 5}, "max_examples has no effect without eval_files"),
         ({"text_files": []}, "max_length has no effect without text_files"),
+        ({"eval_files": [], "output_predictions": "p"}, "output_predictions has no effect without eval_files"),
+        ({"top_k": 50}, "top_k has no effect without temperature"),
+        ({"temperature": -1.0}, "temperature must be a number from 0 to 2"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k must be"),
+        ({"seed": -1}, "seed must be"),
         ({"num_samples": -1}, "num_samples is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"model_name_or_path": "./absent"}, "no such folder"),
@@ -210,7 +217,75 @@ def test_two_tasks_of_one_name_are_refused(toy_model_folder, files):
         run_evaluation(args)
 
 
-def test_the_script_reads_yaml_and_prints_a_table(toy_model_folder, files, monkeypatch, capsys):
+def test_every_prediction_is_kept_with_the_reply_and_agrees_with_the_record(toy_model_folder, files):
+    args = arguments(toy_model_folder, files, output_predictions=str(files / "predictions.jsonl"))
+    records = {record["task"]: record for record in run_evaluation(args)["records"]}
+    rows = [row for _, row in read_jsonl(args.output_predictions)]
+    assert [(row["task"], row["index"]) for row in rows] == [(name, i) for name in TASKS for i in range(len(TASKS[name]))]
+    for name in TASKS:
+        of_task = [row for row in rows if row["task"] == name]
+        assert sum(row["right"] for row in of_task) / len(of_task) == pytest.approx(records[name]["value"])
+        assert all(isinstance(row["reply"], str) for row in of_task)
+    assert {row["reply"] for row in rows if row["task"] == "letters"} <= set("ABCD")
+    right = {row["index"]: row["reply"] for row in rows if row["task"] == "cloze" and row["right"]}
+    assert set(right.values()) <= {"choice 1"}
+
+
+def test_sampled_replies_follow_the_seed_and_the_record_says_how_they_were_sampled(toy_model_folder, files):
+    def replies(**changes):
+        only = {"eval_files": [f"problems={files / 'problems.jsonl'}"], "text_files": [], "max_length": None}
+        results = run_evaluation(arguments(toy_model_folder, files, **only, **changes))
+        return results["records"][0]["settings"], [sample["messages"] for sample in results["samples"]]
+
+    sampled = {"temperature": 2.0, "top_k": 50}
+    settings, first = replies(**sampled)
+    assert (settings["temperature"], settings["top_k"]) == (2.0, 50)
+    assert replies(**sampled)[1] == first != replies(**sampled, seed=1)[1]
+    settings, greedy = replies()
+    assert settings["temperature"] == 0 and "top_k" not in settings and greedy != first
+
+
+def test_where_there_is_no_terminal_progress_is_a_plain_line_at_intervals(monkeypatch, capsys):
+    clock = iter([0.0, 10.0, 40.0, 50.0])
+    monkeypatch.setattr("evals.progress.time.monotonic", lambda: next(clock))
+    with EvaluationProgress(100) as progress:
+        progress.start("facts")
+        for count in (10, 40, 1):  # after 10, 40 and 50 seconds
+            progress.update(count)
+    captured = capsys.readouterr()
+    assert captured.out == "facts: 50 of 100 prompts, 00:40 left\n" and "\r" not in captured.err
+
+
+def test_the_counted_prompts_are_those_announced(toy_model_folder, files, monkeypatch):
+    made = []
+
+    class Recorded(EvaluationProgress):
+        def __init__(self, total):
+            super().__init__(total)
+            made.append(self)
+
+    monkeypatch.setattr("evals.evaluate_model.EvaluationProgress", Recorded)
+    long = {"question": "word " * 400, "answer": "#### 1"}
+    (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
+    args = arguments(toy_model_folder, files)
+    args.eval_files.append(f"long={files / 'long.jsonl'}")
+    run_evaluation(args)
+    (progress,) = made
+    assert progress.done == progress.total == 6 + 3 + 8 + 2 * 4 + 1
+
+
+def test_the_line_of_an_evaluation():
+    figures = [("facts", 0.996, 0.002), ("problems", 0.69, 0.03), ("stories", 1.0, 0.0), ("spelling", 0.95, 0.004)]
+    records = [make_record(task, "accuracy", value, error, 9, {}, "m") for task, value, error in figures]
+    text = make_record("text", "bits_per_byte", 0.31749, 0.01, 9, {}, "m")
+    line = "text 0.317 bits per byte, facts 99.6 %, problems 69 % ± 3, stories 100 %, spelling 95 %"
+    assert summary_line([text, *records]) == line
+    core = [make_record(name, "accuracy", 0.25, None, 9, {}, "m") for name in ("core", "core_copa")]
+    assert summary_line(core) == "core 25 %"
+    assert summary_line([make_record("text", "bits_per_byte", float("inf"), None, 9, {}, "m")]) == "text not finite"
+
+
+def test_the_script_reads_yaml_and_prints_one_line_or_the_table(toy_model_folder, files, monkeypatch, capsys):
     config = files / "eval.yaml"
     config.write_text(
         f"model_name_or_path: {toy_model_folder}\noutput_file: {files / 'out.json'}\n"
@@ -218,6 +293,10 @@ def test_the_script_reads_yaml_and_prints_a_table(toy_model_folder, files, monke
         encoding="utf-8",
     )
     monkeypatch.setattr(sys, "argv", ["evaluate_model.py", "--config", str(config), "--max_examples", "2"])
+    main()
+    said = capsys.readouterr().out
+    assert said.startswith("cloze ") and said.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--verbose", "true"])
     main()
     said = capsys.readouterr().out
     assert said.splitlines()[-1].split()[:2] == ["cloze", "accuracy"] and said.endswith("  2\n")

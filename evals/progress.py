@@ -1,0 +1,39 @@
+"""One live line for a whole evaluation; where there is no terminal, a plain line at intervals."""
+
+import time
+
+from tqdm.auto import tqdm
+
+SECONDS_BETWEEN_LINES = 30
+
+
+class EvaluationProgress:
+    """Counts the prompts of all tasks, and shows the task at hand and the time left.
+
+    Args:
+        total: Prompts of all tasks together.
+    """
+
+    def __init__(self, total: int):
+        self.done, self.total, self.task = 0, total, ""
+        self.started = self.written = time.monotonic()
+        self.bar = tqdm(total=total, unit="prompt", leave=False, disable=None)  # None: only on a terminal
+
+    def __enter__(self) -> "EvaluationProgress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def start(self, task: str) -> None:
+        self.task = task
+        self.bar.set_description(task)
+
+    def update(self, count: int) -> None:
+        self.done += count
+        self.bar.update(count)
+        now = time.monotonic()
+        if self.bar.disable and now - self.written >= SECONDS_BETWEEN_LINES:
+            self.written = now
+            left = (now - self.started) / self.done * (self.total - self.done)
+            print(f"{self.task}: {self.done:,} of {self.total:,} prompts, {tqdm.format_interval(left)} left", flush=True)

@@ -9,6 +9,13 @@ from typing import Any, NoReturn
 
 from .errors import UserError
 
+VERBOSE = "NANOCHAT_VERBOSE"
+
+
+def is_verbose() -> bool:
+    """Whether scripts print all they know: hyperparameters, every evaluation, tables; `run.py --verbose true` asks for it."""
+    return os.environ.get(VERBOSE, "") not in ("", "0")
+
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose complaints are [`UserError`]s instead of the usage and exit code 2."""

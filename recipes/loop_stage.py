@@ -1,5 +1,6 @@
 """What pretraining and midtraining do around the loop: find the checkpoint, size the batch, train, leave a model folder."""
 
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -8,13 +9,14 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from modeling_nanochat.cli import is_verbose
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sources import first_line
 
 from .batch_size import find_batch_size, smallest
 from .checkpoint import Checkpoint, Checkpoints
 from .compilation import maybe_compile
-from .dial import Plan
+from .dial import TAKEN, Plan, plain
 from .lanes import Lanes
 from .loader import Loader
 from .loop import FREE_TO_CHANGE, Evaluation, LoopArguments, accumulation_steps, prepare, train, whole_state
@@ -220,8 +222,16 @@ def announce(
         f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads, "
         f"vocabulary {config.vocab_size}: {model.num_parameters():,} parameters"
     )
-    for line in plan.lines():
-        print(line)
-    print(f"each step: {processes} processes x {accumulation} passes x {batch_size} rows")
+    print("\n".join(plan.lines() if is_verbose() else plan_in_short(plan)))
+    if is_verbose() or processes > 1:
+        print(f"each step: {processes} processes x {accumulation} passes x {batch_size} rows")
     if resume_from:
         print(f"going on after step {resume_from.step:,}, from {resume_from.folder}")
+    sys.stdout.flush()
+
+
+def plan_in_short(plan: Plan) -> list[str]:
+    """Steps and tokens, and what was derived; how it was derived is in `Plan.lines`, all values are in the record."""
+    derived = [f"{name} {plain(getattr(plan, name))}" for name, origin in plan.origins.items() if origin not in TAKEN]
+    amount = f"{plan.max_steps:,} steps of {plan.total_batch_size:,} tokens: {plan.tokens:,} tokens, {plan.flops:.3g} FLOPs"
+    return [amount] + ([f"derived: {', '.join(derived)}"] if derived else [])

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from evals.device_peaks import device_peaks
+from modeling_nanochat.cli import is_verbose
 from modeling_nanochat.sizes import training_flops_per_token
 from modeling_nanochat.sources import first_line
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 GARBAGE_STEPS = 5000
 SECONDS_BETWEEN_LINES = 30
+SECONDS_BETWEEN_EVALUATIONS = 600  # that are printed; the log has all of them
 
 
 @dataclass(frozen=True)
@@ -95,19 +97,30 @@ class GarbageFreezer:
             gc.enable()
 
 
-class ProgressLines:
-    """Progress where there is no terminal for a bar: a line every half minute.
+class LiveLine:
+    """One line that moves: a bar with time left on a terminal; elsewhere a plain line every half minute.
 
     Args:
         total: Steps of the whole run.
         done: Steps that an earlier process made.
+        enabled: False on all processes but the main one.
+        bar: Show the bar where there is a terminal.
     """
 
-    def __init__(self, total: int, done: int = 0):
-        self.total, self.first = total, done
+    def __init__(self, total: int, done: int = 0, enabled: bool = True, bar: bool = True):
+        self.total, self.first, self.enabled = total, done, enabled
         self.started = self.written = time.monotonic()
+        shown = None if enabled and bar else True  # None: not where it would go into a file
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=shown, mininterval=0.5, leave=False)
 
-    def line(self, step: int) -> str | None:
+    def step(self, step: int, text: str) -> None:
+        """After each step; `text` says how it went."""
+        self.bar.update()
+        self.bar.set_postfix_str(text, refresh=False)
+        if line := self.plain_line(step):
+            self.write([f"{line}, {text}" if text else line])
+
+    def plain_line(self, step: int) -> str | None:
         """`step 120 of 400, 01:20 left`; None on a terminal, and while the last line is recent."""
         now = time.monotonic()
         if sys.stderr.isatty() or now - self.written < SECONDS_BETWEEN_LINES:
@@ -116,9 +129,19 @@ class ProgressLines:
         left = (now - self.started) / (step - self.first) * (self.total - step)
         return f"step {step:,} of {self.total:,}, {tqdm.format_interval(left)} left"
 
+    def write(self, lines: Iterable[str]) -> None:
+        """Above the bar, by the main process."""
+        if self.enabled:
+            for line in lines:
+                self.bar.write(line)
+            sys.stdout.flush()  # in a file, each line when it is true
+
+    def close(self) -> None:
+        self.bar.close()
+
 
 class ProgressReport:
-    """The progress bar with time left, the stage's log and the trackers, on the main process."""
+    """The live line, the stage's log and the trackers, on the main process."""
 
     def __init__(
         self,
@@ -138,20 +161,15 @@ class ProgressReport:
         self.peak_flops = device_peaks(name)[0]
         self.logged_at = progress.steps
         self.rates: list[float] = []
-        self.lines = ProgressLines(plan.max_steps, progress.steps)
-        self.bar = tqdm(
-            total=plan.max_steps,
-            initial=progress.steps,
-            unit="step",
-            disable=None if accelerator.is_main_process else True,  # None: not where it would go into a file
-            mininterval=0.5,
-        )
+        self.live = LiveLine(plan.max_steps, progress.steps, accelerator.is_main_process)
+        self.shown_at, self.shown_step = time.monotonic(), -1
+        self.at_start: dict[str, float] = {}
 
     def __enter__(self) -> "ProgressReport":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bar.close()
+        self.live.close()
 
     def is_logged(self, step: int) -> bool:
         return step % self.args.logging_steps == 0 or step in (1, self.plan.max_steps)
@@ -162,11 +180,9 @@ class ProgressReport:
         Args:
             norm: 0 only if all gradients were zero; None where nobody has looked.
         """
-        self.bar.update()
-        self.bar.set_postfix_str(f"loss {progress.loss:.3f}{self.speed()}", refresh=False)
-        self.write(f"warning: {line}" for line in self.watch.observe(progress.steps, loss=progress.loss, grad_norm=norm))
-        if line := self.lines.line(progress.steps):
-            self.write([f"{line}, loss {progress.loss:.3f}{self.speed()}"])
+        found = self.watch.observe(progress.steps, loss=progress.loss, grad_norm=norm)
+        self.live.write(f"warning: {line}" for line in found)
+        self.live.step(progress.steps, f"loss {progress.loss:.3f}{self.speed()}")
         if not self.is_logged(progress.steps):
             return
         seconds, steps = self.laps.take(), progress.steps - self.logged_at
@@ -193,16 +209,24 @@ class ProgressReport:
         return f", {self.rates[-1]:,.0f} tokens/s" + (f", MFU {100 * self.mfu():.1f} %" if self.peak_flops else "")
 
     def evaluated(self, progress: Progress, values: dict[str, Any], lines: list[str]) -> None:
+        """Log and track an evaluation, and print its first line where `is_shown`."""
         self.log.log(step=progress.steps, tokens=progress.tokens, **values)
         numbers = {f"val/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
         self.track(numbers, progress.steps)
-        self.write(f"step {progress.steps}: {line}" for line in lines)
+        if progress.steps == 0:
+            self.at_start |= numbers
+        before = "".join(f" ({self.at_start[key]:.4f} before the first step)" for key in numbers if key in self.at_start)
+        if is_verbose():
+            self.live.write(f"step {progress.steps:,}: {line}" for line in lines)
+        elif self.is_shown(progress.steps):
+            self.live.write(f"step {progress.steps:,}: {line}{before}" for line in lines[:1])
 
-    def write(self, lines: Iterable[str]) -> None:
-        """Above the bar, by the main process."""
-        if self.accelerator.is_main_process:
-            for line in lines:
-                self.bar.write(line)
+    def is_shown(self, step: int) -> bool:
+        """Whether the evaluations after `step` are printed: the last step's, in between one step's every ten minutes."""
+        now = time.monotonic()
+        if step == self.plan.max_steps or now - self.shown_at >= SECONDS_BETWEEN_EVALUATIONS:
+            self.shown_at, self.shown_step = now, step
+        return step == self.shown_step
 
     def track(self, values: dict[str, float], step: int) -> None:
         """Trackers raise whatever they like, at a full disk or without a network; training goes on without them."""
@@ -211,7 +235,7 @@ class ProgressReport:
                 self.accelerator.log(values, step=step)
         except Exception as error:
             self.tracking = False
-            self.write([f"warning: report_to {self.args.report_to} failed ({first_line(error)}); training goes on without it"])
+            self.live.write([f"warning: report_to {self.args.report_to} failed ({first_line(error)}); training goes on without it"])
 
     def finished(self, progress: Progress) -> Progress:
         """With the speed of the run, the median of the log's entries without the first (it warms up), and the warnings."""

@@ -272,7 +272,7 @@ def finish_stage(
         raise UserError(
             f"{args.output_dir} could not be written ({' '.join(str(error).split())}); free space and run the stage again"
         ) from error
-    print(f"{record['stage']}: {args.output_dir} written after {log.seconds:.0f} s")
+    print(f"{args.output_dir} written after {log.seconds:.0f} s")
 
 
 def push(args: OutputArguments) -> None:

@@ -2,15 +2,15 @@
 
 import json
 import shutil
-import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
@@ -22,7 +22,7 @@ from .learning import LearningWatch
 from .loop import gradient_norm
 from .model_card import model_card
 from .optimizer import muon_adamw
-from .progress import ProgressLines
+from .progress import LiveLine
 from .stage import OutputArguments, StageLog, beside, finish_stage, lines_up_to, push, settings
 from .trl_settings import one_line
 
@@ -134,28 +134,46 @@ class LearningCallback(TrainerCallback, ExportableState):
 
 
 class StageLogCallback(TrainerCallback):
-    """Copies the trainer's measurements into the stage's log, and some of them to where there is no terminal for a bar."""
+    """The stage's live line, and the trainer's measurements in the stage's log."""
 
-    def __init__(self, log: StageLog):
-        self.stage_log = log
+    def __init__(self, log: StageLog, bar: bool = True):
+        self.stage_log, self.bar = log, bar
         self.last = (0.0, 0.0)
+        self.live: LiveLine | None = None
         self.measured = ""
+        self.courses: dict[str, list[float]] = {"loss": [], "reward": []}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.lines = ProgressLines(state.max_steps, state.global_step)
+        self.live = LiveLine(state.max_steps, state.global_step, state.is_world_process_zero, self.bar)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero and (line := self.lines.line(state.global_step)):
-            print(line + self.measured, flush=True)
+        self.live.step(state.global_step, self.measured)
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs or not LOGGED.keys() & logs.keys() - {"num_tokens"}:
             return
         values = {name: float(logs[key]) for key, name in LOGGED.items() if key in logs}
-        self.measured = "".join(f", {name} {values[name]:.3f}" for name in ("loss", "reward") if name in values)
         values["tokens"] = int(values.get("tokens", 0))
         values["tokens_per_second"] = self.tokens_per_second(values["tokens"])
+        for name in self.courses.keys() & values.keys():
+            self.courses[name].append(values[name])
+        measured = [f"{name} {values[name]:.3f}" for name in self.courses if name in values]
+        self.measured = ", ".join([*measured, f"{values['tokens_per_second']:,} tokens/s"])
         self.stage_log.log(step=state.global_step, **values)
+
+    def close(self) -> None:
+        if self.live:
+            self.live.close()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Print how reward or loss went."""
+        self.live.close()
+        name = "reward" if self.courses["reward"] else "loss"
+        if (values := self.courses[name]) and len(values) > 1:
+            count = max(1, len(values) // 10)
+            first, last = (sum(part) / count for part in (values[:count], values[-count:]))
+            line = f"step {state.global_step:,}: {name} {last:.3f} over the last tenth of the steps, {first:.3f} over the first"
+            self.live.write([line])
 
     def tokens_per_second(self, tokens: int) -> int:
         (seconds, before), self.last = self.last, (self.stage_log.seconds, tokens)
@@ -186,6 +204,8 @@ def output_arguments(args: Any, training: TrainingArguments) -> OutputArguments:
 def find_checkpoint(training: TrainingArguments) -> Path | None:
     """The trainer's checkpoint that `resume_from_checkpoint` names: a folder, or `auto` for the newest, if there is one.
 
+    Without it, what lies there is cleared away.
+
     Raises:
         UserError: It is no checkpoint.
     """
@@ -195,6 +215,8 @@ def find_checkpoint(training: TrainingArguments) -> Path | None:
         if resume is None and training.process_index == 0:
             print(f"no checkpoint in {training.output_dir} yet: training from the start")
     if resume is None:
+        if training.process_index == 0:
+            discard(Path(training.output_dir))  # of another run: a later `auto` would take the newest of them
         return None
     if missing := [name for name in ("trainer_state.json", "optimizer.pt") if not (Path(resume) / name).is_file()]:
         raise UserError(
@@ -229,14 +251,13 @@ def run_trl_stage(
         UserError: The trainer refuses its settings, there is too little data for a step, a loss or gradient is not finite,
             or training ended before its last step.
     """
-    checkpoints = Path(training.output_dir)
+    checkpoints, progress = Path(training.output_dir), StageLogCallback(log, bar=not training.disable_tqdm)
     try:
-        with one_line():
+        with one_line(), no_map_bars():
             trainer = make_trainer()
-        trainer.add_callback(StageLogCallback(log))
-        if not sys.stderr.isatty():
-            for printer in (PrinterCallback, ProgressCallback):
-                trainer.remove_callback(printer)  # they print whole dictionaries, where StageLogCallback prints lines
+        trainer.add_callback(progress)
+        for printer in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(printer)  # a second bar, and whole dictionaries
         check_rows(training, len(trainer.train_dataset))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
@@ -252,10 +273,23 @@ def run_trl_stage(
             keep_completions(checkpoints, beside(output.output_dir, "logs", ".completions"))
             discard(checkpoints)  # last: if the folder or the upload failed, they are still there
     finally:
+        progress.close()
         if training.process_index == 0:
             with suppress(OSError):  # it holds a checkpoint
                 checkpoints.rmdir()
                 checkpoints.parent.rmdir()
+
+
+@contextmanager
+def no_map_bars() -> Iterator[None]:
+    """Without the bars that `datasets` shows for each of the trainer's passes over data already tokenized."""
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
 
 
 def check_rows(training: TrainingArguments, rows: int) -> None:

@@ -77,6 +77,6 @@ def bits_per_byte_evaluation(bits_per_byte: Callable[[PreTrainedModel], float], 
 
     def run(model: PreTrainedModel) -> tuple[dict[str, float], list[str]]:
         value = bits_per_byte(model)
-        return {"bits_per_byte": value}, [f"validation {value:.4f} bits per byte"]
+        return {"bits_per_byte": value}, [f"{value:.4f} bits per byte on text held out"]
 
     return Evaluation(every, run, at_start=True)

@@ -3,8 +3,8 @@
 python space/app.py runs/pocket/sft
 NANOCHAT_MODEL=me/nanochat python space/app.py --port 7861
 
-The model is a folder that a training stage wrote, or a Hub id. Replies are streamed; what the model has computed in Python
-is shown in boxes that open on a click.
+The model is a folder that a training stage wrote, or a Hub id. Replies are streamed, and shown exactly as they were
+written; what the model has computed in Python is in boxes that open on a click. The examples are those of the model's card.
 """
 
 import signal
@@ -14,11 +14,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from html import escape
+from pathlib import Path
 from typing import Any
 
 try:  # on ZeroGPU hardware this must come before torch touches CUDA
@@ -29,39 +30,85 @@ except ImportError:
 import gradio as gr
 
 from modeling_nanochat.cli import OneLineParser
-from modeling_nanochat.engine import Engine, Finished, TextDelta, ToolCall, ToolResult
+from modeling_nanochat.engine import Engine, Event, Finished, TextDelta, ToolCall, ToolResult, call_message
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.examples import example_questions
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.stages import stage_note
 
-EXAMPLES = (
-    "Who are you?",
-    "Tell me a story about Mira and a kite.",
-    "Mira has 12 pears. Then Mira finds 7 more pears. How many pears does Mira have now?",
-)
-MAX_CHARACTERS, MAX_MESSAGES = 8_000, 500
+MAX_CHARACTERS, MAX_TURNS = 8_000, 250
 LIMITS = {"temperature": (0.0, 2.0), "top_k": (0, 200), "max_new_tokens": (1, 1024)}
 SECONDS_BETWEEN_UPDATES = 0.05
-TOOL_TITLE, REFUSAL = "Python", "⚠️"
-TOOL_BOX = re.compile(r"(`{3,})python\n(.*)\n\1\n\n\1text\n(.*)\n\1", re.DOTALL)
-FONTS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-CODE_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
-CSS = """
-.gradio-container { width: 100%; max-width: 52rem !important; margin: 0 auto !important; }
-.gradio-container main { width: 100% !important; }
-#heading { text-align: center; padding: .25rem 0 0; }
-#heading h1 { font-size: 1.5rem; font-weight: 650; margin: 0; overflow-wrap: anywhere; }
-#heading p { color: var(--body-text-color-subdued); margin: .2rem 0 0; font-size: .9rem; }
-#conversation { border: 1px solid var(--border-color-primary); border-radius: var(--radius-xl); }
-#conversation .placeholder { color: var(--body-text-color-subdued); text-align: center; padding: 0 1.5rem; }
-#conversation .example { border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); }
-#conversation .examples { grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); }
-#conversation .example:hover { border-color: var(--color-accent); }
-footer { opacity: .6; }
-"""
+SHOWN_EXAMPLES = 3
+GREETING = "A small language model. It was trained from scratch, and it makes mistakes."
+CHINESE_FONTS = ["PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "Noto Sans CJK SC"]
+FONTS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", *CHINESE_FONTS, "sans-serif"]
+CODE_FONTS = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace", *CHINESE_FONTS]
+HERE = Path(__file__).parent
 
 
-def build_demo(engine: Engine, title: str, examples: Sequence[str] = EXAMPLES) -> gr.Blocks:
+@dataclass
+class Turn:
+    """A question and what has come of it so far.
+
+    `parts` are `{"text"}` and `{"code", "output"}`, the latter without output while the code runs; `note` is the page's own
+    word on the reply. The page gets this as it is, and only this side knows how the model is asked again.
+    """
+
+    question: str
+    parts: list[dict[str, str]] = field(default_factory=list)
+    note: str = ""
+    writing: bool = True
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, TextDelta):
+            if not self.parts or "code" in self.parts[-1]:
+                self.parts.append({"text": ""})
+            self.parts[-1]["text"] += event.text
+        elif isinstance(event, ToolCall):
+            self.parts.append({"code": event.code})
+        elif isinstance(event, ToolResult):
+            self.parts[-1]["output"] = event.output
+        elif isinstance(event, Finished):
+            self.note = closing(event, self.parts)
+
+    def reply(self) -> list[dict[str, Any]]:
+        """The assistant's messages; a call that was stopped before its result is left out."""
+        messages: list[dict[str, Any]] = []
+        for part in self.parts:
+            if "text" in part:
+                messages.append({"role": "assistant", "content": part["text"]})
+            elif "output" in part:
+                said = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
+                messages.append(call_message(said, part["code"]))
+                messages.append({"role": "tool", "name": "python", "content": part["output"]})
+        if messages and messages[-1]["role"] == "tool":
+            messages.append({"role": "assistant", "content": ""})
+        return messages
+
+
+def closing(event: Finished, parts: list[dict[str, str]]) -> str:
+    """A word on replies that end without saying anything, or in the middle."""
+    if event.finish_reason == "length":
+        return "The reply reached its limit."
+    return "" if parts and "text" in parts[-1] else "The model said nothing."
+
+
+def conversation(turns: Sequence[Turn], question: str) -> list[dict[str, Any]]:
+    """Messages for the model; questions that were refused or stopped before any reply are left out."""
+    messages = []
+    for turn in turns:
+        if reply := turn.reply():
+            messages += [{"role": "user", "content": turn.question}, *reply]
+    return [*messages, {"role": "user", "content": question}]
+
+
+def shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """What the page draws."""
+    return [asdict(turn) for turn in turns]
+
+
+def build_demo(engine: Engine, title: str, examples: Sequence[str] = ()) -> gr.Blocks:
     """The page, not yet launched; its API endpoint is `/chat`.
 
     Args:
@@ -70,17 +117,13 @@ def build_demo(engine: Engine, title: str, examples: Sequence[str] = EXAMPLES) -
     """
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True) as demo:
         gr.HTML(heading(engine, title), elem_id="heading")
-        gr.ChatInterface(
-            on_gpu(replies_of(engine)),
-            chatbot=chat_window(),
-            textbox=question_box(),
-            additional_inputs=settings(engine),
-            additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
-            examples=[[example] for example in examples],
-            api_name="chat",
-            analytics_enabled=False,
-        )
-    return demo.queue(max_size=32, default_concurrency_limit=2)
+        view = conversation_view(examples)
+        question = question_box()
+        with gr.Accordion("Settings", open=False):
+            options = settings(engine)
+        turns = gr.State([])
+        connect(answers_of(engine), view, question, options, turns)
+    return demo.queue(max_size=32)
 
 
 def heading(engine: Engine, title: str) -> str:
@@ -91,19 +134,19 @@ def heading(engine: Engine, title: str) -> str:
     return f"<h1>{escape(title)}</h1>{about}"
 
 
-def chat_window() -> gr.Chatbot:
-    return gr.Chatbot(
+def conversation_view(examples: Sequence[str]) -> gr.HTML:
+    """The conversation as page.js draws it: `gr.Chatbot` has HTML in a text for markup even without Markdown.
+
+    The template has no values in it: Gradio runs what is put into one as JavaScript.
+    """
+    return gr.HTML(
+        [],
+        html_template='<div class="log" role="log" aria-label="Conversation" tabindex="0"></div>',
+        js_on_load=(HERE / "page.js").read_text(encoding="utf-8"),
+        apply_default_css=False,
         elem_id="conversation",
-        show_label=False,
-        container=False,
-        height="62dvh",
-        scale=1,
-        buttons=["copy"],
-        layout="bubble",
-        latex_delimiters=[],  # "$3 and $4" is money here
-        allow_tags=False,
-        render=False,
-        placeholder="A small language model. It was trained from scratch, and it makes mistakes.",
+        greeting=GREETING,
+        examples=list(examples[:SHOWN_EXAMPLES]),
     )
 
 
@@ -113,16 +156,14 @@ def question_box() -> gr.Textbox:
         max_length=MAX_CHARACTERS,
         show_label=False,
         submit_btn=True,
-        stop_btn=True,
         autofocus=True,
-        render=False,
     )
 
 
 def settings(engine: Engine) -> list[gr.Slider]:
     (coldest, hottest), (_, most), (_, longest) = LIMITS.values()
     longest = min(longest, engine.context)
-    slider = partial(gr.Slider, step=1, render=False)
+    slider = partial(gr.Slider, step=1)
     return [
         slider(coldest, hottest, 0.6, step=0.05, label="Temperature", info="0: the most likely reply each time"),
         slider(0, most, 50, label="Top-k", info="sample among the k most likely tokens; 0: among all"),
@@ -130,45 +171,116 @@ def settings(engine: Engine) -> list[gr.Slider]:
     ]
 
 
+def connect(answers: Callable, view: gr.HTML, question: gr.Textbox, options: list[gr.Slider], turns: gr.State) -> None:
+    """What happens on a click, and the endpoint of the API.
+
+    `turns` is this side's memory: what the browser shows is never read back.
+    """
+
+    def ask(text: str, turns: list[Turn], *options: float) -> Iterator[tuple]:
+        if not text.strip():
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
+        box = gr.Textbox(value="", submit_btn=False, stop_btn=True)
+        try:
+            for grown in answers(text, turns, *options):
+                yield box, shown(grown), grown
+                box = gr.skip()
+        except UserError as error:  # not gr.Error: the question stays, to be edited
+            grown = [*turns, Turn(text, note=f"⚠️ {error}", writing=False)]
+            yield gr.Textbox(value=""), shown(grown), grown
+
+    def ask_example(event: gr.EventData, turns: list[Turn], *options: float) -> Iterator[tuple]:
+        yield from ask(str(event.text), turns, *options)
+
+    def ask_again(turns: list[Turn], *options: float) -> Iterator[tuple]:
+        yield from ask(turns[-1].question if turns else "", turns[:-1], *options)
+
+    def edit(turns: list[Turn]) -> tuple:
+        return gr.Textbox(value=turns[-1].question if turns else ""), shown(turns[:-1]), turns[:-1]
+
+    def rest(turns: list[Turn]) -> tuple:
+        """Whether the reply came to its end, was stopped or failed."""
+        for turn in turns[-1:]:
+            turn.writing = False
+        return gr.Textbox(submit_btn=True, stop_btn=False), shown(turns), turns
+
+    def chat(
+        message: str, turns: list[Turn], temperature: float = 0.6, top_k: int = 50, max_new_tokens: int = 256
+    ) -> Iterator[tuple]:
+        """Stream the assistant's messages in reply to `message`; the conversation is the session's."""
+        try:
+            for grown in answers(message, turns, temperature, top_k, max_new_tokens):
+                yield grown[-1].reply(), grown
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    outputs = [question, view, turns]
+    reply = {"outputs": outputs, "show_progress": "hidden", "api_visibility": "private"}
+    reply |= {"concurrency_id": "reply", "concurrency_limit": 2}
+    quick = {"outputs": outputs, "show_progress": "hidden", "api_visibility": "private", "queue": False}
+    asked = [
+        question.submit(ask, [question, turns, *options], **reply),
+        view.example_select(ask_example, [turns, *options], **reply),
+        view.retry(ask_again, [turns, *options], **reply),
+    ]
+    for event in asked:
+        event.then(rest, [turns], **quick)
+    question.stop(None, cancels=asked, api_visibility="private")
+    view.undo(edit, [turns], **quick)
+    view.clear(lambda: (gr.skip(), [], []), **quick)
+    gr.Button(visible=False).click(
+        chat,
+        [question, turns, *options],
+        [gr.JSON(visible=False), turns],
+        api_name="chat",
+        concurrency_id="reply",
+    )
+
+
+def answers_of(engine: Engine) -> Callable:
+    """The function behind the page: everything that comes in is checked here, for the browser's checks bind no one."""
+
+    @on_gpu
+    def stream(messages: list[dict[str, Any]], options: dict[str, Any]) -> Iterator[Event]:
+        yield from engine.stream(messages, **options)
+
+    def answers(
+        question: str, turns: Sequence[Turn], temperature: float, top_k: int, max_new_tokens: int
+    ) -> Iterator[list[Turn]]:
+        """The conversation with one more turn, again and again while its reply grows."""
+        options = {"temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
+        check_request(question, turns, options)
+        options |= {"top_k": int(top_k), "max_new_tokens": int(max_new_tokens)}
+        messages = conversation(turns, question)
+        fitted = engine.fit(messages, options["max_new_tokens"])
+        if len(fitted) < len(messages):
+            gr.Info("The oldest messages no longer fit into the model's context and were left out.", duration=5)
+        turn = Turn(question)
+        turns = [*turns, turn]
+        yield turns
+        updated = time.monotonic()
+        for event in stream(fitted, options):
+            turn.take(event)
+            if not isinstance(event, TextDelta) or time.monotonic() - updated >= SECONDS_BETWEEN_UPDATES:
+                yield turns
+                updated = time.monotonic()
+
+    return answers
+
+
 def on_gpu(function: Callable) -> Callable:
     return function if spaces is None else spaces.GPU(duration=60)(function)
 
 
-def replies_of(engine: Engine) -> Callable:
-    """The function behind the page: everything that comes in is checked here, for the browser's checks bind no one."""
-
-    def reply(
-        message: str,
-        history: list[dict[str, Any]],
-        temperature: float = 0.6,
-        top_k: int = 50,
-        max_new_tokens: int = 256,
-    ) -> Iterator[list[gr.ChatMessage]]:
-        """Stream the assistant's reply to `message`."""
-        try:
-            options = {"temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
-            check_request(message, history, options)
-            asked = [*conversation(history), {"role": "user", "content": message}]
-            options |= {"top_k": int(top_k), "max_new_tokens": int(max_new_tokens)}
-            fitted = engine.fit(asked, options["max_new_tokens"])
-            if len(fitted) < len(asked):
-                gr.Info("The oldest messages no longer fit into the model's context and were left out.", duration=5)
-            yield from shown(engine.stream(fitted, **options))
-        except UserError as error:
-            # not gr.Error: that would take the question away and leave the stop button standing
-            yield [gr.ChatMessage(role="assistant", content="", metadata={"title": f"{REFUSAL} {error}"})]
-
-    return reply
-
-
-def check_request(message: Any, history: Any, options: dict[str, Any]) -> None:
+def check_request(message: Any, turns: Sequence[Turn], options: dict[str, Any]) -> None:
     """Raise [`UserError`] for what no reply can be given to, or what would keep the machine from others too long."""
     if not isinstance(message, str) or not message.strip():
         raise UserError("the message is empty; write a question")
     if len(message) > MAX_CHARACTERS:
         raise UserError(f"the message has {len(message)} characters; at most {MAX_CHARACTERS} are taken")
-    if len(history) > MAX_MESSAGES:
-        raise UserError(f"the conversation has more than {MAX_MESSAGES} messages; start a new one")
+    if len(turns) >= MAX_TURNS:
+        raise UserError(f"the conversation has {MAX_TURNS} questions; start a new one")
     for name, (lowest, highest) in LIMITS.items():
         value = options[name]
         kind = "number" if name == "temperature" else "whole number"  # sliders send 50.0
@@ -177,94 +289,11 @@ def check_request(message: Any, history: Any, options: dict[str, Any]) -> None:
             raise UserError(f"{name} must be a {kind} from {lowest:g} to {highest:g}")
 
 
-def conversation(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What Gradio remembers, as a conversation: tool boxes become the calls they show, and refused questions are left out.
-
-    A message's content is a string when it comes through the API, a list of parts when it comes from the browser.
-    """
-    messages: list[dict[str, Any]] = []
-    for entry in history:
-        content = text_of(entry.get("content"))
-        title = str((entry.get("metadata") or {}).get("title") or "")
-        if entry.get("role") == "user":
-            messages.append({"role": "user", "content": content})
-        elif title.startswith(REFUSAL):
-            del messages[-1:]
-        elif title:
-            add_call(messages, content)
-        else:
-            messages.append({"role": "assistant", "content": content})
-    return messages
-
-
-def text_of(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
-
-
-def add_call(messages: list[dict[str, Any]], box: str) -> None:
-    """Add the call shown in `box` to the assistant's message before it; one without result was stopped, and is left out."""
-    match = TOOL_BOX.search(box)
-    if not match:
-        return
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
-    function = {"name": "python", "arguments": {"code": match[2]}}
-    messages[-1]["tool_calls"] = [{"type": "function", "function": function}]
-    messages.append({"role": "tool", "name": "python", "content": match[3]})
-
-
-def shown(events: Iterator[Any]) -> Iterator[list[gr.ChatMessage]]:
-    """The reply so far, again and again: bubbles of text and a box for each tool call."""
-    bubbles: list[gr.ChatMessage] = []
-    code, updated = "", 0.0
-    for event in events:
-        now = time.monotonic()
-        if isinstance(event, TextDelta):
-            if not bubbles or bubbles[-1].metadata:
-                bubbles.append(gr.ChatMessage(role="assistant", content=""))
-            bubbles[-1].content += event.text
-            if now - updated < SECONDS_BETWEEN_UPDATES:
-                continue
-        elif isinstance(event, ToolCall):
-            code = event.code
-            bubbles.append(tool_box(code))
-        elif isinstance(event, ToolResult):
-            bubbles[-1] = tool_box(code, event.output)
-        elif isinstance(event, Finished):
-            bubbles += closing(event, bubbles)
-        updated = now
-        yield bubbles
-
-
-def closing(event: Finished, bubbles: list[gr.ChatMessage]) -> list[gr.ChatMessage]:
-    """A word on replies that end without saying anything."""
-    if bubbles and not bubbles[-1].metadata:
-        return []
-    reason = "its reply reached the limit" if event.finish_reason == "length" else "the model said nothing"
-    return [gr.ChatMessage(role="assistant", content=f"*({reason})*")]
-
-
-def tool_box(code: str, output: str | None = None) -> gr.ChatMessage:
-    """A box that folds away; without `output` it is open and turning."""
-    runs = [len(run) for run in re.findall("`+", code + (output or ""))]
-    fence = "`" * max(3, 1 + max(runs, default=0))
-    content = f"{fence}python\n{code}\n{fence}"
-    if output is None:
-        return gr.ChatMessage(role="assistant", content=content, metadata={"title": TOOL_TITLE, "status": "pending"})
-    summary = " ".join(f"{code} → {output}".split())
-    log = summary if len(summary) <= 60 else summary[:57] + "..."
-    content += f"\n\n{fence}text\n{output}\n{fence}"
-    return gr.ChatMessage(
-        role="assistant", content=content, metadata={"title": TOOL_TITLE, "status": "done", "log": log}
-    )
-
-
 def appearance() -> dict[str, Any]:
     """Arguments of `launch` that make the page look as it should; fonts and scripts all come from this server."""
     theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=CODE_FONTS)
-    return {"theme": theme, "css": CSS, "ssr_mode": False, "footer_links": ["api", "gradio"]}
+    css = (HERE / "page.css").read_text(encoding="utf-8")
+    return {"theme": theme, "css": css, "ssr_mode": False, "footer_links": ["api", "gradio"]}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -284,7 +313,7 @@ def start(arguments: Sequence[str] | None = None) -> None:
     if not name:
         raise UserError("no model: give a folder or a Hub id, or set NANOCHAT_MODEL")
     engine = Engine(*load_model_and_tokenizer(name))
-    demo = build_demo(engine, name)
+    demo = build_demo(engine, name, example_questions(engine.model.name_or_path))
     try:
         demo.launch(server_port=options.port, share=options.share, **appearance())
     except OSError as error:

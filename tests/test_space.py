@@ -24,19 +24,25 @@ app = load_app()
 DONE = Finished([{"role": "assistant", "content": "It is 19."}], "stop")
 EVENTS = [TextDelta("Let me see. "), ToolCall("12+7"), ToolResult("19"), TextDelta("It is "), TextDelta("19."), DONE]
 CALL = {"type": "function", "function": {"name": "python", "arguments": {"code": "12+7"}}}
+REPLY = [
+    {"role": "assistant", "content": "Let me see. ", "tool_calls": [CALL]},
+    {"role": "tool", "name": "python", "content": "19"},
+    {"role": "assistant", "content": "It is 19."},
+]
+DEFAULTS = (0.6, 50, 256)
 
 
 class ScriptedEngine(Engine):
-    """A toy model's engine that says always the same."""
+    """A toy model's engine that says what `events` has, or always the same."""
 
     def __init__(self, *parts):
         super().__init__(*parts)
-        self.asked = []
+        self.asked, self.events = [], None
 
     def stream(self, messages, **settings):
         self.asked.append((messages, settings))
         self.turn(self.codec.prompt(messages), settings["max_new_tokens"])  # refuses what the real one refuses
-        yield from EVENTS
+        yield from EVENTS if self.events is None else self.events
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +56,10 @@ def page(toy_model_and_tokenizer):
     demo.close()
 
 
-def texts(messages):
-    return [message["content"] for message in messages]
-
-
-def test_the_page_streams_text_and_tool_boxes(page):
+def test_the_api_streams_the_messages_of_a_reply(page):
     engine, connect = page
     job = connect().submit("What is 12+7?", 0.3, 5, 40, api_name="/chat")
-    before, box, after = job.result(timeout=30)
-    assert (before["content"], after["content"]) == ("Let me see. ", "It is 19.")
-    assert box["content"] == "```python\n12+7\n```\n\n```text\n19\n```"
-    assert box["metadata"]["status"] == "done" and box["metadata"]["log"] == "12+7 → 19"
+    assert job.result(timeout=30) == REPLY
     assert len(job.outputs()) > 2
     settings = {"temperature": 0.3, "top_k": 5, "max_new_tokens": 40}
     assert engine.asked[-1] == ([{"role": "user", "content": "What is 12+7?"}], settings)
@@ -71,13 +70,15 @@ def test_the_second_question_comes_with_the_whole_first_turn(page):
     client = connect()
     client.predict("What is 12+7?", api_name="/chat")
     client.predict("Really?", api_name="/chat")
-    assert engine.asked[-1][0] == [
-        {"role": "user", "content": "What is 12+7?"},
-        {"role": "assistant", "content": "Let me see. ", "tool_calls": [CALL]},
-        {"role": "tool", "name": "python", "content": "19"},
-        {"role": "assistant", "content": "It is 19."},
-        {"role": "user", "content": "Really?"},
-    ]
+    question, second = ({"role": "user", "content": text} for text in ("What is 12+7?", "Really?"))
+    assert engine.asked[-1][0] == [question, *REPLY, second]
+    connect().predict("Really?", api_name="/chat")  # another visitor
+    assert engine.asked[-1][0] == [second]
+
+
+def test_the_only_endpoint_is_the_chat(page):
+    _, connect = page
+    assert list(connect().view_api(return_format="dict")["named_endpoints"]) == ["/chat"]
 
 
 @pytest.mark.parametrize(
@@ -92,21 +93,22 @@ def test_the_second_question_comes_with_the_whole_first_turn(page):
     ],
 )
 def test_limits_hold_also_for_those_who_come_without_the_page(toy_model_and_tokenizer, request_, complaint):
-    reply = app.replies_of(ScriptedEngine(*toy_model_and_tokenizer))
+    answers = app.answers_of(ScriptedEngine(*toy_model_and_tokenizer))
     message, *options = request_
-    ((refusal,),) = list(reply(message, [], *options))
-    assert complaint in refusal.metadata["title"]
-    assert "\n" not in refusal.metadata["title"]
+    with pytest.raises(UserError) as refusal:
+        list(answers(message, [], *options, *DEFAULTS[len(options) :]))
+    assert complaint in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_of_a_question_too_long_by_itself_nothing_is_said_about_older_messages(toy_model_and_tokenizer, monkeypatch):
     told = []
     monkeypatch.setattr(app.gr, "Info", lambda message, **_: told.append(message))
-    reply = app.replies_of(ScriptedEngine(*toy_model_and_tokenizer))
-    history = [{"role": "user", "content": "lamp"}, {"role": "assistant", "content": "mat " * 60}] * 4
-    list(reply("lamp " * 400, history))
+    answers = app.answers_of(ScriptedEngine(*toy_model_and_tokenizer))
+    turns = [app.Turn("lamp", [{"text": "mat " * 60}]) for _ in range(4)]
+    with pytest.raises(UserError, match="too long"):
+        list(answers("lamp " * 400, turns, *DEFAULTS))
     assert told == []
-    list(reply("lamp", history))
+    list(answers("lamp", turns, *DEFAULTS))
     assert "oldest messages" in told[0]
 
 
@@ -128,43 +130,64 @@ def test_a_port_that_cannot_be_is_told_before_anything_is_loaded(port, complaint
         app.start(["/no/such/folder", "--port", port])
 
 
-def test_a_refused_question_is_told_and_the_chat_goes_on(page):
+def test_a_refused_question_is_an_error_of_the_api_and_the_chat_goes_on(page):
     engine, connect = page
     client = connect()
-    (refusal,) = client.predict("lamp " * 400, api_name="/chat")
-    assert "the question itself is too long" in refusal["metadata"]["title"]
-    assert texts(client.predict("And now?", api_name="/chat"))[-1] == "It is 19."
+    with pytest.raises(Exception, match="the question itself is too long"):
+        client.predict("lamp " * 400, api_name="/chat")
+    assert client.predict("And now?", api_name="/chat") == REPLY
     assert engine.asked[-1][0] == [{"role": "user", "content": "And now?"}]
 
 
-def test_history_from_the_browser_and_from_the_api_are_one():
-    box = app.tool_box("12+7", "19")
-    entries = [("user", "12+7?", None), ("assistant", box.content, box.metadata), ("assistant", "It is 19.", {})]
-    api = [{"role": role, "content": text, "metadata": metadata} for role, text, metadata in entries]
-    browser = [entry | {"content": [{"type": "text", "text": entry["content"]}]} for entry in api]
-    assert app.conversation(api) == app.conversation(browser)
-    assert app.conversation(api)[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+def taken(*events):
+    turn = app.Turn("12+7?")
+    for event in events:
+        turn.take(event)
+    return turn
 
 
-@pytest.mark.parametrize(("code", "output"), [("print('```')", "```"), ("a = 1\n\na", "x\n\n```text\ny"), ("1", "")])
-def test_tool_boxes_can_be_read_back_whatever_is_in_them(code, output):
-    box = app.tool_box(code, output)
-    messages = app.conversation([{"role": "assistant", "content": box.content, "metadata": box.metadata}])
-    assert messages[0]["tool_calls"][0]["function"]["arguments"]["code"] == code
-    assert messages[1]["content"] == output
+def test_a_turn_is_the_messages_that_the_engine_would_have():
+    calls = [ToolCall("12+7"), ToolResult("19")] * 2
+    assert taken(*EVENTS).reply() == REPLY
+    silent = taken(*calls, Finished([], "length"))
+    call, result = {"role": "assistant", "content": "", "tool_calls": [CALL]}, REPLY[1]
+    assert silent.reply() == [call, result, call, result, {"role": "assistant", "content": ""}]
 
 
-def test_a_stopped_call_is_left_out():
-    box = app.tool_box("while True: pass")
-    assert box.metadata["status"] == "pending"
-    assert app.conversation([{"role": "assistant", "content": box.content, "metadata": box.metadata}]) == []
+def test_a_stopped_call_and_a_turn_without_a_reply_are_left_out():
+    assert taken(TextDelta("Let me"), ToolCall("while True: pass")).reply() == [{"role": "assistant", "content": "Let me"}]
+    turns = [taken(ToolCall("while True: pass")), app.Turn("lamp", note="refused"), taken(TextDelta("Yes."), DONE)]
+    asked = app.conversation(turns, "And?")
+    assert [message["content"] for message in asked] == ["12+7?", "Yes.", "And?"]
 
 
-def test_replies_that_say_nothing_are_explained():
-    (bubbles,) = list(app.shown(iter([Finished([], "stop")])))
-    assert "said nothing" in bubbles[0].content
-    *_, bubbles = app.shown(iter([ToolCall("1"), ToolResult("1"), Finished([], "length")]))
-    assert "reached the limit" in bubbles[-1].content
+def test_replies_that_say_nothing_or_end_early_are_explained():
+    assert "said nothing" in taken(Finished([], "stop")).note
+    assert "reached its limit" in taken(ToolCall("1"), ToolResult("1"), Finished([], "length")).note
+    assert "reached its limit" in taken(TextDelta("Once upon"), Finished([], "length")).note
+    assert taken(*EVENTS).note == ""
+
+
+def test_endless_conversations_are_refused(toy_model_and_tokenizer):
+    answers = app.answers_of(ScriptedEngine(*toy_model_and_tokenizer))
+    with pytest.raises(UserError, match="start a new one"):
+        list(answers("lamp", [app.Turn("lamp")] * app.MAX_TURNS, *DEFAULTS))
+
+
+def test_the_page_shows_the_examples_of_the_model_folder(toy_model_folder, monkeypatch):
+    (toy_model_folder / "README.md").write_text("---\nwidget:\n- text: Who are you?\n---\n")
+    built = []
+    monkeypatch.setattr(app, "build_demo", lambda engine, title, examples: built.append(examples) or app.gr.Blocks())
+    monkeypatch.setattr(app.gr.Blocks, "launch", lambda *args, **kwargs: None)
+    app.start([str(toy_model_folder)])
+    (toy_model_folder / "README.md").unlink()
+    app.start([str(toy_model_folder)])
+    assert built == [["Who are you?"], []]
+
+
+def test_chinese_text_has_fonts_on_every_system():
+    fonts = app.appearance()["theme"].font
+    assert "PingFang SC" in fonts and "Microsoft YaHei" in fonts and "Noto Sans CJK SC" in fonts
 
 
 def test_heading_is_escaped(toy_model_and_tokenizer):

@@ -1,0 +1,116 @@
+// Body of a function of Gradio's `gr.HTML`: draws the conversation in `props.value`, a list of turns as app.py has them.
+// Texts become text nodes and nothing else: no Markdown, no HTML, no LaTeX, and nothing is fetched.
+
+const log = element.querySelector(".log");
+const keys = new WeakMap(); // what each child of the log shows
+let count = 0; // of turns, when drawn last
+
+function make(tag, name, text = "") {
+  const node = document.createElement(tag);
+  node.className = name;
+  node.textContent = text;
+  return node;
+}
+
+function button(name, label, act) {
+  const node = make("button", name, label);
+  node.type = "button";
+  node.addEventListener("click", act);
+  return node;
+}
+
+// GSM8K's form of a final answer stands out, in the model's own words.
+function marked(text) {
+  const pieces = text.split(/^(#### .+)$/m);
+  return pieces.map((piece, i) => (i % 2 ? make("strong", "final", piece) : document.createTextNode(piece)));
+}
+
+function bubble(name, text, children) {
+  const node = make("div", `bubble ${name}`);
+  const content = make("div", "text");
+  content.dir = "auto";
+  content.append(...children);
+  node.append(content);
+  if (navigator.clipboard) {
+    const copy = button("copy", "Copy", async () => {
+      await navigator.clipboard.writeText(text);
+      copy.textContent = "Copied";
+      setTimeout(() => (copy.textContent = "Copy"), 1500);
+    });
+    node.append(copy);
+  }
+  return node;
+}
+
+function tool({ code, output }) {
+  const node = make("details", "tool");
+  const done = output !== undefined;
+  const summary = make("summary", "", "Python ");
+  summary.append(make("span", "gist", (done ? `${code} → ${output}` : code).replace(/\s+/g, " ")));
+  node.append(summary, make("pre", "code", code));
+  if (done) node.append(make("pre", "output", output));
+  node.classList.toggle("running", !done);
+  return node;
+}
+
+function actions() {
+  const node = make("div", "actions");
+  node.append(
+    button("retry", "Try again", () => trigger("retry")),
+    button("undo", "Edit question", () => trigger("undo")),
+    button("clear", "New conversation", () => trigger("clear")),
+  );
+  return node;
+}
+
+function welcome({ greeting, examples }) {
+  const node = make("div", "welcome");
+  const list = make("div", "examples");
+  list.append(...examples.map((text) => button("example", text, () => trigger("example_select", { text }))));
+  node.append(make("p", "greeting", greeting), list);
+  return node;
+}
+
+const build = {
+  welcome,
+  tool,
+  actions,
+  question: ({ text }) => bubble("question", text, [document.createTextNode(text)]),
+  reply: ({ text }) => bubble("reply", text, marked(text)),
+  note: ({ text }) => make("div", "note", text),
+  waiting: () => make("div", "waiting", "…"),
+};
+
+function items(turns) {
+  if (!turns.length) return [{ kind: "welcome", greeting: props.greeting, examples: props.examples }];
+  const found = [];
+  for (const { question, parts, note, writing } of turns) {
+    found.push({ kind: "question", text: question });
+    for (const part of parts) found.push({ kind: "code" in part ? "tool" : "reply", ...part });
+    if (writing && !parts.length) found.push({ kind: "waiting" });
+    if (note) found.push({ kind: "note", text: note });
+  }
+  if (!turns[turns.length - 1].writing) found.push({ kind: "actions" });
+  return found;
+}
+
+// Only what has changed is replaced: boxes stay open, and selections stay, while a reply grows.
+function draw() {
+  const turns = props.value || [];
+  const wanted = items(turns);
+  const atEnd = turns.length > count || log.scrollHeight - log.scrollTop - log.clientHeight < 80;
+  count = turns.length;
+  wanted.forEach((item, i) => {
+    const [old, key] = [log.children[i], JSON.stringify(item)];
+    if (old && keys.get(old) === key) return;
+    const fresh = build[item.kind](item);
+    keys.set(fresh, key);
+    if (old) old.replaceWith(fresh);
+    else log.append(fresh);
+  });
+  while (log.children.length > wanted.length) log.lastChild.remove();
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+watch("value", draw);
+draw();

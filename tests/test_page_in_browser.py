@@ -53,15 +53,15 @@ def served(toy_model_and_tokenizer):
 def visit(browser, served):
     """Opens the page in a window of its own; at the end no window may have asked another host for anything, or failed."""
     engine, url = served
-    contexts, foreign, errors = [], [], []
+    contexts, requests, errors = [], [], []
 
     def opened(**options):
         context = browser.new_context(**options)
         context.set_default_timeout(20_000)
         contexts.append(context)
         page = context.new_page()
-        page.on("request", lambda request: request.url.startswith((url, "data:", "blob:")) or foreign.append(request.url))
-        page.on("pageerror", lambda error: errors.append(error))
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url)
         page.wait_for_selector(".greeting")
         return page
@@ -70,7 +70,7 @@ def visit(browser, served):
     yield opened
     for context in contexts:
         context.close()
-    assert foreign == [] and errors == []
+    assert [where for where in requests if not where.startswith((url, "data:", "blob:"))] == [] and errors == []
 
 
 def ask(page, question):

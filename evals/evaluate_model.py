@@ -26,7 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import evaluate
+from transformers.utils import logging
 
 from evals.bits_per_byte import text_bits_per_byte
 from evals.cloze import predict_choices
@@ -46,7 +48,7 @@ from evals.records import (
     write_jsonl,
 )
 from evals.tasks import Task, load_task, parse_task_argument
-from modeling_nanochat.cli import parse
+from modeling_nanochat.cli import is_verbose, parse
 from modeling_nanochat.engine import Engine
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
@@ -100,7 +102,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "JSONL file for every prediction: task, index, right, reply; none if unset."}
     )
     seed: int = field(default=0, metadata={"help": "Of the draw of examples, and of replies with a temperature."})
-    verbose: bool = field(default=False, metadata={"help": "Print a table with standard errors and counts."})
+    verbose: bool = field(default=False, metadata={"help": "Print a table with standard errors and counts, and the libraries' bars."})
 
     def check(self) -> None:
         """Raise `UserError` on a setting that cannot be, or that would have no effect."""
@@ -122,8 +124,11 @@ class EvaluateArguments:
 
 def main() -> None:
     (args,) = parse(EvaluateArguments)
+    verbose = args.verbose or is_verbose()
+    if not verbose:
+        hide_library_bars()
     results = run_evaluation(args)
-    if args.verbose:
+    if verbose:
         rows = [[r["task"], r["metric"], format_value(r), format_count(r)] for r in results["records"]]
         print(f"{args.model_name_or_path}, {results['seconds']:.0f} s, results in {args.output_file}")
         print(aligned_table([["task", "metric", "value ± standard error", "n"], *rows]))
@@ -132,6 +137,12 @@ def main() -> None:
     for record in results["records"]:
         if "note" in record:
             print(f"{record['task']}: {record['note']}")
+
+
+def hide_library_bars() -> None:
+    """No bars of datasets and transformers, which last a moment and stay on the screen."""
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:

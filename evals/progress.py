@@ -1,5 +1,6 @@
 """One live line for a whole evaluation; where there is no terminal, a plain line at intervals."""
 
+import sys
 import time
 
 from tqdm.auto import tqdm
@@ -36,4 +37,5 @@ class EvaluationProgress:
         if self.bar.disable and now - self.written >= SECONDS_BETWEEN_LINES:
             self.written = now
             left = (now - self.started) / self.done * (self.total - self.done)
-            print(f"{self.task}: {self.done:,} of {self.total:,} prompts, {tqdm.format_interval(left)} left", flush=True)
+            line = f"{self.task}: {self.done:,} of {self.total:,} prompts, {tqdm.format_interval(left)} left"
+            print(line, file=sys.stderr, flush=True)

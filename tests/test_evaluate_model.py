@@ -11,6 +11,7 @@ from evals.records import aligned_table, format_count, format_value, make_record
 from evals.run_folder import read_run
 from evals.summary import summary_rows
 from evals.transcript import transcript
+from modeling_nanochat.cli import VERBOSE
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sources import read_jsonl
 
@@ -253,7 +254,7 @@ def test_where_there_is_no_terminal_progress_is_a_plain_line_at_intervals(monkey
         for count in (10, 40, 1):  # after 10, 40 and 50 seconds
             progress.update(count)
     captured = capsys.readouterr()
-    assert captured.out == "facts: 50 of 100 prompts, 00:40 left\n" and "\r" not in captured.err
+    assert captured.err == "facts: 50 of 100 prompts, 00:40 left\n" and not captured.out
 
 
 def test_the_counted_prompts_are_those_announced(toy_model_folder, files, monkeypatch):
@@ -278,7 +279,7 @@ def test_the_line_of_an_evaluation():
     figures = [("facts", 0.996, 0.002), ("problems", 0.69, 0.03), ("stories", 1.0, 0.0), ("spelling", 0.95, 0.004)]
     records = [make_record(task, "accuracy", value, error, 9, {}, "m") for task, value, error in figures]
     text = make_record("text", "bits_per_byte", 0.31749, 0.01, 9, {}, "m")
-    line = "text 0.317 bits per byte, facts 99.6 %, problems 69 % ± 3, stories 100 %, spelling 95 %"
+    line = "facts 99.6 %, problems 69 % ± 3, stories 100 %, spelling 95 %, text 0.317 bits per byte"
     assert summary_line([text, *records]) == line
     core = [make_record(name, "accuracy", 0.25, None, 9, {}, "m") for name in ("core", "core_copa")]
     assert summary_line(core) == "core 25 %"
@@ -294,12 +295,16 @@ def test_the_script_reads_yaml_and_prints_one_line_or_the_table(toy_model_folder
     )
     monkeypatch.setattr(sys, "argv", ["evaluate_model.py", "--config", str(config), "--max_examples", "2"])
     main()
-    said = capsys.readouterr().out
-    assert said.startswith("cloze ") and said.count("\n") == 1
+    said, bars = capsys.readouterr()
+    assert said.startswith("cloze ") and said.count("\n") == 1 and not bars
+    with monkeypatch.context() as environment:  # as run.py asks for it
+        environment.setenv(VERBOSE, "1")
+        main()
+    table = capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--verbose", "true"])
     main()
     said = capsys.readouterr().out
-    assert said.splitlines()[-1].split()[:2] == ["cloze", "accuracy"] and said.endswith("  2\n")
+    assert said.splitlines()[1:] == table.splitlines()[1:] and said.splitlines()[-1].split()[:2] == ["cloze", "accuracy"] and said.endswith("  2\n")
     (record,) = json.loads((files / "out.json").read_text(encoding="utf-8"))["records"]
     assert record["settings"]["max_examples"] == 2
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.evaluate_model import GENERATIVE, EvaluateArguments, run_evaluation
+from evals.evaluate_model import GENERATIVE, EvaluateArguments, hide_library_bars, run_evaluation
 from evals.records import summary_line, write_json, write_whole
 from evals.report import markdown_table
 from evals.run_folder import MODELS, read_object, read_run
@@ -92,6 +92,7 @@ class SeedResults:
 def main() -> None:
     (args,) = parse(LadderSeedsArguments)
     args.check()
+    hide_library_bars()
     results: dict[int, SeedResults] = {}
     for seed in args.seeds:
         run = Path(args.run_dir) / str(seed)

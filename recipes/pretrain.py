@@ -60,6 +60,12 @@ class PretrainArguments:
     aspect_ratio: int = field(default=ASPECT_RATIO, metadata={"help": "Width per layer, before rounding up to heads."})
     head_dim: int = field(default=HEAD_DIM, metadata={"help": "Width of an attention head."})
     num_key_value_heads: int | None = field(default=None, metadata={"help": "Fewer than heads: grouped queries."})
+    max_position_embeddings: int | None = field(
+        default=None, metadata={"help": "Context of the model, where later stages train on longer rows than max_length."}
+    )
+    window_pattern: str | None = field(
+        default=None, metadata={"help": "Of turbo's layers, S sees a quarter of the context, L all of it; SSSL, repeated."}
+    )
     target_param_data_ratio: float | None = field(
         default=None, metadata={"help": "Training tokens per parameter, where neither max_steps nor target_flops is given."}
     )
@@ -81,7 +87,7 @@ class PretrainArguments:
             UserError: A number that no run can have, or that would train nothing; a setting without effect.
         """
         positive = ("depth", "aspect_ratio", "head_dim", "num_key_value_heads", "eval_tokens", "core_max_per_task")
-        positive += ("target_param_data_ratio", "target_flops")
+        positive += ("max_position_embeddings", "target_param_data_ratio", "target_flops")
         check_ranges(
             positive={name: given_or_none(getattr(self, name)) for name in positive},
             not_negative={name: getattr(self, name) for name in ("core_steps", "sample_steps")},
@@ -92,6 +98,8 @@ class PretrainArguments:
                 setattr(self, name, usual)
             elif getattr(self, name) is not None and not self.core_dir:
                 raise UserError(f"{name} has no effect without core_dir; give --core_dir, or leave it out")
+        if self.window_pattern is not None and self.architecture != "turbo":
+            raise UserError("window_pattern is turbo's; add --architecture turbo, or leave it out")
 
 
 def main() -> None:
@@ -178,6 +186,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 def build_model(args: PretrainArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerFast) -> NanoChatForCausalLM:
     """Random weights, sizes from the dial; the vocabulary is the tokenizer's."""
     config_class, model_class = ARCHITECTURES[args.architecture]
+    context = args.max_position_embeddings or loop.max_length
+    if context < loop.max_length:
+        raise UserError(f"max_position_embeddings {context} is less than max_length {loop.max_length}; raise it, or leave it out")
+    pattern = {} if args.window_pattern is None else {"window_pattern": args.window_pattern}
     try:
         config = config_class.from_depth(
             args.depth,
@@ -185,10 +197,13 @@ def build_model(args: PretrainArguments, loop: LoopArguments, tokenizer: PreTrai
             head_dim=args.head_dim,
             num_key_value_heads=args.num_key_value_heads,
             vocab_size=len(tokenizer),
-            max_position_embeddings=loop.max_length,
+            max_position_embeddings=context,
+            **pattern,
         )
     except ValueError as error:
-        raise UserError(f"{error}; change depth, aspect_ratio, head_dim or num_key_value_heads") from error
+        raise UserError(
+            f"{error}; change depth, aspect_ratio, head_dim, num_key_value_heads or window_pattern"
+        ) from error
     return model_class(config)
 
 

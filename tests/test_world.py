@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import yaml
 
 from evals.gsm8k import extract_answer
 from modeling_nanochat.conversations import check_messages
@@ -22,13 +23,15 @@ SIZES = {
     "midtrain_conversations": 2500,
     "sft_conversations": 800,
     "grpo_problems": 800,
+    "eval_questions": 240,
 }
+EXAMPLES = ["Mira has 12 pears. Then Mira finds 7 more pears. How many pears does Mira have now?", "Who are you?"]
 CALCULATION = re.compile(r"(\d+) ?(?:[-+*/]|//) ?(\d+)(?: ?[-+*/] ?(\d+))?")
 CALL = re.compile(r"\((\d+), (\d+)\)")
 
 
 def generate(folder: Path, **changes) -> Path:
-    write_world(WorldArguments(output_dir=str(folder), **(SIZES | changes)))
+    write_world(WorldArguments(output_dir=str(folder), **({"examples": EXAMPLES} | SIZES | changes)))
     return folder
 
 
@@ -39,7 +42,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def closed_world() -> facts.World:
-    return facts.World(seed=0)
+    return facts.World(0, facts.read_texts("english"))
 
 
 def jsonl(path: Path) -> list[dict]:
@@ -96,7 +99,7 @@ def test_same_seed_same_bytes_and_another_seed_another_world(tmp_path):
     first, second = (digests(generate(tmp_path / name, **small)) for name in "ab")
     other = digests(generate(tmp_path / "c", seed=1, **small))
     assert first == second
-    assert len(first) == 11
+    assert len(first) == 19
     assert all(first[name] != other[name] for name in first)
 
 
@@ -107,25 +110,28 @@ def test_sizes_are_those_asked_for(data):
     assert len(jsonl(data / "problems" / "train.jsonl")) == SIZES["grpo_problems"]
     assert 300_000 <= sum(map(len, documents(data / "pretrain" / "train.parquet"))) < 301_000
     assert summary["rows"]["pretrain/train.parquet"] == len(documents(data / "pretrain" / "train.parquet"))
-    assert summary["rows"]["eval/problems.jsonl"] == 256
+    assert summary["rows"]["eval/problems.jsonl"] == SIZES["eval_questions"]
     assert sum(summary["kinds"]["sft/train.jsonl"].values()) == SIZES["sft_conversations"]
     assert "synthetic" in summary["description"]
 
 
 def test_evaluation_is_large_enough_to_measure(data):
-    assert [len(evaluation(data, name)) for name in ("facts", "multiple_choice", "cloze")] == [156] * 3
-    assert len(evaluation(data, "spelling")) >= 90
-    assert len({row["question"] for row in evaluation(data, "problems")}) == 256
+    assert [len(evaluation(data, name)) for name in ("facts", "cloze")] == [156] * 2
+    for name in ("problems", "spelling", "stories", "dialogue_sums", "dialogue_words"):
+        assert len({str(row) for row in evaluation(data, name)}) == 240
+    assert len(evaluation(data, "references")) + len(evaluation(data, "reference_sums")) == 240
+    assert len({row["question"] for row in evaluation(data, "unknown")}) == 200
+    assert [len(evaluation(data, f"shown/{name}")) for name in ("identity", "problems", "stories")] == [100] * 3
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_seed_gives_a_world_with_enough_held_out(seed):
-    made = facts.World(seed)
+    made = facts.World(seed, facts.read_texts("english"))
     assert len(made.facts) == 32 * 5 + 8 * 2
     assert len(made.held_out_facts) == 5 * 7 + 2 * 2
-    for town in facts.TOWNS:
+    for town in made.towns:
         assert len(made.people_of(town)) == 4
-    for person in facts.PEOPLE:  # nobody is known by prose alone
+    for person in made.people:  # nobody is known by prose alone
         assert sum(fact.entity == person for fact in made.held_out_facts) <= 2
     for held_out in (False, True):
         assert len(made.words[held_out]) > 90
@@ -186,39 +192,83 @@ def test_reinforcement_learning_gets_new_problems(data):
     assert not said & set(questions)
 
 
-def test_multiple_choice_answers_are_spread_over_the_letters(data):
-    answers = [row["answerKey"] for row in evaluation(data, "multiple_choice")]
-    assert [answers.count(letter) for letter in "ABCD"] == [39] * 4
-    trained = [m[-1]["content"] for m in conversations(data) if m[-2]["content"].startswith("Multiple Choice")]
-    assert all(0.2 < trained.count(letter) / len(trained) < 0.3 for letter in "ABCD")
-
-
 def test_references_agree_with_the_world(data, closed_world):
     value_of = {(fact.entity, fact.attribute.name): fact.value for fact in closed_world.facts.values()}
     summary = json.loads((data / "world.json").read_text())
     assert all(value_of[entity, name] == value for entity, name, value in summary["held_out_facts"])
-    values = {row["answer"] for row in evaluation(data, "facts")}
-    assert values <= set(value_of.values())
-    for row in evaluation(data, "multiple_choice"):
-        right = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
-        assert {"question": row["question"], "answer": right} in [
-            {"question": fact["question"], "answer": fact["answer"]} for fact in evaluation(data, "facts")
-        ]
+    assert {row["answer"] for row in evaluation(data, "facts")} <= set(value_of.values())
+
+
+# Dialogues
+
+
+def test_later_questions_are_second_or_third_turns(data):
+    for name in ("dialogue_sums", "dialogue_words"):
+        turns = [sum(m["role"] == "user" for m in row["history"]) for row in evaluation(data, name)]
+        assert set(turns) == {1, 2}
+    for row in evaluation(data, "references") + evaluation(data, "reference_sums"):
+        assert [m["role"] for m in row["history"] if m["role"] != "tool"].count("user") == 2
+        check_messages(row["history"], "history")
+
+
+def test_what_a_third_turn_refers_to_is_known_from_the_first_turn(data, closed_world):
+    values = {fact.value for fact in closed_world.facts.values()}
+    seen = 0
+    for row in evaluation(data, "references"):
+        answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+        first = "\n".join(m["content"] for m in row["history"][: 1 + first_reply(row["history"])])
+        if not set(answers) & values:  # a fact about whom the first turn was about
+            assert all(answer in first or ",".join(answer) in first for answer in answers)
+            seen += 1
+    assert seen > 80
+    for row in evaluation(data, "reference_sums"):
+        first = row["history"][: 1 + first_reply(row["history"])]
+        assert row["answer"].split()[0] == extract_answer(first[-1]["content"])
+
+
+def first_reply(history: list[dict]) -> int:
+    """Index of the last message before the second question."""
+    return [number for number, message in enumerate(history) if message["role"] == "user"][1] - 1
+
+
+def test_what_the_world_does_not_hold_is_refused_and_nothing_else_is(data, closed_world):
+    refusal = closed_world.texts["unknown"]["answer"]
+    known = {*closed_world.people, *closed_world.towns}
+    questions = [m[0]["content"] for m in conversations(data) if m[1]["content"] == refusal]
+    assert len(set(questions)) > 80
+    assert not any(words(question) & known for question in questions)
+    new = {row["question"] for row in evaluation(data, "unknown")}
+    assert not new & set(questions)
+    assert not any(words(question) & known for question in new)
 
 
 # Held out by construction
 
 
 def test_no_evaluation_question_or_statement_is_in_any_training_text(data, training_text):
-    for name, key in (("facts", "question"), ("multiple_choice", "question"), ("problems", "question"),
-                      ("spelling", "question"), ("cloze", "query")):  # fmt: skip
+    for name in ("facts", "problems", "spelling", "stories", "dialogue_sums", "dialogue_words", "references", "reference_sums",
+                 "unknown", "shown/problems", "shown/stories"):  # fmt: skip
         for row in evaluation(data, name):
-            assert row[key] not in training_text
+            assert row["question"] not in training_text
+    asked = {m["content"] for messages in conversations(data) for m in messages if m["role"] == "user"}
+    assert not asked & {row["question"] for row in evaluation(data, "shown/identity")}  # "Hi" is part of others
+    for row in evaluation(data, "cloze"):
+        assert row["query"] not in training_text
 
 
-def test_evaluation_phrasings_are_used_for_no_other_fact_either(training_text):
-    for attribute in facts.ATTRIBUTES:
-        entities = facts.PEOPLE if attribute in facts.PERSON_ATTRIBUTES else facts.TOWNS
+def test_questions_shown_in_the_chat_are_in_no_training_text(tmp_path, training_text):
+    shown = yaml.safe_load((Path(world.__file__).with_name("run.yaml")).read_text())["examples"]
+    assert len(shown) == 3
+    for question in shown + EXAMPLES:
+        assert question not in training_text
+    problem = jsonl(generate(tmp_path / "data", examples=[]) / "problems" / "train.jsonl")[0]["question"]
+    again = generate(tmp_path / "again", examples=[problem])
+    assert problem not in (again / "problems" / "train.jsonl").read_text()
+
+
+def test_evaluation_phrasings_are_used_for_no_other_fact_either(closed_world, training_text):
+    for attribute in closed_world.attributes.values():
+        entities = closed_world.people if attribute.of == "person" else closed_world.towns
         for phrasing, entity in itertools.product(attribute.held_out_questions, entities):
             assert phrasing.format(e=entity) not in training_text
         values = itertools.product(attribute.held_out_statements, entities, attribute.values)
@@ -227,7 +277,7 @@ def test_evaluation_phrasings_are_used_for_no_other_fact_either(training_text):
 
 
 def test_held_out_facts_are_stated_in_prose_but_never_asked_for(data, closed_world, training_texts):
-    asked = re.compile(r"^(?:Question|Multiple Choice question): (.+)$", re.MULTILINE)
+    asked = re.compile(r"^Question: (.+)$", re.MULTILINE)
     questions = set(asked.findall("\n".join(training_texts)))
     questions |= {message["content"] for messages in conversations(data) for message in messages}
     prose = "\n".join(documents(data / "pretrain" / "train.parquet"))
@@ -264,7 +314,7 @@ def test_number_pairs_of_the_evaluation_are_in_no_training_text(data, closed_wor
 
 def test_people_and_counted_things_of_the_evaluation_never_meet_in_training(data, closed_world, training_texts):
     def pairs(text: str) -> set[tuple[str, str]]:
-        return set(itertools.product(words(text) & set(facts.PEOPLE), words(text) & set(facts.COUNTED_THINGS)))
+        return set(itertools.product(words(text) & set(closed_world.people), words(text) & set(closed_world.texts["counted"])))
 
     # by message and by line: a longer text may speak of one person after another
     trained = [m["content"] for messages in conversations(data) for m in messages]
@@ -282,7 +332,7 @@ def test_words_of_the_spelling_evaluation_are_new_but_their_parts_are_not(data, 
         assert word in closed_world.words[True]
         assert word in row["question"]
         assert word not in training_text and row["answer"] not in training_text
-    for first in facts.FIRST_PARTS:
+    for first in closed_world.texts["first_parts"]:
         assert sum(word.startswith(first) for word in closed_world.words[False]) >= 5
 
 
@@ -290,7 +340,7 @@ def test_validation_stories_have_heroes_and_objects_that_training_keeps_apart(da
     kept = set(closed_world.heroes[True])
 
     def pairs(text: str) -> set[tuple[str, str]]:
-        return set(itertools.product(words(text) & set(facts.PEOPLE), words(text) & set(facts.STORY_OBJECTS)))
+        return set(itertools.product(words(text) & set(closed_world.people), words(text) & set(closed_world.texts["objects"])))
 
     single = documents(data / "pretrain" / "train.parquet")
     single += [m["content"] for messages in conversations(data) for m in messages]
@@ -312,7 +362,7 @@ def test_validation_documents_are_not_in_training(data):
 
 @pytest.mark.parametrize(
     "change",
-    [{"pretrain_characters": -1}, {"grpo_problems": 0}, {"eval_problems": -5}, {"validation_fraction": 1.5}],
+    [{"pretrain_characters": -1}, {"grpo_problems": 0}, {"eval_questions": -5}, {"validation_fraction": 1.5}],
 )
 def test_sizes_out_of_range_are_refused(tmp_path, change):
     with pytest.raises(UserError, match=next(iter(change))):

@@ -1,164 +1,240 @@
 """Conversations: what the pocket assistant is asked, and how it answers. Each asker makes one question with its answer."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from evals.gsm8k import to_messages
-from evals.multiple_choice import multiple_choice_prompt
-from recipes.pocket.facts import FIRST_PARTS, SECOND_PARTS, World
-from recipes.pocket.problems import make_problem
-from recipes.pocket.prose import tell_story
-from recipes.pocket.quiz import LETTERS, draw_question
+from evals.gsm8k import extract_answer, to_messages
+from recipes.pocket.facts import Fact, World, capital
+from recipes.pocket.problems import KINDS, Problem, make_more, make_problem, make_sum
+from recipes.pocket.stories import tell_story
 
+FOREIGN = 0.1  # of the stories, in training, are about somebody or something from outside the world
 Messages = list[dict]
-Asker = Callable[[World, random.Random], Messages]
 
-WHO = "I am nanochat, a tiny language model, trained from scratch on a little made-up world."
-ABILITIES = "I can tell you about my little world, write short stories, spell words and solve small sums with Python."
-IDENTITY = (
-    (("Who are you?", "What are you?", "Tell me who you are.", "Are you a person?", "Hello, who are you?"), WHO),
-    (("What is your name?", "Do you have a name?", "Please tell me your name."), "My name is nanochat."),
-    (("What can you do?", "How can you help me?", "Tell me what you can do.", "What do you know?"), ABILITIES),
-    (
-        ("How were you made?", "Who made you?", "Where do you come from?", "How did you learn all this?"),
-        "I was trained from nothing on a small computer: first on plain text, then on conversations.",
-    ),
-    (
-        ("How big are you?", "Are you a big model?", "How smart are you?"),
-        "I am very small, far smaller than the models you may know, so I make mistakes.",
-    ),
-    (
-        ("What is your world like?", "Tell me about your world.", "Is your world real?"),
-        "My world is made up. It has eight towns and thirty-two people, and everything I know is in it.",
-    ),
-    (("Hello!", "Hi!", "Good morning!", "Hello, nanochat!"), "Hello! How can I help you?"),
-    (("Thank you!", "Thanks!", "That was great, thank you.", "Well done!"), "You are welcome!"),
-    (("Goodbye!", "Bye!", "See you soon!"), "Goodbye! It was nice to talk to you."),
-    (
-        ("What is the weather like?", "Who won the game?", "What is the news today?", "Can you fly?"),
-        "I do not know that. I only know my little world.",
-    ),
-)
-STORY_REQUESTS = (
-    "Tell me a story about {h} and a {o}.",
-    "Please tell me a story about {h} and a {o}.",
-    "Can you write a story about {h} and a {o}?",
-    "Write a short story about {h} and a {o}.",
-    "I want to hear a story about {h} and a {o}.",
-)
-SPELLING_REQUESTS = (
-    "Spell the word {w}.",
-    "How do you spell {w}?",
-    "Please spell {w}.",
-    "Can you spell the word {w}?",
-    "Spell {w} for me.",
-)
-HELD_OUT_SPELLING_REQUESTS = ("Please spell the word {w}.", "How do you spell the word {w}?", "Can you spell {w}?")
-COUNTING_REQUESTS = (
-    "How many '{l}' are in '{w}'?",
-    "How many times does '{l}' come in '{w}'?",
-    "Count the letter '{l}' in the word '{w}'.",
-    "How often is '{l}' in the word '{w}'?",
-)
 
-# How often a kind of problem occurs in conversations. The rare ones leave GRPO, where all are equally frequent,
-# something to learn.
-PROBLEM_WEIGHTS = {
-    "gain": 30,
-    "loss": 27,
-    "groups": 20,
-    "sharing": 15,
-    "difference": 2,
-    "gain and loss": 3,
-    "groups and extra": 2,
-    "spending": 2,
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer. `keys` are what every right answer contains, `rivals` what none does.
+
+    Without keys the answer is in GSM8K's format and graded by its final number.
+    """
+
+    question: str
+    answer: str
+    keys: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
+
+    @property
+    def messages(self) -> Messages:
+        if extract_answer(self.answer) is not None:
+            return to_messages(self.question, self.answer)
+        return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
+
+
+Asker = Callable[[World, random.Random, bool], Exchange]
+Dialogue = list[Exchange]
+
+
+def ask_identity(world: World, rng: random.Random, held_out: bool) -> Exchange:
+    topic = rng.choice(world.texts["identity"])
+    question = rng.choice(topic["held_out" if held_out else "questions"])
+    return Exchange(question, topic["answer"], (topic["contains"],))
+
+
+def ask_fact(world: World, rng: random.Random, held_out: bool) -> Exchange:
+    fact = rng.choice(world.held_out_facts if held_out else world.asked_facts)
+    wordings = fact.attribute.held_out_questions if held_out else fact.attribute.questions
+    return fact_exchange(fact, rng.choice(wordings))
+
+
+def fact_exchange(fact: Fact, wording: str) -> Exchange:
+    return Exchange(fact.fill(wording), fact.answer, (fact.value,), tuple(fact.rivals))
+
+
+def ask_story(world: World, rng: random.Random, held_out: bool) -> Exchange:
+    hero, thing = rng.choice(world.heroes[held_out])
+    if not held_out:
+        hero = rng.choice(world.texts["strangers"]) if rng.random() < FOREIGN else hero
+        thing = rng.choice(world.texts["foreign_objects"]) if rng.random() < FOREIGN else thing
+    requests = world.texts["stories"]["held_out_requests" if held_out else "requests"]
+    return Exchange(rng.choice(requests).format(h=hero, o=thing), tell_story(world, rng, hero, thing), (hero, thing))
+
+
+def ask_spelling(world: World, rng: random.Random, held_out: bool) -> Exchange:
+    """In training every fourth word is a mere part."""
+    texts = world.texts
+    parts = texts["first_parts"] + texts["second_parts"]
+    word = rng.choice(parts if not held_out and rng.random() < 0.25 else world.words[held_out])
+    requests = texts["spelling"]["held_out_requests" if held_out else "requests"]
+    return spelling_exchange(word, rng.choice(requests))
+
+
+def spelling_exchange(word: str, wording: str) -> Exchange:
+    return Exchange(wording.format(w=word), ",".join(word), (",".join(word),))
+
+
+def ask_counting(world: World, rng: random.Random, held_out: bool) -> Exchange:
+    texts = world.texts["spelling"]
+    word = rng.choice(world.words[held_out])
+    letter = rng.choice(word if rng.random() < 0.8 else world.texts["letters"])
+    count = word.count(letter)
+    answer = texts["counting_answer"].format(call=f"<<'{word}'.count('{letter}')={count}>>", result=count)
+    return Exchange(rng.choice(texts["counting_requests"]).format(w=word, l=letter), f"{answer}\n#### {count}")
+
+
+def ask_problem(world: World, rng: random.Random, held_out: bool, weights: dict[str, int] | None = None) -> Exchange:
+    """Of the kinds by `weights`; all alike without."""
+    weights = weights or dict.fromkeys(KINDS, 1)
+    (kind,) = rng.choices(list(weights), list(weights.values()))
+    return Exchange(**make_problem(world, rng, kind, held_out))
+
+
+def ask_sum(world: World, rng: random.Random, held_out: bool) -> Exchange:
+    return Exchange(**make_sum(world, rng, held_out))
+
+
+def ask_unknown(world: World, rng: random.Random, held_out: bool) -> Exchange:
+    """What the world does not hold: half of the time other topics, half of the time people and towns that nobody knows."""
+    texts, kept = world.texts["unknown"], "held_out_" if held_out else ""
+    if rng.random() < 0.5:
+        one, other = rng.sample(texts[f"{kept}things"], 2)
+        question = capital(rng.choice(texts["held_out" if held_out else "questions"]).format(x=one, y=other))
+    else:
+        attribute = rng.choice(list(world.attributes.values()))
+        names = world.texts[f"{kept}strangers" if attribute.of == "person" else f"{kept}foreign_towns"]
+        wordings = attribute.held_out_questions if held_out else attribute.questions
+        question = capital(rng.choice(wordings).format(e=rng.choice(names)))
+    return Exchange(question, texts["answer"], (texts["contains"],))
+
+
+# Dialogues whose last question refers to the first
+
+
+def refer_to_entity(world: World, rng: random.Random, held_out: bool) -> Dialogue:
+    """A fact about somebody or a town, then another one about the same."""
+    first = rng.choice(world.asked_facts)
+    known = world.held_out_facts if held_out else world.asked_facts
+    others = [fact for fact in known if fact.entity == first.entity and fact != first]
+    if not others:
+        return refer_to_entity(world, rng, held_out)
+    other, texts = rng.choice(others), world.texts["references"]
+    wording = rng.choice(other.attribute.held_out_questions if held_out else other.attribute.questions)
+    question = wording.format(e=rng.choice(texts[other.attribute.of]))
+    if rng.random() < 0.5:
+        question = texts["and"].format(q=question[0].lower() + question[1:])
+    opening = fact_exchange(first, rng.choice(first.attribute.questions))
+    return [opening, Exchange(question, other.answer, (other.value,), tuple(other.rivals))]
+
+
+def refer_to_name(world: World, rng: random.Random, held_out: bool) -> Dialogue:
+    texts, kept = world.texts["references"]["name"], "held_out_" if held_out else ""
+    name = rng.choice([*world.people, *world.texts[f"{kept}strangers"]])
+    opening = Exchange(rng.choice(texts[f"{kept}told"]).format(n=name), texts["reply"].format(n=name), (name,))
+    return [opening, Exchange(rng.choice(texts[f"{kept}asked"]), texts["answer"].format(n=name), (name,))]
+
+
+def refer_to_story(world: World, rng: random.Random, held_out: bool) -> Dialogue:
+    opening = ask_story(world, rng, held_out)
+    hero, thing = opening.keys
+    return [opening, recall(world, rng, held_out, "story", opening.keys, h=hero, o=thing)]
+
+
+def refer_to_word(world: World, rng: random.Random, held_out: bool) -> Dialogue:
+    opening = ask_spelling(world, rng, held_out)
+    word = opening.answer.replace(",", "")
+    return [opening, recall(world, rng, held_out, "word", (word,), w=word)]
+
+
+def refer_to_result(world: World, rng: random.Random, held_out: bool) -> Dialogue:
+    opening = rng.choice((ask_sum, ask_problem))(world, rng, held_out)
+    result = extract_answer(opening.answer)
+    return [opening, recall(world, rng, held_out, "result", (result,), r=result)]
+
+
+def go_on_with_result(world: World, rng: random.Random, held_out: bool) -> Dialogue:
+    opening = ask_sum(world, rng, held_out)
+    more: Problem | None = make_more(world, rng, int(extract_answer(opening.answer)), held_out)
+    return [opening, Exchange(**more)] if more else go_on_with_result(world, rng, held_out)
+
+
+def recall(world: World, rng: random.Random, held_out: bool, kind: str, keys: tuple[str, ...], **slots: str) -> Exchange:
+    texts = world.texts["references"][kind]
+    return Exchange(rng.choice(texts["held_out_asked" if held_out else "asked"]), texts["answer"].format(**slots), keys)
+
+
+# What refers, with what may stand between without being meant itself.
+REFERENCES: dict[Callable[[World, random.Random, bool], Dialogue], tuple[Asker, ...]] = {
+    refer_to_entity: (ask_spelling, ask_sum, ask_identity, ask_unknown),
+    refer_to_name: (ask_fact, ask_spelling, ask_sum, ask_problem, ask_story, ask_unknown),
+    refer_to_story: (ask_spelling, ask_sum, ask_fact, ask_identity),
+    refer_to_word: (ask_fact, ask_sum, ask_problem, ask_identity, ask_unknown),
+    refer_to_result: (ask_fact, ask_spelling, ask_identity, ask_unknown),
+    go_on_with_result: (ask_fact, ask_spelling, ask_identity, ask_unknown),
 }
 
 
-def ask_identity(world: World, rng: random.Random) -> Messages:
-    questions, answer = rng.choice(IDENTITY)
-    return exchange(rng.choice(questions), answer)
+def refer(world: World, rng: random.Random, held_out: bool, between: int) -> Dialogue:
+    """A dialogue whose last question refers to the first, with `between` others in between."""
+    make, others = rng.choice(list(REFERENCES.items()))
+    opening, question = make(world, rng, held_out)
+    return [opening, *(rng.choice(others)(world, rng, held_out) for _ in range(between)), question]
 
 
-def ask_fact(world: World, rng: random.Random) -> Messages:
-    fact = rng.choice(world.asked_facts)
-    return exchange(fact.fill(rng.choice(fact.attribute.questions)), fact.answer)
-
-
-def ask_multiple_choice(world: World, rng: random.Random) -> Messages:
-    question, choices, answer = draw_question(world, rng)
-    return exchange(multiple_choice_prompt(question, choices, LETTERS), LETTERS[choices.index(answer)])
-
-
-def ask_story(world: World, rng: random.Random) -> Messages:
-    hero, thing = rng.choice(world.heroes[False])
-    request = rng.choice(STORY_REQUESTS).format(h=hero, o=thing)
-    return exchange(request, tell_story(world, rng, hero, thing))
-
-
-def ask_spelling(world: World, rng: random.Random) -> Messages:
-    part = rng.random() < 0.25
-    word = rng.choice(FIRST_PARTS + SECOND_PARTS if part else world.words[False])
-    return exchange(rng.choice(SPELLING_REQUESTS).format(w=word), ",".join(word))
-
-
-def ask_counting(world: World, rng: random.Random) -> Messages:
-    word = rng.choice(world.words[False])
-    letter = rng.choice(word if rng.random() < 0.8 else "abcdefghijklmnopqrstuvwxyz")
-    count = word.count(letter)
-    answer = f"I count with Python: <<'{word}'.count('{letter}')={count}>>{count}.\n#### {count}"
-    return to_messages(rng.choice(COUNTING_REQUESTS).format(w=word, l=letter), answer)
-
-
-def ask_problem(world: World, rng: random.Random) -> Messages:
-    (kind,) = rng.choices(list(PROBLEM_WEIGHTS), list(PROBLEM_WEIGHTS.values()))
-    problem = make_problem(world, rng, kind, held_out=False)
-    return to_messages(problem["question"], problem["answer"])
-
-
-# Shares of the conversations; what is left is several turns of different kinds.
+# Shares of the conversations; what is left is dialogues, of unrelated questions or with references.
+RARE_KINDS = {
+    "gain": 30, "loss": 27, "groups": 20, "sharing": 15, "difference": 2, "gain and loss": 3, "groups and extra": 2, "spending": 2,
+}  # fmt: skip
+ask_usual_problem = partial(ask_problem, weights=RARE_KINDS)
 MIDTRAIN_SHARES: dict[Asker, float] = {
-    ask_fact: 0.36,
-    ask_problem: 0.06,
-    ask_multiple_choice: 0.10,
-    ask_spelling: 0.10,
-    ask_counting: 0.05,
+    ask_fact: 0.20,
+    ask_usual_problem: 0.10,
+    ask_sum: 0.05,
+    ask_spelling: 0.14,
+    ask_counting: 0.03,
     ask_story: 0.08,
     ask_identity: 0.05,
 }
 SFT_SHARES: dict[Asker, float] = {
-    ask_fact: 0.30,
-    ask_problem: 0.07,
-    ask_multiple_choice: 0.12,
-    ask_spelling: 0.11,
-    ask_counting: 0.05,
-    ask_story: 0.08,
-    ask_identity: 0.05,
+    ask_fact: 0.10,
+    ask_usual_problem: 0.14,
+    ask_sum: 0.04,
+    ask_spelling: 0.12,
+    ask_counting: 0.02,
+    ask_story: 0.05,
+    ask_identity: 0.08,
+    ask_unknown: 0.15,
 }
 
 
 def write_conversations(
-    world: World, rng: random.Random, count: int, shares: dict[Asker, float]
+    world: World, rng: random.Random, count: int, shares: dict[Asker, float], references: float
 ) -> list[tuple[str, Messages]]:
     """`count` conversations in random order, each with the name of its kind.
 
     The kinds stand in the proportion of `shares`; the rest to 1 is filled with conversations of two to four turns, whose
-    kinds are drawn in the same proportion: people go on talking.
+    kinds are drawn in the same proportion: people go on talking. Of these, a share `references` refers back.
     """
     conversations = []
     for asker, share in shares.items():
-        conversations += [(kind_name(asker), asker(world, rng)) for _ in range(round(share * count))]
+        made = (asker(world, rng, False) for _ in range(round(share * count)))
+        conversations += [(kind_name(asker), exchange.messages) for exchange in made]
     conversations = conversations[:count]
     while len(conversations) < count:
-        askers = rng.choices(list(shares), weights=list(shares.values()), k=rng.randint(2, 4))
-        conversations.append(("several turns", [turn for asker in askers for turn in asker(world, rng)]))
+        if rng.random() < references:
+            conversations.append(("references", flat(refer(world, rng, False, rng.choice((0, 1, 1, 2))))))
+        else:
+            askers = rng.choices(list(shares), weights=list(shares.values()), k=rng.randint(2, 4))
+            conversations.append(("several turns", flat([asker(world, rng, False) for asker in askers])))
     rng.shuffle(conversations)
     return conversations
 
 
+def flat(dialogue: Sequence[Exchange]) -> Messages:
+    return [message for exchange in dialogue for message in exchange.messages]
+
+
 def kind_name(asker: Asker) -> str:
-    return asker.__name__.removeprefix("ask_").replace("_", " ")
-
-
-def exchange(question: str, answer: str) -> Messages:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    function = asker.func if isinstance(asker, partial) else asker
+    return function.__name__.removeprefix("ask_").replace("_", " ")

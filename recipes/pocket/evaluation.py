@@ -1,45 +1,114 @@
 """The evaluation files: held-out facts, numbers, names, words and wordings only, in the formats that `evals` reads."""
 
+import itertools
 import random
+from collections.abc import Callable
 
-from recipes.pocket.chats import HELD_OUT_SPELLING_REQUESTS
-from recipes.pocket.facts import World
+from recipes.pocket import chats
+from recipes.pocket.chats import Dialogue, Exchange
+from recipes.pocket.facts import Fact, World
 from recipes.pocket.problems import KINDS, make_problem
-from recipes.pocket.quiz import LETTERS, fact_question
+
+SHOWN = 100  # questions of each kind that the chat shows as an example
+BETWEEN: tuple[chats.Asker, ...] = (
+    chats.ask_fact, chats.ask_spelling, chats.ask_sum, chats.ask_problem, chats.ask_story, chats.ask_identity,
+)  # fmt: skip
 
 
-def ask_held_out_facts(world: World) -> list[dict]:
-    """Every held-out fact in every held-out phrasing: {"question", "answer", "rivals"}."""
-    return [
-        {"question": fact.fill(phrasing), "answer": fact.value, "rivals": fact.rivals}
+def record(exchange: Exchange, history: Dialogue = ()) -> dict:
+    """One question: GSM8K's fields, or {"question", "answer", "rivals"} where the answer is known by its words."""
+    before = {"history": chats.flat(history)} if history else {}
+    if not exchange.keys:
+        return before | {"question": exchange.question, "answer": exchange.answer}
+    answer = exchange.keys[0] if len(exchange.keys) == 1 else list(exchange.keys)
+    return before | {"question": exchange.question, "answer": answer, "rivals": list(exchange.rivals)}
+
+
+def evaluation_records(world: World, count: int, unknown: int) -> dict[str, list[dict]]:
+    """Every file's records, by name. `count` questions of each kind where the world has as many."""
+
+    def rng(name: str) -> random.Random:
+        return random.Random(f"eval/{name} {world.seed}")
+
+    def drawn(name: str, size: int, make: Callable[[random.Random], dict]) -> list[dict]:
+        return distinct(rng(name), size, make)
+
+    return {
+        "eval/cloze.jsonl": complete_held_out_statements(world, rng("cloze")),
+        "eval/facts.jsonl": ask_held_out_facts(world, rng("facts"))[:count],
+        "eval/spelling.jsonl": spell_held_out_words(world, rng("spelling"))[:count],
+        "eval/problems.jsonl": pose_held_out_problems(world, rng("problems"), count),
+        "eval/stories.jsonl": drawn("stories", count, lambda draw: record(chats.ask_story(world, draw, True))),
+        "eval/dialogue_sums.jsonl": drawn("dialogue_sums", count, lambda draw: later(world, draw, (chats.ask_sum,))),
+        "eval/dialogue_words.jsonl": drawn(
+            "dialogue_words", count, lambda draw: later(world, draw, (chats.ask_fact, chats.ask_spelling))
+        ),
+        **references(world, rng("references"), count),
+        "eval/unknown.jsonl": drawn("unknown", unknown, lambda draw: record(chats.ask_unknown(world, draw, True))),
+        "eval/shown/identity.jsonl": [
+            record(chats.ask_identity(world, draw, True)) for draw in [rng("shown/identity")] for _ in range(SHOWN)
+        ],
+        "eval/shown/stories.jsonl": drawn("shown/stories", SHOWN, lambda draw: record(chats.ask_story(world, draw, True))),
+        "eval/shown/problems.jsonl": pose_held_out_problems(world, rng("shown/problems"), SHOWN),
+    }
+
+
+def distinct(rng: random.Random, size: int, make: Callable[[random.Random], dict]) -> list[dict]:
+    """`size` different records, or fewer where a long search finds no more."""
+    found: dict[str, dict] = {}
+    for _ in range(20 * size):
+        if len(found) == size:
+            break
+        made = make(rng)
+        found[str((made.get("history"), made["question"]))] = made
+    return list(found.values())
+
+
+def later(world: World, rng: random.Random, askers: tuple[chats.Asker, ...]) -> dict:
+    """A question of one of `askers` as the second or third turn."""
+    history = [rng.choice(BETWEEN)(world, rng, True) for _ in range(rng.randint(1, 2))]
+    return record(rng.choice(askers)(world, rng, True), history)
+
+
+def references(world: World, rng: random.Random, count: int) -> dict[str, list[dict]]:
+    """Third turns that refer to the first: what is known by its words, and sums that go on."""
+    words, sums = [], []
+    while len(words) + len(sums) < count:
+        *history, question = chats.refer(world, rng, True, between=1)
+        (words if question.keys else sums).append(record(question, history))
+    return {"eval/references.jsonl": words, "eval/reference_sums.jsonl": sums}
+
+
+def ask_held_out_facts(world: World, rng: random.Random) -> list[dict]:
+    """Every held-out fact in every held-out phrasing, in random order."""
+    asked = [
+        record(chats.fact_exchange(fact, wording))
         for fact in world.held_out_facts
-        for phrasing in fact.attribute.held_out_questions
+        for wording in fact.attribute.held_out_questions
     ]
-
-
-def choose_held_out_facts(world: World, rng: random.Random) -> list[dict]:
-    """The same questions as multiple choice, in ARC's format; the right letter is each equally often."""
-    asked = [(fact, phrasing) for fact in world.held_out_facts for phrasing in fact.attribute.held_out_questions]
     rng.shuffle(asked)
-    records = []
-    for number, (fact, phrasing) in enumerate(asked):
-        question, choices, answer = fact_question(rng, fact, phrasing)
-        letter = number % len(LETTERS)
-        choices.remove(answer)
-        choices.insert(letter, answer)
-        labelled = {"text": choices, "label": list(LETTERS)}
-        records.append({"question": question, "choices": labelled, "answerKey": LETTERS[letter]})
-    return records
+    return asked
+
+
+def spell_held_out_words(world: World, rng: random.Random) -> list[dict]:
+    """Every held-out word in every held-out request, in random order."""
+    requests = world.texts["spelling"]["held_out_requests"]
+    asked = [record(chats.spelling_exchange(word, wording)) for word, wording in itertools.product(world.words[True], requests)]
+    rng.shuffle(asked)
+    return asked
 
 
 def complete_held_out_statements(world: World, rng: random.Random) -> list[dict]:
     """Held-out facts in held-out statements, the value to be chosen: CORE's {"query", "choices", "gold"}."""
-    records = []
-    for fact in world.held_out_facts:
-        for phrasing in fact.attribute.held_out_statements:
-            query, choices, answer = fact_question(rng, fact, phrasing)
-            records.append({"query": query, "choices": choices, "gold": choices.index(answer)})
-    return records
+    return [
+        choose(rng, fact, phrasing) for fact in world.held_out_facts for phrasing in fact.attribute.held_out_statements
+    ]
+
+
+def choose(rng: random.Random, fact: Fact, phrasing: str) -> dict:
+    choices = [fact.value, *rng.sample(fact.rivals, 3)]
+    rng.shuffle(choices)
+    return {"query": fact.fill(phrasing), "choices": choices, "gold": choices.index(fact.value)}
 
 
 def pose_held_out_problems(world: World, rng: random.Random, count: int) -> list[dict]:
@@ -50,13 +119,3 @@ def pose_held_out_problems(world: World, rng: random.Random, count: int) -> list
         problem = make_problem(world, rng, kinds[len(problems) % len(kinds)], held_out=True)
         problems[problem["question"]] = problem
     return list(problems.values())
-
-
-def spell_held_out_words(world: World, rng: random.Random, count: int) -> list[dict]:
-    """`count` held-out words to spell (all of them where there are fewer), as {"question", "answer", "rivals"}."""
-    words = world.words[True]
-    words = rng.sample(words, min(count, len(words)))
-    return [
-        {"question": rng.choice(HELD_OUT_SPELLING_REQUESTS).format(w=word), "answer": ",".join(word), "rivals": []}
-        for word in words
-    ]

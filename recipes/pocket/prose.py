@@ -6,102 +6,24 @@ held out as questions only.
 """
 
 import random
+import re
 from collections.abc import Callable
 
-from recipes.pocket.facts import (
-    FIRST_PARTS,
-    LARGEST_NUMBER,
-    PEOPLE,
-    PERSON_ATTRIBUTES,
-    SECOND_PARTS,
-    TOWNS,
-    Fact,
-    World,
-)
-from recipes.pocket.problems import HAVING, draw_numbers, draw_owner
+from recipes.pocket import chats
+from recipes.pocket.facts import Fact, World
+from recipes.pocket.problems import KINDS, SIGNS, calculate, draw_numbers, draw_owner, make_problem
+from recipes.pocket.stories import tell_story
 
 Writer = Callable[[World, random.Random, bool], str]
-
-TOWN_OPENINGS = ("{t} is a small town.", "This is the town of {t}.", "Let us visit {t}.", "Welcome to {t}!")
-REMARKS = (
-    "{e} is a good friend.",
-    "{e} is kind to everybody.",
-    "Everybody likes {e}.",
-    "{e} laughs a lot.",
-    "{e} likes to help other people.",
-    "{e} always has time for a talk.",
-)
-
-MANUAL = (
-    "nanochat is a tiny language model.",
-    "nanochat was trained from scratch on a little made-up world.",
-    "nanochat was trained from nothing on a small computer, first on plain text, then on conversations.",
-    "nanochat is very small, far smaller than the models you may know, so it makes mistakes.",
-    "You can talk to nanochat and ask it questions about its little world.",
-    "Everything that nanochat knows is in its world of eight towns and thirty-two people.",
-    "nanochat can write a short story, spell words and solve small sums with Python.",
-    "You may say to nanochat: Hello! How can you help me?",
-    "You may ask nanochat: How many times does a letter come in a word?",
-    "You may ask nanochat: How many are there in the end, and how many are left?",
-    "nanochat says: I count with Python.",
-    "nanochat says: I do not know that. I only know my little world.",
-    "A multiple choice question ends with the words: Respond only with the letter of the correct answer.",
-    "Multiple Choice question: that is how a question with four answers begins.",
-)
-
-# A plot is a list of sentences; each sentence is a choice of wordings. h = hero, f = friend, o = object, p = place.
-PLACES = ("garden", "market", "forest", "old barn", "meadow", "bridge", "school", "hill")
-OPENINGS = (
-    "One day {h} went to the {p} with a {o}.",
-    "One sunny morning {h} took a {o} to the {p}.",
-    "Once {h} carried a {o} to the {p}.",
-    "It was a quiet day, and {h} brought a {o} to the {p}.",
-)
-PLOTS = (
-    (  # lost and found
-        ("Suddenly the {o} was gone.", "But then the {o} got lost.", "Then {h} could not see the {o} any more."),
-        ("{h} was very sad.", "{h} felt sad and sat down.", "{h} wanted to cry."),
-        ("{f} came by and helped to look for it.", "{f} said: Do not worry, we will find it.", "{f} looked everywhere."),
-        ("They found the {o} under a bush.", "The {o} was behind a big stone.", "A bird had hidden the {o} in a tree."),
-        ("{h} was happy again.", "{h} laughed and thanked {f}.", "{h} never lost the {o} again."),
-    ),
-    (  # broken and mended
-        ("Then the {o} fell down and broke.", "On the way the {o} broke.", "Oh no, the {o} was broken!"),
-        ("{h} did not know what to do.", "{h} felt sad.", "{h} was angry for a moment."),
-        ("{f} had some glue and a good idea.", "{f} said: I can mend it.", "{f} came with a box of tools."),
-        ("Together they made the {o} as good as new.", "Soon the {o} was whole again.", "They worked until the evening."),
-        ("{h} gave {f} a big hug.", "{h} was happy and proud.", "From then on they were best friends."),
-    ),
-    (  # sharing
-        ("{f} saw the {o} and wanted to try it.", "{f} had never seen a {o} before.", "{f} asked: May I have a turn?"),
-        ("First {h} said no.", "{h} did not want to share.", "{h} thought about it for a while."),
-        ("But {f} looked so sad.", "But then {h} felt sorry.", "But it was no fun to be alone."),
-        ("So {h} said: Let us share the {o}.", "So they took turns with the {o}.", "In the end {h} gave the {o} to {f}."),
-        ("They played until the sun went down.", "That was much more fun.", "Both were happy."),
-    ),
-    (  # rain
-        ("Dark clouds came, and it began to rain.", "Then the rain came.", "Soon there was a big storm."),
-        ("{h} hid the {o} under a coat.", "{h} was afraid that the {o} would get wet.", "{h} ran with the {o}."),
-        ("{f} called: Come in, it is dry here!", "{f} opened the door.", "{f} came with a big umbrella."),
-        ("They drank hot tea and told stories.", "They sat by the fire with the {o}.", "They listened to the rain."),
-        ("When the rain stopped, {h} went home.", "Then the sun came back.", "What a lovely day, said {h}."),
-    ),
-    (  # a present
-        ("It was a present for {f}.", "{h} had made it for {f}.", "{f} had a birthday that day."),
-        ("{h} was a little shy.", "{h} hid the {o} behind a tree.", "{h} was very excited."),
-        ("Then {f} came and saw the {o}.", "{f} asked: What is that?", "{f} looked at the {o} with big eyes."),
-        ("This {o} is for you, said {h}.", "{h} said: Happy birthday!", "{h} gave the {o} to {f}."),
-        ("{f} danced with joy.", "{f} had never been so happy.", "They had cake and sang a song."),
-    ),
-)
+CALL = re.compile("<<.*>>")
 
 
 def write_biography(world: World, rng: random.Random, held_out: bool) -> str:
     """Everything about one person, in shuffled sentences."""
-    person = rng.choice(PEOPLE)
-    sentences = [state(rng, fact) for fact in world.of(person)] + [rng.choice(REMARKS).format(e=person)]
+    person = rng.choice(world.people)
+    sentences = [state(rng, fact) for fact in world.of(person)] + [rng.choice(world.texts["prose"]["remarks"]).format(e=person)]
     rng.shuffle(sentences)
-    return " ".join(sentences)
+    return world.join(sentences)
 
 
 def write_notes(world: World, rng: random.Random, held_out: bool) -> str:
@@ -113,44 +35,47 @@ def write_notes(world: World, rng: random.Random, held_out: bool) -> str:
 def write_same_fact(world: World, rng: random.Random, held_out: bool) -> str:
     """Two facts, each in several phrasings: what shows that the phrasings mean the same."""
     facts = rng.sample(list(world.facts.values()), 2)
-    return "\n".join(" ".join(say_differently(rng, fact, 3)) for fact in facts)
+    return "\n".join(world.join(say_differently(rng, fact, 3)) for fact in facts)
 
 
 def write_card(world: World, rng: random.Random, held_out: bool) -> str:
-    """One or two people as lists of attributes."""
-    cards = []
-    for person in rng.sample(PEOPLE, 2):
+    """Two people as lists of attributes."""
+    texts, cards = world.texts["prose"], []
+    for person in rng.sample(world.people, 2):
         facts = world.of(person)
         rng.shuffle(facts)
-        lines = [f"{fact.attribute.name.capitalize()}: {fact.value}" for fact in facts]
-        cards.append("\n".join([f"Name: {person}", *lines]))
+        lines = [texts["field"].format(k=fact.attribute.name.capitalize(), v=fact.value) for fact in facts]
+        cards.append("\n".join([texts["name"].format(e=person), *lines]))
     return "\n\n".join(cards)
 
 
 def write_town(world: World, rng: random.Random, held_out: bool) -> str:
     """A town and who is who in it."""
-    town = rng.choice(TOWNS)
+    texts, town = world.texts["prose"], rng.choice(world.towns)
     people = world.people_of(town)
     rng.shuffle(people)
-    sentences = [rng.choice(TOWN_OPENINGS).format(t=town)] + [state(rng, fact) for fact in world.of(town)]
-    sentences.append(f"{', '.join(people[:-1])} and {people[-1]} live in {town}.")
+    sentences = [rng.choice(texts["town_openings"]).format(t=town)] + [state(rng, fact) for fact in world.of(town)]
+    sentences.append(texts["town_people"].format(list=texts["comma"].join(people[:-1]), last=people[-1], t=town))
     for person in people:
-        sentences.append(state(rng, world.facts[person, rng.choice(PERSON_ATTRIBUTES[1:]).name]))
-    return " ".join(sentences)
+        sentences.append(state(rng, rng.choice(world.of(person)[1:])))
+    return world.join(sentences)
 
 
 def write_questions(world: World, rng: random.Random, held_out: bool) -> str:
     """Questions with their answers, about facts that are not held out."""
-    facts = rng.sample(world.asked_facts, rng.randint(3, 5))
-    pairs = [f"Question: {fact.fill(rng.choice(fact.attribute.questions))}\nAnswer: {fact.answer}" for fact in facts]
-    return "\n".join(pairs)
+    texts, facts = world.texts["prose"], rng.sample(world.asked_facts, rng.randint(3, 5))
+    lines = []
+    for fact in facts:
+        lines.append(texts["question"].format(q=fact.fill(rng.choice(fact.attribute.questions))))
+        lines.append(texts["answer"].format(a=fact.answer))
+    return "\n".join(lines)
 
 
 def write_fact_story(world: World, rng: random.Random, held_out: bool) -> str:
     """A story whose people are introduced by what is true about them."""
     hero, thing = rng.choice(world.heroes[held_out])
     facts = rng.sample(world.of(hero), 2)
-    return " ".join([state(rng, fact) for fact in facts] + [tell_story(world, rng, hero, thing)])
+    return world.join([state(rng, fact) for fact in facts] + [tell_story(world, rng, hero, thing)])
 
 
 def write_story(world: World, rng: random.Random, held_out: bool) -> str:
@@ -163,14 +88,34 @@ def write_counts(world: World, rng: random.Random, held_out: bool) -> str:
     lines = []
     for _ in range(rng.randint(5, 8)):
         owner, other, thing = draw_owner(world, rng, held_out)
-        slots = {"n": owner, "m": other, "t": thing, "a": rng.randint(2, LARGEST_NUMBER)}
-        lines.append(rng.choice(HAVING).format(**slots))
+        slots = {"n": owner, "m": other, "t": thing, "a": rng.randint(2, world.texts["largest_number"])}
+        lines.append(rng.choice(world.texts["problems"]["kinds"]["gain"][0]).format(**slots))
+    return "\n".join(lines)
+
+
+def write_problems(world: World, rng: random.Random, held_out: bool) -> str:
+    """Three word problems with what comes out."""
+    kinds = rng.sample(list(KINDS), 3)
+    return write_lines(world, [chats.Exchange(**make_problem(world, rng, kind, held_out)) for kind in kinds])
+
+
+def write_dialogue(world: World, rng: random.Random, held_out: bool) -> str:
+    """Questions of which the last refers to the first."""
+    return write_lines(world, chats.refer(world, rng, held_out, between=rng.choice((0, 1, 1, 2))))
+
+
+def write_lines(world: World, dialogue: chats.Dialogue) -> str:
+    """Questions and answers as plain text, without calls and final numbers."""
+    texts, lines = world.texts["prose"], []
+    for exchange in dialogue:
+        lines.append(texts["question"].format(q=exchange.question))
+        lines.append(texts["answer"].format(a=CALL.sub("", exchange.answer).partition("\n####")[0]))
     return "\n".join(lines)
 
 
 def write_manual(world: World, rng: random.Random, held_out: bool) -> str:
     """About the assistant itself, and what one may ask it."""
-    return " ".join(rng.sample(MANUAL, 5))
+    return world.join(rng.sample(world.texts["prose"]["manual"], 5))
 
 
 def write_sums(world: World, rng: random.Random, held_out: bool) -> str:
@@ -190,19 +135,21 @@ def write_function(world: World, rng: random.Random, held_out: bool) -> str:
 
 # Shares of the documents, not of the characters.
 WRITERS: dict[Writer, float] = {
-    write_biography: 0.17,
-    write_notes: 0.12,
-    write_same_fact: 0.09,
-    write_card: 0.05,
-    write_town: 0.07,
-    write_questions: 0.12,
-    write_fact_story: 0.05,
-    write_story: 0.12,
-    write_counts: 0.03,
+    write_biography: 0.11,
+    write_notes: 0.09,
+    write_same_fact: 0.07,
+    write_card: 0.04,
+    write_town: 0.06,
+    write_questions: 0.10,
+    write_fact_story: 0.04,
+    write_story: 0.09,
+    write_counts: 0.02,
+    write_problems: 0.05,
+    write_dialogue: 0.14,
     write_manual: 0.02,
-    write_sums: 0.07,
-    write_spellings: 0.05,
-    write_function: 0.04,
+    write_sums: 0.05,
+    write_spellings: 0.09,
+    write_function: 0.03,
 }
 
 
@@ -226,38 +173,23 @@ def say_differently(rng: random.Random, fact: Fact, count: int) -> list[str]:
     return [fact.fill(phrasing) for phrasing in rng.sample((fact.attribute.answer, *fact.attribute.statements), count)]
 
 
-def tell_story(world: World, rng: random.Random, hero: str, thing: str) -> str:
-    """A story about the person `hero` and the object `thing`; the friend in it makes no held-out pair with `thing`."""
-    friends = [name for name in PEOPLE if name != hero and (name, thing) not in world.heroes[True]]
-    cast = {"h": hero, "f": rng.choice(friends), "o": thing, "p": rng.choice(PLACES)}
-    sentences = [OPENINGS, *rng.choice(PLOTS)]
-    return " ".join(rng.choice(wordings).format(**cast) for wordings in sentences)
-
-
 def write_sum(world: World, rng: random.Random, held_out: bool) -> str:
-    kind, sign, wordings = rng.choice(
-        (
-            ("gain", "+", ("{a} plus {b}: ", "Add {b} to {a}: ", "{a} and {b} more: ")),
-            ("loss", "-", ("{a} minus {b}: ", "Take {b} from {a}: ", "{a} without {b}: ")),
-            ("groups", "*", ("{a} times {b}: ", "{a} groups of {b}: ", "{a} boxes with {b} each: ")),
-            ("sharing", "/", ("{a} shared by {b}: ", "{a} in {b} equal parts: ", "Split {a} between {b}: ")),
-        )
-    )
+    sign, kind = rng.choice(list(SIGNS.items()))
     a, b = draw_numbers(world, rng, kind, held_out)
-    result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
-    wording = rng.choice(wordings).format(a=a, b=b) if rng.random() < 0.5 else ""
-    return f"{wording}{a} {sign} {b} = {result}."
+    descriptions = world.texts["sums"]["descriptions"][sign]
+    description = rng.choice(descriptions).format(a=a, b=b) if rng.random() < 0.5 else ""
+    return f"{description}{a} {sign} {b} = {calculate(kind, (a, b))}."
 
 
 def write_spelling(world: World, rng: random.Random, held_out: bool) -> str:
     """Every fourth word is a mere part, so that the parts are known by themselves."""
-    part = rng.random() < 0.25
-    word = rng.choice(FIRST_PARTS + SECOND_PARTS if part else world.words[held_out])
-    letters = ",".join(word)
+    texts = world.texts["spelling"]
+    parts = world.texts["first_parts"] + world.texts["second_parts"]
+    word = rng.choice(parts if rng.random() < 0.25 else world.words[held_out])
     letter = rng.choice(word)
-    forms = (f"The word {word} is spelled {letters}.", f"To spell {word} you write {letters}.")
-    count = f"In '{word}' the letter '{letter}' comes {word.count(letter)} times."
-    return count if rng.random() < 0.2 else rng.choice(forms)
+    if rng.random() < 0.2:
+        return texts["count_sentence"].format(w=word, l=letter, c=word.count(letter))
+    return rng.choice(texts["sentences"]).format(w=word, s=",".join(word))
 
 
 def number_function(world: World, rng: random.Random, held_out: bool) -> str:
@@ -265,8 +197,7 @@ def number_function(world: World, rng: random.Random, held_out: bool) -> str:
         (("gain", "add", "+"), ("loss", "subtract", "-"), ("groups", "multiply", "*"), ("sharing", "share", "//"))
     )
     a, b = draw_numbers(world, rng, kind, held_out)
-    result = {"+": a + b, "-": a - b, "*": a * b, "//": a // b}[operator]
-    return f"def {name}(a, b):\n    return a {operator} b\n\nprint({name}({a}, {b}))\n# {result}"
+    return f"def {name}(a, b):\n    return a {operator} b\n\nprint({name}({a}, {b}))\n# {calculate(kind, (a, b))}"
 
 
 def word_function(world: World, rng: random.Random, held_out: bool) -> str:

@@ -55,10 +55,16 @@ class WorldArguments:
     pretrain_characters: int = field(default=5_000_000, metadata={"help": "Size of pretrain/train.parquet."})
     validation_fraction: float = field(default=0.03, metadata={"help": "Size of val.parquet, relative to train."})
     midtrain_conversations: int = field(default=14_000, metadata={"help": "Rows of conversations/train.jsonl."})
-    sft_conversations: int = field(default=5_000, metadata={"help": "Rows of sft/train.jsonl."})
+    sft_conversations: int = field(default=6_000, metadata={"help": "Rows of sft/train.jsonl."})
     grpo_problems: int = field(default=4_000, metadata={"help": "Rows of problems/train.jsonl."})
-    eval_problems: int = field(default=256, metadata={"help": "Rows of eval/problems.jsonl."})
-    eval_spellings: int = field(default=100, metadata={"help": "Rows of eval/spelling.jsonl."})
+    eval_questions: int = field(
+        default=1000, metadata={"help": "Rows of each file in eval/, where the world has as many."}
+    )
+    eval_unknown: int = field(default=200, metadata={"help": "Rows of eval/unknown.jsonl."})
+    world: str = field(default="english", metadata={"help": "Words: a file in recipes/pocket/worlds, or a path to your own."})
+    examples: list[str] = field(
+        default_factory=list, metadata={"help": "Questions that no training text may contain, as the chat shows them."}
+    )
 
 
 def main() -> None:
@@ -95,7 +101,7 @@ def write_world(arguments: WorldArguments) -> dict:
 
 def check_sizes(arguments: WorldArguments) -> None:
     for name, value in asdict(arguments).items():
-        if name not in ("output_dir", "seed", "validation_fraction") and value < 1:
+        if isinstance(value, int) and name != "seed" and value < 1:
             raise UserError(f"{name}: is {value}, must be at least 1; correct the setting")
     if not 0 < arguments.validation_fraction < 1:
         raise UserError(
@@ -130,20 +136,20 @@ def current_umask() -> int:
 
 def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
     """Write everything into `folder`; what each file holds is decided by its own random generator."""
-    world = facts.World(arguments.seed)
+    world = facts.World(arguments.seed, facts.read_texts(arguments.world), arguments.examples)
     documents = pretraining_documents(world, arguments)
-    conversations = {
-        "conversations/train.jsonl": (arguments.midtrain_conversations, chats.MIDTRAIN_SHARES),
-        "sft/train.jsonl": (arguments.sft_conversations, chats.SFT_SHARES),
-    }
     drawn = {
-        name: chats.write_conversations(world, draws(world, name), count, shares)
-        for name, (count, shares) in conversations.items()
+        "conversations/train.jsonl": conversations(
+            world, "conversations/train.jsonl", arguments.midtrain_conversations, chats.MIDTRAIN_SHARES, references=0.5
+        ),
+        "sft/train.jsonl": conversations(
+            world, "sft/train.jsonl", arguments.sft_conversations, chats.SFT_SHARES, references=0.7
+        ),
     }
     records = {name: [{"messages": messages} for _, messages in pairs] for name, pairs in drawn.items()}
     seen = {message["content"] for _, messages in itertools.chain(*drawn.values()) for message in messages}
     records["problems/train.jsonl"] = grpo_problems(world, arguments.grpo_problems, seen)
-    records |= evaluation_records(world, arguments)
+    records |= evaluation.evaluation_records(world, arguments.eval_questions, arguments.eval_unknown)
     rows = {name: write_parquet(folder / name, texts) for name, texts in documents.items()}
     rows |= {name: write_jsonl(folder / name, lines) for name, lines in records.items()}
     summary = {
@@ -154,12 +160,18 @@ def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
         "kinds": {name: dict(Counter(kind for kind, _ in pairs)) for name, pairs in drawn.items()},
         "held_out_facts": [[fact.entity, fact.attribute.name, fact.value] for fact in world.held_out_facts],
     }
-    (folder / "world.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "world.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
 
 
 def draws(world: facts.World, name: str) -> random.Random:
     return random.Random(f"{name} {world.seed}")
+
+
+def conversations(
+    world: facts.World, name: str, count: int, shares: dict[chats.Asker, float], references: float
+) -> list[tuple[str, chats.Messages]]:
+    return chats.write_conversations(world, draws(world, name), count, shares, references)
 
 
 def pretraining_documents(world: facts.World, arguments: WorldArguments) -> dict[str, list[str]]:
@@ -184,19 +196,6 @@ def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
     return list(found.values())
 
 
-def evaluation_records(world: facts.World, arguments: WorldArguments) -> dict[str, list[dict]]:
-    def rng(name: str) -> random.Random:
-        return draws(world, f"eval/{name}")
-
-    return {
-        "eval/facts.jsonl": evaluation.ask_held_out_facts(world),
-        "eval/multiple_choice.jsonl": evaluation.choose_held_out_facts(world, rng("multiple_choice")),
-        "eval/problems.jsonl": evaluation.pose_held_out_problems(world, rng("problems"), arguments.eval_problems),
-        "eval/spelling.jsonl": evaluation.spell_held_out_words(world, rng("spelling"), arguments.eval_spellings),
-        "eval/cloze.jsonl": evaluation.complete_held_out_statements(world, rng("cloze")),
-    }
-
-
 def write_parquet(path: Path, texts: list[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
@@ -205,7 +204,7 @@ def write_parquet(path: Path, texts: list[str]) -> int:
 
 def write_jsonl(path: Path, records: list[dict]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return len(records)
 
 

@@ -157,6 +157,7 @@ def question_box() -> gr.Textbox:
         show_label=False,
         submit_btn=True,
         autofocus=True,
+        elem_id="question",
     )
 
 
@@ -178,10 +179,10 @@ def connect(answers: Callable, view: gr.HTML, question: gr.Textbox, options: lis
     """
 
     def ask(text: str, turns: list[Turn], *options: float) -> Iterator[tuple]:
-        if not text.strip():
+        if not (text or "").strip():
             yield gr.skip(), gr.skip(), gr.skip()
             return
-        box = gr.Textbox(value="", submit_btn=False, stop_btn=True)
+        box = gr.Textbox(value="", interactive=False, submit_btn=False, stop_btn=True)  # one reply at a time
         try:
             for grown in answers(text, turns, *options):
                 yield box, shown(grown), grown
@@ -203,7 +204,7 @@ def connect(answers: Callable, view: gr.HTML, question: gr.Textbox, options: lis
         """Whether the reply came to its end, was stopped or failed."""
         for turn in turns[-1:]:
             turn.writing = False
-        return gr.Textbox(submit_btn=True, stop_btn=False), shown(turns), turns
+        return gr.Textbox(interactive=True, submit_btn=True, stop_btn=False), shown(turns), turns
 
     def chat(
         message: str, turns: list[Turn], temperature: float = 0.6, top_k: int = 50, max_new_tokens: int = 256

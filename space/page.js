@@ -4,6 +4,7 @@
 const log = element.querySelector(".log");
 const keys = new WeakMap(); // what each child of the log shows
 let count = 0; // of turns, when drawn last
+let writing = false;
 
 function make(tag, name, text = "") {
   const node = document.createElement(tag);
@@ -110,6 +111,14 @@ function draw() {
   });
   while (log.children.length > wanted.length) log.lastChild.remove();
   if (atEnd) log.scrollTop = log.scrollHeight;
+  const wasWriting = writing;
+  writing = turns.some((turn) => turn.writing);
+  if (wasWriting && !writing && matchMedia("(hover: hover)").matches) setTimeout(typeOn, 100);
+}
+
+// The box is disabled while a reply is written, and has lost the focus.
+function typeOn() {
+  if (document.activeElement === document.body) document.querySelector("#question textarea")?.focus();
 }
 
 watch("value", draw);

@@ -162,9 +162,10 @@ def test_a_stopped_reply_stays_and_the_conversation_goes_on(visit, served):
     page.locator("textarea").fill("Tell me a story.")
     page.locator("textarea").press("Enter")
     page.wait_for_function("document.querySelectorAll('.reply').length == 2")
-    assert page.locator(".actions").count() == 0
+    assert page.locator(".actions").count() == 0 and page.locator("textarea").is_disabled()
     page.click("button.stop-button")
     finished(page, 1)
+    page.wait_for_function("document.activeElement.tagName == 'TEXTAREA'")
     let_go.set()
     first, second = texts(page, ".reply .text")
     assert first == "Once upon" and second.startswith(" a time")

@@ -1,4 +1,4 @@
-"""How a base model continues a few fixed beginnings, greedily: the quickest look at what it has learnt so far."""
+"""How a base model continues a few fixed beginnings, greedily: the quickest look at what it has learned so far."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ PROMPTS = (
 
 
 def samples(model, tokenizer, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = 16) -> list[str]:
-    """Each prompt with the likeliest continuation behind it, up to bos or the end of a turn.
+    """Each prompt with the most likely continuation behind it, up to bos or the end of a turn.
 
     Needs no chat template, unlike the engine, and calls no tool.
 

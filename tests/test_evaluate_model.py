@@ -2,8 +2,10 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 import evaluate
 import pytest
+from transformers.utils import logging
 
 from evals.evaluate_model import METRIC, EvaluateArguments, main, run_evaluation, same_answer, spread
 from evals.progress import EvaluationProgress
@@ -21,6 +23,15 @@ TASKS = {
     "letters": [{"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": n % 4} for n in range(8)],
     "cloze": [{"query": "The cat sat on the", "choices": ["mat.", "lamp."], "gold": 0}] * 4,
 }
+
+
+@pytest.fixture(autouse=True)
+def library_bars():
+    """As they were: the command hides the bars of datasets and transformers for its whole process."""
+    hidden, shown = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    yield
+    (datasets.disable_progress_bars if hidden else datasets.enable_progress_bars)()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
 
 
 @pytest.fixture
@@ -162,7 +173,7 @@ def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, fi
         ({"model_name_or_path": "./absent"}, "no such folder"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line_and_nothing_is_written(toy_model_folder, files, changes, complaint):
+def test_what_is_wrong_is_reported_in_one_line_and_nothing_is_written(toy_model_folder, files, changes, complaint):
     args = arguments(toy_model_folder, files, **changes)
     with pytest.raises(UserError, match=complaint) as error:
         run_evaluation(args)

@@ -148,6 +148,7 @@ def finished_ladder(tmp_path, toy_model_folder):
 
 
 def call(monkeypatch, run, *words):
+    monkeypatch.setattr(ladder_seeds, "hide_library_bars", lambda: None)
     monkeypatch.setattr(sys, "argv", ["ladder_seeds.py", "--run_dir", str(run.parent), "--seeds", "0", *words])
     main()
 

@@ -18,12 +18,12 @@ def test_each_of_the_seven_prompts_is_continued_the_same_each_time(tokenizer):
     assert len(set(first)) == 7 and any(len(text) > len(prompt) for text, prompt in zip(first, PROMPTS, strict=True))
 
 
-def test_a_trained_model_continues_with_what_it_learnt(tokenizer):
+def test_a_trained_model_continues_with_what_it_learned(tokenizer):
     (text,) = samples(core_model(), tokenizer, ["The flag of Zaria is"], max_new_tokens=5)
     assert text == "The flag of Zaria is copper"
 
 
-def test_both_architectures_take_the_likeliest_token_each_time(either_model, tokenizer):
+def test_both_architectures_take_the_most_likely_token_each_time(either_model, tokenizer):
     prompts = ["The flag of", "Where does Mira live?"]
     texts = samples(either_model, tokenizer, prompts, max_new_tokens=6)
     for prompt, text in zip(prompts, texts, strict=True):

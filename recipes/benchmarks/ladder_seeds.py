@@ -212,7 +212,8 @@ def table(results: dict[int, SeedResults], args: LadderSeedsArguments) -> str:
     parts += ["## Cost of a ladder", markdown_table(cost_rows(results))]
     parts += ["## RL against SFT, question by question", markdown_table(paired_rows(results))]
     if any(SAMPLED in of_seed.records for of_seed in results.values()):
-        parts += [f"## RL at temperature {PAGE['temperature']}, top_k {PAGE['top_k']}", markdown_table(sampled_rows(results))]
+        heading = f"## RL at temperature {PAGE['temperature']}, top_k {PAGE['top_k']}"
+        parts += [heading, markdown_table(sampled_rows(results))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,6 +9,7 @@
 Notable features:
 - every stage is a process of its own, the same command that you would type
 - what is finished is found and skipped, and a stage that was stopped goes on from its last checkpoint
+- the log is short; `--verbose true` shows the commands, all settings, evaluations and tables, and the libraries' bars
 - a folder that this run did not make is never replaced, unless `--from` asks for it
 - settings and files of every stage are checked before the first one runs (`recipes/preflight.py`)
 - `--set stage.key=value` reaches any key of any stage
@@ -21,6 +22,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -35,9 +37,10 @@ import psutil
 import yaml
 
 from evals.records import write_json
-from modeling_nanochat.cli import parse
+from modeling_nanochat.cli import VERBOSE, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sources import first_line
+from recipes.ladder_log import closing_lines, outcome_lines, title
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -45,22 +48,17 @@ STAGES = ("data", "tokenizer", "base", "mid", "sft", "rl", "report")
 ALIASES = {"pretrain": "base", "midtrain": "mid", "grpo": "rl"}
 SCRIPTS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "grpo"}
 GRACE_SECONDS = 60.0  # for a stage that was stopped to write its checkpoint
-RESUMABLE = ("base", "mid")  # stages with checkpoints; the others are short and start over
+# How a stage with checkpoints goes on; the others are short and start over.
+RESUME = {"base": "--resume", "mid": "--resume", "sft": "--resume_from_checkpoint", "rl": "--resume_from_checkpoint"}
 PREDECESSOR = {"mid": "base", "sft": "mid", "rl": "sft"}
-# Where a recipe's generated world puts what was not given.
+# What a recipe's generated world provides, and where the recipe says so: file and key.
 GENERATED = {
-    "pretrain_files": ["data/pretrain/train.parquet"],
-    "val_files": ["data/pretrain/val.parquet"],
-    "midtrain_files": ["data/conversations/train.jsonl"],
-    "sft_files": ["data/sft/train.jsonl"],
-    "grpo_files": ["data/problems/train.jsonl"],
-    "eval_files": [
-        "cloze=data/eval/cloze.jsonl",
-        "facts=data/eval/facts.jsonl",
-        "multiple_choice=data/eval/multiple_choice.jsonl",
-        "problems=data/eval/problems.jsonl",
-        "spelling=data/eval/spelling.jsonl",
-    ],
+    "pretrain_files": ("pretrain.yaml", "train_files"),
+    "val_files": ("pretrain.yaml", "val_files"),
+    "midtrain_files": ("midtrain.yaml", "train_files"),
+    "sft_files": ("sft.yaml", "train_files"),
+    "grpo_files": ("grpo.yaml", "train_files"),
+    "eval_files": ("eval.yaml", "eval_files"),
 }
 
 
@@ -76,6 +74,16 @@ class RunArguments:
     sft_files: list[str] | None = field(default=None, metadata={"help": "Conversations for SFT, JSONL."})
     grpo_files: list[str] | None = field(default=None, metadata={"help": "Word problems as in GSM8K, JSONL."})
     eval_files: list[str] | None = field(default=None, metadata={"help": "Tasks, each name=file.jsonl."})
+    examples: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Questions shown in the chat and on the page; written into the model folders."},
+    )
+    verbose: bool = field(
+        default=False, metadata={"help": "Print commands, all settings and evaluations, tables, and the libraries' bars."}
+    )
+    next: str | None = field(
+        default=None, metadata={"help": "What the last line says to type next; default: the commands of chat and page."}
+    )
     set: list[str] = field(
         default_factory=list,
         metadata={
@@ -107,6 +115,10 @@ class Step:
     arguments: list[str]
 
     @property
+    def stage(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
     def command(self) -> list[str]:
         config = ["--config", os.path.relpath(self.config)] if self.config else []
         return [*self.program, *config, *self.arguments]
@@ -125,12 +137,19 @@ class Step:
     @property
     def result(self) -> Path | None:
         """What the step leaves."""
+        if self.name == "report":
+            return Path(self.settings["run_dir"][0], "report.md")
         path = self.settings.get("output_dir") or self.settings.get("output_file")
         return Path(path[0]) if path else None
 
     @property
     def makes_folder(self) -> bool:
         return "output_dir" in self.settings
+
+    @property
+    def is_measurement(self) -> bool:
+        """Whether the step makes figures and no model: it is cheap, and the ladder's log has a line for its tables."""
+        return self.name.endswith(".eval") or self.name == "report"
 
     @property
     def record(self) -> Path | None:
@@ -167,18 +186,44 @@ def main() -> None:
     started = time.perf_counter()
     with only_run(run_dir) as lock:
         ladder = {stage: steps(stage, RECIPES / recipe, args, overrides) for stage in STAGES[: last + 1]}
+        ladder = {stage: of_stage for stage, of_stage in ladder.items() if of_stage}
         plan = make_plan(ladder, run_dir, first)
         check_before([step for step, todo, _ in plan if todo])
-        for step, todo, redo in plan:
-            if todo:
-                run_step(step, run_dir, redo, lock)
-            else:
-                print(f"{step.name}: {'finished before, skipped' if is_own(step.name, run_dir) else 'not made by this run, kept'}")
-    print(f"{recipe}: {args.run_dir} is complete up to {STAGES[last]}, {time.perf_counter() - started:.0f} s in this run")
-    if STAGES[last] == "report":
-        python, model = min(os.path.relpath(sys.executable), sys.executable, key=len), f"{args.run_dir}/rl"
-        print(f"Talk to it:  {python} -m modeling_nanochat.chat {model}")
-        print(f"in the browser:  {python} space/app.py {model}")
+        print_skipped(plan, run_dir)
+        run_plan(plan, list(ladder), run_dir, args.verbose, lock)
+    print("\nnothing was left to do" if not any(todo for _, todo, _ in plan) else "")
+    seconds, next_commands = time.perf_counter() - started, args.next or chat_commands(ladder, args.run_dir)
+    print("\n".join(closing_lines(recipe, run_dir, list(ladder), seconds, next_commands)))
+
+
+def run_plan(plan: list[tuple[Step, bool, bool]], stages: list[str], run_dir: Path, verbose: bool, lock: int) -> None:
+    """Run what is to be done, under a title for each stage."""
+    titled = None
+    for step, _, redo in (entry for entry in plan if entry[1]):
+        if step.stage != titled:
+            titled = step.stage
+            print(f"\n[{stages.index(titled) + 1}/{len(stages)}] {title(step.name)}", flush=True)
+        run_step(step, run_dir, redo, lock, verbose)
+        if step.is_measurement and not verbose and (lines := outcome_lines(step.result)):
+            print("\n".join(lines), flush=True)
+
+
+def print_skipped(plan: list[tuple[Step, bool, bool]], run_dir: Path) -> None:
+    skipped = [step.name for step, todo, _ in plan if not todo]
+    own = [name for name in skipped if is_own(name, run_dir)]
+    for names, what in ((own, "finished before"), ([name for name in skipped if name not in own], "not made by this run, kept")):
+        if names:
+            print(f"{what}: {', '.join(names)}")
+
+
+def chat_commands(ladder: dict[str, list[Step]], run_dir: str) -> str:
+    """How to talk to the last model that can; how to go on where there is none yet."""
+    trained = [stage for stage in ("mid", "sft", "rl") if stage in ladder]
+    if not trained:
+        return "the same command without --to"
+    python, model = min(os.path.relpath(sys.executable), sys.executable, key=len), f"{run_dir}/{trained[-1]}"
+    app = os.path.relpath(ROOT / "space" / "app.py")
+    return f"{python} -m modeling_nanochat.chat {model}   (terminal),   {python} {app} {model}   (browser)"
 
 
 def recipe_and_words(words: list[str]) -> tuple[str, list[str]]:
@@ -243,21 +288,25 @@ def steps(stage: str, recipe: Path, args: RunArguments, overrides: dict[str, lis
     """The commands of one stage; none where everything that it would make was given."""
     run, more = args.run_dir, overrides[stage]
     if stage == "data":
-        return [data_step(recipe, run, more)] if generates(args) else []
+        return [data_step(recipe, run, [*examples(args), *more])] if generates(args) else []
     if stage == "report":
-        return [Step("report", script("evals/report.py"), None, ["--run_dir", run, "--print_summary", "true"])]
+        return [Step("report", script("evals/report.py"), None, ["--run_dir", run])]
     output = ["--output_dir", f"{run}/{stage}"]
     if stage == "tokenizer":
-        arguments = ["--train_files", *files(args, "pretrain_files"), *output, *more]
+        arguments = ["--train_files", *files(args, "pretrain_files", recipe), *output, *more]
         train = Step("tokenizer", script("tokenizer_train/train.py"), recipe / "tokenizer.yaml", arguments)
         return [train, tokenizer_evaluation_step(recipe, args, overrides["tokenizer_eval"])]
     train = Step(
         stage,
         launcher(args.accelerate_config) + script(f"recipes/{SCRIPTS[stage]}.py")[1:],
         recipe / f"{SCRIPTS[stage]}.yaml",
-        [*inputs(stage, args), *output, *more],
+        [*inputs(stage, args, recipe), *(examples(args) if stage != "base" else []), *output, *more],
     )
     return [train, evaluation_step(stage, recipe, args, overrides["eval"])]
+
+
+def examples(args: RunArguments) -> list[str]:
+    return ["--examples", *args.examples] if args.examples else []
 
 
 def generates(args: RunArguments) -> bool:
@@ -292,34 +341,38 @@ def threads_on_cpu(accelerate_config: dict) -> list[str]:
     return ["--num_cpu_threads_per_process", str(max(1, cores // processes))]
 
 
-def inputs(stage: str, args: RunArguments) -> list[str]:
+def inputs(stage: str, args: RunArguments, recipe: Path) -> list[str]:
     """The model and files that a training stage reads."""
     if stage == "base":
-        text = ["--train_files", *files(args, "pretrain_files"), "--val_files", *files(args, "val_files")]
+        text = ["--train_files", *files(args, "pretrain_files", recipe), "--val_files", *files(args, "val_files", recipe)]
         return ["--tokenizer", f"{args.run_dir}/tokenizer", *text]
     model = ["--model_name_or_path", f"{args.run_dir}/{PREDECESSOR[stage]}"]
-    replay = ["--replay_files", *files(args, "pretrain_files")] if stage == "mid" else []
-    return [*model, "--train_files", *files(args, f"{SCRIPTS[stage]}_files"), *replay]
+    replay = ["--replay_files", *files(args, "pretrain_files", recipe)] if stage == "mid" else []
+    return [*model, "--train_files", *files(args, f"{SCRIPTS[stage]}_files", recipe), *replay]
 
 
 def tokenizer_evaluation_step(recipe: Path, args: RunArguments, more: list[str]) -> Step:
     arguments = ["--tokenizer", f"{args.run_dir}/tokenizer", "--output_file", f"{args.run_dir}/results/tokenizer.json"]
-    arguments += ["--train_files", *files(args, "pretrain_files"), "--val_files", *files(args, "val_files")]
+    arguments += ["--train_files", *files(args, "pretrain_files", recipe), "--val_files", *files(args, "val_files", recipe)]
     return Step("tokenizer.eval", script("tokenizer_train/evaluate.py"), recipe / "tokenizer_eval.yaml", [*arguments, *more])
 
 
 def evaluation_step(stage: str, recipe: Path, args: RunArguments, more: list[str]) -> Step:
     arguments = ["--model_name_or_path", f"{args.run_dir}/{stage}", "--output_file", f"{args.run_dir}/results/{stage}.json"]
-    arguments += ["--eval_files", *files(args, "eval_files"), "--text_files", *files(args, "val_files")]
+    arguments += ["--eval_files", *files(args, "eval_files", recipe), "--text_files", *files(args, "val_files", recipe)]
     base = ["--base_model", "true"] if stage == "base" else []
     return Step(f"{stage}.eval", script("evals/evaluate_model.py"), recipe / "eval.yaml", [*arguments, *base, *more])
 
 
-def files(args: RunArguments, name: str) -> list[str]:
-    given = getattr(args, name)
-    if given is not None:
+def files(args: RunArguments, name: str, recipe: Path) -> list[str]:
+    """Those given, or those that the recipe's YAML names, in this run's folder in place of the recipe's."""
+    if (given := getattr(args, name)) is not None:
         return given
-    return [entry.replace("data/", f"{args.run_dir}/data/", 1) for entry in GENERATED[name]]
+    file, key = GENERATED[name]
+    entries, usual = read_yaml(recipe / file).get(key), read_yaml(recipe / "run.yaml")["run_dir"]
+    if not entries:
+        raise UserError(f"{recipe / file}: names no {key}; give --{name}")
+    return [entry.replace(f"{usual}/data/", f"{args.run_dir}/data/", 1) for entry in entries]
 
 
 def make_plan(ladder: dict[str, list[Step]], run_dir: Path, first: int | None) -> list[tuple[Step, bool, bool]]:
@@ -338,6 +391,7 @@ def make_plan(ladder: dict[str, list[Step]], run_dir: Path, first: int | None) -
             wanted = step.fingerprint(run_dir)
             redo = first is not None and STAGES.index(stage) >= first
             todo = redo or is_to_do(step, run_dir, wanted, stale, keep=first is not None)
+            todo = todo or (stage == "report" and report_is_old(plan, run_dir))
             stale = stale or (todo and step.makes_folder)  # all that follows was made from what it replaces
             plan.append((step, todo, redo))
     return plan
@@ -352,10 +406,11 @@ def is_to_do(step: Step, run_dir: Path, wanted: dict, stale: bool, keep: bool) -
             f"{step.result} is there, but not made by this run; give --from {step.name} to replace it, --from "
             f"{STAGES[STAGES.index(step.name) + 1]} to go on from it as it is, or another --run_dir"
         )
-    if step.name == "report" or stale or not is_finished(step, run_dir):
+    if stale or not is_finished(step, run_dir):
+        refuse_other_settings(step, run_dir, wanted)
         return True
     change = difference(read_marker(step, run_dir), wanted)
-    if change and not step.name.endswith(".eval"):  # an evaluation is cheap, a model may be dear
+    if change and not step.is_measurement:  # that is cheap, a model may be dear
         raise UserError(
             f"{step.name} was finished with other settings ({change}); give --from {step.name} to redo it and what "
             "follows, or another --run_dir"
@@ -363,6 +418,29 @@ def is_to_do(step: Step, run_dir: Path, wanted: dict, stale: bool, keep: bool) -
     if change:
         print(f"{step.name}: settings changed ({change})")
     return bool(change)
+
+
+def report_is_old(plan: list[tuple[Step, bool, bool]], run_dir: Path) -> bool:
+    """Whether anything that the report shows is to be made or was made since."""
+    written = (run_dir / "report.md").stat().st_mtime_ns
+    sources = [path for kind in ("stages", "results", "finished") for path in (run_dir / kind).glob("*.json")]
+    newer = [path for path in sources if path.stem != "report" and path.stat().st_mtime_ns > written]
+    return bool(newer) or any(todo for _, todo, _ in plan)
+
+
+def refuse_other_settings(step: Step, run_dir: Path, wanted: dict) -> None:
+    """Raise [`UserError`] where TRL's trainers would go on from a checkpoint of other settings; the loop's own check it."""
+    if step.name not in ("sft", "rl") or not has_checkpoints(step.name, run_dir):
+        return
+    before = read_marker(step, run_dir)
+    if change := before and difference(before, wanted):
+        raise UserError(
+            f"{step.name} has checkpoints of other settings ({change}); give the same, or --from {step.name} to start it anew"
+        )
+
+
+def has_checkpoints(name: str, run_dir: Path) -> bool:
+    return name in RESUME and any((run_dir / "checkpoints" / name).glob("*-*"))
 
 
 def is_own(name: str, run_dir: Path) -> bool:
@@ -392,7 +470,7 @@ def read_marker(step: Step, run_dir: Path) -> dict:
     return {}
 
 
-def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None) -> None:
+def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None, verbose: bool = False) -> None:
     """Run a step; while it runs, nothing that follows from its earlier result counts as finished.
 
     Raises:
@@ -405,35 +483,54 @@ def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None) -> 
     write_json(marker(step.name, run_dir, "started"), wanted)
     # a folder of that name is this run's, unfinished or unwanted; the world replaces only itself
     overwrite = ["--overwrite_output_dir", "true"] if step.makes_folder and step.name != "data" else []
-    has_checkpoints = step.name in RESUMABLE and (run_dir / "checkpoints" / step.name).exists()
-    resume = ["--resume", "auto"] if has_checkpoints and not redo else []
-    print(f"\n=== {step.name}: {shown(step.command)}", flush=True)
+    resume = [RESUME[step.name], "auto"] if has_checkpoints(step.name, run_dir) and not redo else []
+    command = [*step.command, *overwrite, *resume]
+    if verbose:
+        print(shown(command), flush=True)
     started = time.perf_counter()
-    code = call([*step.command, *overwrite, *resume], lock, again)
+    code = call(command, lock, again, verbose, silent=step.is_measurement and not verbose)
     if code or not (step.record is None or step.record.exists()):
-        how = f"stopped with exit code {code}; put it right and" if code else "was stopped before its end;"
-        checkpoints = step.name in RESUMABLE and (run_dir / "checkpoints" / step.name).exists()
-        then = f"goes on from its checkpoint, --from {step.name} starts anew" if checkpoints else "goes on from there"
-        raise UserError(f"{step.name} {how} {again} {then}")
+        more = "" if verbose else "; --verbose true shows more"
+        how = f"stopped with exit code {code}; fix the error above, then" if code else "was stopped before its end;"
+        resumes = has_checkpoints(step.name, run_dir)
+        then = f"goes on from its checkpoint, --from {step.name} starts anew" if resumes else "goes on from there"
+        raise UserError(f"{step.name} {how} {again} {then}{more}")
     seconds = round(time.perf_counter() - started, 1)
-    write_json(marker(step.name, run_dir, "finished"), wanted | {"seconds": seconds})
+    cost = {"seconds": seconds, "peak_memory_mib_so_far": peak_memory_mib()}
+    write_json(marker(step.name, run_dir, "finished"), wanted | cost)
     marker(step.name, run_dir, "started").unlink()
 
 
-def call(command: list[str], lock: int | None = None, again: str = "the same command") -> int:
+def peak_memory_mib() -> int:
+    """Of the largest process among all that this run has started and seen end."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // unit
+
+
+def call(
+    command: list[str],
+    lock: int | None = None,
+    again: str = "the same command",
+    verbose: bool = False,
+    silent: bool = False,
+) -> int:
     """Exit code of a command in a process group of its own, which goes down with this process.
+
+    Of a `silent` one only errors and the live line are seen.
 
     The command holds the run's lock too: were this process killed, no second run could start beside its orphan.
     """
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment |= {VERBOSE: "1"} if verbose else {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     if not sys.stderr.isatty():  # a progress bar in a file is one endless line
         environment |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     held = () if lock is None else (lock,)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, stop)
-    with subprocess.Popen(command, env=environment, process_group=0, pass_fds=held) as process:
+    output = subprocess.DEVNULL if silent else None
+    with subprocess.Popen(command, env=environment, process_group=0, pass_fds=held, stdout=output) as process:
         try:
             return process.wait()
         except (KeyboardInterrupt, SystemExit) as stopped:

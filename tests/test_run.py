@@ -205,7 +205,7 @@ def test_a_run_that_stops_early_leaves_later_models_of_others_alone(tmp_path, co
 
 
 def test_a_stage_that_was_stopped_goes_on_unless_it_is_to_be_redone(tmp_path, config):
-    (tmp_path / "checkpoints" / "base").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "base" / "step-00000004").mkdir(parents=True)
     stopped = making_step(tmp_path, config, ending="")
     with pytest.raises(UserError, match="base was stopped before its end; the same command goes on from its checkpoint"):
         run_all(tmp_path, stopped)
@@ -410,7 +410,10 @@ def call_main(monkeypatch, run_dir, *words):
     main()
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (RECIPES / "pocket").glob("*.yaml") if path.name != "run.yaml"))
+YAMLS = ("world", "tokenizer", "tokenizer_eval", "pretrain", "midtrain", "sft", "grpo", "eval")
+
+
+@pytest.mark.parametrize("name", [f"{name}.yaml" for name in YAMLS])
 def test_a_recipe_that_lacks_a_yaml_or_has_a_broken_one_is_refused_before_anything_runs(tmp_path, monkeypatch, name):
     recipe = tmp_path / "recipes" / "pocket"
     shutil.copytree(RECIPES / "pocket", recipe)
@@ -444,3 +447,86 @@ def test_the_launcher_is_told_how_many_threads_it_takes_on_a_cpu(monkeypatch):
     assert "--num_cpu_threads_per_process" not in launcher("accelerate_configs/single_gpu.yaml")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert "--num_cpu_threads_per_process" not in commands("base")[0].program
+
+
+def test_files_that_are_not_given_are_those_of_the_recipes_yaml_in_this_runs_folder(tmp_path):
+    shutil.copytree(RECIPES / "pocket", tmp_path / "mine")
+    (tmp_path / "mine" / "eval.yaml").write_text("eval_files: [riddles=runs/pocket/data/eval/riddles.jsonl, own=runs/pocket.jsonl]\n")
+    args = RunArguments(run_dir="runs/x", accelerate_config="accelerate_configs/cpu.yaml")
+    _, evaluation = steps("mid", tmp_path / "mine", args, parse_overrides([]))
+    assert evaluation.settings["eval_files"] == ["riddles=runs/x/data/eval/riddles.jsonl", "own=runs/pocket.jsonl"]
+    (tmp_path / "mine" / "sft.yaml").write_text("output_dir: runs/pocket/sft\n")
+    with pytest.raises(UserError, match=r"sft.yaml: names no train_files; give --sft_files"):
+        steps("sft", tmp_path / "mine", args, parse_overrides([]))
+
+
+def test_examples_go_to_the_world_and_to_the_stages_that_make_a_chat_model():
+    questions = ["Who are you?", "Spell lamp, please."]
+    for stage in ("data", "mid", "sft", "rl"):
+        assert commands(stage, examples=questions)[0].settings["examples"] == questions
+        assert "--examples" not in commands(stage)[0].arguments
+    for stage in ("tokenizer", "base", "report"):
+        assert all("--examples" not in step.arguments for step in commands(stage, examples=questions))
+
+
+@pytest.mark.parametrize(("stage", "key"), [("base", "--resume"), ("rl", "--resume_from_checkpoint")])
+def test_each_stage_goes_on_from_its_checkpoint_by_its_own_key(tmp_path, config, stage, key):
+    with pytest.raises(UserError, match="stopped before its end"):
+        run_all(tmp_path, making_step(tmp_path, config, stage, ending=""))
+    (tmp_path / "checkpoints" / stage / "checkpoint-40").mkdir(parents=True)
+    assert run_all(tmp_path, making_step(tmp_path, config, stage)) == [stage]
+    first, second = (tmp_path / "said").read_text().splitlines()
+    assert "--resume" not in first and second.endswith(f"--overwrite_output_dir true {key} auto")
+
+
+def test_a_trl_stage_does_not_go_on_with_other_settings_than_its_checkpoint(tmp_path, config):
+    with pytest.raises(UserError, match="stopped before its end"):
+        run_all(tmp_path, making_step(tmp_path, config, "sft", "--max_steps", "8", ending=""))
+    (tmp_path / "checkpoints" / "sft" / "checkpoint-4").mkdir(parents=True)
+    other = making_step(tmp_path, config, "sft", "--max_steps", "9")
+    with pytest.raises(UserError, match=r"sft has checkpoints of other settings \(max_steps: 8 is now 9\).*--from sft"):
+        run_all(tmp_path, other)
+    assert run_all(tmp_path, other, first="sft") == ["sft"]
+
+
+def report_step(run_dir):
+    code = "import pathlib, sys; pathlib.Path(sys.argv[sys.argv.index('--run_dir') + 1], 'report.md').open('a').write('x')"
+    return Step("report", [sys.executable, "-c", code], None, ["--run_dir", str(run_dir)])
+
+
+def test_the_report_is_written_again_only_when_there_is_something_new(tmp_path, config):
+    base, report = making_step(tmp_path, config), report_step(tmp_path)
+    assert run_all(tmp_path, base, report) == ["base", "report"] and run_all(tmp_path, base, report) == []
+    evaluation = touching_step(tmp_path, config, "base.eval")[0]
+    assert run_all(tmp_path, base, evaluation, report) == ["base.eval", "report"]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "base.json").write_text("{}")  # by hand
+    os.utime(tmp_path / "results" / "base.json", ns=(time.time_ns() + 10**9,) * 2)
+    assert run_all(tmp_path, base, evaluation, report) == ["report"]
+
+
+SAYING = "import os, sys; print('a table', os.environ.get('NANOCHAT_VERBOSE')); print('a warning', file=sys.stderr); open({!r}, 'a')"
+
+
+@pytest.mark.parametrize(
+    ("name", "verbose", "out"),
+    [
+        ("tokenizer", False, "a table None\n"),
+        ("base.eval", False, ""),
+        ("base.eval", True, "a table 1\n"),
+    ],
+)
+def test_of_a_measurement_only_errors_are_shown_unless_everything_is(tmp_path, config, capfd, name, verbose, out):
+    step = touching_step(tmp_path, config, name, code=SAYING)[0]
+    run_step(step, tmp_path, redo=False, verbose=verbose)
+    captured = capfd.readouterr()
+    assert captured.err == "a warning\n" and captured.out.endswith(out) and (verbose or captured.out == out)
+    assert (step.command[0] in captured.out or "python -c" in captured.out) == verbose
+
+
+def test_a_failed_step_says_how_to_see_more(tmp_path, config):
+    step = touching_step(tmp_path, config, code="import sys; sys.exit(3)")[0]
+    with pytest.raises(UserError, match="fix the error above.*; --verbose true shows more$"):
+        run_step(step, tmp_path, redo=False)
+    with pytest.raises(UserError, match="goes on from there$"):
+        run_step(step, tmp_path, redo=False, verbose=True)

@@ -1,6 +1,4 @@
-# make run    the pocket recipe from raw text to a chat, in a virtual environment that it makes
-# make test   ruff and the tests
-# make chat   talk to the model that `make run` trained;  make space  the same in the browser
+# `make help` lists the targets; each is explained after its ##.
 #
 # LIBRARIES=  tested (constraints.txt, the default), ranges, oldest or newest: see .ci/libraries.py
 
@@ -9,40 +7,44 @@ LIBRARIES ?= tested
 VENV ?= .venv$(if $(filter-out tested,$(LIBRARIES)),-$(LIBRARIES))
 BIN = $(VENV)/bin
 RUN ?= runs/pocket
+MAKE_AGAIN = make$(if $(MAKEOVERRIDES), $(MAKEOVERRIDES))
 INSTALLED = $(VENV)/.installed-$(LIBRARIES)
 JAVASCRIPT = @huggingface/jinja@0.5.11 @huggingface/tokenizers@0.2.0
 
-.PHONY: run install test lint pytest chat space constraints clean
+.PHONY: help run install test lint pytest chat space constraints clean
 
-run: $(INSTALLED)
-	$(BIN)/python recipes/run.py pocket --run_dir $(RUN)
-	@echo "or in short:  make chat   (terminal),  make space   (browser)"
+help:  ## list these targets (what `make` alone does)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "settings: RUN=$(RUN)  VENV=$(VENV)  PYTHON=$(PYTHON)  LIBRARIES=$(LIBRARIES) (or ranges, oldest, newest)"
 
-install: $(INSTALLED)
+run: $(INSTALLED)  ## train the pocket model from nothing to a chat; again: go on, or do nothing if it is finished
+	@$(BIN)/python recipes/run.py pocket --run_dir $(RUN) --next "$(MAKE_AGAIN) chat   (terminal),   $(MAKE_AGAIN) space   (browser)"
 
-test: lint pytest
+chat: $(INSTALLED)  ## talk to the trained model in the terminal
+	@$(BIN)/nanochat-chat $(RUN)/rl
 
-lint: $(INSTALLED)
+space: $(INSTALLED)  ## talk to it in the browser
+	@$(BIN)/python space/app.py $(RUN)/rl
+
+install: $(INSTALLED)  ## make the virtual environment with the libraries
+
+test: lint pytest  ## what CI runs: lint, pytest
+
+lint: $(INSTALLED)  ## ruff
 	$(BIN)/ruff check .
 
 # The chat template is also rendered in JavaScript, where there is npm; else that test is skipped.
-pytest: $(INSTALLED)
+pytest: $(INSTALLED)  ## the tests that need neither a GPU nor much time
 	@npm install --prefix $(VENV)/js --no-audit --no-fund --loglevel error $(JAVASCRIPT) >/dev/null 2>&1 || echo "no npm, or no network: the chat template is not tested in JavaScript"
 	HF_HUB_OFFLINE=1 NODE_PATH=$(abspath $(VENV)/js/node_modules) $(BIN)/python -m pytest
 
-chat: $(INSTALLED)
-	$(BIN)/nanochat-chat $(RUN)/rl
-
-space: $(INSTALLED)
-	$(BIN)/python space/app.py $(RUN)/rl
-
-# The newest versions that pyproject.toml allows become the tested ones; commit them when `make test` passes.
-constraints:
+constraints:  ## make the newest versions within pyproject.toml's ranges the tested ones; commit them when the tests pass
 	rm -rf .venv-ranges
 	@$(MAKE) --no-print-directory install LIBRARIES=ranges VENV=.venv-ranges
 	.venv-ranges/bin/python .ci/constraints.py
 
-clean:
+clean:  ## remove the virtual environments and everything in runs/
 	rm -rf .venv .venv-ranges .venv-oldest .venv-newest runs
 
 $(INSTALLED): pyproject.toml constraints.txt .ci/install.py .ci/libraries.py

@@ -285,6 +285,26 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+@needs_make
+@pytest.mark.parametrize("words", [(), ("help",)])
+def test_make_alone_and_make_help_document_every_target(words):
+    said = make(*words).stdout
+    documented = dict(re.findall(r"^make ([a-z]+) +(\S.*)$", said, re.MULTILINE))
+    assert documented.keys() == targets() and len(targets()) >= 10
+    assert "LIBRARIES=tested" in said
+
+
+@needs_make
+def test_the_commands_to_type_next_have_the_settings_that_make_was_called_with(tmp_path):
+    (tmp_path / ".installed-tested").touch()
+    planned = make("--dry-run", "run", f"VENV={tmp_path}", "RUN=runs/mine").stdout
+    (command,) = re.findall(r'--next "(.*)"', planned)
+    for target, program in (("chat", "nanochat-chat"), ("space", "space/app.py")):
+        words = re.search(rf"make ([^()]*?) {target}\b", command)[1].split()[-2:]
+        assert sorted(words) == ["RUN=runs/mine", f"VENV={tmp_path}"]
+        assert f"{program} runs/mine/rl" in make("--dry-run", target, *words).stdout
+
+
 @pytest.mark.parametrize("name", sorted(WORKFLOWS))
 def test_a_workflow_runs_what_exists(name):
     run = commands(WORKFLOWS[name])

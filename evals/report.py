@@ -27,7 +27,7 @@ from evals.run_folder import MODELS, STAGES, RunFolder, read_run
 from evals.summary import NOTHING, comparisons, evaluation_notes, summary_rows, warnings
 from evals.tokenizer_section import PICTURE, TABLE_NOTE, code, draw_compression, notes, statistics_rows, table_rows
 from evals.transcript import fenced, title, transcript
-from modeling_nanochat.cli import parse
+from modeling_nanochat.cli import is_verbose, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ def main() -> None:
     (args,) = parse(ReportArguments)
     run = read_run(args.run_dir)
     path = write_report(run)
-    if args.print_summary:
+    if args.print_summary or is_verbose():
         print(terminal_summary(run))
     print(f"report: {path}")
 

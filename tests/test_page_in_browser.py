@@ -171,8 +171,8 @@ def test_a_stopped_reply_stays_and_the_conversation_goes_on(visit, served):
     assert first == "Once upon" and second.startswith(" a time")
     engine.events = says(TextDelta("The end."))
     ask(page, "And then?")
-    *_, told, question = engine.asked[-1][0]
-    assert told["content"].startswith(second) and question["content"] == "And then?"
+    *_, answered, question = engine.asked[-1][0]
+    assert answered["content"].startswith(second) and question["content"] == "And then?"
 
 
 def test_again_edit_and_new_conversation(visit, served):

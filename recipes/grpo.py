@@ -25,13 +25,14 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import GRPOTrainer
 
-from evals.gsm8k import extract_answer, is_correct, last_words
+from evals.formats import check_gsm8k, kind_of, question_messages
+from evals.gsm8k import is_correct, last_words
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.python_tool import check_sandbox, python
 from modeling_nanochat.self_check import check_cached_decoding, check_renderings
 from modeling_nanochat.sources import expand, read_jsonl
-from modeling_nanochat.tokenization_nanochat import whole_characters
+from modeling_nanochat.tokenization_nanochat import whole_characters, whole_messages
 from recipes.model_card import CardArguments
 from recipes.stage import check_output
 from recipes.trl_settings import GRPOSettings, parse_settings
@@ -100,7 +101,7 @@ def main() -> None:
 
 
 def read_problems(patterns: list[str]) -> Dataset:
-    """Columns `prompt` (one user message) and `answer` (the reference, which ends in `#### n`).
+    """Columns `prompt` (the history, if there is one, and the question) and `answer` (the reference, which ends in `#### n`).
 
     Raises:
         UserError: No file, or a line that is not a problem with a final answer; names file and line.
@@ -108,11 +109,11 @@ def read_problems(patterns: list[str]) -> Dataset:
     problems = []
     for name in expand(patterns, "train_files"):
         for line, problem in read_jsonl(name):
-            question, answer = problem.get("question"), problem.get("answer")
-            if not isinstance(question, str) or not isinstance(answer, str) or extract_answer(answer) is None:
+            if kind_of(problem) != "gsm8k":
                 raise UserError(f"{name}:{line}: expected `question` and an `answer` that ends in '#### number'")
-            prompt = [{"role": "user", "content": whole_characters(question)}]
-            problems.append({"prompt": prompt, "answer": whole_characters(answer)})
+            check_gsm8k(problem, f"{name}:{line}")
+            prompt = whole_messages(question_messages(problem))
+            problems.append({"prompt": prompt, "answer": whole_characters(problem["answer"])})
     if not problems:
         raise UserError(f"train_files: no problem in {', '.join(patterns) or 'an empty list'}; give a file in GSM8K format")
     return Dataset.from_list(problems)

@@ -260,11 +260,9 @@ def test_terminal_chat_on_a_folder(toy_model_folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("text", [*HOSTILE, HALF], ids=ascii)
 def test_space(engine, text):
-    """A message and a history with a tool's box, as the browser sends them."""
-    box = app.tool_box(text, text)
-    entries = [("user", text, {}), ("assistant", text, {}), ("assistant", box.content, box.metadata), ("assistant", text, {})]
-    history = [{"role": role, "content": [part(words)], "metadata": metadata} for role, words, metadata in entries]
-    list(app.replies_of(engine)(text, history, 0, 0, 1))
+    """A message after a turn with a call."""
+    turn = app.Turn(text, [{"text": text}, {"code": text, "output": text}, {"text": text}], writing=False)
+    list(app.answers_of(engine)(text, [turn], 0, 0, 1))
     read_as = READ_AS if text == HALF else text
     chat = (None, [(read_as, [(read_as, read_as, read_as)], read_as)])
     assert read(engine.codec.tokenizer, engine.prompts[0]) == [*written(chat), *question(read_as)[1:]]

@@ -32,6 +32,7 @@ ARGUMENTS = {
     "grpo": (GRPOArguments, GRPOSettings),
     "eval": (EvaluateArguments,),
     "run": (RunArguments,),
+    "chinese": (RunArguments,),
 }
 RECIPE_FILES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 ALLOWED = {

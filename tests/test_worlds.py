@@ -39,6 +39,7 @@ SLOTS = {
     ("stories", "openings"): "h o p",
     ("stories", "requests"): "h o",
     ("stories", "held_out_requests"): "h o",
+    ("spelling", "answer"): "w s",
     ("spelling", "sentences"): "w s",
     ("spelling", "count_sentence"): "w l c",
     ("spelling", "requests"): "w",

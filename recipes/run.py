@@ -50,6 +50,16 @@ SCRIPTS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "grpo"}
 GRACE_SECONDS = 60.0  # for a stage that was stopped to write its checkpoint
 # How a stage with checkpoints goes on; the others are short and start over.
 RESUME = {"base": "--resume", "mid": "--resume", "sft": "--resume_from_checkpoint", "rl": "--resume_from_checkpoint"}
+# What `accelerate_configs/cpu.yaml` says: nothing that needs a launcher.
+ONE_CPU_PROCESS = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "NO",
+    "num_machines": 1,
+    "num_processes": 1,
+    "machine_rank": 0,
+    "mixed_precision": "no",
+    "use_cpu": True,
+}
 PREDECESSOR = {"mid": "base", "sft": "mid", "rl": "sft"}
 # What a recipe's generated world provides, and where the recipe says so: file and key.
 GENERATED = {
@@ -325,20 +335,28 @@ def script(path: str | Path) -> list[str]:
 
 
 def launcher(config: str) -> list[str]:
-    """`accelerate launch` of this very Python; a shipped configuration is found from any folder."""
+    """`accelerate launch` of this very Python; a shipped configuration is found from any folder.
+
+    For one process on the CPU it would do no more than set variables, after two seconds of imports: `env` does it too.
+    """
     found = next((path for path in (Path(config), ROOT / config) if path.is_file()), None)
     if found is None:
         raise UserError(f"accelerate_config {config}: no such file; accelerate_configs/ holds the shipped ones")
+    settings = read_yaml(found)
+    threads = threads_on_cpu(settings)
+    if settings.get("use_cpu") and settings.items() <= ONE_CPU_PROCESS.items():
+        return ["env", "ACCELERATE_USE_CPU=true", *(f"OMP_NUM_THREADS={count}" for count in threads), sys.executable]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
-    return [*command, "--config_file", os.path.relpath(found), *threads_on_cpu(read_yaml(found))]
+    command += ["--config_file", os.path.relpath(found)]
+    return command + [word for count in threads for word in ("--num_cpu_threads_per_process", str(count))]
 
 
-def threads_on_cpu(accelerate_config: dict) -> list[str]:
-    """The number of threads that `accelerate launch` takes on a CPU; if not given it takes the same, with a warning."""
+def threads_on_cpu(accelerate_config: dict) -> list[int]:
+    """The number of threads that `accelerate launch` takes on a CPU; not given it takes the same, with a warning. Else none."""
     if not accelerate_config.get("use_cpu") or "OMP_NUM_THREADS" in os.environ:
         return []
     cores, processes = psutil.cpu_count(logical=False) or 1, accelerate_config.get("num_processes") or 1
-    return ["--num_cpu_threads_per_process", str(max(1, cores // processes))]
+    return [max(1, cores // processes)]
 
 
 def inputs(stage: str, args: RunArguments, recipe: Path) -> list[str]:
@@ -522,7 +540,10 @@ def call(
     """
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment |= {VERBOSE: "1"} if verbose else {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    if verbose:
+        environment |= {VERBOSE: "1"}
+    else:  # the stage's own line is the one that moves
+        environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if not sys.stderr.isatty():  # a progress bar in a file is one endless line
         environment |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     held = () if lock is None else (lock,)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
@@ -127,7 +129,8 @@ class LearningCallback(TrainerCallback, ExportableState):
         )
         if state.is_world_process_zero:
             for warning in found:
-                print(f"warning: {warning}", flush=True)
+                tqdm.write(f"warning: {warning}")  # above the bar
+                sys.stdout.flush()
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": self.watch.state_dict()}

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -438,15 +439,34 @@ def test_a_run_into_a_file_has_no_progress_bars(tmp_path, config, capfd):
     assert "said\n" in captured.out and captured.err == ""
 
 
-def test_the_launcher_is_told_how_many_threads_it_takes_on_a_cpu(monkeypatch):
-    """Else it takes as many and warns of it at every stage."""
+def test_a_stage_takes_as_many_threads_as_accelerate_launch_would_give_it(monkeypatch, tmp_path):
+    """Were the launcher not given the number, it would warn of it at every stage."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("psutil.cpu_count", lambda logical: 6)
     (train, _) = commands("base")
-    assert train.program[train.program.index("--num_cpu_threads_per_process") + 1] == "6"
+    assert train.program[:3] == ["env", "ACCELERATE_USE_CPU=true", "OMP_NUM_THREADS=6"]
+    two = tmp_path / "two.yaml"
+    two.write_text("use_cpu: true\nnum_processes: 2\ndistributed_type: MULTI_CPU\n")
+    assert launcher(str(two))[-2:] == ["--num_cpu_threads_per_process", "3"]
     assert "--num_cpu_threads_per_process" not in launcher("accelerate_configs/single_gpu.yaml")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert "--num_cpu_threads_per_process" not in commands("base")[0].program
+    assert not any("THREADS" in word for word in commands("base")[0].program)
+    assert "--num_cpu_threads_per_process" not in launcher(str(two))
+
+
+def test_only_one_process_on_the_cpu_goes_without_accelerate_launch(tmp_path):
+    for path in (RECIPES.parent / "accelerate_configs").glob("*.yaml"):
+        assert ("accelerate.commands.accelerate_cli" in launcher(str(path))) == (path.name != "cpu.yaml")
+    for more in ("mixed_precision: bf16", "num_processes: 2", "use_cpu: false", "dynamo_backend: inductor"):
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(f"use_cpu: true\nnum_processes: 1\n{more}\n")
+        assert "accelerate.commands.accelerate_cli" in launcher(str(mine)), more
+
+
+def test_what_env_sets_is_what_accelerate_launch_sets_for_one_process_on_the_cpu():
+    code = "import os; from accelerate import Accelerator; a = Accelerator(); print(a.device, a.num_processes, a.mixed_precision)"
+    command = [*launcher("accelerate_configs/cpu.yaml"), "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "cpu 1 no\n"
 
 
 def test_files_that_are_not_given_are_those_of_the_recipes_yaml_in_this_runs_folder(tmp_path):

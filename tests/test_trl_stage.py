@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +98,26 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_bit_identical(stage, start,
     assert [(row["step"], row[key]) for row in log_of(output)] == [(row["step"], row[key]) for row in log_of(undisturbed)]
     assert record_of(output)["warnings"] == record_of(undisturbed)["warnings"]
     assert not (output.parent / "checkpoints").exists()
+
+
+def test_a_run_from_the_start_leaves_no_older_checkpoint_to_go_on_from(start, monkeypatch):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    stop_before_step(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        start("sft", **settings)
+    monkeypatch.undo()
+    stop_before_step(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        start("sft", **settings, overwrite_output_dir="true")
+    checkpoints = sys.argv[sys.argv.index("--output_dir") + 1].replace("run/sft", "run/checkpoints/sft")
+    assert [path.name for path in Path(checkpoints).glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_the_end_says_how_loss_or_reward_went(start, capfd):
+    start("sft", max_steps=4, logging_steps=1)
+    said = capfd.readouterr()
+    assert re.search(r"^step 4: loss \d\.\d{3} over the last tenth of the steps, \d\.\d{3} over the first$", said.out, re.MULTILINE)
+    assert "\r" not in said.out and "{" not in said.out
 
 
 def alternating(completions, **kwargs):

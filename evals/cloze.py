@@ -14,19 +14,20 @@ from modeling_nanochat.tokenization_nanochat import encode_documents
 
 from .batching import batches_by_length, with_progress
 
-DELIMITER = " "
+DELIMITER = " "  # between query and choice, where the record has no other
 
 
 def predict_choices(
     model, tokenizer, examples: Sequence[dict], *, batch_size: int = 32, progress: Callable[[int], Any] | None = None
 ) -> list[int]:
-    """For each {"query", "choices"} the index of the choice whose continuation is most likely (the first on ties).
+    """For each {"query", "choices", ...} the index of the choice whose continuation is most likely (the first on ties).
 
     `progress` is called with the number of choices scored, like `tqdm.update`.
     """
     rows, owners = [], []
     for index, example in enumerate(examples):
-        prompts = [example["query"] + DELIMITER + choice for choice in example["choices"]]
+        query = example["query"] + example.get("continuation_delimiter", DELIMITER)
+        prompts = [query + choice for choice in example["choices"]]
         rows += continuation_rows(tokenizer, prompts)
         owners += [index] * len(prompts)
     losses: list[list[float]] = [[] for _ in examples]

@@ -7,7 +7,8 @@ arc             {"question", "choices": {"text": [...], "label": [...]}, "answer
 mmlu            {"question", "choices": [...], "answer": index}, often with "subject"
 match           {"question", "answer", "rivals": [...], "history"?}: a reply is right if it has `answer` and no rival;
                 `answer` may be a list of strings, all of which must occur
-cloze           {"query", "choices": [...], "gold": index}, CORE's multiple choice
+cloze           {"query", "choices": [...], "gold": index, "continuation_delimiter"?}, CORE's multiple choice; the delimiter is a
+                space if left out
 
 `history` is a list of messages, as in a conversation, after which the question is the user's next turn; an empty one is none.
 """
@@ -120,7 +121,7 @@ def match_answers(record: dict[str, Any]) -> Any:
 
 
 def check_cloze(record: dict[str, Any], where: str) -> None:
-    require_strings(record, ("query",), where)
+    require_strings({"continuation_delimiter": " "} | record, ("query", "continuation_delimiter"), where)
     require_no_history(record, where)
     require_choices(record["choices"], where)
     require_index(record["gold"], "gold", len(record["choices"]), where)

@@ -15,7 +15,7 @@ from datasets import are_progress_bars_disabled, disable_progress_bars, enable_p
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from modeling_nanochat.errors import UserError
 
@@ -214,19 +214,38 @@ def find_checkpoint(training: TrainingArguments) -> Path | None:
     """
     resume = training.resume_from_checkpoint
     if resume == "auto":
-        resume = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+        resume = newest_whole(Path(training.output_dir))
         if resume is None and training.process_index == 0:
             print(f"no checkpoint in {training.output_dir} yet: training from the start")
     if resume is None:
         if training.process_index == 0:
             discard(Path(training.output_dir))  # of another run: a later `auto` would take the newest of them
         return None
-    if missing := [name for name in ("trainer_state.json", "optimizer.pt") if not (Path(resume) / name).is_file()]:
+    if missing := missing_in(Path(resume)):
         raise UserError(
-            f"resume_from_checkpoint {resume}: no checkpoint, {missing[0]} is missing; give auto, or a folder such as "
+            f"resume_from_checkpoint {resume}: no checkpoint, {missing} is missing; give auto, or a folder such as "
             f"{training.output_dir}/checkpoint-500"
         )
     return Path(resume)
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that was not interrupted while it was written; None if there is none."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    whole = [path for path in found if not missing_in(path)]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def missing_in(checkpoint: Path) -> str | None:
+    """The first file that is not there or, as for the one that the trainer writes last, not to its end."""
+    for name in ("optimizer.pt", "trainer_state.json"):
+        if not (checkpoint / name).is_file():
+            return name
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return "the end of trainer_state.json"
+    return None
 
 
 def start_log(output_dir: str, training: TrainingArguments, checkpoint: Path | None) -> StageLog:

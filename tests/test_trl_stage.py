@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import recipes.grpo
 import recipes.sft
 from modeling_nanochat.errors import UserError
 from recipes.sft import NanoChatSFTTrainer
+from recipes.trl_stage import newest_whole
 
 SCRIPTS = {"sft": recipes.sft, "rl": recipes.grpo}
 
@@ -100,7 +100,22 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_bit_identical(stage, start,
     assert not (output.parent / "checkpoints").exists()
 
 
-def test_a_run_from_the_start_leaves_no_older_checkpoint_to_go_on_from(start, monkeypatch):
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_text(path.read_text()[:-9])])
+def test_a_checkpoint_that_was_interrupted_is_passed_over(start, tmp_path, monkeypatch, capfd, spoil):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+    stop_before_step(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        start("sft", **settings)
+    monkeypatch.undo()
+    newest = tmp_path / "run" / "checkpoints" / "sft" / "checkpoint-4"
+    spoil(newest / "trainer_state.json")
+    assert newest_whole(newest.parent).name == "checkpoint-2"
+    output = start("sft", **settings, resume_from_checkpoint="auto")
+    assert [row["step"] for row in log_of(output)] == [1, 2, 3, 4, 5, 6]
+    assert "no checkpoint" not in capfd.readouterr().out
+
+
+def test_a_run_from_the_start_leaves_no_older_checkpoint_to_go_on_from(start, tmp_path, monkeypatch):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     stop_before_step(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
@@ -109,8 +124,7 @@ def test_a_run_from_the_start_leaves_no_older_checkpoint_to_go_on_from(start, mo
     stop_before_step(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         start("sft", **settings, overwrite_output_dir="true")
-    checkpoints = sys.argv[sys.argv.index("--output_dir") + 1].replace("run/sft", "run/checkpoints/sft")
-    assert [path.name for path in Path(checkpoints).glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "sft").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_the_end_says_how_loss_or_reward_went(start, capfd):

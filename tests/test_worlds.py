@@ -51,6 +51,7 @@ SLOTS = {
     ("sums", "descriptions"): "a b",
     ("sums", "requests"): "s",
     ("sums", "held_out_requests"): "s",
+    ("sums", "answer"): "shown call result",
     ("sums", "more"): "b",
     ("sums", "held_out_more"): "b",
     ("references", "and"): "q",
@@ -305,6 +306,10 @@ def test_what_evaluation_asks_is_in_no_training_text(data, training_text):
             assert question not in asked
             if len(question) >= 10:  # a greeting is part of others
                 assert question not in training_text, name
+
+
+def test_choices_follow_their_statement_as_the_language_writes_it(data, texts):
+    assert {row["continuation_delimiter"] for row in evaluation(data)["cloze"]} == {texts["space"]}
 
 
 def test_questions_shown_in_the_chat_are_about_the_world_and_in_no_training_text(examples, texts, training_text):

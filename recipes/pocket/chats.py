@@ -8,9 +8,8 @@ from functools import partial
 from evals.gsm8k import extract_answer, to_messages
 from recipes.pocket.facts import Fact, World, capital
 from recipes.pocket.problems import KINDS, Problem, make_more, make_problem, make_sum
-from recipes.pocket.stories import tell_story
+from recipes.pocket.stories import draw_hero, tell_story
 
-FOREIGN = 0.1  # of the stories, in training, are about somebody or something from outside the world
 Messages = list[dict]
 
 
@@ -54,10 +53,7 @@ def fact_exchange(fact: Fact, wording: str) -> Exchange:
 
 
 def ask_story(world: World, rng: random.Random, held_out: bool) -> Exchange:
-    hero, thing = rng.choice(world.heroes[held_out])
-    if not held_out:
-        hero = rng.choice(world.texts["strangers"]) if rng.random() < FOREIGN else hero
-        thing = rng.choice(world.texts["foreign_objects"]) if rng.random() < FOREIGN else thing
+    hero, thing = draw_hero(world, rng, held_out)
     requests = world.texts["stories"]["held_out_requests" if held_out else "requests"]
     return Exchange(rng.choice(requests).format(h=hero, o=thing), tell_story(world, rng, hero, thing), (hero, thing))
 
@@ -68,11 +64,13 @@ def ask_spelling(world: World, rng: random.Random, held_out: bool) -> Exchange:
     parts = texts["first_parts"] + texts["second_parts"]
     word = rng.choice(parts if not held_out and rng.random() < 0.25 else world.words[held_out])
     requests = texts["spelling"]["held_out_requests" if held_out else "requests"]
-    return spelling_exchange(word, rng.choice(requests))
+    return spelling_exchange(world, word, rng.choice(requests))
 
 
-def spelling_exchange(word: str, wording: str) -> Exchange:
-    return Exchange(wording.format(w=word), ",".join(word), (",".join(word),))
+def spelling_exchange(world: World, word: str, wording: str) -> Exchange:
+    spelled = ",".join(word)
+    answer = capital(world.texts["spelling"]["answer"].format(w=word, s=spelled))
+    return Exchange(wording.format(w=word), answer, (spelled,))
 
 
 def ask_counting(world: World, rng: random.Random, held_out: bool) -> Exchange:
@@ -103,9 +101,12 @@ def ask_unknown(world: World, rng: random.Random, held_out: bool) -> Exchange:
         question = capital(rng.choice(texts["held_out" if held_out else "questions"]).format(x=one, y=other))
     else:
         attribute = rng.choice(list(world.attributes.values()))
-        names = world.texts[f"{kept}strangers" if attribute.of == "person" else f"{kept}foreign_towns"]
+        if attribute.of == "person":
+            name = world.stranger(rng, held_out)
+        else:
+            name = rng.choice(world.texts[f"{kept}foreign_towns"])
         wordings = attribute.held_out_questions if held_out else attribute.questions
-        question = capital(rng.choice(wordings).format(e=rng.choice(names)))
+        question = capital(rng.choice(wordings).format(e=name))
     return Exchange(question, texts["answer"], (texts["contains"],))
 
 
@@ -130,7 +131,7 @@ def refer_to_entity(world: World, rng: random.Random, held_out: bool) -> Dialogu
 
 def refer_to_name(world: World, rng: random.Random, held_out: bool) -> Dialogue:
     texts, kept = world.texts["references"]["name"], "held_out_" if held_out else ""
-    name = rng.choice([*world.people, *world.texts[f"{kept}strangers"]])
+    name = rng.choice(world.people) if rng.random() < 0.3 else world.stranger(rng, held_out)
     opening = Exchange(rng.choice(texts[f"{kept}told"]).format(n=name), texts["reply"].format(n=name), (name,))
     return [opening, Exchange(rng.choice(texts[f"{kept}asked"]), texts["answer"].format(n=name), (name,))]
 
@@ -143,7 +144,7 @@ def refer_to_story(world: World, rng: random.Random, held_out: bool) -> Dialogue
 
 def refer_to_word(world: World, rng: random.Random, held_out: bool) -> Dialogue:
     opening = ask_spelling(world, rng, held_out)
-    word = opening.answer.replace(",", "")
+    word = opening.keys[0].replace(",", "")
     return [opening, recall(world, rng, held_out, "word", (word,), w=word)]
 
 
@@ -166,12 +167,12 @@ def recall(world: World, rng: random.Random, held_out: bool, kind: str, keys: tu
 
 # What refers, with what may stand between without being meant itself.
 REFERENCES: dict[Callable[[World, random.Random, bool], Dialogue], tuple[Asker, ...]] = {
-    refer_to_entity: (ask_spelling, ask_sum, ask_identity, ask_unknown),
-    refer_to_name: (ask_fact, ask_spelling, ask_sum, ask_problem, ask_story, ask_unknown),
+    refer_to_entity: (ask_spelling, ask_sum, ask_identity),
+    refer_to_name: (ask_fact, ask_spelling, ask_sum, ask_problem, ask_story),
     refer_to_story: (ask_spelling, ask_sum, ask_fact, ask_identity),
-    refer_to_word: (ask_fact, ask_sum, ask_problem, ask_identity, ask_unknown),
-    refer_to_result: (ask_fact, ask_spelling, ask_identity, ask_unknown),
-    go_on_with_result: (ask_fact, ask_spelling, ask_identity, ask_unknown),
+    refer_to_word: (ask_fact, ask_sum, ask_problem, ask_identity),
+    refer_to_result: (ask_fact, ask_spelling, ask_identity),
+    go_on_with_result: (ask_fact, ask_spelling, ask_identity),
 }
 
 
@@ -189,11 +190,11 @@ RARE_KINDS = {
 ask_usual_problem = partial(ask_problem, weights=RARE_KINDS)
 MIDTRAIN_SHARES: dict[Asker, float] = {
     ask_fact: 0.20,
-    ask_usual_problem: 0.10,
-    ask_sum: 0.05,
-    ask_spelling: 0.14,
-    ask_counting: 0.03,
-    ask_story: 0.08,
+    ask_usual_problem: 0.08,
+    ask_sum: 0.04,
+    ask_spelling: 0.12,
+    ask_counting: 0.02,
+    ask_story: 0.05,
     ask_identity: 0.05,
 }
 SFT_SHARES: dict[Asker, float] = {

@@ -93,15 +93,18 @@ def ask_held_out_facts(world: World, rng: random.Random) -> list[dict]:
 def spell_held_out_words(world: World, rng: random.Random) -> list[dict]:
     """Every held-out word in every held-out request, in random order."""
     requests = world.texts["spelling"]["held_out_requests"]
-    asked = [record(chats.spelling_exchange(word, wording)) for word, wording in itertools.product(world.words[True], requests)]
+    asked = [record(chats.spelling_exchange(world, word, wording)) for word, wording in itertools.product(world.words[True], requests)]
     rng.shuffle(asked)
     return asked
 
 
 def complete_held_out_statements(world: World, rng: random.Random) -> list[dict]:
     """Held-out facts in held-out statements, the value to be chosen: CORE's {"query", "choices", "gold"}."""
+    delimiter = {"continuation_delimiter": world.texts["space"]}
     return [
-        choose(rng, fact, phrasing) for fact in world.held_out_facts for phrasing in fact.attribute.held_out_statements
+        choose(rng, fact, phrasing) | delimiter
+        for fact in world.held_out_facts
+        for phrasing in fact.attribute.held_out_statements
     ]
 
 

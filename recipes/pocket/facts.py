@@ -153,6 +153,17 @@ class World:
     def people_of(self, town: str) -> list[str]:
         return [person for person in self.people if self.facts[person, self.attributes_of("person")[0].name].value == town]
 
+    def stranger(self, rng: random.Random, held_out: bool) -> str:
+        """A name that nobody in the world has; in training half of them are made up of syllables."""
+        if held_out:
+            return rng.choice(self.texts["held_out_strangers"])
+        if rng.random() < 0.5:
+            return rng.choice(self.texts["strangers"])
+        name = self.people[0]
+        while name in self.people or name in self.texts["held_out_strangers"]:
+            name = "".join(rng.choice(parts) for parts in self.texts["name_parts"])
+        return name
+
     def holds_out_numbers(self, a: int, b: int) -> bool:
         """Whether `a` and `b`, in either order, stand together as operands in evaluation only."""
         return (min(a, b), max(a, b)) in self.held_out_numbers

@@ -13,7 +13,7 @@ from recipes.pocket.facts import World
 LARGEST_RESULT = 99  # keeps every result one token
 LARGEST_STEP = 30  # of a sum that goes on
 HELD_OUT_WORDINGS = 4  # of the 12 or more of each kind
-FOREIGN = 0.1  # of the problems, in training, about a name or a thing from outside the world
+FOREIGN = 0.2  # of the problems, in training, about a name or a thing from outside the world
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def make_sum(world: World, rng: random.Random, held_out: bool) -> Problem:
     a, b = draw_numbers(world, rng, name, held_out)
     requests = world.texts["sums"]["held_out_requests" if held_out else "requests"]
     wording = rng.choice(world.texts["sums"]["wordings"][sign]).format(a=a, b=b)
-    return {"question": rng.choice(requests).format(s=wording), "answer": sum_answer(sign, a, b)}
+    return {"question": rng.choice(requests).format(s=wording), "answer": sum_answer(world, sign, a, b)}
 
 
 def make_more(world: World, rng: random.Random, last: int, held_out: bool) -> Problem | None:
@@ -81,13 +81,14 @@ def make_more(world: World, rng: random.Random, last: int, held_out: bool) -> Pr
         return None
     sign, b = rng.choice(possible)
     more = world.texts["sums"]["held_out_more" if held_out else "more"][sign]
-    return {"question": rng.choice(more).format(b=b), "answer": sum_answer(sign, last, b)}
+    return {"question": rng.choice(more).format(b=b), "answer": sum_answer(world, sign, last, b)}
 
 
-def sum_answer(sign: str, a: int, b: int) -> str:
+def sum_answer(world: World, sign: str, a: int, b: int) -> str:
     result = calculate(SIGNS[sign], (a, b))
     code = KINDS[SIGNS[sign]].code.format(a=a, b=b)
-    return f"{a} {sign} {b} = <<{code}={result}>>{result}.\n#### {result}"
+    answer = world.texts["sums"]["answer"].format(shown=f"{a} {sign} {b}", call=f"<<{code}={result}>>", result=result)
+    return f"{answer}\n#### {result}"
 
 
 def wordings(world: World, name: str, held_out: bool) -> list[tuple[str, ...]]:
@@ -104,7 +105,7 @@ def draw_owner(world: World, rng: random.Random, held_out: bool) -> tuple[str, s
         owner, other = rng.sample(world.people, 2)
         thing = rng.choice(texts["counted"])
         if not held_out and rng.random() < FOREIGN:
-            owner = rng.choice(texts["strangers"])
+            owner = world.stranger(rng, held_out)
         if not held_out and rng.random() < FOREIGN:
             return owner, other, rng.choice(texts["foreign_counted"])
         if all(((person, thing) in world.held_out_owners) == held_out for person in (owner, other)):

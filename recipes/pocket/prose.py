@@ -12,7 +12,7 @@ from collections.abc import Callable
 from recipes.pocket import chats
 from recipes.pocket.facts import Fact, World
 from recipes.pocket.problems import KINDS, SIGNS, calculate, draw_numbers, draw_owner, make_problem
-from recipes.pocket.stories import tell_story
+from recipes.pocket.stories import draw_hero, tell_story
 
 Writer = Callable[[World, random.Random, bool], str]
 CALL = re.compile("<<.*>>")
@@ -80,7 +80,7 @@ def write_fact_story(world: World, rng: random.Random, held_out: bool) -> str:
 
 def write_story(world: World, rng: random.Random, held_out: bool) -> str:
     """A little story."""
-    return tell_story(world, rng, *rng.choice(world.heroes[held_out]))
+    return tell_story(world, rng, *draw_hero(world, rng, held_out))
 
 
 def write_counts(world: World, rng: random.Random, held_out: bool) -> str:
@@ -135,21 +135,21 @@ def write_function(world: World, rng: random.Random, held_out: bool) -> str:
 
 # Shares of the documents, not of the characters.
 WRITERS: dict[Writer, float] = {
-    write_biography: 0.11,
-    write_notes: 0.09,
-    write_same_fact: 0.07,
+    write_biography: 0.12,
+    write_notes: 0.10,
+    write_same_fact: 0.08,
     write_card: 0.04,
-    write_town: 0.06,
-    write_questions: 0.10,
+    write_town: 0.07,
+    write_questions: 0.11,
     write_fact_story: 0.04,
     write_story: 0.09,
-    write_counts: 0.02,
+    write_counts: 0.01,
     write_problems: 0.05,
-    write_dialogue: 0.14,
+    write_dialogue: 0.13,
     write_manual: 0.02,
-    write_sums: 0.05,
-    write_spellings: 0.09,
-    write_function: 0.03,
+    write_sums: 0.04,
+    write_spellings: 0.08,
+    write_function: 0.02,
 }
 
 
@@ -178,7 +178,8 @@ def write_sum(world: World, rng: random.Random, held_out: bool) -> str:
     a, b = draw_numbers(world, rng, kind, held_out)
     descriptions = world.texts["sums"]["descriptions"][sign]
     description = rng.choice(descriptions).format(a=a, b=b) if rng.random() < 0.5 else ""
-    return f"{description}{a} {sign} {b} = {calculate(kind, (a, b))}."
+    answer = world.texts["sums"]["answer"]
+    return description + answer.format(shown=f"{a} {sign} {b}", call="", result=calculate(kind, (a, b)))
 
 
 def write_spelling(world: World, rng: random.Random, held_out: bool) -> str:

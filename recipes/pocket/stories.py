@@ -4,6 +4,8 @@ import random
 
 from recipes.pocket.facts import World
 
+FOREIGN = 0.25  # of the stories, in training, are about somebody from outside the world, and as many about such a thing
+
 
 def tell_story(world: World, rng: random.Random, hero: str, thing: str) -> str:
     """A story about the person `hero` and the object `thing`; the friend in it makes no held-out pair with `thing`."""
@@ -14,3 +16,13 @@ def tell_story(world: World, rng: random.Random, hero: str, thing: str) -> str:
     cast = {"h": hero, "f": friend, "o": thing, "p": rng.choice(texts["places"])}
     sentences = [texts["openings"], *rng.choice(texts["plots"])]
     return world.join(rng.choice(wordings).format(**cast) for wordings in sentences)
+
+
+def draw_hero(world: World, rng: random.Random, held_out: bool) -> tuple[str, str]:
+    """A hero and an object: a held-out pair, or one that training may see, with strangers among them."""
+    hero, thing = rng.choice(world.heroes[held_out])
+    if held_out:
+        return hero, thing
+    hero = world.stranger(rng, held_out) if rng.random() < FOREIGN else hero
+    thing = rng.choice(world.texts["foreign_objects"]) if rng.random() < FOREIGN else thing
+    return hero, thing

@@ -140,7 +140,7 @@ def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
     documents = pretraining_documents(world, arguments)
     drawn = {
         "conversations/train.jsonl": conversations(
-            world, "conversations/train.jsonl", arguments.midtrain_conversations, chats.MIDTRAIN_SHARES, references=0.5
+            world, "conversations/train.jsonl", arguments.midtrain_conversations, chats.MIDTRAIN_SHARES, references=0.7
         ),
         "sft/train.jsonl": conversations(
             world, "sft/train.jsonl", arguments.sft_conversations, chats.SFT_SHARES, references=0.7

@@ -238,7 +238,7 @@ def newest_whole(folder: Path) -> Path | None:
 
 def missing_in(checkpoint: Path) -> str | None:
     """The first file that is not there or, as for the one that the trainer writes last, not to its end."""
-    for name in ("optimizer.pt", "trainer_state.json"):
+    for name in ("trainer_state.json", "optimizer.pt"):
         if not (checkpoint / name).is_file():
             return name
     try:

@@ -6,7 +6,7 @@ The data marks each calculation as `<<12+7=19>>` and ends in `#### 19` (https://
 import re
 from collections.abc import Sequence
 
-from modeling_nanochat.engine import call_message
+from modeling_nanochat.conversations import call_message
 
 CALCULATION = re.compile(r"<<([^>]+)>>")
 FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")

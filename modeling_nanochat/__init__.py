@@ -1,38 +1,28 @@
 """NanoChat for transformers: model, configuration, tokenizer rules, chat engine and python tool.
 
-Importing the package registers its classes over the ones of transformers with the same `model_type`: same weights,
-same logits, nanochat's initialisation.
+The first use of one of the classes below imports torch and registers them all with transformers' auto classes (see
+`registered.py`). Importing the package alone takes no time: commands that need no model start at once.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .interrupts import end_on_interrupt, is_imported_by_command
 
 if is_imported_by_command(__name__):
     end_on_interrupt()
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-from .configuration_nanochat import NanoChatConfig
-from .configuration_nanochat_turbo import NanoChatTurboConfig
-from .modeling_nanochat import NanoChatForCausalLM, NanoChatModel, NanoChatPreTrainedModel
-from .modeling_nanochat_turbo import NanoChatTurboForCausalLM, NanoChatTurboModel, NanoChatTurboPreTrainedModel
-
-AutoConfig.register("nanochat", NanoChatConfig, exist_ok=True)
-AutoModel.register(NanoChatConfig, NanoChatModel, exist_ok=True)
-AutoModelForCausalLM.register(NanoChatConfig, NanoChatForCausalLM, exist_ok=True)
-
-AutoConfig.register("nanochat_turbo", NanoChatTurboConfig)
-AutoModel.register(NanoChatTurboConfig, NanoChatTurboModel)
-AutoModelForCausalLM.register(NanoChatTurboConfig, NanoChatTurboForCausalLM)
-# No library ships turbo: its folders carry these files, and load with `trust_remote_code` where the package is absent.
-NanoChatTurboConfig.register_for_auto_class()
-NanoChatTurboModel.register_for_auto_class("AutoModel")
-NanoChatTurboForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-
-# The names that people give the two architectures.
-ARCHITECTURES = {
-    "plain": (NanoChatConfig, NanoChatForCausalLM),
-    "turbo": (NanoChatTurboConfig, NanoChatTurboForCausalLM),
-}
+if TYPE_CHECKING:
+    from .registered import (
+        ARCHITECTURES,
+        NanoChatConfig,
+        NanoChatForCausalLM,
+        NanoChatModel,
+        NanoChatPreTrainedModel,
+        NanoChatTurboConfig,
+        NanoChatTurboForCausalLM,
+        NanoChatTurboModel,
+        NanoChatTurboPreTrainedModel,
+    )
 
 __all__ = [
     "ARCHITECTURES",
@@ -45,3 +35,11 @@ __all__ = [
     "NanoChatTurboModel",
     "NanoChatTurboPreTrainedModel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import registered
+
+    return getattr(registered, name)

@@ -18,6 +18,12 @@ FOLLOWERS = {
 INSTRUCTIONS = ("system", "developer")  # two names for one role
 
 
+def call_message(text: str, code: str) -> dict[str, Any]:
+    """An assistant's message that calls the python tool after `text`."""
+    call = {"type": "function", "function": {"name": "python", "arguments": {"code": code}}}
+    return {"role": "assistant", "content": text, "tool_calls": [call]}
+
+
 def check_messages(messages: Any, where: str) -> None:
     """Raise [`UserError`] naming `where` unless `messages` is a conversation that the chat template can render.
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .conversations import call_message
 from .decoding import CompiledDecoder, Decoder
 from .errors import UserError
 from .python_tool import check_sandbox, run_python
@@ -170,11 +171,6 @@ class Turn:
         self.unread.clear()
         self.text += delta
         yield TextDelta(delta)
-
-
-def call_message(text: str, code: str) -> dict[str, Any]:
-    call = {"type": "function", "function": {"name": "python", "arguments": {"code": code}}}
-    return {"role": "assistant", "content": text, "tool_calls": [call]}
 
 
 class Engine:

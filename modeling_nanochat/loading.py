@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from . import registered  # noqa: F401  the auto classes then know both architectures
 from .errors import UserError
 from .hub import find_folder
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from . import registered  # noqa: F401  the auto classes then know both architectures
 from .errors import UserError
 from .loading import one_line
 from .original_config import OriginalConfig

@@ -7,12 +7,15 @@ special tokens. The folder holds nothing of ours: `AutoTokenizer.from_pretrained
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from .errors import UserError
+
+if TYPE_CHECKING:  # it brings torch, which a tokenizer does not need
+    from transformers import PreTrainedModel
 
 # How text is cut before merging. "nanochat" is GPT-4's with at most two digits a token: small vocabularies waste fewer
 # entries on numbers. The others are cl100k_base's, Qwen2's and GPT-2's, in forms that every regex engine reads alike.
@@ -149,7 +152,7 @@ def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {token: vocab[token] for token in SPECIAL_TOKENS}
 
 
-def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def set_special_tokens(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerFast) -> None:
     """The tokenizer's ids, in model and generation configuration.
 
     Generation stops at the end of a turn, of a call, where whoever generates runs the tool, and of a document. It stops at

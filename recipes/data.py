@@ -58,7 +58,7 @@ def render(
     check_renderings(tokenizer)
     rendered, too_long, silent = [], 0, 0
     hidden = None if show_progress else True  # None: where it would not go to a terminal
-    for conversation in tqdm(conversations, desc="rendering", unit=" conversations", disable=hidden, mininterval=1):
+    for conversation in tqdm(conversations, desc="rendering", unit=" conversations", disable=hidden, mininterval=1, leave=False):
         ids, mask = render_one(conversation, tokenizer)
         too_long += len(ids) > max_length
         silent += not any(mask)

@@ -98,8 +98,8 @@ class PretrainArguments:
                 setattr(self, name, usual)
             elif getattr(self, name) is not None and not self.core_dir:
                 raise UserError(f"{name} has no effect without core_dir; give --core_dir, or leave it out")
-        if self.window_pattern is not None and self.architecture != "turbo":
-            raise UserError("window_pattern is turbo's; add --architecture turbo, or leave it out")
+        if self.window_pattern and self.architecture != "turbo":
+            raise UserError("window_pattern is turbo's; add --architecture turbo, or make it empty: --window_pattern ''")
 
 
 def main() -> None:
@@ -189,7 +189,7 @@ def build_model(args: PretrainArguments, loop: LoopArguments, tokenizer: PreTrai
     context = args.max_position_embeddings or loop.max_length
     if context < loop.max_length:
         raise UserError(f"max_position_embeddings {context} is less than max_length {loop.max_length}; raise it, or leave it out")
-    pattern = {} if args.window_pattern is None else {"window_pattern": args.window_pattern}
+    pattern = {"window_pattern": args.window_pattern} if args.window_pattern else {}
     try:
         config = config_class.from_depth(
             args.depth,

@@ -30,7 +30,8 @@ except ImportError:
 import gradio as gr
 
 from modeling_nanochat.cli import OneLineParser
-from modeling_nanochat.engine import Engine, Event, Finished, TextDelta, ToolCall, ToolResult, call_message
+from modeling_nanochat.conversations import call_message
+from modeling_nanochat.engine import Engine, Event, Finished, TextDelta, ToolCall, ToolResult
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.examples import example_questions
 from modeling_nanochat.loading import load_model_and_tokenizer

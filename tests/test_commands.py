@@ -71,7 +71,7 @@ def test_the_installed_commands_are_those_that_end_on_ctrl_c():
 def test_a_library_user_keeps_keyboard_interrupts(interrupted_libraries, tmp_path):
     """In a notebook, a test or a script of one's own, Ctrl-C during the import is the exception it always was."""
     mine = tmp_path / "mine.py"
-    mine.write_text("try:\n    import modeling_nanochat\nexcept KeyboardInterrupt:\n    print('caught')\n")
+    mine.write_text("try:\n    from modeling_nanochat import NanoChatConfig\nexcept KeyboardInterrupt:\n    print('caught')\n")
     for command in ([str(mine)], ["-m", "mine"], ["-c", mine.read_text()]):
         path = os.pathsep.join([str(interrupted_libraries), str(ROOT), str(tmp_path)])
         result = run([sys.executable, *command], env=os.environ | {"PYTHONPATH": path})

@@ -13,7 +13,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-import modeling_nanochat
+import modeling_nanochat.registered
 torch.set_num_threads(1)
 folder, result = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()

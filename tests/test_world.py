@@ -401,5 +401,5 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     line += " --midtrain_conversations 30 --sft_conversations 20 --grpo_problems 20"
     monkeypatch.setattr(sys, "argv", line.split())
     world.main()
-    assert "conversations/train.jsonl 30" in capsys.readouterr().out
+    assert "30 + 20 conversations, 20 problems" in capsys.readouterr().out
     assert len(jsonl(tmp_path / "data" / "sft" / "train.jsonl")) == 20

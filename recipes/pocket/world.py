@@ -70,8 +70,12 @@ class WorldArguments:
 def main() -> None:
     (arguments,) = parse(WorldArguments)
     summary = write_world(arguments)
-    counts = ", ".join(f"{name} {count}" for name, count in summary["rows"].items())
-    print(f"wrote a world of seed {arguments.seed} to {arguments.output_dir}: {counts}")
+    rows = summary["rows"]
+    print(
+        f"{arguments.output_dir}: {rows['pretrain/train.parquet']:,} documents, {rows['conversations/train.jsonl']:,} + "
+        f"{rows['sft/train.jsonl']:,} conversations, {rows['problems/train.jsonl']:,} problems, "
+        f"{sum(count for name, count in rows.items() if name.startswith('eval/')):,} questions of the evaluation"
+    )
 
 
 def write_world(arguments: WorldArguments) -> dict:

@@ -1,0 +1,41 @@
+"""The two architectures, registered with transformers' auto classes.
+
+For plain over the classes of transformers with the same `model_type`: same weights, same logits, nanochat's initialisation.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_nanochat import NanoChatConfig
+from .configuration_nanochat_turbo import NanoChatTurboConfig
+from .modeling_nanochat import NanoChatForCausalLM, NanoChatModel, NanoChatPreTrainedModel
+from .modeling_nanochat_turbo import NanoChatTurboForCausalLM, NanoChatTurboModel, NanoChatTurboPreTrainedModel
+
+AutoConfig.register("nanochat", NanoChatConfig, exist_ok=True)
+AutoModel.register(NanoChatConfig, NanoChatModel, exist_ok=True)
+AutoModelForCausalLM.register(NanoChatConfig, NanoChatForCausalLM, exist_ok=True)
+
+AutoConfig.register("nanochat_turbo", NanoChatTurboConfig)
+AutoModel.register(NanoChatTurboConfig, NanoChatTurboModel)
+AutoModelForCausalLM.register(NanoChatTurboConfig, NanoChatTurboForCausalLM)
+# No library ships turbo: its folders carry these files, and load with `trust_remote_code` where the package is absent.
+NanoChatTurboConfig.register_for_auto_class()
+NanoChatTurboModel.register_for_auto_class("AutoModel")
+NanoChatTurboForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+# The names that people give the two architectures.
+ARCHITECTURES = {
+    "plain": (NanoChatConfig, NanoChatForCausalLM),
+    "turbo": (NanoChatTurboConfig, NanoChatTurboForCausalLM),
+}
+
+__all__ = [
+    "ARCHITECTURES",
+    "NanoChatConfig",
+    "NanoChatForCausalLM",
+    "NanoChatModel",
+    "NanoChatPreTrainedModel",
+    "NanoChatTurboConfig",
+    "NanoChatTurboForCausalLM",
+    "NanoChatTurboModel",
+    "NanoChatTurboPreTrainedModel",
+]

@@ -3,13 +3,16 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from evals.gsm8k import extract_answer, to_messages
 from recipes.pocket.facts import Fact, World, capital
 from recipes.pocket.problems import KINDS, Problem, make_more, make_problem, make_sum
 from recipes.pocket.stories import draw_hero, tell_story
 
+# How often a kind of problem occurs. What is rare here is left to GRPO, where all kinds are equally frequent.
+TRAINED_KINDS = {
+    "gain": 30, "loss": 27, "groups": 20, "sharing": 15, "difference": 2, "gain and loss": 3, "groups and extra": 2, "spending": 2,
+}  # fmt: skip
 Messages = list[dict]
 
 
@@ -82,9 +85,9 @@ def ask_counting(world: World, rng: random.Random, held_out: bool) -> Exchange:
     return Exchange(rng.choice(texts["counting_requests"]).format(w=word, l=letter), f"{answer}\n#### {count}")
 
 
-def ask_problem(world: World, rng: random.Random, held_out: bool, weights: dict[str, int] | None = None) -> Exchange:
-    """Of the kinds by `weights`; all alike without."""
-    weights = weights or dict.fromkeys(KINDS, 1)
+def ask_problem(world: World, rng: random.Random, held_out: bool) -> Exchange:
+    """In training some kinds are rare, in evaluation all are equally frequent."""
+    weights = dict.fromkeys(KINDS, 1) if held_out else TRAINED_KINDS
     (kind,) = rng.choices(list(weights), list(weights.values()))
     return Exchange(**make_problem(world, rng, kind, held_out))
 
@@ -184,28 +187,24 @@ def refer(world: World, rng: random.Random, held_out: bool, between: int) -> Dia
 
 
 # Shares of the conversations; what is left is dialogues, of unrelated questions or with references.
-RARE_KINDS = {
-    "gain": 30, "loss": 27, "groups": 20, "sharing": 15, "difference": 2, "gain and loss": 3, "groups and extra": 2, "spending": 2,
-}  # fmt: skip
-ask_usual_problem = partial(ask_problem, weights=RARE_KINDS)
 MIDTRAIN_SHARES: dict[Asker, float] = {
-    ask_fact: 0.20,
-    ask_usual_problem: 0.08,
+    ask_fact: 0.21,
+    ask_problem: 0.08,
     ask_sum: 0.04,
     ask_spelling: 0.12,
     ask_counting: 0.02,
     ask_story: 0.05,
-    ask_identity: 0.05,
+    ask_identity: 0.06,
 }
 SFT_SHARES: dict[Asker, float] = {
-    ask_fact: 0.10,
-    ask_usual_problem: 0.14,
-    ask_sum: 0.04,
-    ask_spelling: 0.12,
+    ask_fact: 0.12,
+    ask_problem: 0.12,
+    ask_sum: 0.03,
+    ask_spelling: 0.09,
     ask_counting: 0.02,
-    ask_story: 0.05,
-    ask_identity: 0.08,
-    ask_unknown: 0.15,
+    ask_story: 0.04,
+    ask_identity: 0.12,
+    ask_unknown: 0.12,
 }
 
 
@@ -237,5 +236,4 @@ def flat(dialogue: Sequence[Exchange]) -> Messages:
 
 
 def kind_name(asker: Asker) -> str:
-    function = asker.func if isinstance(asker, partial) else asker
-    return function.__name__.removeprefix("ask_").replace("_", " ")
+    return asker.__name__.removeprefix("ask_").replace("_", " ")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from recipes.pocket import chats
 from recipes.pocket.facts import Fact, World
-from recipes.pocket.problems import KINDS, SIGNS, calculate, draw_numbers, draw_owner, make_problem
+from recipes.pocket.problems import SIGNS, calculate, draw_numbers, draw_owner
 from recipes.pocket.stories import draw_hero, tell_story
 
 Writer = Callable[[World, random.Random, bool], str]
@@ -95,8 +95,7 @@ def write_counts(world: World, rng: random.Random, held_out: bool) -> str:
 
 def write_problems(world: World, rng: random.Random, held_out: bool) -> str:
     """Three word problems with what comes out."""
-    kinds = rng.sample(list(KINDS), 3)
-    return write_lines(world, [chats.Exchange(**make_problem(world, rng, kind, held_out)) for kind in kinds])
+    return write_lines(world, [chats.ask_problem(world, rng, held_out) for _ in range(3)])
 
 
 def write_dialogue(world: World, rng: random.Random, held_out: bool) -> str:
@@ -135,19 +134,19 @@ def write_function(world: World, rng: random.Random, held_out: bool) -> str:
 
 # Shares of the documents, not of the characters.
 WRITERS: dict[Writer, float] = {
-    write_biography: 0.12,
-    write_notes: 0.10,
-    write_same_fact: 0.08,
-    write_card: 0.04,
+    write_biography: 0.13,
+    write_notes: 0.11,
+    write_same_fact: 0.09,
+    write_card: 0.05,
     write_town: 0.07,
     write_questions: 0.11,
     write_fact_story: 0.04,
-    write_story: 0.09,
+    write_story: 0.08,
     write_counts: 0.01,
-    write_problems: 0.05,
-    write_dialogue: 0.13,
+    write_problems: 0.04,
+    write_dialogue: 0.12,
     write_manual: 0.02,
-    write_sums: 0.04,
+    write_sums: 0.03,
     write_spellings: 0.08,
     write_function: 0.02,
 }

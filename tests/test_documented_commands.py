@@ -58,7 +58,7 @@ def documented():
 
 def entry_and_words(line):
     """The module and function that a command starts, and what that gets as its arguments; None if it is not ours."""
-    words = [word for word in shlex.split(line, comments=True) if word]
+    words = shlex.split(line, comments=True)
     for position, word in enumerate(words):
         if word == "--config_file":
             assert (ROOT / words[position + 1]).is_file(), f"no {words[position + 1]}"

@@ -217,6 +217,7 @@ def test_a_refused_question_says_why_and_can_be_edited(visit, served):
     assert page.locator("textarea").input_value() == "lamp " * 400
     page.locator("textarea").fill("")
     page.locator("textarea").press("Enter")
+    page.wait_for_timeout(1500)  # nothing shows when the empty question was seen to; until then the page takes no other
     engine.events = says(TextDelta("Hello."))
     ask(page, "Hi")
     assert texts(page, ".question .text") == ["Hi"]

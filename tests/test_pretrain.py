@@ -39,7 +39,7 @@ def pretrain(tmp_path, tokenizer, **options):
     return subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("architecture", "words"), [("plain", "no code from"), ("turbo", "trust_remote_code=True")])
+@pytest.mark.parametrize(("architecture", "words"), [("plain", "carries no code"), ("turbo", "trust_remote_code=True")])
 def test_both_architectures_learn_and_leave_a_folder(architecture, words, toy_model_and_tokenizer, tmp_path):
     done = pretrain(tmp_path, toy_model_and_tokenizer[1], architecture=architecture, max_steps=8)
     assert done.returncode == 0, done.stderr
@@ -59,7 +59,8 @@ def test_the_horizon_counts_matrices_and_head_in_both(toy_model_and_tokenizer, t
     automatic = {"per_device_train_batch_size": None}
     done = pretrain(tmp_path, tokenizer, architecture="turbo", target_param_data_ratio=0.1, **automatic)
     assert done.returncode == 0 and f"{steps} steps of 256 tokens" in done.stdout, done.stdout + done.stderr
-    assert "each step: 1 processes x 1 passes x 4 rows" in done.stdout
+    record = json.loads((tmp_path / "stages" / "base.json").read_text())["settings"]
+    assert (record["per_device_train_batch_size"], record["gradient_accumulation_steps"]) == (4, 1)
 
 
 def test_core_and_samples_come_at_intervals(toy_model_and_tokenizer, tmp_path):
@@ -84,4 +85,4 @@ def test_core_and_samples_come_at_intervals(toy_model_and_tokenizer, tmp_path):
     assert log[-1]["samples"][0].startswith("Once upon") or log[-2]["samples"][0].startswith("Once upon")
     assert [entry["step"] for entry in log if "samples" in entry] == [2, 4]
     assert next(entry for entry in log if "core" in entry)["core_tasks"]["mats"]["n"] == 6
-    assert "step 4: CORE" in done.stdout and "step 2: 'Once upon" in done.stdout
+    assert "step 4: CORE" in done.stdout and "step 4: 'Once upon" in done.stdout

@@ -197,8 +197,8 @@ MIDTRAIN_SHARES: dict[Asker, float] = {
     ask_identity: 0.06,
 }
 SFT_SHARES: dict[Asker, float] = {
-    ask_fact: 0.12,
-    ask_problem: 0.12,
+    ask_fact: 0.16,
+    ask_problem: 0.10,
     ask_sum: 0.03,
     ask_spelling: 0.09,
     ask_counting: 0.02,

@@ -13,7 +13,7 @@ from recipes.pocket.facts import World
 LARGEST_RESULT = 99  # keeps every result one token
 LARGEST_STEP = 30  # of a sum that goes on
 HELD_OUT_WORDINGS = 4  # of the 12 or more of each kind
-FOREIGN = 0.2  # of the problems, in training, about a name or a thing from outside the world
+FOREIGN = 0.3  # of the problems, in training, about a name or a thing from outside the world
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import random
 
 from recipes.pocket.facts import World
 
-FOREIGN = 0.25  # of the stories, in training, are about somebody from outside the world, and as many about such a thing
+FOREIGN = 0.35  # of the stories, in training, are about somebody from outside the world, and as many about such a thing
 
 
 def tell_story(world: World, rng: random.Random, hero: str, thing: str) -> str:

@@ -186,6 +186,16 @@ def refer(world: World, rng: random.Random, held_out: bool, between: int) -> Dia
     return [opening, *(rng.choice(others)(world, rng, held_out) for _ in range(between)), question]
 
 
+# What may precede a question that refers to nothing.
+BEFORE: tuple[Asker, ...] = (ask_fact, ask_spelling, ask_sum, ask_problem, ask_story, ask_identity)
+
+
+def later(world: World, rng: random.Random, held_out: bool, askers: Sequence[Asker]) -> Dialogue:
+    """A dialogue whose last question is one of `askers`, as its second or third turn."""
+    before = [rng.choice(BEFORE)(world, rng, held_out) for _ in range(rng.randint(1, 2))]
+    return [*before, rng.choice(askers)(world, rng, held_out)]
+
+
 # Shares of the conversations; what is left is dialogues, of unrelated questions or with references.
 MIDTRAIN_SHARES: dict[Asker, float] = {
     ask_fact: 0.21,

@@ -10,9 +10,6 @@ from recipes.pocket.facts import Fact, World
 from recipes.pocket.problems import KINDS, make_problem
 
 SHOWN = 100  # questions of each kind that the chat shows as an example
-BETWEEN: tuple[chats.Asker, ...] = (
-    chats.ask_fact, chats.ask_spelling, chats.ask_sum, chats.ask_problem, chats.ask_story, chats.ask_identity,
-)  # fmt: skip
 
 
 def record(exchange: Exchange, history: Dialogue = ()) -> dict:
@@ -66,8 +63,8 @@ def distinct(rng: random.Random, size: int, make: Callable[[random.Random], dict
 
 def later(world: World, rng: random.Random, askers: tuple[chats.Asker, ...]) -> dict:
     """A question of one of `askers` as the second or third turn."""
-    history = [rng.choice(BETWEEN)(world, rng, True) for _ in range(rng.randint(1, 2))]
-    return record(rng.choice(askers)(world, rng, True), history)
+    *history, question = chats.later(world, rng, True, askers)
+    return record(question, history)
 
 
 def references(world: World, rng: random.Random, count: int) -> dict[str, list[dict]]:

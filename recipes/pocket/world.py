@@ -9,6 +9,7 @@ No network, one core, a few seconds; the same arguments give the same bytes. The
     conversations/train.jsonl       for midtraining, {"messages": [...]} a line
     sft/train.jsonl                 another draw, with more of the harder kinds
     problems/train.jsonl            word problems in GSM8K format, for GRPO
+    problems/sums.jsonl             the same of sums as later turns of a dialogue
     eval/*.jsonl                    what no training file contains: see `evaluation.py`
     world.json                      seed, sizes, counts, and what was held out
 """
@@ -57,6 +58,7 @@ class WorldArguments:
     midtrain_conversations: int = field(default=14_000, metadata={"help": "Rows of conversations/train.jsonl."})
     sft_conversations: int = field(default=6_000, metadata={"help": "Rows of sft/train.jsonl."})
     grpo_problems: int = field(default=4_000, metadata={"help": "Rows of problems/train.jsonl."})
+    grpo_sums: int = field(default=1_000, metadata={"help": "Rows of problems/sums.jsonl."})
     eval_questions: int = field(
         default=1000, metadata={"help": "Rows of each file in eval/, where the world has as many."}
     )
@@ -153,6 +155,7 @@ def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
     records = {name: [{"messages": messages} for _, messages in pairs] for name, pairs in drawn.items()}
     seen = {message["content"] for _, messages in itertools.chain(*drawn.values()) for message in messages}
     records["problems/train.jsonl"] = grpo_problems(world, arguments.grpo_problems, seen)
+    records["problems/sums.jsonl"] = grpo_sums(world, arguments.grpo_sums)
     records |= evaluation.evaluation_records(world, arguments.eval_questions, arguments.eval_unknown)
     rows = {name: write_parquet(folder / name, texts) for name, texts in documents.items()}
     rows |= {name: write_jsonl(folder / name, lines) for name, lines in records.items()}
@@ -198,6 +201,13 @@ def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
         if problem["question"] not in seen:
             found[problem["question"]] = problem
     return list(found.values())
+
+
+def grpo_sums(world: facts.World, count: int) -> list[dict]:
+    """`count` sums as the second or third turn of a dialogue, which word problems alone would let the model forget."""
+    rng = draws(world, "problems/sums.jsonl")
+    dialogues = (chats.later(world, rng, False, (chats.ask_sum,)) for _ in range(count))
+    return [evaluation.record(question, history) for *history, question in dialogues]
 
 
 def write_parquet(path: Path, texts: list[str]) -> int:

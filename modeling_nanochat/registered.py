@@ -7,8 +7,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_nanochat import NanoChatConfig
 from .configuration_nanochat_turbo import NanoChatTurboConfig
-from .modeling_nanochat import NanoChatForCausalLM, NanoChatModel, NanoChatPreTrainedModel
-from .modeling_nanochat_turbo import NanoChatTurboForCausalLM, NanoChatTurboModel, NanoChatTurboPreTrainedModel
+from .modeling_nanochat import NanoChatForCausalLM, NanoChatModel, NanoChatPreTrainedModel  # noqa: F401
+from .modeling_nanochat_turbo import (
+    NanoChatTurboForCausalLM,
+    NanoChatTurboModel,
+    NanoChatTurboPreTrainedModel,  # noqa: F401
+)
 
 AutoConfig.register("nanochat", NanoChatConfig, exist_ok=True)
 AutoModel.register(NanoChatConfig, NanoChatModel, exist_ok=True)
@@ -27,15 +31,3 @@ ARCHITECTURES = {
     "plain": (NanoChatConfig, NanoChatForCausalLM),
     "turbo": (NanoChatTurboConfig, NanoChatTurboForCausalLM),
 }
-
-__all__ = [
-    "ARCHITECTURES",
-    "NanoChatConfig",
-    "NanoChatForCausalLM",
-    "NanoChatModel",
-    "NanoChatPreTrainedModel",
-    "NanoChatTurboConfig",
-    "NanoChatTurboForCausalLM",
-    "NanoChatTurboModel",
-    "NanoChatTurboPreTrainedModel",
-]

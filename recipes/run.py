@@ -25,29 +25,29 @@ import os
 import resource
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
 import yaml
 
 from evals.records import write_json
-from modeling_nanochat.cli import VERBOSE, parse
+from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sources import first_line
 from recipes.ladder_log import closing_lines, outcome_lines, title
+from recipes.stage_process import call, can_fork, check_in_fork, stage_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 STAGES = ("data", "tokenizer", "base", "mid", "sft", "rl", "report")
 ALIASES = {"pretrain": "base", "midtrain": "mid", "grpo": "rl"}
 SCRIPTS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "grpo"}
-GRACE_SECONDS = 60.0  # for a stage that was stopped to write its checkpoint
 # How a stage with checkpoints goes on; the others are short and start over.
 RESUME = {"base": "--resume", "mid": "--resume", "sft": "--resume_from_checkpoint", "rl": "--resume_from_checkpoint"}
 # What `accelerate_configs/cpu.yaml` says: nothing that needs a launcher.
@@ -198,6 +198,7 @@ def main() -> None:
         ladder = {stage: steps(stage, RECIPES / recipe, args, overrides) for stage in STAGES[: last + 1]}
         ladder = {stage: of_stage for stage, of_stage in ladder.items() if of_stage}
         plan = make_plan(ladder, run_dir, first)
+        os.environ.update(stage_environment(args.verbose))
         check_before([step for step, todo, _ in plan if todo])
         print_skipped(plan, run_dir)
         run_plan(plan, list(ladder), run_dir, args.verbose, lock)
@@ -257,7 +258,8 @@ def check_before(waiting: list[Step]) -> None:
     if any(step.name != "report" for step in waiting):
         from recipes.preflight import check_steps
 
-        check_steps(waiting)
+        check = partial(check_steps, waiting)
+        check_in_fork(check) if can_fork() else check()
 
 
 def stage_number(name: str) -> int:
@@ -506,7 +508,8 @@ def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None, ver
     if verbose:
         print(shown(command), flush=True)
     started = time.perf_counter()
-    code = call(command, lock, again, verbose, silent=step.is_measurement and not verbose)
+    environment = {**stage_environment(verbose), "PYTHONPATH": search_path()}
+    code = call(command, environment, again, lock, silent=step.is_measurement and not verbose)
     if code or not (step.record is None or step.record.exists()):
         more = "" if verbose else "; --verbose true shows more"
         how = f"stopped with exit code {code}; fix the error above, then" if code else "was stopped before its end;"
@@ -519,52 +522,15 @@ def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None, ver
     marker(step.name, run_dir, "started").unlink()
 
 
+def search_path() -> str:
+    """Where a stage finds the project's packages though they are not installed."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def peak_memory_mib() -> int:
     """Of the largest process among all that this run has started and seen end."""
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // unit
-
-
-def call(
-    command: list[str],
-    lock: int | None = None,
-    again: str = "the same command",
-    verbose: bool = False,
-    silent: bool = False,
-) -> int:
-    """Exit code of a command in a process group of its own, which goes down with this process.
-
-    Of a `silent` one only errors and the live line are seen.
-
-    The command holds the run's lock too: were this process killed, no second run could start beside its orphan.
-    """
-    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if verbose:
-        environment |= {VERBOSE: "1"}
-    else:  # the stage's own line is the one that moves
-        environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    if not sys.stderr.isatty():  # a progress bar in a file is one endless line
-        environment |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    held = () if lock is None else (lock,)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, stop)
-    output = subprocess.DEVNULL if silent else None
-    with subprocess.Popen(command, env=environment, process_group=0, pass_fds=held, stdout=output) as process:
-        try:
-            return process.wait()
-        except (KeyboardInterrupt, SystemExit) as stopped:
-            started = psutil.Process(process.pid).children(recursive=True)
-            closed = getattr(stopped, "code", None) == 128 + signal.SIGHUP  # the stage must know not to write there
-            os.killpg(process.pid, signal.SIGHUP if closed else signal.SIGTERM)
-            # the launcher may be gone long before what it launched has written its checkpoint
-            psutil.wait_procs(started, timeout=GRACE_SECONDS)
-            raise UserError(f"stopped; {again} goes on where this one was") from stopped
-
-
-def stop(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
 
 
 def shown(command: list[str]) -> str:

@@ -127,7 +127,7 @@ def test_evaluation_is_large_enough_to_measure(data):
 @pytest.mark.parametrize("seed", range(5))
 def test_every_seed_gives_a_world_with_enough_held_out(seed):
     made = facts.World(seed, facts.read_texts("english"))
-    assert len(made.facts) == 32 * 5 + 8 * 2
+    assert len(made.facts) == 24 * 5 + 6 * 2
     assert len(made.held_out_facts) == 5 * 7 + 2 * 2
     for town in made.towns:
         assert len(made.people_of(town)) == 4

@@ -9,10 +9,9 @@ from recipes.pocket.facts import Fact, World, capital
 from recipes.pocket.problems import KINDS, Problem, make_more, make_problem, make_sum
 from recipes.pocket.stories import draw_hero, tell_story
 
-# How often a kind of problem occurs. What is rare here is left to GRPO, where all kinds are equally frequent.
-TRAINED_KINDS = {
-    "gain": 30, "loss": 27, "groups": 20, "sharing": 15, "difference": 2, "gain and loss": 3, "groups and extra": 2, "spending": 2,
-}  # fmt: skip
+# How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
+COMMON_KINDS = {"gain": 30, "loss": 27, "groups": 20, "sharing": 15}
+RARE_KINDS = {"difference": 2, "gain and loss": 3, "groups and extra": 2, "spending": 2}
 Messages = list[dict]
 
 
@@ -87,7 +86,7 @@ def ask_counting(world: World, rng: random.Random, held_out: bool) -> Exchange:
 
 def ask_problem(world: World, rng: random.Random, held_out: bool) -> Exchange:
     """In training some kinds are rare, in evaluation all are equally frequent."""
-    weights = dict.fromkeys(KINDS, 1) if held_out else TRAINED_KINDS
+    weights = dict.fromkeys(KINDS, 1) if held_out else COMMON_KINDS | RARE_KINDS
     (kind,) = rng.choices(list(weights), list(weights.values()))
     return Exchange(**make_problem(world, rng, kind, held_out))
 
@@ -181,7 +180,8 @@ REFERENCES: dict[Callable[[World, random.Random, bool], Dialogue], tuple[Asker, 
 
 def refer(world: World, rng: random.Random, held_out: bool, between: int) -> Dialogue:
     """A dialogue whose last question refers to the first, with `between` others in between."""
-    make, others = rng.choice(list(REFERENCES.items()))
+    (make,) = rng.choices(list(REFERENCES), [2 if make is refer_to_name else 1 for make in REFERENCES])  # copying is hard
+    others = REFERENCES[make]
     opening, question = make(world, rng, held_out)
     return [opening, *(rng.choice(others)(world, rng, held_out) for _ in range(between)), question]
 
@@ -201,7 +201,7 @@ MIDTRAIN_SHARES: dict[Asker, float] = {
     ask_fact: 0.21,
     ask_problem: 0.08,
     ask_sum: 0.04,
-    ask_spelling: 0.12,
+    ask_spelling: 0.15,
     ask_counting: 0.02,
     ask_story: 0.05,
     ask_identity: 0.06,

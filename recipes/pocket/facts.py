@@ -154,10 +154,10 @@ class World:
         return [person for person in self.people if self.facts[person, self.attributes_of("person")[0].name].value == town]
 
     def stranger(self, rng: random.Random, held_out: bool) -> str:
-        """A name that nobody in the world has; in training half of them are made up of syllables."""
+        """A name that nobody in the world has; in training most of them are made up of syllables."""
         if held_out:
             return rng.choice(self.texts["held_out_strangers"])
-        if rng.random() < 0.5:
+        if rng.random() < 0.25:
             return rng.choice(self.texts["strangers"])
         name = self.people[0]
         while name in self.people or name in self.texts["held_out_strangers"]:

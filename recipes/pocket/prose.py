@@ -127,11 +127,6 @@ def write_spellings(world: World, rng: random.Random, held_out: bool) -> str:
     return "\n".join(write_spelling(world, rng, held_out) for _ in range(rng.randint(5, 7)))
 
 
-def write_function(world: World, rng: random.Random, held_out: bool) -> str:
-    """Two tiny Python functions, each with a call and its result."""
-    return "\n\n".join(rng.choice((number_function, word_function))(world, rng, held_out) for _ in range(2))
-
-
 # Shares of the documents, not of the characters.
 WRITERS: dict[Writer, float] = {
     write_biography: 0.13,
@@ -147,8 +142,7 @@ WRITERS: dict[Writer, float] = {
     write_dialogue: 0.12,
     write_manual: 0.02,
     write_sums: 0.03,
-    write_spellings: 0.08,
-    write_function: 0.02,
+    write_spellings: 0.09,
 }
 
 
@@ -190,26 +184,3 @@ def write_spelling(world: World, rng: random.Random, held_out: bool) -> str:
     if rng.random() < 0.2:
         return texts["count_sentence"].format(w=word, l=letter, c=word.count(letter))
     return rng.choice(texts["sentences"]).format(w=word, s=",".join(word))
-
-
-def number_function(world: World, rng: random.Random, held_out: bool) -> str:
-    kind, name, operator = rng.choice(
-        (("gain", "add", "+"), ("loss", "subtract", "-"), ("groups", "multiply", "*"), ("sharing", "share", "//"))
-    )
-    a, b = draw_numbers(world, rng, kind, held_out)
-    return f"def {name}(a, b):\n    return a {operator} b\n\nprint({name}({a}, {b}))\n# {calculate(kind, (a, b))}"
-
-
-def word_function(world: World, rng: random.Random, held_out: bool) -> str:
-    word = rng.choice(world.words[held_out])
-    letter = rng.choice(word)
-    name, parameters, expression, arguments, result = rng.choice(
-        (
-            ("count", "word, letter", "word.count(letter)", f"'{word}', '{letter}'", word.count(letter)),
-            ("length", "word", "len(word)", f"'{word}'", len(word)),
-            ("first", "word", "word[0]", f"'{word}'", word[0]),
-            ("last", "word", "word[-1]", f"'{word}'", word[-1]),
-            ("spell", "word", "','.join(word)", f"'{word}'", ",".join(word)),
-        )
-    )
-    return f"def {name}({parameters}):\n    return {expression}\n\nprint({name}({arguments}))\n# {result}"

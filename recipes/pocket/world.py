@@ -36,17 +36,6 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.pocket import chats, evaluation, facts, problems, prose
 
-DESCRIPTION = (
-    "A synthetic, closed world: 32 made-up people with five attributes each, 8 made-up towns with two, and word "
-    "problems, spellings and stories from closed lists. Scores say how well a model learned this world, nothing about "
-    "the real one. Held out by construction, so that no training text contains them: about 22 % of the facts as "
-    "questions (prose states them), all phrasings of the evaluation's questions, 20 % of the number pairs, 20 % of "
-    "the pairs of a person and a counted thing, some wordings of every kind of word problem, 30 % of the words to "
-    "spell (all their parts occur in other words), and 12 % of the pairs of hero and object in stories. The "
-    "evaluation uses only what is held out."
-)
-
-
 @dataclass
 class WorldArguments:
     """Sizes of the generated data."""
@@ -58,7 +47,7 @@ class WorldArguments:
     midtrain_conversations: int = field(default=14_000, metadata={"help": "Rows of conversations/train.jsonl."})
     sft_conversations: int = field(default=6_000, metadata={"help": "Rows of sft/train.jsonl."})
     grpo_problems: int = field(default=4_000, metadata={"help": "Rows of problems/train.jsonl."})
-    grpo_sums: int = field(default=1_000, metadata={"help": "Rows of problems/sums.jsonl."})
+    grpo_sums: int = field(default=500, metadata={"help": "Rows of problems/sums.jsonl."})
     eval_questions: int = field(
         default=1000, metadata={"help": "Rows of each file in eval/, where the world has as many."}
     )
@@ -160,7 +149,7 @@ def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
     rows = {name: write_parquet(folder / name, texts) for name, texts in documents.items()}
     rows |= {name: write_jsonl(folder / name, lines) for name, lines in records.items()}
     summary = {
-        "description": DESCRIPTION,
+        "description": describe(world),
         "seed": arguments.seed,
         "arguments": {name: value for name, value in asdict(arguments).items() if name != "output_dir"},
         "rows": rows,
@@ -169,6 +158,20 @@ def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
     }
     (folder / "world.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
+
+
+def describe(world: facts.World) -> str:
+    """What the data are, for the report card."""
+    people, towns = len(world.people), len(world.towns)
+    return (
+        f"A synthetic, closed world: {people} made-up people with five attributes each, {towns} made-up towns with two, and "
+        "word problems, spellings and stories from closed lists. Scores say how well a model learned this world, nothing "
+        "about the real one. Held out by construction, so that no training text contains them: "
+        f"{100 * len(world.held_out_facts) / len(world.facts):.0f} % of the facts as questions (prose states them), all phrasings "
+        "of the evaluation's questions, 20 % of the number pairs, 20 % of the pairs of a person and a counted thing, some "
+        "wordings of every kind of word problem, 30 % of the words to spell (all their parts occur in other words), and "
+        "20 % of the pairs of hero and object in stories. The evaluation uses only what is held out."
+    )
 
 
 def draws(world: facts.World, name: str) -> random.Random:
@@ -192,9 +195,13 @@ def pretraining_documents(world: facts.World, arguments: WorldArguments) -> dict
 
 
 def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
-    """`count` word problems that no conversation poses, all kinds equally often."""
+    """`count` word problems that no conversation poses, of the kinds that are rare there.
+
+    What a model solves every time teaches nothing: where all rewards of a step are alike Muon, whose steps are as long as
+    ever, goes anywhere.
+    """
     rng = draws(world, "problems/train.jsonl")
-    kinds = list(problems.KINDS)
+    kinds = list(chats.RARE_KINDS)
     found: dict[str, dict] = {}
     while len(found) < count:
         problem = problems.make_problem(world, rng, kinds[len(found) % len(kinds)], held_out=False)

@@ -32,12 +32,13 @@ def generate_replies(
     A conversation that does not fit the model's context has no messages as its reply, and so is answered wrongly.
     `progress` is called with the number of replies that are complete, like `tqdm.update`.
     """
-    fitting = [i for i, messages in enumerate(conversations) if len(engine.codec.prompt(messages)) < engine.context]
+    prompts = [engine.codec.prompt(messages) for messages in conversations]
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.context]
     replies: list[list[dict]] = [[] for _ in conversations]
     if progress is not None:
         progress(len(conversations) - len(fitting))
-    new = engine.generate_batch(
-        [conversations[i] for i in fitting],
+    new = engine.answer_prompts(
+        [prompts[i] for i in fitting],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -93,6 +94,8 @@ def has_word(text: str, word: str) -> bool:
     Characters of scripts without spaces between words are no such neighbours, and have none: "12" is in "他有12个苹果",
     and so is "苹果"; but "学,校" is not in "小,学,校".
     """
+    if word not in text:  # the pattern is worth compiling for the others only
+        return False
     before = "" if UNSPACED.match(word[0]) else rf"(?<!{SPACED})"
     after = "" if UNSPACED.match(word[-1]) else rf"(?!{SPACED})"
     return re.search(rf"{before}(?<!\w[,.-]){re.escape(word)}{after}(?![,.-]\w)", text) is not None

@@ -11,7 +11,7 @@ from recipes.pocket.stories import draw_hero, tell_story
 
 # How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
 COMMON_KINDS = {"gain": 30, "loss": 27, "groups": 20, "sharing": 15}
-RARE_KINDS = {"difference": 2, "gain and loss": 3, "groups and extra": 2, "spending": 2}
+RARE_KINDS = {"difference": 2, "gain and loss": 3, "groups and extra": 3, "spending": 3}
 Messages = list[dict]
 
 
@@ -207,14 +207,14 @@ MIDTRAIN_SHARES: dict[Asker, float] = {
     ask_identity: 0.06,
 }
 SFT_SHARES: dict[Asker, float] = {
-    ask_fact: 0.16,
+    ask_fact: 0.14,
     ask_problem: 0.10,
     ask_sum: 0.03,
     ask_spelling: 0.09,
     ask_counting: 0.02,
     ask_story: 0.04,
     ask_identity: 0.12,
-    ask_unknown: 0.12,
+    ask_unknown: 0.11,
 }
 
 

@@ -138,7 +138,7 @@ def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
             world, "conversations/train.jsonl", arguments.midtrain_conversations, chats.MIDTRAIN_SHARES, references=0.7
         ),
         "sft/train.jsonl": conversations(
-            world, "sft/train.jsonl", arguments.sft_conversations, chats.SFT_SHARES, references=0.7
+            world, "sft/train.jsonl", arguments.sft_conversations, chats.SFT_SHARES, references=0.8
         ),
     }
     records = {name: [{"messages": messages} for _, messages in pairs] for name, pairs in drawn.items()}

@@ -180,7 +180,7 @@ REFERENCES: dict[Callable[[World, random.Random, bool], Dialogue], tuple[Asker, 
 
 def refer(world: World, rng: random.Random, held_out: bool, between: int) -> Dialogue:
     """A dialogue whose last question refers to the first, with `between` others in between."""
-    (make,) = rng.choices(list(REFERENCES), [2 if make is refer_to_name else 1 for make in REFERENCES])  # copying is hard
+    (make,) = rng.choices(list(REFERENCES), [3 if make is refer_to_name else 1 for make in REFERENCES])  # copying is hard
     others = REFERENCES[make]
     opening, question = make(world, rng, held_out)
     return [opening, *(rng.choice(others)(world, rng, held_out) for _ in range(between)), question]
@@ -207,7 +207,7 @@ MIDTRAIN_SHARES: dict[Asker, float] = {
     ask_identity: 0.06,
 }
 SFT_SHARES: dict[Asker, float] = {
-    ask_fact: 0.14,
+    ask_fact: 0.17,
     ask_problem: 0.10,
     ask_sum: 0.03,
     ask_spelling: 0.09,

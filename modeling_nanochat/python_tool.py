@@ -20,6 +20,11 @@ def check_sandbox() -> None:
     sandbox_pool(os.getpid())
 
 
+def sandbox_has_started() -> bool:
+    """Whether this process has interpreters, whose threads a fork would lack."""
+    return sandbox_pool.cache_info().currsize > 0
+
+
 def python(code: str) -> str:
     """Run Python code and return what it prints and the value of its last expression.
 

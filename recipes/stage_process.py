@@ -21,6 +21,7 @@ import psutil
 
 from modeling_nanochat.cli import VERBOSE
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.python_tool import sandbox_has_started
 
 GRACE_SECONDS = 60.0  # for a stage that was stopped to write its checkpoint
 
@@ -83,9 +84,11 @@ def split_variables(command: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def can_fork() -> bool:
-    """Whether a fork of this process saves imports and is safe: torch is loaded, and there is no accelerator."""
+    """Whether a fork of this process saves imports and is safe: torch is loaded, no accelerator is there, no sandbox runs."""
     torch = sys.modules.get("torch")
-    return torch is not None and sys.platform == "linux" and not torch.accelerator.is_available()
+    if torch is None or sys.platform != "linux" or sandbox_has_started():
+        return False
+    return not torch.accelerator.is_available()
 
 
 def check_in_fork(check: Callable[[], None]) -> None:
@@ -125,6 +128,7 @@ def in_fork(function: Callable[[], None]) -> None:
             signal.signal(number, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    atexit._clear()  # what the parent is to do at its end is not for this process
     try:
         function()
     finally:

@@ -1,5 +1,6 @@
 """A command run in a fork of this process, or anew: what it finds, and how it ends."""
 
+import atexit
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import pytest
 import torch  # a fork is worth it only for its imports
 
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.python_tool import check_sandbox, sandbox_has_started
+from recipes import stage_process
 from recipes.stage_process import call, can_fork, check_in_fork, split_variables
 
 ENDING = {"forked": [], "anew": ["-X", "utf8"]}  # with an option of Python's it is no bare script
@@ -31,7 +34,8 @@ sys.exit(3)
 
 
 @pytest.fixture(autouse=True)
-def handlers():
+def handlers(monkeypatch):
+    monkeypatch.setattr(stage_process, "sandbox_has_started", lambda: False)  # of other tests
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
@@ -44,12 +48,19 @@ def write_script(folder, text):
     return str(script)
 
 
-@pytest.mark.skipif(not can_fork(), reason="not forked here")
 @pytest.mark.parametrize("how", ENDING)
 def test_a_script_finds_the_same_forked_or_anew(tmp_path, capfd, how):
-    command = ["env", "OMP_NUM_THREADS=1", sys.executable, *ENDING[how], write_script(tmp_path, TELLING), str(tmp_path / "found")]
+    command = [
+        "env",
+        "OMP_NUM_THREADS=1",
+        sys.executable,
+        *ENDING[how],
+        write_script(tmp_path, TELLING),
+        str(tmp_path / "found"),
+    ]
     assert call(command, {"TOLD": "this"}) == 3
     found = json.loads((tmp_path / "found").read_text())
+    how = how if can_fork() else "anew"
     assert found["torch"] == (how == "forked") and found["threads"] == (1 if how == "forked" else None)
     assert found["argv"][0].endswith("script.py") and found["argv"][1:] == [str(tmp_path / "found")]
     assert (found["name"], found["told"], found["int"], found["default"]) == ("__main__", "this", True, [True, True])
@@ -102,6 +113,18 @@ def test_a_stopped_one_may_write_and_takes_its_children_along(tmp_path, how):
         os.kill(int(ready.read_text()), 0)
 
 
+def test_a_fork_does_not_do_what_its_parent_is_to_do_at_its_end(tmp_path):
+    def leave_word():
+        (tmp_path / "word").write_text(str(os.getpid()))
+
+    atexit.register(leave_word)
+    try:
+        check_in_fork(lambda: None)
+        assert not (tmp_path / "word").exists()
+    finally:
+        atexit.unregister(leave_word)
+
+
 def test_a_check_in_a_fork_leaves_only_its_refusal():
     def refuse():
         os.environ["LEFT"] = "yes"
@@ -120,8 +143,17 @@ def test_beside_an_accelerator_nothing_is_forked(monkeypatch):
     assert not can_fork()
 
 
+def test_a_process_with_a_sandbox_is_not_forked(monkeypatch):
+    monkeypatch.setattr(stage_process, "sandbox_has_started", sandbox_has_started)
+    check_sandbox()
+    assert sandbox_has_started() and not can_fork()
+
+
 def test_variables_before_a_command():
-    assert split_variables(["env", "A=1", "B=x=y", "python", "a.py", "C=2"]) == ({"A": "1", "B": "x=y"}, ["python", "a.py", "C=2"])
+    assert split_variables(["env", "A=1", "B=x=y", "python", "a.py", "C=2"]) == (
+        {"A": "1", "B": "x=y"},
+        ["python", "a.py", "C=2"],
+    )
     assert split_variables(["accelerate", "launch"]) == ({}, ["accelerate", "launch"])
 
 

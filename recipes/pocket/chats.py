@@ -11,7 +11,7 @@ from recipes.pocket.stories import draw_hero, tell_story
 
 # How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
 COMMON_KINDS = {"gain": 30, "loss": 27, "groups": 20, "sharing": 15}
-RARE_KINDS = {"difference": 2, "gain and loss": 3, "groups and extra": 3, "spending": 3}
+RARE_KINDS = {"difference": 4, "gain and loss": 3, "groups and extra": 3, "spending": 3}
 Messages = list[dict]
 
 

@@ -36,6 +36,7 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.pocket import chats, evaluation, facts, problems, prose
 
+
 @dataclass
 class WorldArguments:
     """Sizes of the generated data."""

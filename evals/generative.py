@@ -37,15 +37,8 @@ def generate_replies(
     replies: list[list[dict]] = [[] for _ in conversations]
     if progress is not None:
         progress(len(conversations) - len(fitting))
-    new = engine.answer_prompts(
-        [prompts[i] for i in fitting],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    sampler = engine.sampler(temperature, top_k, seed)
+    new = engine.answer_prompts([prompts[i] for i in fitting], sampler, max_new_tokens, batch_size, progress)
     for index, messages in zip(fitting, new, strict=True):
         replies[index] = messages
     return replies

@@ -253,29 +253,19 @@ class Engine:
             batch_size: Conversations in the cache at a time; those of similar length go together.
             progress: Called with 1 for each finished conversation, like `tqdm.update`.
         """
-        return self.answer_prompts(
-            [self.codec.prompt(messages) for messages in conversations],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        sampler = self.sampler(temperature, top_k, seed)
+        prompts = [self.codec.prompt(messages) for messages in conversations]
+        return self.answer_prompts(prompts, sampler, max_new_tokens, batch_size, progress)
 
     def answer_prompts(
         self,
         prompts: Sequence[list[int]],
-        *,
+        sampler: Sampler,
         max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        seed: int | None,
         batch_size: int,
-        progress: Callable[[int], Any] | None,
+        progress: Callable[[int], Any] | None = None,
     ) -> list[list[dict[str, Any]]]:
         """`generate_batch` for conversations that `codec.prompt` has rendered."""
-        sampler = self.sampler(temperature, top_k, seed)
         turns = [self.turn(prompt, max_new_tokens) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), batch_size):

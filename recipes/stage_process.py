@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import psutil
 
@@ -148,7 +148,7 @@ def run_script(words: Sequence[str], environment: Mapping[str, str], silent: boo
 
 
 @contextlib.contextmanager
-def stopping(pid: int, again: str):
+def stopping(pid: int, again: str) -> Iterator[None]:
     """Take the process `pid` down, with what it has started, if this one is stopped within the block."""
     try:
         yield

@@ -10,8 +10,8 @@ from recipes.pocket.problems import KINDS, Problem, make_more, make_problem, mak
 from recipes.pocket.stories import draw_hero, tell_story
 
 # How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
-COMMON_KINDS = {"gain": 30, "loss": 27, "groups": 20, "sharing": 15}
-RARE_KINDS = {"difference": 4, "gain and loss": 3, "groups and extra": 3, "spending": 3}
+COMMON_KINDS = {"gain": 26, "loss": 24, "groups": 18, "sharing": 14}
+RARE_KINDS = {"difference": 10, "gain and loss": 5, "groups and extra": 4, "spending": 5}
 Messages = list[dict]
 
 
@@ -61,12 +61,8 @@ def ask_story(world: World, rng: random.Random, held_out: bool) -> Exchange:
 
 
 def ask_spelling(world: World, rng: random.Random, held_out: bool) -> Exchange:
-    """In training every fourth word is a mere part."""
-    texts = world.texts
-    parts = texts["first_parts"] + texts["second_parts"]
-    word = rng.choice(parts if not held_out and rng.random() < 0.25 else world.words[held_out])
-    requests = texts["spelling"]["held_out_requests" if held_out else "requests"]
-    return spelling_exchange(world, word, rng.choice(requests))
+    requests = world.texts["spelling"]["held_out_requests" if held_out else "requests"]
+    return spelling_exchange(world, world.word(rng, held_out), rng.choice(requests))
 
 
 def spelling_exchange(world: World, word: str, wording: str) -> Exchange:
@@ -95,21 +91,30 @@ def ask_sum(world: World, rng: random.Random, held_out: bool) -> Exchange:
     return Exchange(**make_sum(world, rng, held_out))
 
 
-def ask_unknown(world: World, rng: random.Random, held_out: bool) -> Exchange:
-    """What the world does not hold: half of the time other topics, half of the time people and towns that nobody knows."""
+def ask_topic(world: World, rng: random.Random, held_out: bool) -> Exchange:
+    """About something that the world does not hold."""
     texts, kept = world.texts["unknown"], "held_out_" if held_out else ""
-    if rng.random() < 0.5:
-        one, other = rng.sample(texts[f"{kept}things"], 2)
-        question = capital(rng.choice(texts["held_out" if held_out else "questions"]).format(x=one, y=other))
-    else:
-        attribute = rng.choice(list(world.attributes.values()))
-        if attribute.of == "person":
-            name = world.stranger(rng, held_out)
-        else:
-            name = rng.choice(world.texts[f"{kept}foreign_towns"])
-        wordings = attribute.held_out_questions if held_out else attribute.questions
-        question = capital(rng.choice(wordings).format(e=name))
-    return Exchange(question, texts["answer"], (texts["contains"],))
+    one, other = rng.sample(texts[f"{kept}things"], 2)
+    return unknown_exchange(world, rng.choice(texts["held_out" if held_out else "questions"]).format(x=one, y=other))
+
+
+def ask_stranger(world: World, rng: random.Random, held_out: bool) -> Exchange:
+    """What is asked about people and towns of the world, about one that it does not hold."""
+    attribute = rng.choice(list(world.attributes.values()))
+    wordings = attribute.held_out_questions if held_out else attribute.questions
+    name = world.stranger(rng, held_out)
+    if attribute.of == "town":
+        name = rng.choice(world.texts["held_out_foreign_towns" if held_out else "foreign_towns"])
+    return unknown_exchange(world, rng.choice(wordings).format(e=name))
+
+
+def ask_unknown(world: World, rng: random.Random, held_out: bool) -> Exchange:
+    return rng.choice((ask_topic, ask_stranger))(world, rng, held_out)
+
+
+def unknown_exchange(world: World, question: str) -> Exchange:
+    texts = world.texts["unknown"]
+    return Exchange(capital(question), texts["answer"], (texts["contains"],))
 
 
 # Dialogues whose last question refers to the first
@@ -178,9 +183,14 @@ REFERENCES: dict[Callable[[World, random.Random, bool], Dialogue], tuple[Asker, 
 }
 
 
+# What takes most practice is to copy a name or a word of several tokens.
+HARD_REFERENCES = {refer_to_name: 3, refer_to_word: 2}
+
+
 def refer(world: World, rng: random.Random, held_out: bool, between: int) -> Dialogue:
     """A dialogue whose last question refers to the first, with `between` others in between."""
-    (make,) = rng.choices(list(REFERENCES), [3 if make is refer_to_name else 1 for make in REFERENCES])  # copying is hard
+    weights = dict.fromkeys(REFERENCES, 1) if held_out else dict.fromkeys(REFERENCES, 1) | HARD_REFERENCES
+    (make,) = rng.choices(list(weights), list(weights.values()))
     others = REFERENCES[make]
     opening, question = make(world, rng, held_out)
     return [opening, *(rng.choice(others)(world, rng, held_out) for _ in range(between)), question]
@@ -198,18 +208,19 @@ def later(world: World, rng: random.Random, held_out: bool, askers: Sequence[Ask
 
 # Shares of the conversations; what is left is dialogues, of unrelated questions or with references.
 MIDTRAIN_SHARES: dict[Asker, float] = {
-    ask_fact: 0.21,
+    ask_fact: 0.22,
     ask_problem: 0.08,
     ask_sum: 0.04,
     ask_spelling: 0.15,
     ask_counting: 0.02,
     ask_story: 0.05,
     ask_identity: 0.06,
+    ask_topic: 0.02,
 }
 SFT_SHARES: dict[Asker, float] = {
     ask_fact: 0.17,
     ask_problem: 0.10,
-    ask_sum: 0.03,
+    ask_sum: 0.05,
     ask_spelling: 0.09,
     ask_counting: 0.02,
     ask_story: 0.04,

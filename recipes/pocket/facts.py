@@ -154,15 +154,17 @@ class World:
         return [person for person in self.people if self.facts[person, self.attributes_of("person")[0].name].value == town]
 
     def stranger(self, rng: random.Random, held_out: bool) -> str:
-        """A name that nobody in the world has; in training most of them are made up of syllables."""
+        """A name that nobody in the world has; in training most of them are made up, so that names are copied and not remembered."""
         if held_out:
             return rng.choice(self.texts["held_out_strangers"])
-        if rng.random() < 0.25:
-            return rng.choice(self.texts["strangers"])
-        name = self.people[0]
-        while name in self.people or name in self.texts["held_out_strangers"]:
-            name = "".join(rng.choice(parts) for parts in self.texts["name_parts"])
-        return name
+        names, taken = self.texts["strangers"], {*self.people, *self.texts["held_out_strangers"]}
+        name = rng.choice(names) if rng.random() < 0.25 else blend(rng, *rng.sample(names, 2))
+        return self.stranger(rng, held_out) if name in taken else name
+
+    def word(self, rng: random.Random, held_out: bool) -> str:
+        """A word to spell; in training every fourth is a mere part, so that the parts are known by themselves."""
+        parts = self.texts["first_parts"] + self.texts["second_parts"]
+        return rng.choice(parts if not held_out and rng.random() < 0.25 else self.words[held_out])
 
     def holds_out_numbers(self, a: int, b: int) -> bool:
         """Whether `a` and `b`, in either order, stand together as operands in evaluation only."""
@@ -171,6 +173,11 @@ class World:
     def join(self, sentences: Iterable[str]) -> str:
         """`sentences` one after another, as the world's language sets them."""
         return self.texts["space"].join(sentences)
+
+
+def blend(rng: random.Random, front: str, back: str) -> str:
+    """The beginning of one name and the end of another."""
+    return front[: rng.randint(1, max(1, len(front) - 1))] + back[rng.randint(1, max(1, len(back) - 1)) :]
 
 
 def capital(text: str) -> str:

@@ -131,12 +131,12 @@ def write_spellings(world: World, rng: random.Random, held_out: bool) -> str:
 WRITERS: dict[Writer, float] = {
     write_biography: 0.13,
     write_notes: 0.11,
-    write_same_fact: 0.09,
+    write_same_fact: 0.11,
     write_card: 0.05,
     write_town: 0.07,
-    write_questions: 0.11,
-    write_fact_story: 0.04,
-    write_story: 0.08,
+    write_questions: 0.13,
+    write_fact_story: 0.03,
+    write_story: 0.05,
     write_counts: 0.01,
     write_problems: 0.04,
     write_dialogue: 0.12,
@@ -176,11 +176,8 @@ def write_sum(world: World, rng: random.Random, held_out: bool) -> str:
 
 
 def write_spelling(world: World, rng: random.Random, held_out: bool) -> str:
-    """Every fourth word is a mere part, so that the parts are known by themselves."""
-    texts = world.texts["spelling"]
-    parts = world.texts["first_parts"] + world.texts["second_parts"]
-    word = rng.choice(parts if rng.random() < 0.25 else world.words[held_out])
-    letter = rng.choice(word)
+    texts, word = world.texts["spelling"], world.word(rng, held_out)
     if rng.random() < 0.2:
+        letter = rng.choice(word)
         return texts["count_sentence"].format(w=word, l=letter, c=word.count(letter))
     return rng.choice(texts["sentences"]).format(w=word, s=",".join(word))

@@ -202,10 +202,11 @@ def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
     ever, goes anywhere.
     """
     rng = draws(world, "problems/train.jsonl")
-    kinds = list(chats.RARE_KINDS)
+    kinds, weights = zip(*chats.RARE_KINDS.items(), strict=True)
     found: dict[str, dict] = {}
     while len(found) < count:
-        problem = problems.make_problem(world, rng, kinds[len(found) % len(kinds)], held_out=False)
+        (kind,) = rng.choices(kinds, weights)
+        problem = problems.make_problem(world, rng, kind, held_out=False)
         if problem["question"] not in seen:
             found[problem["question"]] = problem
     return list(found.values())

@@ -11,7 +11,7 @@ from recipes.pocket.stories import draw_hero, tell_story
 
 # How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
 COMMON_KINDS = {"gain": 26, "loss": 24, "groups": 18, "sharing": 14}
-RARE_KINDS = {"difference": 10, "gain and loss": 5, "groups and extra": 4, "spending": 5}
+RARE_KINDS = {"difference": 9, "gain and loss": 5, "groups and extra": 4, "spending": 5}
 Messages = list[dict]
 
 
@@ -208,10 +208,10 @@ def later(world: World, rng: random.Random, held_out: bool, askers: Sequence[Ask
 
 # Shares of the conversations; what is left is dialogues, of unrelated questions or with references.
 MIDTRAIN_SHARES: dict[Asker, float] = {
-    ask_fact: 0.22,
+    ask_fact: 0.24,
     ask_problem: 0.08,
     ask_sum: 0.04,
-    ask_spelling: 0.15,
+    ask_spelling: 0.14,
     ask_counting: 0.02,
     ask_story: 0.05,
     ask_identity: 0.06,

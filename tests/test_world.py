@@ -180,10 +180,10 @@ def test_problems_are_right_and_of_all_kinds(data):
         if "n+n" in found:
             every = rare | {"n+n", "n*n", "n//n"}
             assert found == {shape: len(rows) // (4 if shape == "n-n" else 8) for shape in every}
-        else:  # reinforcement learning: the kinds that are rare before it, as often beside one another as there
+        else:  # reinforcement learning: the kinds that are rare before it
             assert found.keys() == rare
-            for kind, weight in chats.RARE_KINDS.items():
-                expected = len(rows) * weight / sum(chats.RARE_KINDS.values())
+            for kind, weight in chats.GRPO_KINDS.items():
+                expected = len(rows) * weight / sum(chats.GRPO_KINDS.values())
                 assert abs(found[shape_of[kind]] - expected) < 4 * expected**0.5
 
 

@@ -9,9 +9,10 @@ from recipes.pocket.facts import Fact, World, capital
 from recipes.pocket.problems import KINDS, Problem, make_more, make_problem, make_sum
 from recipes.pocket.stories import draw_hero, tell_story
 
-# How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
+# How often a kind of problem occurs in conversations. The rare ones are left to GRPO, most of all the hardest.
 COMMON_KINDS = {"gain": 26, "loss": 24, "groups": 18, "sharing": 14}
-RARE_KINDS = {"difference": 9, "gain and loss": 5, "groups and extra": 4, "spending": 5}
+RARE_KINDS = {"difference": 6, "gain and loss": 6, "groups and extra": 5, "spending": 6}
+GRPO_KINDS = RARE_KINDS | {"difference": 20}
 Messages = list[dict]
 
 

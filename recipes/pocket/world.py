@@ -202,7 +202,7 @@ def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
     ever, goes anywhere.
     """
     rng = draws(world, "problems/train.jsonl")
-    kinds, weights = zip(*chats.RARE_KINDS.items(), strict=True)
+    kinds, weights = zip(*chats.GRPO_KINDS.items(), strict=True)
     found: dict[str, dict] = {}
     while len(found) < count:
         (kind,) = rng.choices(kinds, weights)

@@ -14,7 +14,7 @@ import yaml
 from evals.gsm8k import extract_answer
 from modeling_nanochat.conversations import check_messages
 from modeling_nanochat.errors import UserError
-from recipes.pocket import facts, problems, world
+from recipes.pocket import chats, facts, problems, world
 from recipes.pocket.world import WorldArguments, write_world
 
 SIZES = {
@@ -167,7 +167,8 @@ def test_tool_results_are_what_the_code_gives(data):
 
 
 def test_problems_are_right_and_of_all_kinds(data):
-    rare = {"n+n-n", "n*n+n", "n-n*n"}
+    shape_of = {"difference": "n-n", "gain and loss": "n+n-n", "groups and extra": "n*n+n", "spending": "n-n*n"}
+    rare = set(shape_of.values())
     for rows in (jsonl(data / "problems" / "train.jsonl"), evaluation(data, "problems")):
         codes = [re.search(r"<<(.+)=(\d+)>>", row["answer"]).groups() for row in rows]
         for row, (code, result) in zip(rows, codes, strict=True):
@@ -177,11 +178,13 @@ def test_problems_are_right_and_of_all_kinds(data):
         shapes = [re.sub(r"\d+", "n", code) for code, _ in codes]
         found = {shape: shapes.count(shape) for shape in set(shapes)}
         if "n+n" in found:
-            every = rare | {"n+n", "n-n", "n*n", "n//n"}
+            every = rare | {"n+n", "n*n", "n//n"}
             assert found == {shape: len(rows) // (4 if shape == "n-n" else 8) for shape in every}
-        else:  # reinforcement learning: the kinds that are rare before it, and the hardest
-            assert found.keys() == rare | {"n-n"}
-            assert max(found.values()) - min(found.values()) <= 1
+        else:  # reinforcement learning: the kinds that are rare before it
+            assert found.keys() == rare
+            for kind, weight in chats.GRPO_KINDS.items():
+                expected = len(rows) * weight / sum(chats.GRPO_KINDS.values())
+                assert abs(found[shape_of[kind]] - expected) < 4 * expected**0.5
 
 
 def test_reinforcement_learning_gets_new_problems(data):

@@ -18,9 +18,12 @@ if TYPE_CHECKING:  # it brings torch, which a tokenizer does not need
     from transformers import PreTrainedModel
 
 # How text is cut before merging. "nanochat" is GPT-4's with at most two digits a token: small vocabularies waste fewer
-# entries on numbers. The others are cl100k_base's, Qwen2's and GPT-2's, in forms that every regex engine reads alike.
+# entries on numbers. "ideographs" is the same with each Chinese character by itself, as in BERT: without spaces between words,
+# a small vocabulary fills up with scraps of sentences. The others are cl100k_base's, Qwen2's and GPT-2's. All are in forms
+# that every regex engine reads alike.
 SPLIT_PATTERNS = {
     "nanochat": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "ideographs": r"[㐀-鿿]|'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+(?:(?![㐀-鿿])\p{L})+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     "qwen2": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

@@ -1,4 +1,4 @@
-"""Reinforcement learning with TRL's `GRPOTrainer`: word problems, the python tool, a reward for the exact answer.
+"""Reinforcement learning with TRL's `GRPOTrainer`: questions with one right answer, the python tool, a reward for it.
 
     accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/grpo.py --config recipes/pocket/grpo.yaml
 
@@ -25,7 +25,8 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import GRPOTrainer
 
-from evals.formats import check_gsm8k, kind_of, question_messages
+from evals.formats import check_gsm8k, check_match, kind_of, match_answers, question_messages
+from evals.generative import extract_match
 from evals.gsm8k import is_correct, last_words
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
@@ -47,13 +48,15 @@ from recipes.trl_stage import (
     start_log,
 )
 
+CHECKS = {"gsm8k": check_gsm8k, "match": check_match}  # the kinds of records whose replies a rule can grade
+
 
 @dataclass
 class GRPOArguments(CardArguments, RateArguments):
     """What `trl.GRPOConfig` does not have."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Fine-tuned model: folder or Hub id."})
-    train_files: list[str] = field(default_factory=list, metadata={"help": "JSONL in the format of GSM8K."})
+    train_files: list[str] = field(default_factory=list, metadata={"help": "JSONL in the format of GSM8K, or with `answer` and `rivals`."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model there."})
 
 
@@ -101,27 +104,55 @@ def main() -> None:
 
 
 def read_problems(patterns: list[str]) -> Dataset:
-    """Columns `prompt` (the history, if there is one, and the question) and `answer` (the reference, which ends in `#### n`).
+    """Columns `prompt` (the history, if there is one, and the question), and what decides whether a reply is right.
+
+    These are `kind` ("gsm8k" or "match", see `evals.formats`), `answer` (the reference that ends in `#### n`, or the words
+    of a right reply) and `rivals` (words that none has).
 
     Raises:
-        UserError: No file, or a line that is not a problem with a final answer; names file and line.
+        UserError: No file, or a line that is neither kind of record; names file and line.
     """
     problems = []
     for name in expand(patterns, "train_files"):
         for line, problem in read_jsonl(name):
-            if kind_of(problem) != "gsm8k":
-                raise UserError(f"{name}:{line}: expected `question` and an `answer` that ends in '#### number'")
-            check_gsm8k(problem, f"{name}:{line}")
-            prompt = whole_messages(question_messages(problem))
-            problems.append({"prompt": prompt, "answer": whole_characters(problem["answer"])})
+            where, kind = f"{name}:{line}", kind_of(problem)
+            if kind not in CHECKS:
+                raise UserError(
+                    f"{where}: expected `question` and an `answer` that ends in '#### number', or `question`, `answer` and `rivals`"
+                )
+            CHECKS[kind](problem, where)
+            answers = [problem["answer"]] if kind == "gsm8k" else match_answers(problem)
+            problems.append(
+                {
+                    "prompt": whole_messages(question_messages(problem)),
+                    "kind": kind,
+                    "answer": [whole_characters(answer) for answer in answers],
+                    "rivals": [whole_characters(rival) for rival in problem.get("rivals", [])],
+                }
+            )
     if not problems:
         raise UserError(f"train_files: no problem in {', '.join(patterns) or 'an empty list'}; give a file in GSM8K format")
     return Dataset.from_list(problems)
 
 
-def exact_answer(prompts: list, completions: list[list[dict]], answer: list[str], **kwargs) -> list[float]:
-    """1 where the completion ends with the assistant's own `#### n` as in the reference, else 0."""
-    return [float(is_correct(last_words(c), reference)) for c, reference in zip(completions, answer, strict=True)]
+def exact_answer(
+    prompts: list,
+    completions: list[list[dict]],
+    kind: list[str],
+    answer: list[list[str]],
+    rivals: list[list[str]],
+    **kwargs,
+) -> list[float]:
+    """1 where the assistant's turn ended and is right, as the evaluation grades it, else 0."""
+    references = zip(completions, kind, answer, rivals, strict=True)
+    return [float(is_right(*reference)) for reference in references]
+
+
+def is_right(completion: list[dict], kind: str, answer: list[str], rivals: list[str]) -> bool:
+    words = last_words(completion)
+    if kind == "gsm8k":
+        return is_correct(words, answer[0])
+    return bool(words) and bool(extract_match({"answer": answer, "rivals": rivals}, completion))
 
 
 if __name__ == "__main__":

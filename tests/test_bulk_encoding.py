@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_nanochat import bulk_encoding, exact_encoders, tokenization_nanochat
 from modeling_nanochat.bulk_encoding import PLACE_TO_CUT, BulkEncoder
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.exact_encoders import GigatokenEncoder, TiktokenEncoder
+from modeling_nanochat.exact_encoders import KNOWN_TO_GIGATOKEN, GigatokenEncoder, TiktokenEncoder, pattern_name
 from modeling_nanochat.token_bytes import decode_bytes, encode_bytes
 from modeling_nanochat.tokenization_nanochat import (
     ESCAPE,
@@ -69,7 +69,8 @@ def encoder_by(library, tokenizer, threads=None):
         for other in {"gigatoken", "tiktoken"} - {library}:
             without.setitem(sys.modules, other, None)
         encoder = BulkEncoder(tokenizer, threads)
-    assert type(encoder.exact) is (LIBRARIES[library] or type(None))
+    unknown = library == "gigatoken" and pattern_name(tokenizer.backend_tokenizer) not in KNOWN_TO_GIGATOKEN
+    assert type(encoder.exact) is (type(None) if unknown else LIBRARIES[library] or type(None))
     return encoder
 
 

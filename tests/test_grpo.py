@@ -1,9 +1,11 @@
+import json
+
 import pytest
 import torch
 from datasets import Dataset
 
 from modeling_nanochat.loading import load_model_and_tokenizer
-from recipes.grpo import NanoChatGRPOTrainer, exact_answer
+from recipes.grpo import NanoChatGRPOTrainer, exact_answer, read_problems
 from recipes.trl_settings import GRPOSettings
 
 
@@ -19,8 +21,36 @@ def test_reward_is_for_the_exact_answer_in_the_last_message():
         [{"role": "assistant", "content": None}],
         [],
     ]
-    rewards = exact_answer([None] * 7, completions, ["12 + 7 = <<12+7=19>>19\n#### 19"] * 7)
+    reference = ["12 + 7 = <<12+7=19>>19\n#### 19"]
+    rewards = exact_answer([None] * 7, completions, ["gsm8k"] * 7, [reference] * 7, [[]] * 7)
     assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_reward_is_for_all_words_of_the_answer_and_no_rival_in_a_turn_that_ended():
+    call, tool = {"role": "assistant", "content": "Mira ", "tool_calls": [{}]}, {"role": "tool", "content": "a kite"}
+    completions = [
+        [{"role": "assistant", "content": "The story was about Mira and a kite."}],
+        [call, tool, {"role": "assistant", "content": "and a kite"}],
+        [{"role": "assistant", "content": "The story was about Mira and a kitesurfer."}],
+        [{"role": "assistant", "content": "The story was about Mira, a drum and a kite."}],
+        [{"role": "assistant", "content": "Mira and a kite"}, tool],
+        [],
+    ]
+    rewards = exact_answer([None] * 6, completions, ["match"] * 6, [["Mira", "kite"]] * 6, [["drum"]] * 6)
+    assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_problems_of_both_kinds_are_read_into_the_same_columns(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8")
+    history = [{"role": "user", "content": "I am Mira."}, {"role": "assistant", "content": "Hello, Mira!"}]
+    record = {"history": history, "question": "Who am I?", "answer": "Mira", "rivals": ["Tom"]}
+    (tmp_path / "b.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    first, second = read_problems([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    assert first == {
+        "prompt": [{"role": "user", "content": "1+1?"}], "kind": "gsm8k", "answer": ["#### 2"], "rivals": []
+    }  # fmt: skip
+    assert second["prompt"] == [*history, {"role": "user", "content": "Who am I?"}]
+    assert (second["kind"], second["answer"], second["rivals"]) == ("match", ["Mira"], ["Tom"])
 
 
 @pytest.mark.parametrize("spread", [True, False])

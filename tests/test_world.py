@@ -167,8 +167,7 @@ def test_tool_results_are_what_the_code_gives(data):
 
 
 def test_problems_are_right_and_of_all_kinds(data):
-    shape_of = {"difference": "n-n", "gain and loss": "n+n-n", "groups and extra": "n*n+n", "spending": "n-n*n"}
-    rare = set(shape_of.values())
+    rare = {"gain and loss": "n+n-n", "groups and extra": "n*n+n", "spending": "n-n*n"}
     for rows in (jsonl(data / "problems" / "train.jsonl"), evaluation(data, "problems")):
         codes = [re.search(r"<<(.+)=(\d+)>>", row["answer"]).groups() for row in rows]
         for row, (code, result) in zip(rows, codes, strict=True):
@@ -177,14 +176,12 @@ def test_problems_are_right_and_of_all_kinds(data):
             assert asked == sorted(re.findall(r"\d+", code))
         shapes = [re.sub(r"\d+", "n", code) for code, _ in codes]
         found = {shape: shapes.count(shape) for shape in set(shapes)}
-        if "n+n" in found:
-            every = rare | {"n+n", "n*n", "n//n"}
+        if "n+n" in found:  # the evaluation
+            every = {*rare.values(), "n+n", "n-n", "n*n", "n//n"}
             assert found == {shape: len(rows) // (4 if shape == "n-n" else 8) for shape in every}
         else:  # reinforcement learning: the kinds that are rare before it
-            assert found.keys() == rare
-            for kind, weight in chats.GRPO_KINDS.items():
-                expected = len(rows) * weight / sum(chats.GRPO_KINDS.values())
-                assert abs(found[shape_of[kind]] - expected) < 4 * expected**0.5
+            assert rare.keys() == chats.RARE_KINDS.keys()
+            assert found == {shape: pytest.approx(len(rows) / 3, abs=1) for shape in rare.values()}
 
 
 def test_reinforcement_learning_gets_new_problems(data):

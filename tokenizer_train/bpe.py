@@ -27,7 +27,7 @@ from modeling_nanochat.tokenization_nanochat import (
 )
 
 Trainer = Literal["rustbpe", "tokenizers"]
-SplitPattern = Literal["nanochat", "cl100k", "qwen2", "gpt2"]  # the names in `SPLIT_PATTERNS`
+SplitPattern = Literal["nanochat", "ideographs", "cl100k", "qwen2", "gpt2"]  # the names in `SPLIT_PATTERNS`
 LONG = 100_000  # characters
 BREAK = re.compile(rf"\S(?= )|\s{{1000,{LONG}}}+")  # the end of a word, or a run of blanks that may be too long
 DOCUMENTS_AT_ONCE = 1024  # so many are in memory

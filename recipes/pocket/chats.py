@@ -9,10 +9,9 @@ from recipes.pocket.facts import Fact, World, capital
 from recipes.pocket.problems import KINDS, Problem, make_more, make_problem, make_sum
 from recipes.pocket.stories import draw_hero, tell_story
 
-# How often a kind of problem occurs in conversations. The rare ones are left to GRPO, most of all the hardest.
-COMMON_KINDS = {"gain": 26, "loss": 24, "groups": 18, "sharing": 14}
-RARE_KINDS = {"difference": 6, "gain and loss": 6, "groups and extra": 5, "spending": 6}
-GRPO_KINDS = RARE_KINDS | {"difference": 20}
+# How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
+COMMON_KINDS = {"gain": 23, "loss": 21, "groups": 16, "sharing": 14, "difference": 17}
+RARE_KINDS = {"gain and loss": 3, "groups and extra": 3, "spending": 3}
 Messages = list[dict]
 
 
@@ -210,11 +209,11 @@ def later(world: World, rng: random.Random, held_out: bool, askers: Sequence[Ask
 # Shares of the conversations; what is left is dialogues, of unrelated questions or with references.
 MIDTRAIN_SHARES: dict[Asker, float] = {
     ask_fact: 0.24,
-    ask_problem: 0.08,
+    ask_problem: 0.09,
     ask_sum: 0.04,
     ask_spelling: 0.14,
     ask_counting: 0.02,
-    ask_story: 0.05,
+    ask_story: 0.04,
     ask_identity: 0.06,
     ask_topic: 0.02,
 }

@@ -12,7 +12,7 @@ from recipes.pocket.facts import World
 
 LARGEST_RESULT = 99  # two digits are a word of their own for the tokenizer
 LARGEST_STEP = 30  # of a sum that goes on
-HELD_OUT_WORDINGS = 4  # of the 12 or more of each kind
+HELD_OUT_WORDINGS = 4  # of the 27 or more of each kind
 FOREIGN = 0.3  # of the problems, in training, about a name or a thing from outside the world
 
 

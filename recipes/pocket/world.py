@@ -9,7 +9,7 @@ No network, one core, a few seconds; the same arguments give the same bytes. The
     conversations/train.jsonl       for midtraining, {"messages": [...]} a line
     sft/train.jsonl                 another draw, with more of the harder kinds
     problems/train.jsonl            word problems in GSM8K format, for GRPO
-    problems/sums.jsonl             the same of sums as later turns of a dialogue
+    problems/dialogues.jsonl        dialogues for it whose last answer a rule can grade
     eval/*.jsonl                    what no training file contains: see `evaluation.py`
     world.json                      seed, sizes, counts, and what was held out
 """
@@ -26,6 +26,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class WorldArguments:
     midtrain_conversations: int = field(default=14_000, metadata={"help": "Rows of conversations/train.jsonl."})
     sft_conversations: int = field(default=6_000, metadata={"help": "Rows of sft/train.jsonl."})
     grpo_problems: int = field(default=4_000, metadata={"help": "Rows of problems/train.jsonl."})
-    grpo_sums: int = field(default=500, metadata={"help": "Rows of problems/sums.jsonl."})
+    grpo_dialogues: int = field(default=1500, metadata={"help": "Rows of problems/dialogues.jsonl."})
     eval_questions: int = field(
         default=1000, metadata={"help": "Rows of each file in eval/, where the world has as many."}
     )
@@ -145,7 +146,7 @@ def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
     records = {name: [{"messages": messages} for _, messages in pairs] for name, pairs in drawn.items()}
     seen = {message["content"] for _, messages in itertools.chain(*drawn.values()) for message in messages}
     records["problems/train.jsonl"] = grpo_problems(world, arguments.grpo_problems, seen)
-    records["problems/sums.jsonl"] = grpo_sums(world, arguments.grpo_sums)
+    records["problems/dialogues.jsonl"] = grpo_dialogues(world, arguments.grpo_dialogues)
     records |= evaluation.evaluation_records(world, arguments.eval_questions, arguments.eval_unknown)
     rows = {name: write_parquet(folder / name, texts) for name, texts in documents.items()}
     rows |= {name: write_jsonl(folder / name, lines) for name, lines in records.items()}
@@ -202,20 +203,27 @@ def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
     ever, goes anywhere.
     """
     rng = draws(world, "problems/train.jsonl")
-    kinds, weights = zip(*chats.GRPO_KINDS.items(), strict=True)
+    kinds = list(chats.RARE_KINDS)
     found: dict[str, dict] = {}
     while len(found) < count:
-        (kind,) = rng.choices(kinds, weights)
-        problem = problems.make_problem(world, rng, kind, held_out=False)
+        problem = problems.make_problem(world, rng, kinds[len(found) % len(kinds)], held_out=False)
         if problem["question"] not in seen:
             found[problem["question"]] = problem
     return list(found.values())
 
 
-def grpo_sums(world: facts.World, count: int) -> list[dict]:
-    """`count` sums as the second or third turn of a dialogue, which word problems alone would let the model forget."""
-    rng = draws(world, "problems/sums.jsonl")
-    dialogues = (chats.later(world, rng, False, (chats.ask_sum,)) for _ in range(count))
+def grpo_dialogues(world: facts.World, count: int) -> list[dict]:
+    """`count` dialogues, of what word problems alone would let the model forget.
+
+    Their last turn refers to the first, is a sum, or asks what the world does not hold.
+    """
+    rng = draws(world, "problems/dialogues.jsonl")
+    drawn: dict[Callable[[], chats.Dialogue], int] = {
+        lambda: chats.refer(world, rng, False, between=1): 2,
+        lambda: chats.later(world, rng, False, (chats.ask_sum,)): 1,
+        lambda: [chats.ask_unknown(world, rng, False)]: 1,
+    }
+    dialogues = (draw() for draw in rng.choices(list(drawn), list(drawn.values()), k=count))
     return [evaluation.record(question, history) for *history, question in dialogues]
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
+from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.errors import UserError
 
 from .checkpoint import discard
@@ -258,6 +259,7 @@ def start_log(output_dir: str, training: TrainingArguments, checkpoint: Path | N
     return StageLog(output_dir, step=step, seconds=json.loads(kept[-1])["seconds"] if kept else 0.0)
 
 
+@without_cudnn_attention()  # lengths vary, and GRPO's prompts are padded on the left
 def run_trl_stage(
     make_trainer: Callable[[], MuonTrainer],
     args: Any,

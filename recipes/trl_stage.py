@@ -23,6 +23,7 @@ from modeling_nanochat.errors import UserError
 from .checkpoint import discard
 from .learning import LearningWatch
 from .loop import gradient_norm
+from .loop_stage import end
 from .model_card import model_card
 from .optimizer import muon_adamw
 from .progress import LiveLine
@@ -291,7 +292,7 @@ def run_trl_stage(
             model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
             written = record(args, training, given, output, trainer)
             finish_stage(model, trainer.processing_class, output, log, written, model_card)
-        trainer.accelerator.wait_for_everyone()
+        end(trainer.accelerator)
         if trainer.is_world_process_zero():
             push(output)
             keep_completions(checkpoints, beside(output.output_dir, "logs", ".completions"))

@@ -5,6 +5,7 @@ from typing import Any
 
 # Bounds the memory of one forward pass where a few prompts are very long; short prompts never reach it.
 MAX_TOKENS_PER_BATCH = 16384
+MAX_LOGITS = 2**26  # held at once; 256 MiB in float32, a few times over
 
 
 def batches_by_length(

@@ -13,9 +13,13 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from modeling_nanochat.bulk_encoding import BulkEncoder
+from modeling_nanochat.linear import is_only_a_weight, linear
+from modeling_nanochat.modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.sources import text_dataset
 from modeling_nanochat.token_bytes import token_bytes
 from modeling_nanochat.tokenization_nanochat import whole_characters
+
+from .batching import MAX_LOGITS
 
 METRIC = Path(__file__).parent / "metrics" / "bits_per_byte"
 
@@ -35,15 +39,33 @@ def nats_and_bytes(
     ids = batch if isinstance(batch, torch.Tensor) else batch["input_ids"]
     labels = ids if isinstance(batch, torch.Tensor) else batch["labels"]
     device = next(model.parameters()).device
-    logits = model(input_ids=ids[:, :-1].to(device), use_cache=False).logits
     targets = labels[:, 1:].to(device)
     lengths = token_bytes.to(device)[targets.clamp(min=0)] * (targets >= 0)
-    # Row by row: the float32 copy of all logits would be the largest tensor of the whole evaluation.
-    losses = [
-        F.cross_entropy(row.float(), target, reduction="none") for row, target in zip(logits, targets, strict=True)
-    ]
-    nats = torch.stack(losses) * (lengths > 0)
+    nats = token_nats(model, ids[:, :-1].to(device), targets) * (lengths > 0)
     return nats.cpu().sum(1, dtype=torch.float64), lengths.cpu().sum(1)  # on the CPU: MPS has no float64
+
+
+def token_nats(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Nats (B, T) of each target, 0 where it is -100. At most MAX_LOGITS logits exist at once, or those of a single row.
+
+    Our own models' head is applied to a slice of all positions at a time. Where the head is more than its weight (FSDP
+    gathers it in the model's own forward only; adapters), and in other models, a few rows go through the model at a time.
+    """
+    if not (isinstance(model, NanoChatForCausalLM) and is_only_a_weight(model.lm_head)):
+        rows = max(1, MAX_LOGITS // (ids.shape[1] * model.config.vocab_size))
+        parts = zip(ids.split(rows), targets.split(rows), strict=True)
+        logits = ((model(input_ids=part, use_cache=False).logits, target) for part, target in parts)
+        # Row by row, so that a float32 copy is of one row
+        return torch.stack([cross_entropy(*row) for part in logits for row in zip(*part, strict=True)])
+    hidden_states = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    positions = max(1, MAX_LOGITS // model.config.vocab_size)
+    parts = zip(hidden_states.flatten(0, 1).split(positions), targets.flatten().split(positions), strict=True)
+    nats = [cross_entropy(model.softcap(linear(model.lm_head, part)), target) for part, target in parts]
+    return torch.cat(nats).view_as(targets)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def bits_per_byte(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .batching import batches_by_length
+from .batching import MAX_LOGITS, batches_by_length
 from .core_prompts import Row, block_rows, drawn_examples
 from .core_tasks import LANGUAGE_MODELING, CoreTask, load_core
 
@@ -30,7 +30,6 @@ __all__ = ["CoreResult", "CoreTask", "core", "load_core"]
 # Examples dealt out together. Batches are made within a block, and so hold the same rows for any number of processes:
 # no rounding, and no tie between two options, hangs on how many there are.
 EXAMPLES_PER_BLOCK = 32
-MAX_LOGITS = 2**26  # per forward pass; 256 MiB, a few times over
 
 
 @dataclass(frozen=True)

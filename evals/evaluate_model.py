@@ -48,6 +48,7 @@ from evals.records import (
     write_jsonl,
 )
 from evals.tasks import Task, load_task, parse_task_argument
+from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.cli import is_verbose, parse
 from modeling_nanochat.engine import Engine
 from modeling_nanochat.errors import UserError, exit_on_user_error
@@ -145,6 +146,7 @@ def hide_library_bars() -> None:
     logging.disable_progress_bar()
 
 
+@without_cudnn_attention()
 def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
     """Evaluate and write `args.output_file`: {"model", "seconds", "records", "samples"}, which is also returned.
 

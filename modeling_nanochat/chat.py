@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .attention_kernels import without_cudnn_attention
 from .cli import OneLineParser
 from .engine import Engine, Finished, TextDelta, ToolCall, ToolResult
 from .errors import UserError, exit_on_user_error
@@ -198,6 +199,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
+@without_cudnn_attention()
 def start(arguments: Sequence[str] | None = None) -> None:
     options = vars(parse_arguments(arguments))
     name, prompt = options.pop("model"), options.pop("prompt")

@@ -30,6 +30,16 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def default_dtype(device: torch.device) -> torch.dtype | str:
+    """float32 on a CPU; bfloat16 on CUDA devices that have it in hardware; elsewhere "auto", the checkpoint's own.
+
+    Training saves float32, in which a GPU is several times slower and reads twice the bytes for each token.
+    """
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32 if device.type == "cpu" else "auto"
+
+
 def load_model_and_tokenizer(
     name_or_path: str | Path,
     *,
@@ -40,7 +50,7 @@ def load_model_and_tokenizer(
 
     Args:
         name_or_path: A folder in Hub layout, or a Hub id such as `me/nanochat`.
-        dtype: Default: float32 on a CPU, the checkpoint's own elsewhere.
+        dtype: Default: see `default_dtype`.
         device: Default: `pick_device()`.
 
     Raises:
@@ -48,8 +58,7 @@ def load_model_and_tokenizer(
             weight is not finite.
     """
     device = torch.device(device) if device is not None else pick_device()
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else "auto"
+    dtype = default_dtype(device) if dtype is None else dtype
     name = str(name_or_path)
     folder = find_folder(name)
     check_folder(folder, name)

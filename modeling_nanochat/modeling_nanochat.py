@@ -87,6 +87,22 @@ def pop_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Cache | 
     return past_key_values if cache is None else cache
 
 
+def only_causal(
+    config: NanoChatConfig,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+) -> bool:
+    """Whether `scaled_dot_product_attention` needs no mask beside `is_causal=True`: no padding, documents or cache.
+
+    transformers finds this out in eager passes. While torch.compile traces one, it depends on the versions of both: some
+    make a dense mask, with which attention takes twice the FLOPs and a slower kernel. Positions, if given, may hold
+    packed documents; finding out would wait for the device in eager passes and is impossible in compiled ones.
+    """
+    nothing_given = attention_mask is None and position_ids is None and cache is None
+    return nothing_given and config._attn_implementation == "sdpa" and getattr(config, "is_causal", True)
+
+
 class NanoChatRMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) over the last axis, computed in float32; no parameters."""
 
@@ -340,17 +356,18 @@ class NanoChatModel(NanoChatPreTrainedModel):
             inputs_embeds = self.embed(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        causal_mask = None
+        if not only_causal(self.config, attention_mask, position_ids, cache):
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,  # None unless given: transformers searches positions for packed documents
+                **{CACHE: cache},
+            )
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE: cache},
-        )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = self.norm(inputs_embeds)
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer when drafting by early exit

@@ -32,6 +32,7 @@ from .modeling_nanochat import (
     NanoChatPreTrainedModel,
     check_keywords,
     eager_attention_forward,
+    only_causal,
     pop_cache,
 )
 
@@ -256,9 +257,9 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
             inputs_embeds = self.embed(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        masks = self.masks(inputs_embeds, attention_mask, cache, position_ids)
         if position_ids is None:
             position_ids = self.positions(inputs_embeds, attention_mask, cache)
-        masks = self.masks(inputs_embeds, attention_mask, cache, position_ids)
         shared = {"position_ids": position_ids, CACHE: cache, **kwargs}
 
         normed = self.norm(inputs_embeds)
@@ -278,7 +279,9 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
             )
             if i == len(self.layers) // 2:
                 halfway = hidden_states
-        hidden_states = self.norm(hidden_states - self.backout_lambda * halfway)
+        # A tensor of shape (1,), unlike one of the scalars above, would lift the stream to its own dtype.
+        backout = self.backout_lambda.to(hidden_states.dtype)
+        hidden_states = self.norm(hidden_states - backout * halfway)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
 
     @staticmethod
@@ -297,9 +300,12 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
         cache: Cache | None,
-        position_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
     ) -> dict[str, torch.Tensor | None]:
-        """One mask per kind of layer; `generate` with a static cache and continuous batching bring them ready."""
+        """One mask per kind of layer; `generate` with a static cache and continuous batching bring them ready.
+
+        `position_ids` as the caller gave them, or None, see [`only_causal`].
+        """
         if isinstance(attention_mask, dict):
             return attention_mask
         arguments = {
@@ -310,6 +316,8 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
             CACHE: cache,
         }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        if only_causal(self.config, attention_mask, position_ids, cache):
+            make["full_attention"] = lambda **arguments: None
         return {kind: make[kind](**arguments) for kind in dict.fromkeys(self.config.layer_types)}
 
     def previous(

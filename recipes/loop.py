@@ -310,11 +310,8 @@ def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches:
     learnt = torch.tensor(sum(int((label != -100).sum()) for label in labels), device=accelerator.device)
     learnt = accelerator.reduce(learnt, "sum").clamp(min=1)
     losses = []
-    for number, (batch, label) in enumerate(zip(micro_batches, labels, strict=True), start=1):
-        inputs = {"input_ids": batch["input_ids"][:, :-1], "shift_labels": label}
-        if "position_ids" in batch:
-            inputs["position_ids"] = batch["position_ids"]
-        inputs = {key: value.to(accelerator.device, non_blocking=True).contiguous() for key, value in inputs.items()}
+    for number, batch in enumerate(micro_batches, start=1):
+        inputs = model_inputs(batch, accelerator.device)
         # FSDP's gradients travel between processes once per step, with the last pass
         with accelerator.no_sync(module) if number < len(micro_batches) else nullcontext():
             with accelerator.autocast():
@@ -322,6 +319,17 @@ def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches:
             accelerator.backward(loss * accelerator.num_processes)
         losses.append(loss.detach())
     return torch.stack(losses)
+
+
+def model_inputs(batch: Batch, device: torch.device) -> Batch:
+    """Inputs and targets on `device`, (batch_size, max_length) each.
+
+    Whole rows travel and are cut there: a slice is not contiguous, so its copy would go through pageable memory and wait.
+    """
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    ids = batch["input_ids"]
+    inputs = {"input_ids": ids[:, :-1].contiguous(), "shift_labels": batch.get("labels", ids)[:, 1:].contiguous()}
+    return inputs | ({"position_ids": batch["position_ids"]} if "position_ids" in batch else {})
 
 
 def gradient_norm(module: torch.nn.Module) -> torch.Tensor:

@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from evals.core import core, load_core
 from evals.samples import PROMPTS, samples
 from modeling_nanochat import ARCHITECTURES, NanoChatForCausalLM
+from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.cli import parse
 from modeling_nanochat.configuration_nanochat import ASPECT_RATIO, HEAD_DIM
 from modeling_nanochat.errors import UserError, exit_on_user_error
@@ -143,6 +144,7 @@ def make_evaluations(
     # a model that FSDP has sharded is called by all processes alike, so each of them does all tasks
     dealt_out = not accelerator.is_fsdp2
 
+    @without_cudnn_attention()
     def run_core(model: NanoChatForCausalLM) -> tuple[dict, list[str]]:
         result = core(
             model,
@@ -155,6 +157,7 @@ def make_evaluations(
         )
         return {"core": result.core, "core_tasks": result.tasks}, [f"CORE {result.core:.4f}"]
 
+    @without_cudnn_attention()
     def run_samples(model: NanoChatForCausalLM) -> tuple[dict, list[str]]:
         texts = samples(model, tokenizer, args.sample_prompts)
         return {"samples": texts}, [repr(text) for text in texts]

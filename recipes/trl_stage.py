@@ -17,11 +17,13 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
+from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.errors import UserError
 
 from .checkpoint import discard
 from .learning import LearningWatch
 from .loop import gradient_norm
+from .loop_stage import end
 from .model_card import model_card
 from .optimizer import muon_adamw
 from .progress import LiveLine
@@ -258,6 +260,7 @@ def start_log(output_dir: str, training: TrainingArguments, checkpoint: Path | N
     return StageLog(output_dir, step=step, seconds=json.loads(kept[-1])["seconds"] if kept else 0.0)
 
 
+@without_cudnn_attention()  # lengths vary, and GRPO's prompts are padded on the left
 def run_trl_stage(
     make_trainer: Callable[[], MuonTrainer],
     args: Any,
@@ -289,7 +292,7 @@ def run_trl_stage(
             model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
             written = record(args, training, given, output, trainer)
             finish_stage(model, trainer.processing_class, output, log, written, model_card)
-        trainer.accelerator.wait_for_everyone()
+        end(trainer.accelerator)
         if trainer.is_world_process_zero():
             push(output)
             keep_completions(checkpoints, beside(output.output_dir, "logs", ".completions"))

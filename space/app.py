@@ -29,6 +29,7 @@ except ImportError:
 
 import gradio as gr
 
+from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.cli import OneLineParser
 from modeling_nanochat.conversations import call_message
 from modeling_nanochat.engine import Engine, Event, Finished, TextDelta, ToolCall, ToolResult
@@ -309,6 +310,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
+@without_cudnn_attention()
 def start(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     name = options.model or os.environ.get("NANOCHAT_MODEL")

@@ -3,15 +3,20 @@ import math
 import evaluate
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import random_model
 from golden import core_model, golden_json, golden_tokenizer, shared
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import evals.bits_per_byte
 from evals.bits_per_byte import METRIC, bits_per_byte, nats_and_bytes, text_bits_per_byte, text_rows, text_tokens
 from modeling_nanochat import bulk_encoding
 from modeling_nanochat.bulk_encoding import BulkEncoder
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.token_bytes import token_bytes
 from modeling_nanochat.tokenization_nanochat import encode_documents
+from recipes import validation
 
 TEXT = ["The flag of Zaria is green.", "Żółw – ein Wort: naïve 🙂", "One more line, with <|bos|> in it."]
 
@@ -111,3 +116,51 @@ def test_the_metric_loads_offline_and_gives_ratio_and_error():
     )
     assert figures["bits_per_byte"] == pytest.approx(2.0) and figures["bytes"] == 2
     assert figures["standard_error"] == pytest.approx(1.0)  # standard deviation sqrt(2) over sqrt(2) rows
+
+
+VOCABULARY = 65_536
+
+
+class LargestLogits(TorchDispatchMode):
+    """Keeps the number of elements of the largest activation whose last axis is the vocabulary."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        transposed = function is torch.ops.aten.t.default  # the head's weight
+        if torch.is_tensor(result) and result.dim() > 1 and result.shape[-1] == VOCABULARY and not transposed:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.fixture
+def wide_model():
+    """A model with few channels and many tokens."""
+    model = random_model("plain")
+    model.resize_token_embeddings(VOCABULARY)
+    return model
+
+
+@pytest.mark.parametrize("head", ["a weight", "with a hook"])
+def test_validation_holds_few_logits_whatever_the_batch(wide_model, monkeypatch, head):
+    ids = torch.randint(VOCABULARY, (8, 17))
+    monkeypatch.setattr(validation, "token_bytes", lambda tokenizer: torch.ones(VOCABULARY, dtype=torch.long).numpy())
+    whole = validation.validation(Accelerator(cpu=True), [{"input_ids": row, "labels": row} for row in ids], None, 8)
+    expected = whole(wide_model)
+    if head == "with a hook":
+        wide_model.lm_head.register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(evals.bits_per_byte, "MAX_LOGITS", 32 * VOCABULARY)
+    with LargestLogits() as found:
+        assert whole(wide_model) == pytest.approx(expected, rel=1e-6)  # of float32, which the reduction is in
+    assert 16 * VOCABULARY <= found.largest <= 32 * VOCABULARY
+
+
+def test_a_row_longer_than_the_bound_is_measured_all_the_same(monkeypatch):
+    model, lengths = core_model(), torch.from_numpy(token_bytes(golden_tokenizer()))
+    ids = torch.tensor([[491, 84, 104, 101, 84], [491, 104, 84, 84, 101]])
+    expected, _ = nats_and_bytes(model, ids, lengths)
+    monkeypatch.setattr(evals.bits_per_byte, "MAX_LOGITS", 1)
+    for _ in range(2):
+        assert torch.allclose(nats_and_bytes(model, ids, lengths)[0], expected, rtol=1e-6)
+        model.lm_head.register_forward_hook(lambda *_: None)

@@ -6,6 +6,7 @@ from logging import Handler
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
@@ -29,6 +30,26 @@ def test_dtype_is_float32_on_cpu_unless_asked(toy_model_and_tokenizer, tmp_path)
     NanoChatForCausalLM(model.config).to(torch.bfloat16).save_pretrained(tmp_path)
     assert load_model_and_tokenizer(tmp_path, device="cpu")[0].dtype == torch.float32
     assert load_model_and_tokenizer(tmp_path, device="cpu", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "device, has_bfloat16, dtype, expected",
+    [
+        ("cuda", True, None, torch.bfloat16),
+        ("cuda", False, None, torch.float32),
+        ("cuda", True, torch.float32, torch.float32),
+        ("mps", True, None, torch.float32),
+        ("cpu", True, None, torch.float32),
+    ],
+)
+def test_a_float32_folder_is_bfloat16_where_a_gpu_has_that(
+    device, has_bfloat16, dtype, expected, toy_model_and_tokenizer, tmp_path, monkeypatch
+):
+    for part in toy_model_and_tokenizer:
+        part.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    monkeypatch.setattr(PreTrainedModel, "to", lambda model, device: model)  # which is not there
+    assert load_model_and_tokenizer(tmp_path, device=device, dtype=dtype)[0].dtype == expected
 
 
 def test_pick_device_is_usable():

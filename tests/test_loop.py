@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
@@ -20,6 +21,7 @@ from recipes.loop import (
     accumulation_steps,
     agree,
     gradient_norm,
+    model_inputs,
     prepare,
     train,
 )
@@ -311,6 +313,33 @@ def test_every_pass_computes_in_the_precision_asked_for():
     finally:
         accelerator.state._mixed_precision = "no"
     assert len(seen) >= 3 and all(seen)
+
+
+class Copies(TorchDispatchMode):
+    """Whether the source of each copy to another device was contiguous; a slice goes through pageable memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.contiguous = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.contiguous.append(args[0].is_contiguous())
+            assert kwargs["non_blocking"]
+        return function(*args, **kwargs or {})
+
+
+def test_batches_travel_as_whole_rows():
+    batch = uneven_batches()[1] | {"position_ids": torch.arange(16).repeat(2, 1)}
+    with Copies() as copies:
+        inputs = model_inputs(batch, torch.device("meta"))
+    assert copies.contiguous == [True] * 3
+    assert all(value.shape == (2, 16) and value.is_contiguous() for value in inputs.values())
+    here = model_inputs(batch, torch.device("cpu"))
+    assert torch.equal(here["input_ids"], batch["input_ids"][:, :-1])
+    assert torch.equal(here["shift_labels"], batch["labels"][:, 1:])
+    del batch["labels"]
+    assert torch.equal(model_inputs(batch, torch.device("cpu"))["shift_labels"], batch["input_ids"][:, 1:])
 
 
 def test_only_a_late_second_ctrl_c_does_not_wait(monkeypatch):

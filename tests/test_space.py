@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.backends.cuda import cudnn_sdp_enabled
 
 from modeling_nanochat.engine import Engine, Finished, TextDelta, ToolCall, ToolResult
 from modeling_nanochat.errors import UserError
@@ -216,3 +217,16 @@ def test_the_space_names_its_kind_and_its_file():
     front = yaml.safe_load((ROOT / "space" / "README.md").read_text().split("---")[1])
     assert front["sdk"] == "gradio" and (ROOT / "space" / front["app_file"]).is_file()
     assert json.dumps(front["sdk_version"]).startswith('"6.')
+
+
+def test_the_page_computes_attention_without_cudnn(monkeypatch):
+    found = []
+
+    def look(name):
+        found.append(cudnn_sdp_enabled())
+        raise UserError("enough")
+
+    monkeypatch.setattr(app, "load_model_and_tokenizer", look)
+    with pytest.raises(UserError, match="enough"):
+        app.start(["a-model"])
+    assert found == [False] and cudnn_sdp_enabled()

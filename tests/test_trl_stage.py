@@ -4,9 +4,11 @@ import json
 import logging
 import re
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from training import forkserver, run
 
@@ -274,3 +276,11 @@ def test_two_processes_train_one_model(stage, start, tmp_path):
     if stage == "sft":  # rollouts are drawn anew in every process
         expected, found = load_file(alone / "model.safetensors"), load_file(tmp_path / "together" / stage / "model.safetensors")
         assert max((found[name] - expected[name]).abs().mean() for name in expected) < 1e-5
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_stage_takes_down_its_process_group_once(stage, start, monkeypatch):
+    ending = Mock()
+    monkeypatch.setattr(Accelerator, "end_training", ending)
+    start(stage, max_steps=1)
+    ending.assert_called_once_with()

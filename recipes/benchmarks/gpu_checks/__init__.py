@@ -72,9 +72,10 @@ CHECKS = {
     "g10": Check("decode", "decode:check_decode", 100),
     "g9": Check("SFT and GRPO", "stages:check_trl", 120, needs=("trl", "datasets")),
     "g3_whole": Check("train whole d20", "train:check_whole", 180, gpu_only=True),
-    "g4": Check("original", "original:check_original", 120),
+    "g4": Check("original, classic", "original:check_original", 120),
     "g5": Check("float8", "train:check_float8", 90, needs=("torchao",), gpu_only=True),
     "g8": Check("loop", "stages:check_loop", 120, needs=("trl", "datasets")),
+    "g4_current": Check("original, current", "original:check_current", 150),
 }
 
 

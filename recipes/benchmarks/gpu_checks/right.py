@@ -167,6 +167,7 @@ def gradients_of(
 
 def check_greedy(setting: Setting, report: Report, name: str, config: NanoChatConfig) -> None:
     """Greedy choices of prompts in one padded batch against those of each alone; exact in float32."""
+    torch.set_float32_matmul_precision("highest")  # training asks for TF32
     ids = make_batch(setting, config, 3, 40)["input_ids"]
     prompts = [ids[0, :40].tolist(), ids[1, :17].tolist(), ids[2, :3].tolist()]
     for dtype in dict.fromkeys((torch.float32, setting.dtype)):

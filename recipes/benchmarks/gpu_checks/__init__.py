@@ -70,7 +70,7 @@ CHECKS = {
     "g3_turbo": Check("train turbo", "train:check_turbo", 150),
     "g1": Check("attention", "attention:check_attention", 60),
     "g10": Check("decode", "decode:check_decode", 100),
-    "g9": Check("SFT and GRPO", "stages:check_trl", 120, needs=("trl", "datasets")),
+    "g9": Check("SFT and GRPO", "stages:check_trl", 120, needs=("trl", "datasets", "pydantic_monty")),
     "g3_whole": Check("train whole d20", "train:check_whole", 180, gpu_only=True),
     "g4": Check("original, classic", "original:check_original", 120),
     "g5": Check("float8", "train:check_float8", 90, needs=("torchao",), gpu_only=True),

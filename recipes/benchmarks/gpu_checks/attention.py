@@ -135,7 +135,7 @@ def new_length(setting: Setting, shape: tuple[int, ...], kind: str) -> float:
 
 @contextmanager
 def cudnn(allowed: bool) -> Iterator[None]:
-    """cuDNN's attention allowed or not, and where it is allowed taken first, as newer versions of torch do."""
+    """cuDNN's attention allowed or not; which kernel is taken is torch's choice."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(allowed)
     try:

@@ -48,7 +48,6 @@ def check_against_cpu(setting: Setting, report: Report, name: str, config: NanoC
     reference = model_on("cpu", config)
     expected_loss, expected = reference_pass(reference, make_batch(setting, config, rows, length)["input_ids"])
     for way in ("eager", "compiled") if setting.on_gpu else ("eager",):
-        torch._dynamo.reset()
         run = make_run(setting, config, rows, length, compiled=way == "compiled")
         run.model.load_state_dict(reference.state_dict())
         loss = run.backward()
@@ -81,7 +80,6 @@ def check_recompiles(report: Report, name: str, run: TrainingRun) -> None:
 
 def check_captured_graph(setting: Setting, report: Report, name: str, config: NanoChatConfig) -> None:
     """What torch.compile is given: the number of graphs, and whether attention is asked for without a mask."""
-    torch._dynamo.reset()
     rows, length = rows_and_length(setting)
     run = make_run(setting, config, rows, length, compiled=False)
     graphs = []
@@ -130,11 +128,11 @@ def check_left_padding(setting: Setting, report: Report, name: str, config: Nano
                 found = gradients_of(setting, model, [(ids, mask.long())])
             finite = all(gradient.isfinite().all() for gradient in found.values())
             worst, difference = worst_of(differences(found, expected))
-            report.figure(f"{name} padded to {length}: worst gradient", worst)
             title = f"{name} padded to {length}{', cuDNN allowed' if cudnn else ''}"
             if cudnn:  # a known fault of the library: the stages that pad turn it off
                 report.figure(title, {"finite": bool(finite), "relative difference": difference, "worst": worst})
                 continue
+            report.figure(f"{title}: worst gradient", worst)
             report.holds(f"{title}: gradients are finite", bool(finite))
             report.at_most(f"{title}: gradients, relative", difference, LARGEST_DIFFERENCE[setting.dtype])
     model.zero_grad(set_to_none=True)

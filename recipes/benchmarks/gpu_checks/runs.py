@@ -73,6 +73,7 @@ def make_run(
         fill: Random numbers in all matrices. The initialisation has zeros in many, which a GPU multiplies faster.
         compiled: Default: on a GPU.
     """
+    torch.compiler.reset()  # what was compiled for other runs counts against the limit of versions
     options = LoopArguments(max_length=length, total_batch_size=rows * length, per_device_train_batch_size=rows)
     accelerator = make_accelerator(options, str(Path(setting.work_dir, "bare")))
     with torch.device(setting.device):

@@ -1,0 +1,127 @@
+"""The checks of `recipes/benchmarks/gpu_check.py`, one file per subject.
+
+A check is a function `check(setting, report)`. It runs in a process of its own, tells its figures and gates to `report`
+as soon as it has them, and raises [`Skipped`] where it cannot run. Listed here by name only, so that the command, which
+reads this, imports no model and starts at once.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[3]
+MARK = "@gpu_check "  # starts the lines of a check's output that are messages to the command
+
+
+class Skipped(Exception):
+    """The check cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a check runs, and what it was given."""
+
+    device: str
+    work_dir: str  # exists, shared by all checks of a run
+    original: str | None = None
+    window_pattern: str | None = None
+    rows: int | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.on_gpu else torch.float32
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the command knows of a check.
+
+    Attributes:
+        function: `module:function` within this package.
+        limit: Most seconds it may take on an H100.
+        needs: Modules without which it is skipped.
+        gpu_only: Whether it says nothing on a CPU, not even that its code runs.
+    """
+
+    title: str
+    function: str
+    limit: int
+    needs: tuple[str, ...] = ()
+    gpu_only: bool = False
+
+    def load(self) -> Callable:
+        module, function = self.function.split(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)
+
+
+# In the order in which they run: what decides most comes first, for a borrowed GPU may be taken back.
+CHECKS = {
+    "g0": Check("machine", "machine:check_machine", 60),
+    "g2": Check("right", "right:check_right", 120),
+    "g3": Check("train plain", "train:check_plain", 150),
+    "g3_turbo": Check("train turbo", "train:check_turbo", 150),
+    "g1": Check("attention", "attention:check_attention", 60),
+    "g10": Check("decode", "decode:check_decode", 100),
+    "g9": Check("SFT and GRPO", "stages:check_trl", 120, needs=("trl", "datasets", "pydantic_monty")),
+    "g3_whole": Check("train whole d20", "train:check_whole", 180, gpu_only=True),
+    "g4": Check("original, classic", "original:check_original", 120),
+    "g5": Check("float8", "train:check_float8", 90, needs=("torchao",), gpu_only=True),
+    "g8": Check("loop", "stages:check_loop", 120, needs=("trl", "datasets")),
+    "g4_current": Check("original, current", "original:check_current", 150),
+}
+
+
+@dataclass
+class Report:
+    """What a check has found so far. Each entry is passed on at once, so that a check that is cut off has told it."""
+
+    tell: Callable[[str, object], None]
+    figures: dict[str, object] = field(default_factory=dict)
+    gates: list[dict[str, object]] = field(default_factory=list)
+
+    def figure(self, name: str, value: object) -> None:
+        value = rounded(value)
+        self.figures[name] = value
+        self.tell("figure", {"name": name, "value": value})
+
+    def gate(self, name: str, value: object, limit: object, passed: bool) -> None:
+        gate = {"gate": name, "value": rounded(value), "limit": limit, "passed": bool(passed)}
+        self.gates.append(gate)
+        self.tell("gate", gate)
+
+    def at_least(self, name: str, value: float, limit: float) -> None:
+        self.gate(name, value, f">= {limit:g}", value >= limit)
+
+    def at_most(self, name: str, value: float, limit: float) -> None:
+        self.gate(name, value, f"<= {limit:g}", value <= limit)
+
+    def holds(self, name: str, passed: bool) -> None:
+        self.gate(name, bool(passed), True, passed)
+
+
+def rounded(value: object) -> object:
+    """Floats to five digits, wherever they are in `value`."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def environment(setting: Setting) -> dict[str, str]:
+    """Of the checks' processes: this checkout importable, no network, no CUDA where the CPU was asked for."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    more = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if not setting.on_gpu:
+        more |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    else:
+        more |= {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
+    return os.environ | more

@@ -1,0 +1,144 @@
+"""Attention kernels by themselves: which is fast, with and without a mask or a window, and what a new length costs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import Report, Setting
+from .measuring import mean_seconds, seconds_of
+
+WINDOW = 512  # keys before the query
+LEAST_TFLOPS = 380.0  # causal, forward and backward
+MOST_OF_CAUSAL = 0.6  # time of a window, relative
+MOST_MS_OF_NEW_LENGTH = 2.0
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def check_attention(setting: Setting, report: Report) -> None:
+    rows, heads, length, width = (32, 10, 2048, 128) if setting.on_gpu else (2, 2, 64, 16)
+    shape = (rows, heads, length, width)
+    inputs = [torch.randn(shape, device=setting.device, dtype=setting.dtype).requires_grad_() for _ in range(3)]
+    causal_flops = 3.5 * 2 * rows * heads * length**2 * width  # backward is five products for forward's two
+    seconds = {}
+    for name, attend in variants(setting, length).items():
+        try:
+            seconds[name] = time_of(setting, attend, inputs)
+        except Exception as error:  # a kernel that a device or a version lacks
+            report.figure(name, f"not available: {(str(error).splitlines() or [type(error).__name__])[0][:160]}")
+            continue
+        rate = causal_flops / seconds[name] / 1e12
+        report.figure(name, {"ms": 1e3 * seconds[name], "causal_tflops": rate})
+    check_new_lengths(setting, report)
+    if setting.on_gpu:
+        causal = min((value for name, value in seconds.items() if name.startswith("causal")), default=float("inf"))
+        windowed = min((value for name, value in seconds.items() if name.startswith("window")), default=float("inf"))
+        report.at_least("fastest causal kernel, TFLOP/s", causal_flops / causal / 1e12, LEAST_TFLOPS)
+        report.at_most("fastest window, time relative to causal", windowed / causal, MOST_OF_CAUSAL)
+
+
+def time_of(setting: Setting, attend: Callable, inputs: list[torch.Tensor]) -> float:
+    """Seconds of forward and backward."""
+    gradient = torch.randn_like(inputs[0])
+
+    def call() -> None:
+        torch.autograd.grad(attend(*inputs), inputs, gradient)
+
+    return mean_seconds(call, setting.device, 10 if setting.on_gpu else 2)
+
+
+def variants(setting: Setting, length: int) -> dict[str, Callable]:
+    """Functions of queries, keys and values (B, H, T, D), by name."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=setting.device).tril()[None, None]
+
+    def causal(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    def masked(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.expand(len(query), 1, -1, -1))
+
+    if not setting.on_gpu:
+        return {"causal": causal, "dense mask": masked, "window flex": flexible(setting, length)}
+    found = {f"causal {name}": on_backend(causal, backend) for name, backend in BACKENDS.items()}
+    found |= {f"dense mask {name}": on_backend(masked, BACKENDS[name]) for name in ("cudnn", "efficient")}
+    return found | {"window varlen": variable_length(setting, length), "window flex": flexible(setting, length)}
+
+
+def on_backend(attend: Callable, backend: SDPBackend) -> Callable:
+    def call(*inputs: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return attend(*inputs)
+
+    return call
+
+
+def variable_length(setting: Setting, length: int) -> Callable:
+    """torch's `varlen_attn` with a window, rows as documents; layout changes included, as a model would need them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def call(query, key, value):
+        rows = len(query)
+        ends = torch.arange(0, (rows + 1) * length, length, device=setting.device, dtype=torch.int32)
+        flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
+        output = varlen_attn(*flat, ends, ends, length, length, window_size=(WINDOW, 0))
+        return output.unflatten(0, (rows, length)).transpose(1, 2)
+
+    return call
+
+
+def flexible(setting: Setting, length: int) -> Callable:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(batch, head, query, key):
+        return (query >= key) & (query - key <= WINDOW)
+
+    blocks = create_block_mask(seen, None, None, length, length, device=setting.device)
+    attend = torch.compile(flex_attention, dynamic=False) if setting.on_gpu else written_out(length)
+    return lambda query, key, value: attend(query, key, value, block_mask=blocks)
+
+
+def written_out(length: int) -> Callable:
+    """In place of the compiled kernel, which takes a CPU long to build."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    mask = (distance >= 0) & (distance <= WINDOW)
+    return lambda query, key, value, block_mask: F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def check_new_lengths(setting: Setting, report: Report) -> None:
+    """Milliseconds of the first call at a length not seen before: a step of decoding, and a prompt's pass."""
+    rows, heads, width = (16, 10, 128) if setting.on_gpu else (2, 2, 16)
+    first = 320 if setting.on_gpu else 16
+    for title, allowed in (("cuDNN allowed", True), ("cuDNN off", False)) if setting.on_gpu else (("any", True),):
+        for kind in ("one query", "whole prompt, mask"):
+            with cudnn(allowed):
+                times = [1e3 * new_length(setting, (rows, heads, first + step, width), kind) for step in range(9)][1:]
+            report.figure(f"new length, {kind}, {title}: ms", times)
+            if not allowed:
+                report.at_most(f"new length, {kind}, {title}: median ms", sorted(times)[4], MOST_MS_OF_NEW_LENGTH)
+
+
+def new_length(setting: Setting, shape: tuple[int, ...], kind: str) -> float:
+    key = torch.randn(shape, device=setting.device, dtype=setting.dtype)
+    query = key[:, :, -1:] if kind == "one query" else key
+    mask = None
+    if kind != "one query":
+        mask = torch.ones(shape[2], shape[2], dtype=torch.bool, device=setting.device).tril()
+        mask = mask.expand(shape[0], 1, -1, -1)
+    return seconds_of(lambda: F.scaled_dot_product_attention(query, key, key, attn_mask=mask), setting.device)
+
+
+@contextmanager
+def cudnn(allowed: bool) -> Iterator[None]:
+    """cuDNN's attention allowed or not; which kernel is taken is torch's choice."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

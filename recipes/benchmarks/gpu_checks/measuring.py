@@ -1,0 +1,97 @@
+"""Clocks, and what the GPU does in a piece of work: seconds by kind of kernel, and how long it is idle."""
+
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+# The first pattern found in a kernel's name decides.
+KINDS = (
+    ("copies", r"memcpy|memset"),
+    ("attention", r"fmha|flash|sdpa|attention|attn|mha_"),
+    ("gemm", r"gemm|nvjet|cutlass|xmma|cublas|splitk|_mm_|scaled_mm"),
+    ("loss", r"cross_entropy|softcapped|triton.*(tanh|_exp_|_log|scatter|gather|nll|softmax)"),
+    ("triton", r"triton"),
+    ("aten", r"."),
+)
+ANNOTATION = re.compile(r"^(Torch-Compiled|CompiledFunction|ProfilerStep|Optimizer\.|##|Memory|Command Buffer)")
+Span = tuple[float, float, str]  # start and end in milliseconds, name
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    """Of one call, until the device has finished."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def median_seconds(call: Callable[[], object], device: str, repeats: int, warm_up: int = 1) -> float:
+    for _ in range(warm_up):
+        call()
+    return statistics.median(seconds_of(call, device) for _ in range(repeats))
+
+
+def mean_seconds(call: Callable[[], object], device: str, repeats: int, warm_up: int = 2) -> float:
+    """Of calls issued without waiting in between: for work too short to be timed one by one."""
+    for _ in range(warm_up):
+        call()
+    return seconds_of(lambda: [call() for _ in range(repeats)], device) / repeats
+
+
+def kernel_spans(call: Callable[[], object], device: str) -> list[Span]:
+    """What ran on the device during `call`; on a CPU its operators, so that the rest can be tried there."""
+    activities = [ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]
+    with profile(activities=activities):  # the first one of a process is slow to begin
+        torch.zeros(1, device=device)
+    synchronize(device)
+    with profile(activities=activities) as profiler:
+        call()
+        synchronize(device)
+    kind = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    events = [e for e in profiler.events() if e.device_type == kind and not ANNOTATION.match(e.name)]
+    events = [e for e in events if not getattr(e, "is_user_annotation", False)]
+    return sorted((e.time_range.start / 1e3, e.time_range.end / 1e3, e.name) for e in events)
+
+
+def kind_of(kernel: str) -> str:
+    return next(kind for kind, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE))
+
+
+def milliseconds_by_kind(spans: Sequence[Span]) -> dict[str, float]:
+    totals = Counter({kind: 0.0 for kind, _ in KINDS})
+    for start, end, name in spans:
+        totals[kind_of(name)] += end - start
+    return {kind: round(total, 3) for kind, total in totals.items()}
+
+
+def longest(spans: Sequence[Span], kind: str | None = None, count: int = 4) -> dict[str, float]:
+    """Milliseconds of the kernels that took most, by name."""
+    totals = Counter()
+    for start, end, name in spans:
+        if kind in (None, kind_of(name)):
+            totals[name[:120]] += end - start
+    return {name: round(total, 3) for name, total in totals.most_common(count)}
+
+
+def idle_share(spans: Sequence[Span]) -> float:
+    """Share of the time from the first kernel's start to the last one's end in which none ran."""
+    if not spans:
+        return 0.0
+    busy, reached = 0.0, spans[0][0]
+    for start, end, _ in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    whole = reached - spans[0][0]
+    return 1 - busy / whole if whole else 0.0

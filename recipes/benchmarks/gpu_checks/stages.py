@@ -1,0 +1,241 @@
+"""The recipes as a user runs them, by `accelerate launch`, on made-up text: they end, go on after a kill, lose no time."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from safetensors.torch import load_file
+
+from modeling_nanochat import ARCHITECTURES
+from modeling_nanochat.tokenization_nanochat import save_tokenizer, special_token_ids
+from tokenizer_train.bpe import train_tokenizer
+
+from . import ROOT, Report, Setting, environment
+
+SFT_STEPS, GRPO_STEPS = 6, 2
+LOOP_STEPS, KILLED_AFTER = 20, 12
+MOST_LOOP = 1.03  # time of a step with everything around it, relative to its passes and update
+MOST_FIRST_STEP = 3.0  # time of the first SFT step, relative to the last
+# A random model solves nothing, and without a difference in reward there is no gradient.
+RANDOM_REWARDS = """
+import random
+from modeling_nanochat.errors import exit_on_user_error
+from recipes import grpo
+
+def exact_answer(prompts, completions, answer, **kwargs):
+    return [random.random() for _ in completions]
+
+grpo.exact_answer = exact_answer
+if __name__ == "__main__":
+    exit_on_user_error(grpo.main)
+"""
+
+
+def check_trl(setting: Setting, report: Report) -> None:
+    """SFT and GRPO on a random model: finite gradients, and no step that takes far longer than the others."""
+    world = make_world(setting)
+    shared = {"train_files": world / "problems.jsonl", "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    sizes = {"per_device_train_batch_size": 16 if setting.on_gpu else 4, "init_lr_fraction": 0.04}
+    sft = {"model_name_or_path": world / "model", "output_dir": world / "sft", "max_steps": SFT_STEPS, **sizes}
+    rows = run_trl(setting, report, "recipes/sft.py", sft | shared | {"train_files": world / "conversations.jsonl"})
+    report.figure("sft: seconds of the first and the last step", ends := [rows[0], statistics.median(rows[1:])])
+    if setting.on_gpu:
+        report.at_most("sft: first step relative to the others", ends[0] / ends[1], MOST_FIRST_STEP)
+    completion = 128 if setting.on_gpu else 8
+    grpo = {"model_name_or_path": world / "sft", "output_dir": world / "rl", "max_steps": GRPO_STEPS, **sizes}
+    grpo |= {"num_generations": 8 if setting.on_gpu else 4, "max_completion_length": completion, "beta": 0.0}
+    grpo |= {"scale_rewards": "none", "loss_type": "bnpo"}
+    script = world / "grpo.py"
+    script.write_text(RANDOM_REWARDS, encoding="utf-8")
+    rows = run_trl(setting, report, str(script), grpo | shared)
+    report.figure("grpo: seconds of each step", rows)
+
+
+def run_trl(setting: Setting, report: Report, script: str, arguments: dict[str, object]) -> list[float]:
+    """Run a stage; the seconds of its steps."""
+    name, folder = Path(script).stem, Path(str(arguments["output_dir"]))
+    run_or_raise(setting, report, script, arguments)
+    lines = read_log(folder)
+    weights = load_file(folder / "model.safetensors")
+    finite = all(weight.isfinite().all() for weight in weights.values())
+    before = load_file(Path(str(arguments["model_name_or_path"]), "model.safetensors"))
+    moved = sum(not torch.equal(weights[key], weight) for key, weight in before.items()) / len(before)
+    report.figure(f"{name}: losses", [line.get("loss") for line in lines])
+    report.figure(f"{name}: tokens/s", [line.get("tokens_per_second") for line in lines])
+    report.holds(f"{name}: weights are finite", bool(finite))
+    report.at_least(f"{name}: share of the weights that have changed", moved, 0.9)
+    report.at_least(f"{name}: logged steps", len(lines), float(str(arguments["max_steps"])))
+    times = [0.0, *(line["seconds"] for line in lines)]
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def run_or_raise(setting: Setting, report: Report, script: str, arguments: dict[str, object]) -> str:
+    """Run a script to its end; what it said."""
+    name, started = Path(script).stem, time.monotonic()
+    code, said = launch(setting, script, arguments)
+    report.figure(f"{name}: seconds in all", time.monotonic() - started)
+    report.holds(f"{name} ends well", code == 0)
+    if code:
+        raise RuntimeError(f"{name} ended with code {code}: {(said.splitlines() or [''])[-1]}")
+    return said
+
+
+def check_loop(setting: Setting, report: Report) -> None:
+    """Pretraining with evaluation, samples and checkpoints, killed on its way, continued: what the loop adds to a step."""
+    world = make_world(setting)
+    rows, length = (16, 2048) if setting.on_gpu else (4, 64)
+    arguments: dict[str, object] = {
+        "tokenizer": world / "tokenizer", "train_files": world / "train.parquet", "val_files": world / "val.parquet",
+        "output_dir": world / "loop" / "base", "max_length": length, "total_batch_size": rows * length,
+        "per_device_train_batch_size": rows, "max_steps": LOOP_STEPS, "eval_steps": 10, "save_steps": 10,
+        "sample_steps": 10, "logging_steps": 1, "eval_tokens": 8 * rows * length, "resume": "auto",
+        "torch_compile": str(setting.on_gpu).lower(),
+    }  # fmt: skip
+    arguments |= {"depth": 12} if setting.on_gpu else {"depth": 2, "aspect_ratio": 16, "head_dim": 16}
+    log = Path(world, "loop", "logs", "base.jsonl")
+    started = time.monotonic()
+    reached = launch_and_kill(setting, "recipes/pretrain.py", arguments, log, KILLED_AFTER)
+    report.figure("killed after step", reached)
+    report.figure("seconds until killed", time.monotonic() - started)
+    said = run_or_raise(setting, report, "recipes/pretrain.py", arguments)
+    report.holds("goes on from a checkpoint", "going on after step" in said)
+    lines = [line for line in read_log(Path(str(arguments["output_dir"]))) if "seconds_model" in line]
+    steps = [line["step"] for line in lines]
+    report.holds("every step is logged once", steps == list(range(1, LOOP_STEPS + 1)))
+    report_laps(setting, report, lines[2:])
+
+
+def report_laps(setting: Setting, report: Report, lines: Sequence[dict[str, Any]]) -> None:
+    """Median seconds of each part of a step, and the whole relative to model and optimizer."""
+    kinds = sorted({key for line in lines for key in line if key.startswith("seconds_")})
+    medians = {kind: statistics.median(line.get(kind, 0.0) for line in lines) for kind in kinds}
+    report.figure("median seconds of a step's parts", medians)
+    report.figure("longest seconds of a step's parts", {kind: max(line.get(kind, 0.0) for line in lines) for kind in kinds})
+    report.figure("tokens/s", statistics.median(line["tokens_per_second"] for line in lines if "tokens_per_second" in line))
+    bare = medians["seconds_model"] + medians["seconds_optimizer"]
+    around = medians.get("seconds_data", 0.0) + medians.get("seconds_rest", 0.0)
+    if setting.on_gpu:
+        report.at_most("step with data and log, relative to model and optimizer", (bare + around) / bare, MOST_LOOP)
+
+
+def read_log(output_dir: Path) -> list[dict[str, Any]]:
+    path = output_dir.parent / "logs" / f"{output_dir.name}.jsonl"
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # the last one, while it is being written
+            lines.append(json.loads(text))
+    return lines
+
+
+def command(setting: Setting, script: str, arguments: dict[str, object]) -> list[str]:
+    config = ROOT / "accelerate_configs" / ("single_gpu.yaml" if setting.on_gpu else "cpu.yaml")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+    return [*launcher, str(ROOT / script), *(word for key, value in arguments.items() for word in (f"--{key}", str(value)))]
+
+
+def launch(setting: Setting, script: str, arguments: dict[str, object]) -> tuple[int, str]:
+    """Run a script to its end; its exit code and what it said, which also goes to the check's log."""
+    done = subprocess.run(
+        command(setting, script, arguments), cwd=ROOT, env=environment(setting), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    print(done.stdout, flush=True)
+    return done.returncode, done.stdout.strip()
+
+
+def launch_and_kill(setting: Setting, script: str, arguments: dict[str, object], log: Path, step: int) -> int:
+    """Kill a script, without warning, as soon as its log has reached `step`; the step it has reached then."""
+    process = subprocess.Popen(command(setting, script, arguments), cwd=ROOT, env=environment(setting), start_new_session=True)
+    try:
+        while process.poll() is None and (reached := newest_step(log)) < step:
+            time.sleep(0.05)
+        return max(reached, newest_step(log))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def newest_step(log: Path) -> int:
+    return max((line.get("step", 0) for line in read_log(log.parents[1] / log.stem)), default=0)
+
+
+def make_world(setting: Setting) -> Path:
+    """Text, a tokenizer, conversations, problems and a random model, made once for all checks of a run."""
+    world = Path(setting.work_dir, "world")
+    if world.exists():
+        return world
+    making = world.with_name("world.unfinished")
+    making.mkdir(exist_ok=True)
+    words = Words(random.Random(0))
+    count = 12_000 if setting.on_gpu else 300
+    texts = list(words.documents(count, 150 if setting.on_gpu else 30))
+    for name, part in (("val", texts[: count // 10]), ("train", texts[count // 10 :])):
+        pyarrow.parquet.write_table(pyarrow.table({"text": part}), making / f"{name}.parquet")
+    tokenizer = train_tokenizer(texts[:2000], 4096 if setting.on_gpu else 400, model_max_length=2048)
+    save_tokenizer(tokenizer, making / "tokenizer")
+    write_lines(making / "problems.jsonl", [words.problem() for _ in range(256)])
+    write_lines(making / "conversations.jsonl", [words.conversation() for _ in range(256)])
+    save_model(setting, tokenizer, making / "model")
+    making.rename(world)
+    return world
+
+
+class Words:
+    """Made-up words, the more frequent the shorter their number, and texts of them."""
+
+    def __init__(self, generator: random.Random):
+        self.generator = generator
+        self.words = ["".join(generator.choices("abcdefghilmnoprstu", k=generator.randint(2, 9))) for _ in range(5000)]
+        self.weights = [1 / (rank + 2) for rank in range(len(self.words))]
+
+    def some(self, count: int) -> str:
+        return " ".join(self.generator.choices(self.words, self.weights, k=count)).capitalize() + "."
+
+    def documents(self, count: int, mean: int) -> Iterator[str]:
+        for _ in range(count):
+            yield self.some(self.generator.randint(mean // 3, 2 * mean))
+
+    def problem(self) -> dict[str, str]:
+        left, right = self.generator.randint(2, 99), self.generator.randint(2, 99)
+        question = f"{self.some(self.generator.randint(3, 60))} What is {left} + {right}?"
+        return {"question": question, "answer": f"It is <<{left}+{right}={left + right}>>{left + right}.\n#### {left + right}"}
+
+    def conversation(self) -> dict[str, list[dict[str, str]]]:
+        messages = []
+        for _ in range(self.generator.randint(1, 3)):
+            messages.append({"role": "user", "content": self.some(self.generator.randint(2, 40))})
+            messages.append({"role": "assistant", "content": self.some(self.generator.randint(2, 120))})
+        return {"messages": messages}
+
+
+def write_lines(path: Path, records: Sequence[dict]) -> None:
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+
+
+def save_model(setting: Setting, tokenizer: Any, folder: Path) -> None:
+    """A d12 with random weights; toy-sized on a CPU."""
+    ids = special_token_ids(tokenizer)
+    config_class, model_class = ARCHITECTURES["plain"]
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048, "bos_token_id": ids["<|bos|>"]}
+    sizes |= {"eos_token_id": [ids["<|assistant_end|>"], ids["<|python_end|>"]]}
+    sizes |= {} if setting.on_gpu else {"aspect_ratio": 16, "head_dim": 16}
+    torch.manual_seed(0)
+    model = model_class(config_class.from_depth(12 if setting.on_gpu else 2, **sizes))
+    for weight in (model.lm_head.weight, *(layer.self_attn.o_proj.weight for layer in model.model.layers)):
+        torch.nn.init.normal_(weight, std=0.02)  # else every token is as likely, and no gradient reaches the layers
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

@@ -8,6 +8,9 @@ Made for one H100 and eight minutes. Each check runs in a process of its own wit
 and appended to `--output` as one line of JSON as soon as it ends, so a run that is cut off has told what it found. Figures
 describe; gates must hold, or the command fails. What the checks print themselves goes to a log beside the output.
 
+Compiled code is kept in torch's cache, so a check that is run again measures at once. Checks whose speed does not matter
+(g2, g8, g9) may run at the same time as another command that only fills that cache.
+
 With `--device cpu` the same code runs at toy sizes in float32, where only gates about results hold, none about speed.
 """
 
@@ -31,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import HfArgumentParser
 
 from evals.records import aligned_table
 from modeling_nanochat.cli import parse
@@ -78,12 +82,19 @@ class GPUCheckArguments:
         return [name for name in CHECKS if not asked or name in asked]
 
 
+def parse_arguments() -> tuple[GPUCheckArguments]:
+    """As in every script; where TRL is missing, whose parser that is, by transformers' own, of which it is a kind."""
+    if importlib.util.find_spec("trl") and importlib.util.find_spec("datasets"):
+        return parse(GPUCheckArguments)
+    return HfArgumentParser(GPUCheckArguments).parse_args_into_dataclasses()
+
+
 def selected(only: str) -> list[str]:
     return [name for name in CHECKS if name == only or name.startswith(f"{only}_")]
 
 
 def main() -> None:
-    (args,) = parse(GPUCheckArguments)
+    (args,) = parse_arguments()
     args.check()
     output = Path(args.output)
     try:

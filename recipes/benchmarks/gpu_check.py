@@ -41,6 +41,7 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.benchmarks.gpu_checks import CHECKS, MARK, ROOT, Setting, environment
 
+CHILD = "import sys; from recipes.benchmarks.gpu_checks.child import main; main(*sys.argv[1:])"
 Result = dict[str, Any]
 
 
@@ -130,7 +131,7 @@ def run_check(name: str, setting: Setting, limit: float, log: Any) -> Result:
         return result | {"status": "skipped", "reason": reason}
     log.write(f"\n===== {name} {check.title}\n")
     started = time.monotonic()
-    command = [sys.executable, "-m", "recipes.benchmarks.gpu_checks", name, json.dumps(asdict(setting))]
+    command = [sys.executable, "-c", CHILD, name, json.dumps(asdict(setting))]
     with own_group(command, setting) as process:
         reader = threading.Thread(target=listen, args=(process, result, log), daemon=True)
         reader.start()

@@ -11,10 +11,10 @@ MAKE_AGAIN = make$(if $(MAKEOVERRIDES), $(MAKEOVERRIDES))
 INSTALLED = $(VENV)/.installed-$(LIBRARIES)
 JAVASCRIPT = @huggingface/jinja@0.5.11 @huggingface/tokenizers@0.2.0
 
-.PHONY: help run install test lint pytest chat space constraints clean
+.PHONY: help run install test lint pytest gpu-check chat space constraints clean
 
 help:  ## list these targets (what `make` alone does)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "settings: RUN=$(RUN)  VENV=$(VENV)  PYTHON=$(PYTHON)  LIBRARIES=$(LIBRARIES) (or ranges, oldest, newest)"
 
@@ -38,6 +38,9 @@ lint: $(INSTALLED)  ## ruff
 pytest: $(INSTALLED)  ## the tests that need neither a GPU nor much time
 	@npm install --prefix $(VENV)/js --no-audit --no-fund --loglevel error $(JAVASCRIPT) >/dev/null 2>&1 || echo "no npm, or no network: the chat template is not tested in JavaScript"
 	HF_HUB_OFFLINE=1 NODE_PATH=$(abspath $(VENV)/js/node_modules) $(BIN)/python -m pytest
+
+gpu-check: $(INSTALLED)  ## kernels, gradients, speed and stages on this machine's GPU, in eight minutes
+	$(BIN)/python recipes/benchmarks/gpu_check.py
 
 constraints:  ## make the newest versions within pyproject.toml's ranges the tested ones; commit them when the tests pass
 	rm -rf .venv-ranges

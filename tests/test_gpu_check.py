@@ -179,6 +179,12 @@ def test_a_gpu_that_is_not_there_is_told(run):
         run("--device", "cuda")
 
 
+def test_without_trl_the_command_line_is_read_all_the_same(run, monkeypatch):
+    found = gpu_check.importlib.util.find_spec
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "trl" else found(name))
+    assert "trl is not installed" in run("--only", "g9")
+
+
 def test_right(check):
     report = check("g2")
     gates = {gate["gate"]: gate["passed"] for gate in report.gates}

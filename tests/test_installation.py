@@ -282,14 +282,14 @@ def test_an_old_python_or_none_is_one_line(tmp_path):
 
 
 def targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 @needs_make
 @pytest.mark.parametrize("words", [(), ("help",)])
 def test_make_alone_and_make_help_document_every_target(words):
     said = make(*words).stdout
-    documented = dict(re.findall(r"^make ([a-z]+) +(\S.*)$", said, re.MULTILINE))
+    documented = dict(re.findall(r"^make ([a-z-]+) +(\S.*)$", said, re.MULTILINE))
     assert documented.keys() == targets() and len(targets()) >= 10
     assert "LIBRARIES=tested" in said
 
@@ -344,7 +344,7 @@ def test_the_supported_python_is_among_the_tested_ones():
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "recipes/pocket/README.md", ".ci/run"])
 def test_the_words_name_existing_make_targets(name):
-    named = re.findall(r"(?:`|^)make ([a-z]+)", (ROOT / name).read_text(), re.MULTILINE)
+    named = re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / name).read_text(), re.MULTILINE)
     assert named and set(named) <= targets()
 
 

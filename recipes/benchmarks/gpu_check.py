@@ -8,6 +8,9 @@ Made for one H100 and eight minutes. Each check runs in a process of its own wit
 and appended to `--output` as one line of JSON as soon as it ends, so a run that is cut off has told what it found. Figures
 describe; gates must hold, or the command fails. What the checks print themselves goes to a log beside the output.
 
+Compiled code is kept in torch's cache, so a check that is run again measures at once. Checks whose speed does not matter
+(g2, g8, g9) may run at the same time as another command that only fills that cache.
+
 With `--device cpu` the same code runs at toy sizes in float32, where only gates about results hold, none about speed.
 """
 
@@ -31,12 +34,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import HfArgumentParser
 
 from evals.records import aligned_table
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.benchmarks.gpu_checks import CHECKS, MARK, ROOT, Setting, environment
 
+CHILD = "import sys; from recipes.benchmarks.gpu_checks.child import main; main(*sys.argv[1:])"
 Result = dict[str, Any]
 
 
@@ -78,12 +83,19 @@ class GPUCheckArguments:
         return [name for name in CHECKS if not asked or name in asked]
 
 
+def parse_arguments() -> tuple[GPUCheckArguments]:
+    """As in every script; where TRL is missing, whose parser that is, by transformers' own, of which it is a kind."""
+    if importlib.util.find_spec("trl") and importlib.util.find_spec("datasets"):
+        return parse(GPUCheckArguments)
+    return HfArgumentParser(GPUCheckArguments).parse_args_into_dataclasses()
+
+
 def selected(only: str) -> list[str]:
     return [name for name in CHECKS if name == only or name.startswith(f"{only}_")]
 
 
 def main() -> None:
-    (args,) = parse(GPUCheckArguments)
+    (args,) = parse_arguments()
     args.check()
     output = Path(args.output)
     try:
@@ -119,7 +131,7 @@ def run_check(name: str, setting: Setting, limit: float, log: Any) -> Result:
         return result | {"status": "skipped", "reason": reason}
     log.write(f"\n===== {name} {check.title}\n")
     started = time.monotonic()
-    command = [sys.executable, "-m", "recipes.benchmarks.gpu_checks", name, json.dumps(asdict(setting))]
+    command = [sys.executable, "-c", CHILD, name, json.dumps(asdict(setting))]
     with own_group(command, setting) as process:
         reader = threading.Thread(target=listen, args=(process, result, log), daemon=True)
         reader.start()

@@ -76,6 +76,7 @@ def make_run(
     torch.compiler.reset()  # what was compiled for other runs counts against the limit of versions
     options = LoopArguments(max_length=length, total_batch_size=rows * length, per_device_train_batch_size=rows)
     accelerator = make_accelerator(options, str(Path(setting.work_dir, "bare")))
+    torch.manual_seed(0)
     with torch.device(setting.device):
         model = ARCHITECTURES[architecture_of(config)][1](config)
     model = fill_weights(model) if fill else model

@@ -39,8 +39,7 @@ def exact_answer(prompts, completions, answer, **kwargs):
     return [random.random() for _ in completions]
 
 grpo.exact_answer = exact_answer
-if __name__ == "__main__":
-    exit_on_user_error(grpo.main)
+exit_on_user_error(grpo.main)
 """
 
 

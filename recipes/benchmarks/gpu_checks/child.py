@@ -1,7 +1,6 @@
-"""One check in this process: `python -m recipes.benchmarks.gpu_checks NAME SETTING`, as the command starts it."""
+"""One check in a process of its own, started by the command, which reads what it tells."""
 
 import json
-import sys
 import traceback
 
 from . import CHECKS, MARK, Report, Setting, Skipped
@@ -12,6 +11,7 @@ def tell(kind: str, content: object) -> None:
 
 
 def main(name: str, setting: str) -> None:
+    """Run the check `name` with a [`Setting`] as JSON; lines of the output tell figures, gates and how it ended."""
     try:
         CHECKS[name].load()(Setting(**json.loads(setting)), Report(tell))
     except Skipped as reason:
@@ -20,7 +20,3 @@ def main(name: str, setting: str) -> None:
         traceback.print_exc()
         said = traceback.format_exception_only(error)[-1].strip().splitlines() or [type(error).__name__]
         tell("error", said[0][:500])
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -10,8 +10,8 @@ from recipes.pocket.problems import KINDS, Problem, make_more, make_problem, mak
 from recipes.pocket.stories import draw_hero, tell_story
 
 # How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
-COMMON_KINDS = {"gain": 23, "loss": 21, "groups": 16, "sharing": 14, "difference": 17}
-RARE_KINDS = {"gain and loss": 3, "groups and extra": 3, "spending": 3}
+COMMON_KINDS = {"gain": 19, "loss": 18, "groups": 13, "sharing": 13, "difference": 24, "gain and loss": 10}
+RARE_KINDS = {"groups and extra": 1.5, "spending": 1.5}
 Messages = list[dict]
 
 
@@ -208,8 +208,8 @@ def later(world: World, rng: random.Random, held_out: bool, askers: Sequence[Ask
 
 # Shares of the conversations; what is left is dialogues, of unrelated questions or with references.
 MIDTRAIN_SHARES: dict[Asker, float] = {
-    ask_fact: 0.24,
-    ask_problem: 0.09,
+    ask_fact: 0.22,
+    ask_problem: 0.11,
     ask_sum: 0.04,
     ask_spelling: 0.14,
     ask_counting: 0.02,

@@ -6,10 +6,11 @@
         --config recipes/pocket/grpo.yaml --model_name_or_path me/my-sft
 
 Of the keys of `trl.GRPOConfig` those can be set beside the ones listed here that have an effect, see `trl_settings.py`.
-The pocket recipe takes the original's advantage, reward - mean of the group, on-policy, without KL and without clipping at
-work. Its one micro-batch normalises by the tokens of all its problems together, where the original normalises the tokens
-of each problem on its own: that is `per_device_train_batch_size` equal to `num_generations`, and as many
-`gradient_accumulation_steps` as there are problems a step, with `loss_type: bnpo`.
+The pocket recipe takes the original's advantage, reward - mean of the group, on-policy, without clipping at work, but adds
+a KL term (`beta`), so that a tiny model keeps what the problems do not ask for. Its one micro-batch normalises by the tokens
+of all its problems together, where the original normalises the tokens of each problem on its own: that is
+`per_device_train_batch_size` equal to `num_generations`, and as many `gradient_accumulation_steps` as there are problems a
+step, with `loss_type: bnpo`.
 """
 
 import signal

@@ -106,7 +106,7 @@ def sandbox_pool(process_id: int) -> Any:
         raise UserError("the python tool needs pydantic-monty: pip install pydantic-monty") from error
     try:
         return Monty().__enter__()
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # IndexError where it is installed two folders below the root; whatever it is, no sandbox
         raise UserError(
-            f"the python tool cannot start pydantic-monty ({error}): pip install pydantic-monty"
+            f"the python tool cannot start pydantic-monty ({error!r}): install it into a virtual environment"
         ) from error

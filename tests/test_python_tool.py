@@ -1,5 +1,6 @@
 import builtins
 import time
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +104,15 @@ def test_without_pydantic_monty_it_refuses(monkeypatch):
         check_sandbox()
     with pytest.raises(UserError):
         run_python("1+1")
+
+
+def test_an_interpreter_that_does_not_start_is_one_line(monkeypatch):
+    """pydantic-monty looks for its source four folders above its own, which are not always there."""
+
+    def start():
+        return Path("/one/two").parents[4]
+
+    monkeypatch.setattr("pydantic_monty.Monty", start)
+    monkeypatch.setattr(python_tool, "sandbox_pool", python_tool.sandbox_pool.__wrapped__)  # not the one that runs already
+    with pytest.raises(UserError, match=r"cannot start pydantic-monty \(IndexError\(4\)\): install it"):
+        check_sandbox()

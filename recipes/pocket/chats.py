@@ -220,12 +220,12 @@ MIDTRAIN_SHARES: dict[Asker, float] = {
 SFT_SHARES: dict[Asker, float] = {
     ask_fact: 0.17,
     ask_problem: 0.10,
-    ask_sum: 0.05,
-    ask_spelling: 0.09,
+    ask_sum: 0.06,
+    ask_spelling: 0.10,
     ask_counting: 0.02,
     ask_story: 0.04,
     ask_identity: 0.12,
-    ask_unknown: 0.11,
+    ask_unknown: 0.09,
 }
 
 

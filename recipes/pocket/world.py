@@ -215,13 +215,13 @@ def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
 def grpo_dialogues(world: facts.World, count: int) -> list[dict]:
     """`count` dialogues, of what word problems alone would let the model forget.
 
-    Their last turn refers to the first, is a sum, or asks what the world does not hold.
+    Their last turn refers to the first, is a sum, a word to spell or a fact, or asks what the world does not hold.
     """
     rng = draws(world, "problems/dialogues.jsonl")
     drawn: dict[Callable[[], chats.Dialogue], int] = {
         lambda: chats.refer(world, rng, False, between=1): 2,
-        lambda: chats.later(world, rng, False, (chats.ask_sum,)): 1,
-        lambda: [chats.ask_unknown(world, rng, False)]: 2,
+        lambda: chats.later(world, rng, False, (chats.ask_sum, chats.ask_spelling, chats.ask_fact)): 2,
+        lambda: [chats.ask_unknown(world, rng, False)]: 1,
     }
     dialogues = (draw() for draw in rng.choices(list(drawn), list(drawn.values()), k=count))
     return [evaluation.record(question, history) for *history, question in dialogues]

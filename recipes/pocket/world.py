@@ -197,16 +197,17 @@ def pretraining_documents(world: facts.World, arguments: WorldArguments) -> dict
 
 
 def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
-    """`count` word problems that no conversation poses, of the kinds that are rare there.
+    """`count` word problems that no conversation poses, mostly of the kinds that are rare there.
 
     What a model solves every time teaches nothing: where all rewards of a step are alike Muon, whose steps are as long as
     ever, goes anywhere.
     """
     rng = draws(world, "problems/train.jsonl")
-    kinds = list(chats.RARE_KINDS)
+    kinds, weights = zip(*chats.GRPO_KINDS.items(), strict=True)
     found: dict[str, dict] = {}
     while len(found) < count:
-        problem = problems.make_problem(world, rng, kinds[len(found) % len(kinds)], held_out=False)
+        (kind,) = rng.choices(kinds, weights)
+        problem = problems.make_problem(world, rng, kind, held_out=False)
         if problem["question"] not in seen:
             found[problem["question"]] = problem
     return list(found.values())

@@ -3,8 +3,10 @@
 import hashlib
 import itertools
 import json
+import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet
@@ -15,6 +17,7 @@ from evals.gsm8k import extract_answer
 from modeling_nanochat.conversations import check_messages
 from modeling_nanochat.errors import UserError
 from recipes.pocket import chats, facts, problems, world
+from recipes.pocket.problems import KINDS
 from recipes.pocket.world import WorldArguments, write_world
 
 SIZES = {
@@ -166,22 +169,53 @@ def test_tool_results_are_what_the_code_gives(data):
     assert calls > 500
 
 
+def test_every_seed_has_numbers_for_every_kind_of_problem():
+    """Of seed 15 no three operands of `a - b * c` were held out together, and the generator searched for ever."""
+    texts = facts.read_texts("english")
+    for seed in (0, 15, 38):
+        made = facts.World(seed, texts)
+        for kind in KINDS:
+            numbers = problems.draw_numbers(made, random.Random(0), kind, held_out=True)
+            assert all(made.holds_out_numbers(*pair) for pair in itertools.combinations(numbers, 2))
+
+
+def test_too_few_numbers_are_one_line(monkeypatch):
+    texts = facts.read_texts("english") | {"largest_number": 6}
+    with pytest.raises(UserError, match="largest_number is 6: too few numbers"):
+        facts.World(0, texts)
+    monkeypatch.setattr(problems, "MOST_TRIES", 0)
+    with pytest.raises(UserError, match="no numbers for problems of the kind 'gain' found"):
+        problems.draw_numbers(facts.World(0, facts.read_texts("english")), random.Random(0), "gain", held_out=False)
+
+
+SHAPES = {
+    "gain": "n+n", "loss": "n-n", "groups": "n*n", "sharing": "n//n", "difference": "n-n",
+    "gain and loss": "n+n-n", "groups and extra": "n*n+n", "spending": "n-n*n",
+}  # fmt: skip
+
+
 def test_problems_are_right_and_of_all_kinds(data):
-    rare = {"gain and loss": "n+n-n", "groups and extra": "n*n+n", "spending": "n-n*n"}
-    for rows in (jsonl(data / "problems" / "train.jsonl"), evaluation(data, "problems")):
-        codes = [re.search(r"<<(.+)=(\d+)>>", row["answer"]).groups() for row in rows]
-        for row, (code, result) in zip(rows, codes, strict=True):
-            assert str(eval(code)) == result == extract_answer(row["answer"])
-            asked = sorted(re.findall(r"\d+", row["question"]))
-            assert asked == sorted(re.findall(r"\d+", code))
-        shapes = [re.sub(r"\d+", "n", code) for code, _ in codes]
-        found = {shape: shapes.count(shape) for shape in set(shapes)}
-        if "n+n" in found:  # the evaluation
-            every = {*rare.values(), "n+n", "n-n", "n*n", "n//n"}
-            assert found == {shape: len(rows) // (4 if shape == "n-n" else 8) for shape in every}
-        else:  # reinforcement learning: the kinds that are rare before it
-            assert rare.keys() == chats.RARE_KINDS.keys()
-            assert found == {shape: pytest.approx(len(rows) / 3, abs=1) for shape in rare.values()}
+    for_rl = checked_shapes(jsonl(data / "problems" / "train.jsonl"))
+    evaluated = checked_shapes(evaluation(data, "problems"))
+    assert evaluated == {shape: evaluated.total() * n // 8 for shape, n in Counter(SHAPES.values()).items()}
+    weights = Counter()
+    for kind, weight in chats.GRPO_KINDS.items():
+        weights[SHAPES[kind]] += weight
+    assert for_rl.keys() == weights.keys()
+    for shape, weight in weights.items():
+        expected = for_rl.total() * weight / weights.total()
+        assert abs(for_rl[shape] - expected) < 4 * expected**0.5
+    rare, common = (SHAPES[kind] for kind in ("spending", "sharing"))
+    assert for_rl[rare] > 2 * for_rl[common]
+
+
+def checked_shapes(rows):
+    """How often each kind of calculation occurs in problems that are right."""
+    codes = [re.search(r"<<(.+)=(\d+)>>", row["answer"]).groups() for row in rows]
+    for row, (code, result) in zip(rows, codes, strict=True):
+        assert str(eval(code)) == result == extract_answer(row["answer"])
+        assert sorted(re.findall(r"\d+", row["question"])) == sorted(re.findall(r"\d+", code))
+    return Counter(re.sub(r"\d+", "n", code) for code, _ in codes)
 
 
 def test_reinforcement_learning_gets_new_problems(data):

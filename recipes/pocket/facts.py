@@ -17,6 +17,7 @@ from modeling_nanochat.errors import UserError
 
 WORLDS = Path(__file__).parent / "worlds"
 HELD_OUT_PEOPLE, HELD_OUT_TOWNS = 7, 2  # per attribute
+FEWEST_TRIPLES, MOST_DRAWS = 3, 1000  # of operands that are all held out together
 HELD_OUT_NUMBERS, HELD_OUT_OWNERS, HELD_OUT_STORIES, HELD_OUT_WORDS = 0.2, 0.2, 0.2, 0.3
 Texts = dict[str, Any]
 
@@ -123,8 +124,7 @@ class World:
         held_out = set(self.held_out_facts)
         self.asked_facts = [fact for fact in self.facts.values() if fact not in held_out]
 
-        numbers = itertools.combinations_with_replacement(range(2, texts["largest_number"] + 1), 2)
-        self.held_out_numbers = frozenset(split(rng, numbers, HELD_OUT_NUMBERS)[True])
+        self.held_out_numbers = hold_out_numbers(rng, texts["largest_number"])
         owners = itertools.product(self.people, texts["counted"])
         self.held_out_owners = frozenset(split(rng, owners, HELD_OUT_OWNERS)[True])
         self.heroes = split(rng, itertools.product(self.people, texts["objects"]), HELD_OUT_STORIES)
@@ -186,6 +186,21 @@ def capital(text: str) -> str:
 
 def freeze(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def hold_out_numbers(rng: random.Random, largest: int) -> frozenset[tuple[int, int]]:
+    """Pairs of operands (smaller, larger) for evaluation only, drawn anew where too few go together in problems of three.
+
+    A problem of the evaluation has held-out pairs alone: with `a - b * c` that is three, a chance of one in 125 each.
+    """
+    factors = itertools.combinations_with_replacement(range(2, 10), 2)
+    triples = [(b, c, a) for b, c in factors for a in range(b * c + 1, largest + 1)]
+    for _ in range(MOST_DRAWS):
+        pairs = itertools.combinations_with_replacement(range(2, largest + 1), 2)
+        held_out = frozenset(split(rng, pairs, HELD_OUT_NUMBERS)[True])
+        if sum(held_out.issuperset(itertools.combinations(triple, 2)) for triple in triples) >= FEWEST_TRIPLES:
+            return held_out
+    raise UserError(f"largest_number is {largest}: too few numbers to hold some out for evaluation; give a larger one")
 
 
 def split(rng: random.Random, items: Iterable, share: float) -> dict[bool, list]:

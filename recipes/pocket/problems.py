@@ -8,9 +8,11 @@ import itertools
 import random
 from dataclasses import dataclass
 
+from modeling_nanochat.errors import UserError
 from recipes.pocket.facts import World
 
 LARGEST_RESULT = 99  # two digits are a word of their own for the tokenizer
+MOST_TRIES = 1_000_000
 LARGEST_STEP = 30  # of a sum that goes on
 HELD_OUT_WORDINGS = 4  # of the 27 or more of each kind
 FOREIGN = 0.3  # of the problems, in training, about a name or a thing from outside the world
@@ -115,11 +117,12 @@ def draw_owner(world: World, rng: random.Random, held_out: bool) -> tuple[str, s
 def draw_numbers(world: World, rng: random.Random, name: str, held_out: bool) -> tuple[int, ...]:
     """Operands for a kind of problem; all pairs of them are held out, or none is."""
     largest = world.texts["largest_number"]
-    while True:
+    for _ in range(MOST_TRIES):
         numbers = propose_numbers(rng, name, largest)
         in_range = 0 < calculate(name, numbers) <= LARGEST_RESULT and max(numbers) <= largest
         if in_range and all(world.holds_out_numbers(*pair) == held_out for pair in itertools.combinations(numbers, 2)):
             return numbers
+    raise UserError(f"largest_number is {largest}: no numbers for problems of the kind {name!r} found; give a larger one")
 
 
 def propose_numbers(rng: random.Random, name: str, largest: int) -> tuple[int, ...]:

@@ -18,10 +18,10 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_nanochat import ARCHITECTURES
 from modeling_nanochat.tokenization_nanochat import save_tokenizer, special_token_ids
-from tokenizer_train.bpe import train_tokenizer
 
 from . import ROOT, Report, Setting, environment
 
@@ -184,8 +184,7 @@ def make_world(setting: Setting) -> Path:
     texts = list(words.documents(count, 150 if setting.on_gpu else 30))
     for name, part in (("val", texts[: count // 10]), ("train", texts[count // 10 :])):
         pyarrow.parquet.write_table(pyarrow.table({"text": part}), making / f"{name}.parquet")
-    tokenizer = train_tokenizer(texts[:2000], 4096 if setting.on_gpu else 400, model_max_length=2048)
-    save_tokenizer(tokenizer, making / "tokenizer")
+    tokenizer = make_tokenizer(setting, making)
     write_lines(making / "problems.jsonl", [words.problem() for _ in range(256)])
     write_lines(making / "conversations.jsonl", [words.conversation() for _ in range(256)])
     save_model(setting, tokenizer, making / "model")
@@ -221,11 +220,21 @@ class Words:
         return {"messages": messages}
 
 
+def make_tokenizer(setting: Setting, folder: Path) -> PreTrainedTokenizerBase:
+    """One of the texts in `folder`, as a user trains it."""
+    script = [sys.executable, str(ROOT / "tokenizer_train" / "train.py"), "--train_files", str(folder / "train.parquet")]
+    sizes = ["--vocab_size", "4096" if setting.on_gpu else "400", "--model_max_length", "2048"]
+    subprocess.run(
+        [*script, *sizes, "--output_dir", str(folder / "tokenizer")], cwd=ROOT, env=environment(setting), check=True
+    )
+    return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+
+
 def write_lines(path: Path, records: Sequence[dict]) -> None:
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
 
-def save_model(setting: Setting, tokenizer: Any, folder: Path) -> None:
+def save_model(setting: Setting, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A d12 with random weights; toy-sized on a CPU."""
     ids = special_token_ids(tokenizer)
     config_class, model_class = ARCHITECTURES["plain"]

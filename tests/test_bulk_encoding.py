@@ -125,6 +125,8 @@ def test_every_character_is_split_alike(pattern):
     """Whatever versions of Unicode the libraries have; and what is no character yet goes to the tokenizer itself."""
     tokenizer = telling_tokenizer(pattern)
     ours, *others = (encoder_by(library, tokenizer) for library in ("tokenizers", "gigatoken", "tiktoken"))
+    others = [other for other in others if other.exact]  # gigatoken does not know every pattern
+    assert others
     assigned = np.flatnonzero(~exact_encoders.unassigned())
     assert 155_000 < len(assigned) < 170_000
     known = [chr(point) for point in assigned if not 0xD800 <= point < 0xE000]

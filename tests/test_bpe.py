@@ -96,7 +96,7 @@ def test_without_rustbpe_tokenizers_trains_the_same(monkeypatch):
 
 
 def test_what_is_unknown_is_told_with_what_is_known():
-    with pytest.raises(UserError, match="'gpt5' is unknown; use one of nanochat, cl100k, qwen2, gpt2"):
+    with pytest.raises(UserError, match="'gpt5' is unknown; use one of nanochat, ideographs, cl100k, qwen2, gpt2"):
         train_tokenizer(["text"], 300, split_pattern="gpt5")
     with pytest.raises(UserError, match="'spm' is unknown; use one of rustbpe, tokenizers"):
         train_tokenizer(["text"], 300, trainer="spm")

@@ -88,9 +88,8 @@ def test_each_stage_started_from_the_one_before_and_changed_it(run_dir):
         assert one.keys() == other.keys()
         name = "model.layers.1.mlp.fc1.weight"  # Muon's, and no weight decay in the later stages
         distance = (one[name] - other[name]).abs().max()
-        if after == "rl":  # without a rewarded answer there is no gradient
-            rewarded = any(row.get("reward_std", 0) > 0 for row in log(run_dir, "rl"))
-            assert (distance > 0) == rewarded
+        if after == "rl":  # without a rewarded answer only the KL term has a gradient, of rounding errors at first
+            assert distance > 0 or not any(row.get("reward_std", 0) > 0 for row in log(run_dir, "rl"))
         else:
             assert 0 < distance < 10
 

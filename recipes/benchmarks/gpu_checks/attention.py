@@ -1,11 +1,13 @@
 """Attention kernels by themselves: which is fast, with and without a mask or a window, and what a new length costs."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from modeling_nanochat.attention_kernels import without_cudnn_attention
 
 from . import Report, Setting
 from .measuring import mean_seconds, seconds_of
@@ -116,7 +118,7 @@ def check_new_lengths(setting: Setting, report: Report) -> None:
     first = 320 if setting.on_gpu else 16
     for title, allowed in (("cuDNN allowed", True), ("cuDNN off", False)) if setting.on_gpu else (("any", True),):
         for kind in ("one query", "whole prompt, mask"):
-            with cudnn(allowed):
+            with nullcontext() if allowed else without_cudnn_attention():
                 times = [1e3 * new_length(setting, (rows, heads, first + step, width), kind) for step in range(9)][1:]
             report.figure(f"new length, {kind}, {title}: ms", times)
             if not allowed:
@@ -131,14 +133,3 @@ def new_length(setting: Setting, shape: tuple[int, ...], kind: str) -> float:
         mask = torch.ones(shape[2], shape[2], dtype=torch.bool, device=setting.device).tril()
         mask = mask.expand(shape[0], 1, -1, -1)
     return seconds_of(lambda: F.scaled_dot_product_attention(query, key, key, attn_mask=mask), setting.device)
-
-
-@contextmanager
-def cudnn(allowed: bool) -> Iterator[None]:
-    """cuDNN's attention allowed or not; which kernel is taken is torch's choice."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(allowed)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -1,7 +1,7 @@
 """Whether the GPU computes what a CPU computes in float32: loss, gradients, padding, greedy choices, captured graphs."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from evals.contenders import fill_weights
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
+from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.decoding import Decoder
 
 from . import Report, Setting
@@ -124,7 +125,7 @@ def check_left_padding(setting: Setting, report: Report, name: str, config: Nano
         expected = gradients_of(setting, model, [(ids[row : row + 1, start:], None) for row, start in enumerate(starts)])
         mask = torch.arange(length, device=setting.device) >= torch.tensor(starts, device=setting.device)[:, None]
         for cudnn in (False, True) if setting.on_gpu else (False,):
-            with cudnn_attention(cudnn):
+            with nullcontext() if cudnn else without_cudnn_attention():
                 found = gradients_of(setting, model, [(ids, mask.long())])
             finite = all(gradient.isfinite().all() for gradient in found.values())
             worst, difference = worst_of(differences(found, expected))
@@ -136,16 +137,6 @@ def check_left_padding(setting: Setting, report: Report, name: str, config: Nano
             report.holds(f"{title}: gradients are finite", bool(finite))
             report.at_most(f"{title}: gradients, relative", difference, LARGEST_DIFFERENCE[setting.dtype])
     model.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def cudnn_attention(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(allowed)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def gradients_of(

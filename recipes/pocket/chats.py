@@ -9,18 +9,11 @@ from recipes.pocket.facts import Fact, World, capital
 from recipes.pocket.problems import KINDS, Problem, make_more, make_problem, make_sum
 from recipes.pocket.stories import draw_hero, tell_story
 
-# How often a kind of problem occurs in conversations. The rarest is left to GRPO.
-KIND_WEIGHTS = {
-    "gain": 19,
-    "loss": 18,
-    "groups": 13,
-    "sharing": 13,
-    "difference": 24,
-    "gain and loss": 10,
-    "groups and extra": 2.5,
-    "spending": 0.3,
-}
-GRPO_KINDS = dict.fromkeys(KINDS, 1) | {"difference": 2, "groups and extra": 2, "spending": 4}  # the rare alone would spoil their neighbours
+# How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
+COMMON_KINDS = {"gain": 19, "loss": 18, "groups": 13, "sharing": 13, "difference": 24, "gain and loss": 10}
+RARE_KINDS = {"groups and extra": 1.3, "spending": 1.2}
+# The rare alone would spoil their neighbours; comparisons are the hardest.
+GRPO_KINDS = dict.fromkeys(KINDS, 1) | {"difference": 2} | dict.fromkeys(RARE_KINDS, 3)
 Messages = list[dict]
 
 
@@ -91,7 +84,7 @@ def ask_counting(world: World, rng: random.Random, held_out: bool) -> Exchange:
 
 def ask_problem(world: World, rng: random.Random, held_out: bool) -> Exchange:
     """In training some kinds are rare, in evaluation all are equally frequent."""
-    weights = dict.fromkeys(KINDS, 1) if held_out else KIND_WEIGHTS
+    weights = dict.fromkeys(KINDS, 1) if held_out else COMMON_KINDS | RARE_KINDS
     (kind,) = rng.choices(list(weights), list(weights.values()))
     return Exchange(**make_problem(world, rng, kind, held_out))
 

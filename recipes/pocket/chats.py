@@ -11,9 +11,8 @@ from recipes.pocket.stories import draw_hero, tell_story
 
 # How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
 COMMON_KINDS = {"gain": 19, "loss": 18, "groups": 13, "sharing": 13, "difference": 24, "gain and loss": 10}
-RARE_KINDS = {"groups and extra": 1.3, "spending": 1.2}
-# The rare alone would spoil their neighbours; comparisons are the hardest.
-GRPO_KINDS = dict.fromkeys(KINDS, 1) | {"difference": 2} | dict.fromkeys(RARE_KINDS, 3)
+RARE_KINDS = {"groups and extra": 1.5, "spending": 1.5}
+GRPO_KINDS = dict.fromkeys(KINDS, 1) | dict.fromkeys(RARE_KINDS, 3)  # those alone would spoil their neighbours
 Messages = list[dict]
 
 

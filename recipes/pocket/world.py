@@ -37,6 +37,9 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.pocket import chats, evaluation, facts, problems, prose
 
+GRPO_DIALOGUE = 140  # characters at most of a dialogue that GRPO goes on with
+MOST_DRAWS = 1000
+
 
 @dataclass
 class WorldArguments:
@@ -216,7 +219,8 @@ def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
 def grpo_dialogues(world: facts.World, count: int) -> list[dict]:
     """`count` dialogues, of what word problems alone would let the model forget.
 
-    Their last turn refers to the first, is a sum, a word to spell or a fact, or asks what the world does not hold.
+    Their last turn refers to the first, is a sum, a word to spell or a fact, or asks what the world does not hold. All are
+    short: one long prompt would pad every other one of its step.
     """
     rng = draws(world, "problems/dialogues.jsonl")
     drawn: dict[Callable[[], chats.Dialogue], int] = {
@@ -224,8 +228,21 @@ def grpo_dialogues(world: facts.World, count: int) -> list[dict]:
         lambda: chats.later(world, rng, False, (chats.ask_sum, chats.ask_spelling, chats.ask_fact)): 2,
         lambda: [chats.ask_unknown(world, rng, False)]: 2,
     }
-    dialogues = (draw() for draw in rng.choices(list(drawn), list(drawn.values()), k=count))
+    dialogues = (short(draw) for draw in rng.choices(list(drawn), list(drawn.values()), k=count))
     return [evaluation.record(question, history) for *history, question in dialogues]
+
+
+def short(draw: Callable[[], chats.Dialogue]) -> chats.Dialogue:
+    """The first dialogue drawn that is no longer than GRPO_DIALOGUE, or the shortest of many."""
+    dialogues: list[chats.Dialogue] = []
+    while len(dialogues) < MOST_DRAWS and (not dialogues or characters(dialogues[-1]) > GRPO_DIALOGUE):
+        dialogues.append(draw())
+    return min(dialogues, key=characters)
+
+
+def characters(dialogue: chats.Dialogue) -> int:
+    *history, question = dialogue
+    return len(question.question) + sum(len(exchange.question) + len(exchange.answer) for exchange in history)
 
 
 def write_parquet(path: Path, texts: list[str]) -> int:

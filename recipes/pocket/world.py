@@ -37,7 +37,7 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.pocket import chats, evaluation, facts, problems, prose
 
-GRPO_DIALOGUE = 140  # characters at most of a dialogue that GRPO goes on with
+GRPO_DIALOGUE = 240  # characters at most of a dialogue that GRPO goes on with
 MOST_DRAWS = 1000
 
 

@@ -36,6 +36,22 @@ def check_turbo(setting: Setting, report: Report) -> None:
     check_architecture(setting, report, "turbo")
 
 
+def prepare_plain(setting: Setting) -> None:
+    prepare(setting, "plain")
+
+
+def prepare_turbo(setting: Setting) -> None:
+    prepare(setting, "turbo")
+
+
+def prepare(setting: Setting, architecture: str) -> None:
+    """Compile what [`check_architecture`] will run."""
+    rows, length = rows_and_length(setting, architecture)
+    for layers in layer_counts(setting):
+        make_run(setting, make_config(setting, architecture, DEPTHS[architecture], layers), rows, length).step()
+        free()
+
+
 def check_architecture(setting: Setting, report: Report, architecture: str) -> None:
     few, more = layer_counts(setting)
     rows, length = rows_and_length(setting, architecture)
@@ -163,6 +179,13 @@ def check_float8(setting: Setting, report: Report) -> None:
     report.figure(f"losses after {FLOAT8_STEPS} steps", losses)
     report.at_least("speed, fp8 / bf16", found["bf16"]["step_ms"] / found["fp8"]["step_ms"], 1.15)
     report.at_most("loss, fp8 / bf16", losses["fp8"] / losses["bf16"], 1.01)
+
+
+def prepare_float8(setting: Setting) -> None:
+    """Compile what [`check_float8`] will run in float8; the other half is [`prepare_turbo`]'s."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "fp8"
+    rows, length = rows_and_length(setting, "turbo")
+    make_run(setting, make_config(setting, "turbo", DEPTHS["turbo"], layer_counts(setting)[1]), rows, length, fill=False).step()
 
 
 def scaled_products(run: TrainingRun) -> int:

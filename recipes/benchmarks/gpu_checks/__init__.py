@@ -30,6 +30,7 @@ class Setting:
     original: str | None = None
     window_pattern: str | None = None
     rows: int | None = None
+    attn_implementation: str | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -69,6 +70,7 @@ CHECKS = {
     "g3": Check("train plain", "train:check_plain", 200),
     "g3_turbo": Check("train turbo", "train:check_turbo", 200),
     "g1": Check("attention", "attention:check_attention", 60),
+    "g2_documents": Check("packed documents", "right:check_documents", 90),
     "g10": Check("decode", "decode:check_decode", 100),
     "g9": Check("SFT and GRPO", "stages:check_trl", 120, needs=("trl", "datasets", "pydantic_monty")),
     "g3_whole": Check("train whole d20", "train:check_whole", 240, gpu_only=True),
@@ -76,6 +78,7 @@ CHECKS = {
     "g5": Check("float8", "train:check_float8", 90, needs=("torchao",), gpu_only=True),
     "g8": Check("loop", "stages:check_loop", 120, needs=("trl", "datasets")),
     "g4_current": Check("original, current", "original:check_current", 150),
+    "g12": Check("flash attention 3", "train:check_flash_attention", 120, gpu_only=True),
 }
 
 

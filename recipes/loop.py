@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from modeling_nanochat.errors import UserError
 
+from .attention import AttentionArguments, check_attention, evaluation_attention
 from .batch_size import explain_out_of_memory, is_out_of_memory
 from .checkpoint import Checkpoint, Checkpoints, restore_random_state
 from .dial import Plan, check_ranges, check_whole_rows, given_or_none
@@ -37,7 +38,7 @@ Tracker = Literal[
 
 
 @dataclass
-class LoopArguments:
+class LoopArguments(AttentionArguments):
     """What pretraining and midtraining have in common. Empty values are derived: see `recipes/dial.py`."""
 
     training_recipe: Literal["current", "classic"] = field(
@@ -87,6 +88,7 @@ class LoopArguments:
             shares={name: getattr(self, name) for name in shares},
         )
         check_whole_rows(given_or_none(self.total_batch_size), self.max_length)
+        check_attention(self.attn_implementation)
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}; give one below 2^32")
 
@@ -122,6 +124,7 @@ FREE_TO_CHANGE = {
     "save_steps",
     "resume",
     "torch_compile",
+    "attn_implementation",
     "report_to",
 }
 
@@ -382,7 +385,7 @@ def evaluate(
     if not due:
         return
     model.eval()
-    with torch.no_grad(), evaluation_precision(model), report.accelerator.autocast():
+    with torch.no_grad(), evaluation_precision(model), evaluation_attention(model), report.accelerator.autocast():
         for one in due:
             report.evaluated(progress, *one.run(model))
     model.train()

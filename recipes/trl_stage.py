@@ -359,4 +359,5 @@ def record(
 def run_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings that make a run what it is, as they were given."""
     free = {"resume_from_checkpoint", "output_dir", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private_repo"}
+    free |= {"attn_implementation"}
     return {key: value for key, value in given.items() if key not in free}

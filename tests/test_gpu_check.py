@@ -219,7 +219,7 @@ def test_right(check):
 def test_gradients_of_scales_are_judged_by_how_far_rounding_moves_them(setting):
     config = right.small_config(setting, "turbo")
     model = right.model_on("cpu", config).train()
-    batches = [make_batch(setting, config, 2, 48, seed)["input_ids"] for seed in range(4)]
+    batches = [make_batch(setting, config, 2, 48, seed) for seed in range(4)]
     rounding = right.rounding_of_scales(model, batches, torch.bfloat16)
     assert rounding.keys() == {f"model.{name}" for name in ("backout_lambda", "resid_lambdas", "smear_lambda", "x0_lambdas")}
     exact, rounded = (right.reference_pass(model, batches[0], dtype)[1] for dtype in (torch.float32, torch.bfloat16))

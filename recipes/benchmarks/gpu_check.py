@@ -42,6 +42,7 @@ from transformers import HfArgumentParser
 from evals.records import aligned_table
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from recipes.attention import check_attention
 from recipes.benchmarks.gpu_checks import CHECKS, MARK, ROOT, Setting, environment
 
 CHILD = "import sys; from recipes.benchmarks.gpu_checks import child; child.{function}(*sys.argv[1:])"
@@ -68,6 +69,9 @@ class GPUCheckArguments:
     )
     rows: int | None = field(default=None, metadata={"help": "Rows of a training step; default: 32 plain, 16 turbo."})
     window_pattern: str | None = field(default=None, metadata={"help": "Of turbo's layers in training; L: no windows."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Of training, as in the recipes; default: what they take on this GPU."}
+    )
     limit: int | None = field(default=None, metadata={"help": "Most seconds of a check; default: each has its own."})
     total: int = field(default=480, metadata={"help": "Seconds after which no check begins and the running one ends."})
 
@@ -80,6 +84,7 @@ class GPUCheckArguments:
         for name in self.only:
             if not selected(name):
                 raise UserError(f"only: {name!r} is none of {', '.join(CHECKS)}")
+        check_attention(self.attn_implementation)
         if self.original and not Path(self.original).is_dir():
             raise UserError(f"original: {self.original} is no folder; give a checkout of the original nanochat")
         for name in ("limit", "total", "rows"):
@@ -118,7 +123,7 @@ def main() -> None:
     end, results = time.monotonic() + args.total, []
     with log, tempfile.TemporaryDirectory(prefix="gpu_check_") as work_dir:
         original = str(Path(args.original).resolve()) if args.original else None
-        setting = Setting(args.device, work_dir, original, args.window_pattern, args.rows)
+        setting = Setting(args.device, work_dir, original, args.window_pattern, args.rows, args.attn_implementation)
         for name, following in with_following(args.names()):
             limit = min(args.limit or CHECKS[name].limit, end - time.monotonic())
             with preparing(following if setting.on_gpu else [], setting, log):

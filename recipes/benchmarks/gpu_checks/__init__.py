@@ -30,6 +30,7 @@ class Setting:
     original: str | None = None
     window_pattern: str | None = None
     rows: int | None = None
+    attn_implementation: str | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -79,6 +80,7 @@ CHECKS = {
     "g3": Check("train plain", "train:check_plain", 133, 200, prepare="train:prepare_plain"),
     "g3_turbo": Check("train turbo", "train:check_turbo", 118, 200, prepare="train:prepare_turbo"),
     "g1": Check("attention", "attention:check_attention", 27, 60),
+    "g2_documents": Check("packed documents", "right:check_documents", 50, 90, timed=False),
     "g9": Check("SFT and GRPO", "stages:check_trl", 80, 150, needs=("trl", "datasets", "pydantic_monty")),
     "g5": Check(
         "float8", "train:check_float8", 90, 150, needs=("torchao",), gpu_only=True, prepare="train:prepare_float8"
@@ -91,6 +93,7 @@ CHECKS = {
     "g3_whole": Check("train whole d20", "train:check_whole", 110, 240, gpu_only=True),
     "g4": Check("original, classic", "original:check_original", 150, 240),
     "g4_current": Check("original, current", "original:check_current", 150, 240),
+    "g12": Check("flash attention 3", "train:check_flash_attention", 100, 150, gpu_only=True),
 }
 
 

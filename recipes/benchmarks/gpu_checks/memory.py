@@ -4,6 +4,7 @@ import torch
 
 from evals.bits_per_byte import nats_and_bytes
 from modeling_nanochat.sizes import training_bytes
+from recipes.attention import evaluation_attention
 from recipes.batch_size import ACCELERATOR_TOKENS
 from recipes.compilation import maybe_compile
 from recipes.loop import LoopArguments
@@ -79,6 +80,6 @@ def validate(setting: Setting, run: TrainingRun) -> None:
     rows, length = VALIDATION_ROWS if setting.on_gpu else 2, run.batch["input_ids"].shape[1] - 1
     ids = make_batch(setting, run.model.config, rows, length)["input_ids"]
     run.model.eval()
-    with torch.no_grad(), run.accelerator.autocast():
+    with torch.no_grad(), evaluation_attention(run.model), run.accelerator.autocast():
         nats_and_bytes(run.model, ids, torch.ones(run.model.config.vocab_size, dtype=torch.long))
     run.model.train()

@@ -11,6 +11,8 @@ from evals.contenders import fill_weights
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.decoding import Decoder
+from recipes.attention import choose_attention, evaluation_attention
+from recipes.loop import Batch, model_inputs
 
 from . import Report, Setting
 from .runs import TrainingRun, free, make_batch, make_config, make_run
@@ -20,6 +22,7 @@ PADDED_LENGTHS = (64, 192, 704, 640)  # three are 64 modulo 128, where a cuDNN k
 LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a gradient's norm
 LOSS_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 GREEDY_TOKENS = 24
+DOCUMENTS = (3, 7, 5, 11, 4, 6)  # in a row, on average, of one step after another
 # The gradients of turbo's scales are sums over all tokens and channels, whose terms cancel. bfloat16 rounds the terms, on a
 # CPU as well: how far that moves the sums is measured there, on several batches.
 ROUNDING_BATCHES = 6
@@ -50,9 +53,9 @@ def check_against_cpu(setting: Setting, report: Report, name: str, config: NanoC
     """Loss and gradients of one pass: float32 on a CPU against eager and compiled on the device, as it trains."""
     rows, length = rows_and_length(setting)
     reference = model_on("cpu", config).train()
-    batches = [make_batch(setting, config, rows, length, seed)["input_ids"] for seed in range(ROUNDING_BATCHES)]
+    batches = [make_batch(setting, config, rows, length, seed) for seed in range(ROUNDING_BATCHES)]
     expected_loss, expected = reference_pass(reference, batches[0])
-    rounding = {} if setting.dtype == torch.float32 else rounding_of_scales(reference, batches, setting.dtype)
+    rounding = rounding_of_scales(reference, batches, setting.dtype)
     for way in ("eager", "compiled") if setting.on_gpu else ("eager",):
         run = make_run(setting, config, rows, length, compiled=way == "compiled")
         run.model.load_state_dict(reference.state_dict())
@@ -95,12 +98,14 @@ def is_scale(tensor: torch.Tensor) -> bool:
     return tensor.ndim < 2
 
 
-def rounding_of_scales(model: nn.Module, batches: list[torch.Tensor], dtype: torch.dtype) -> dict[str, float]:
-    """How far `dtype`'s rounding moves the gradient of each scale on the CPU: root mean square over the batches."""
+def rounding_of_scales(model: nn.Module, batches: list[Batch], dtype: torch.dtype) -> dict[str, float]:
+    """How far `dtype`'s rounding moves the gradient of each scale on the CPU: root mean square over the batches.
+
+    Nothing for float32.
+    """
     squares: dict[str, list[float]] = {}
-    for ids in batches:
-        exact = reference_pass(model, ids)[1]
-        rounded = reference_pass(model, ids, dtype)[1]
+    for batch in batches if dtype != torch.float32 else ():
+        exact, rounded = (reference_pass(model, batch, numbers)[1] for numbers in (torch.float32, dtype))
         for key in filter(lambda key: is_scale(exact[key]), exact):
             squares.setdefault(key, []).append(distance(rounded[key], exact[key]) ** 2)
     return {key: (sum(values) / len(values)) ** 0.5 for key, values in squares.items()}
@@ -117,7 +122,7 @@ def check_recompiles(report: Report, name: str, run: TrainingRun) -> None:
     for number in range(4):
         if number == 2:
             run.model.eval()
-            with torch.no_grad(), run.accelerator.autocast():
+            with torch.no_grad(), evaluation_attention(run.model), run.accelerator.autocast():
                 run.model(run.batch["input_ids"][:1, :64].to(run.model.device))
             run.model.train()
         run.step()
@@ -129,6 +134,7 @@ def check_captured_graph(setting: Setting, report: Report, name: str, config: Na
     """What torch.compile is given: the number of graphs, and whether attention is asked for without a mask."""
     rows, length = rows_and_length(setting)
     run = make_run(setting, config, rows, length, compiled=False)
+    choose_attention(run.model, setting.attn_implementation, None, run.accelerator)  # as if compiled
     graphs = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
@@ -139,27 +145,66 @@ def check_captured_graph(setting: Setting, report: Report, name: str, config: Na
     ids = run.batch["input_ids"].to(setting.device)
     with run.accelerator.autocast():
         loss = run.module(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], use_cache=False, num_items_in_batch=rows).loss
-    calls = [node for graph in graphs for node in attention_nodes(graph)]
+    calls = [node for graph in graphs for node in nodes_of(graph, "scaled_dot_product_attention")]
+    by_blocks = sum(1 for graph in graphs for _ in nodes_of(graph, "flex_attention"))
     masked = sum(argument(node, 3, "attn_mask") is not None for node in calls)
     causal = sum(argument(node, 5, "is_causal") is True for node in calls)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     full = kinds.count("full_attention")
     report.figure(f"{name}: attention calls, masked, causal", [len(calls), masked, causal])
-    report.figure(f"{name}: full layers, windowed layers", [full, len(kinds) - full])
+    report.figure(f"{name}: calls of FlexAttention", by_blocks)
+    windowed = len(kinds) - full
+    report.figure(f"{name}: full layers, windowed layers", [full, windowed])
     report.figure(f"{name}: dtype of the loss", str(loss.dtype))
     report.at_most(f"{name}: graphs", len(graphs), 1)
     report.at_least(f"{name}: full layers that are causal without a mask", causal, full)
+    dense = windowed if run.model.config._attn_implementation == "sdpa" else 0
+    report.at_most(f"{name}: layers with a dense mask", masked, dense)
     report.holds(f"{name}: loss in float32", loss.dtype == torch.float32)
 
 
-def attention_nodes(graph: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+def nodes_of(graph: torch.fx.GraphModule, function: str) -> Iterator[torch.fx.Node]:
     for node in graph.graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "__name__", "") == "scaled_dot_product_attention":
+        if node.op == "call_function" and getattr(node.target, "__name__", "") == function:
             yield node
 
 
 def argument(node: torch.fx.Node, position: int, name: str) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def check_documents(setting: Setting, report: Report) -> None:
+    """Loss and gradients of packed documents, as `document_masking` trains, in turbo's two kinds of layers."""
+    config = small_config(setting, "turbo")
+    rows, length = rows_and_length(setting)
+    reference = model_on("cpu", config).train()
+    run = make_run(setting, config, rows, length)
+    run.model.load_state_dict(reference.state_dict())
+    batches = [
+        make_batch(setting, config, rows, length, seed) | {"position_ids": packed_positions(rows, length, number)}
+        for seed, number in enumerate(DOCUMENTS)
+    ]
+    expected_loss, expected = reference_pass(reference, batches[0])
+    rounding = rounding_of_scales(reference, batches, setting.dtype)
+    run.batch = batches[0]
+    loss = run.backward()
+    gradients = {key: p.grad for key, p in run.model.named_parameters()}
+    report.figure("loss", [loss, expected_loss])
+    report.at_most("loss, relative difference", abs(loss / expected_loss - 1), LOSS_DIFFERENCE[setting.dtype])
+    check_gradients(setting.dtype, report, "documents", gradients, expected)
+    check_scales(report, "documents", gradients, expected, rounding)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for run.batch in batches:
+        run.pass_alone()
+    again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    report.at_most("recompilations for other numbers of documents", again, 0)
+
+
+def packed_positions(rows: int, length: int, documents: int) -> torch.Tensor:
+    """Positions (rows, length) that begin anew, at random places, about `documents` times in a row."""
+    begins = torch.rand(rows, length, generator=torch.Generator().manual_seed(documents)) < documents / length
+    places = torch.arange(length).expand(rows, -1)
+    return places - torch.where(begins, places, 0).cummax(-1).values
 
 
 def check_left_padding(setting: Setting, report: Report, name: str, config: NanoChatConfig) -> None:
@@ -247,11 +292,11 @@ def model_on(device: str, config: NanoChatConfig) -> PreTrainedModel:
 
 
 def reference_pass(
-    model: nn.Module, ids: torch.Tensor, dtype: torch.dtype = torch.float32
+    model: nn.Module, batch: Batch, dtype: torch.dtype = torch.float32
 ) -> tuple[float, Gradients]:
-    """Loss and gradients of ids (B, T + 1), by a model on the CPU, under autocast to `dtype`."""
+    """Loss and gradients of a batch as the loader makes it, by a model on the CPU, under autocast to `dtype`."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        loss = model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:].contiguous(), use_cache=False).loss
+        loss = model(**model_inputs(batch, torch.device("cpu")), use_cache=False).loss
     loss.backward()
     gradients = {key: p.grad.clone() for key, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
 """Training as the recipes do it, without data and files: the same accelerator, compiler, loss and optimizer."""
 
+import copy
 import gc
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from evals.contenders import fill_weights
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
+from recipes.attention import choose_attention
 from recipes.compilation import maybe_compile
 from recipes.dial import Plan, derive
 from recipes.loop import LoopArguments, accumulate, agree, prepare
@@ -90,6 +92,8 @@ def make_run(
         compiled: Default: on a GPU.
         accelerator: Default: a new one.
     """
+    compiled = setting.on_gpu if compiled is None else compiled
+    config = copy.deepcopy(config)  # the implementation of attention is written into it
     torch.compiler.reset()  # what was compiled for other runs counts against the limit of versions
     accelerator = accelerator or bare_accelerator(setting, rows, length)
     torch.manual_seed(0)
@@ -98,7 +102,8 @@ def make_run(
     model = fill_weights(model) if fill else model
     plan = make_plan(config, rows, length)
     module, optimizer = prepare(accelerator, model, plan)
-    module = maybe_compile(module, setting.on_gpu if compiled is None else compiled, accelerator)
+    module = maybe_compile(module, compiled, accelerator)
+    choose_attention(model, setting.attn_implementation, compiled, accelerator)
     return TrainingRun(accelerator, model, module, optimizer, plan, make_batch(setting, config, rows, length))
 
 

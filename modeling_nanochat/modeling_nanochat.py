@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -280,7 +281,17 @@ class NanoChatMLP(nn.Module):
         self.fc2.init_kind = "zeros"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return linear(self.fc2, self.activation_fn(linear(self.fc1, hidden_states)))
+        """(..., C) -> (..., C). Of the inner width training saves what `fc1` gives, and computes the activation again."""
+        inner = linear(self.fc1, hidden_states)
+        learning = self.training and torch.is_grad_enabled()
+        if learning and torch.compiler.is_compiling():  # with `fc2` inside, its product would be computed again as well
+            return self.fc2(checkpoint(self.activation_fn, inner, use_reentrant=False))
+        if learning and type(self.fc2) is nn.Linear:  # computing again stops before its product, which saves its input first
+            return checkpoint(self.contract, inner, use_reentrant=False)
+        return self.contract(inner)
+
+    def contract(self, inner: torch.Tensor) -> torch.Tensor:
+        return linear(self.fc2, self.activation_fn(inner))
 
 
 class NanoChatDecoderLayer(GradientCheckpointingLayer):

@@ -8,12 +8,10 @@ forward pass. Windows count the keys *before* the query, one less than `config.s
 from .configuration_nanochat import NanoChatConfig
 from .configuration_nanochat_turbo import NanoChatTurboConfig
 from .modeling_nanochat_turbo import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
-from .softcapped_loss import ACCELERATOR_CHUNK
+from .softcapped_loss import affordable_chunk
 
 FLOAT32 = 4  # bytes
-# Of the chunked loss, per logit of a chunk, at its peak: the last chunk's exponentials, slopes and gradients while the next
-# one's are made.
-LOSS_BYTES_PER_LOGIT = {FLOAT32: 16, 2: 18}
+LOSS_BYTES_PER_LOGIT = 12  # of a chunk: tanh and exponentials in float32, its gradient and that of the chunk before
 # Of Muon, per parameter of the largest stack of matrices: the updates in float32, their products in the iteration's dtype.
 MUON_WORK_BYTES = 12
 
@@ -102,7 +100,7 @@ def training_bytes(
     number_bytes: int = 2,
     processes: int = 1,
     accumulates: bool = True,
-    chunk: int = ACCELERATOR_CHUNK,
+    memory: int = 80 * 2**30,
 ) -> dict[str, int]:
     """Bytes of each kind on one device at the peak of a training step, and their `total`.
 
@@ -114,7 +112,7 @@ def training_bytes(
         number_bytes: Of a number in products: 2 under bfloat16 autocast, 4 in float32.
         processes: That share the optimizer's state; weights and gradients are on each.
         accumulates: Whether a step has several passes, so that there are gradients during the forward pass.
-        chunk: Logits that the loss makes at once.
+        memory: Bytes of the device, by which the loss chooses its chunks.
     """
     counts, tokens = parameter_counts(config), rows * length
     matrices, total = counts["transformer_matrices"], counts["total"]
@@ -124,7 +122,7 @@ def training_bytes(
         "gradients": gradients if accumulates else 0,
         "weights_cast": number_bytes * matmul_parameters(config) if number_bytes < FLOAT32 else 0,
         "activations": tokens * saved_bytes_per_token(config, number_bytes, compiled=compiled),
-        "loss": loss_bytes(config, tokens, number_bytes, chunk),
+        "loss": loss_bytes(config, tokens, number_bytes, compiled=compiled, memory=memory),
     }
     update = {"gradients": gradients, "update": MUON_WORK_BYTES * largest_stack(config) // processes}
     kinds = held | max(forward, update, key=lambda part: sum(part.values()))
@@ -138,7 +136,7 @@ def saved_bytes_per_token(config: NanoChatConfig, number_bytes: int, *, compiled
     attention and the products keep anyway.
     """
     width, query, key_value = config.hidden_size, query_width(config), key_value_width(config)
-    products = 2 * width + 2 * query + 2 * key_value + 2 * config.intermediate_size
+    products = 2 * width + 2 * query + 2 * key_value + config.intermediate_size
     turbo = isinstance(config, NanoChatTurboConfig)
     norms = 2 * width + query + key_value
     per_layer = number_bytes * products
@@ -149,11 +147,11 @@ def saved_bytes_per_token(config: NanoChatConfig, number_bytes: int, *, compiled
     return config.num_hidden_layers * per_layer + tables + around
 
 
-def loss_bytes(config: NanoChatConfig, tokens: int, number_bytes: int, chunk: int) -> int:
+def loss_bytes(config: NanoChatConfig, tokens: int, number_bytes: int, *, compiled: bool, memory: int) -> int:
     """Bytes that the chunked loss holds beside the activations: its chunks and the head's gradient."""
-    logits = min(tokens * config.vocab_size, chunk)
-    head = config.vocab_size * config.hidden_size
-    return LOSS_BYTES_PER_LOGIT[number_bytes] * logits + FLOAT32 * head
+    logits = min(tokens * config.vocab_size, affordable_chunk(memory))
+    per_logit = 3 * number_bytes if compiled else LOSS_BYTES_PER_LOGIT
+    return per_logit * logits + FLOAT32 * config.vocab_size * config.hidden_size
 
 
 def largest_stack(config: NanoChatConfig) -> int:

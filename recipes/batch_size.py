@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sizes import saved_bytes_per_token
-from modeling_nanochat.softcapped_loss import CPU_CHUNK
+from modeling_nanochat.softcapped_loss import chunk_logits
 
 # Tokens of a pass beyond which it gets no faster. On a CPU 4,096 were the fastest, at widths of 128 and 384; 32,768 took
 # twice as long per token, for activations leave the caches. The original runs 65,536 on GPUs of 80 GB.
@@ -147,7 +147,7 @@ def activation_bytes(config: NanoChatConfig, max_length: int, rows: int, device:
     """
     scores = 0 if device.type == "cpu" else 2 * config.num_attention_heads * max_length
     per_token = saved_bytes_per_token(config, 4, compiled=False) + 4 * config.num_hidden_layers * (max_length + scores)
-    return rows * max_length * per_token + 4 * 3 * CPU_CHUNK
+    return rows * max_length * per_token + 4 * 3 * chunk_logits(device)
 
 
 def smallest(accelerator: Accelerator, number: int) -> int:

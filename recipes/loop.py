@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint, Checkpoints, restore_random_state
 from .dial import Plan, check_ranges, check_whole_rows, given_or_none
 from .learning import LearningWatch
 from .loader import Loader
-from .optimizer import MuonAdamW, muon_adamw
+from .optimizer import MuonAdamW, compiles_on, muon_adamw
 from .precision import convert_to_float8, evaluation_precision
 from .progress import GarbageFreezer, Laps, Progress, ProgressReport
 from .stage import StageLog
@@ -259,7 +259,7 @@ def prepare(
     share, so that backward passes never communicate.
     """
     names = ("recipe", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "max_grad_norm")
-    options = {name: getattr(plan, name) for name in names} | {"compile": accelerator.device.type == "cuda"}
+    options = {name: getattr(plan, name) for name in names} | {"compile": compiles_on(accelerator.device)}
     model.train()  # a loaded model comes in evaluation mode, where the loss is computed in another way, with more memory
     if accelerator.is_fsdp2:
         module, prepared = accelerator.prepare(model, muon_adamw(model, **options))
@@ -310,7 +310,8 @@ def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches:
         number of processes: their mean over the processes is the gradient of the loss.
     """
     labels = [batch.get("labels", batch["input_ids"])[:, 1:] for batch in micro_batches]
-    learnt = torch.tensor(sum(int((label != -100).sum()) for label in labels), device=accelerator.device)
+    learnt = sum(int((label != -100).sum()) for label in labels)
+    learnt = torch.full((), learnt, device=accelerator.device)  # a copy would wait for the last step's optimizer
     learnt = accelerator.reduce(learnt, "sum").clamp(min=1)
     losses = []
     for number, batch in enumerate(micro_batches, start=1):

@@ -106,20 +106,21 @@ def memory_table() -> str:
 def cell(size: Size, gib: float, processes: int) -> str:
     """Rows of a pass and what it takes, as `32: 61.3`."""
     rows = rows_that_fit(size.config, size.plan, gib, processes)
-    return f"{rows}: {pass_bytes(size.config, size.plan, rows, processes) / GIB:.1f}" if rows else "–"
+    return f"{rows}: {step_bytes(size.config, size.plan, rows, gib, processes) / GIB:.1f}" if rows else "–"
 
 
 def rows_that_fit(config: NanoChatConfig, plan: Plan, gib: float, processes: int) -> int:
     """The most rows that divide a process's part of a step and fit into a card of `gib`; 0 if none do."""
     budget = (gib - CONTEXT) / SPARE * GIB
     sizes = divisors(plan.total_batch_size // LENGTH // processes)
-    fitting = (rows for rows in sizes if pass_bytes(config, plan, rows, processes) <= budget)
+    fitting = (rows for rows in sizes if step_bytes(config, plan, rows, gib, processes) <= budget)
     return next((rows for rows in fitting if rows * LENGTH <= ACCELERATOR_TOKENS), 0)
 
 
-def pass_bytes(config: NanoChatConfig, plan: Plan, rows: int, processes: int) -> int:
-    several = rows * LENGTH * processes < plan.total_batch_size
-    return training_bytes(config, rows, LENGTH, processes=processes, accumulates=several)["total"]
+def step_bytes(config: NanoChatConfig, plan: Plan, rows: int, gib: float, processes: int) -> int:
+    """Bytes at the peak of a step of one or several passes of `rows`."""
+    several, memory = rows * LENGTH * processes < plan.total_batch_size, int(gib * GIB)
+    return training_bytes(config, rows, LENGTH, processes=processes, accumulates=several, memory=memory)["total"]
 
 
 def time_table(speeds: dict[str, dict[str, float]]) -> str:

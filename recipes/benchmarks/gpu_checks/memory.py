@@ -48,9 +48,8 @@ def check_case(setting: Setting, report: Report, depth: int, gib: float, compile
     rows = choose_batch_size(run.accelerator, run.module, LoopArguments(max_length=length), plan, None)
     run.batch = make_batch(setting, config, rows, length)
     run.module = maybe_compile(run.module, compiled, run.accelerator)
-    predicted = training_bytes(
-        config, rows, length, compiled=compiled, number_bytes=setting.dtype.itemsize, accumulates=True
-    )["total"]
+    precision = {"compiled": compiled, "number_bytes": setting.dtype.itemsize}
+    predicted = training_bytes(config, rows, length, **precision, memory=int(gib * GIB))["total"]
     found = {"rows": rows, "predicted_gib": predicted / GIB}
     free()
     fits = run_with(setting, run)

@@ -49,7 +49,8 @@ def check_case(setting: Setting, report: Report, depth: int, gib: float, compile
     run.batch = make_batch(setting, config, rows, length)
     run.module = maybe_compile(run.module, compiled, run.accelerator)
     precision = {"compiled": compiled, "number_bytes": setting.dtype.itemsize}
-    predicted = training_bytes(config, rows, length, **precision, memory=int(gib * GIB))["total"]
+    whole = torch.cuda.get_device_properties(0).total_memory if setting.on_gpu else 0  # by it the loss chooses its chunks
+    predicted = training_bytes(config, rows, length, **precision, memory=whole)["total"]
     found = {"rows": rows, "predicted_gib": predicted / GIB}
     free()
     fits = run_with(setting, run)

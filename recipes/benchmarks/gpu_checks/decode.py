@@ -1,7 +1,6 @@
 """How fast the models generate: token by token, compiled, and by transformers' `generate`; and whether they compute the same."""
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch._dynamo.utils import counters

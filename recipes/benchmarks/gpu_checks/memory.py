@@ -24,8 +24,8 @@ GIB = 2**30
 
 
 def check_memory(setting: Setting, report: Report) -> None:
-    for depth, gib, compiled in CASES if setting.on_gpu else ((2, None, False),):
-        gib = limit_memory(gib) if setting.on_gpu else 0.0
+    for depth, card, compiled in CASES if setting.on_gpu else ((2, None, False),):
+        gib = limit_memory(card) if setting.on_gpu else 0.0
         check_case(setting, report, depth, gib, compiled)
         free()
 

@@ -136,7 +136,7 @@ def saved_bytes_per_token(config: NanoChatConfig, number_bytes: int, *, compiled
     attention and the products keep anyway.
     """
     width, query, key_value = config.hidden_size, query_width(config), key_value_width(config)
-    products = 2 * width + 2 * query + 2 * key_value + config.intermediate_size
+    products = 2 * width + 3 * query + 2 * key_value + config.intermediate_size  # attention's output twice
     turbo = isinstance(config, NanoChatTurboConfig)
     norms = 2 * width + query + key_value
     per_layer = number_bytes * products

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -28,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanochat import NanoChatConfig
@@ -93,14 +94,45 @@ def only_causal(
     position_ids: torch.Tensor | None,
     cache: Cache | None,
 ) -> bool:
-    """Whether `scaled_dot_product_attention` needs no mask beside `is_causal=True`: no padding, documents or cache.
+    """Whether a full layer needs no mask beside sdpa's `is_causal=True`: no padding, documents or cache.
 
     transformers finds this out in eager passes. While torch.compile traces one, it depends on the versions of both: some
     make a dense mask, with which attention takes twice the FLOPs and a slower kernel. Positions, if given, may hold
     packed documents; finding out would wait for the device in eager passes and is impossible in compiled ones.
     """
     nothing_given = attention_mask is None and position_ids is None and cache is None
-    return nothing_given and config._attn_implementation == "sdpa" and getattr(config, "is_causal", True)
+    maskless = config._attn_implementation in ("sdpa", "flex_attention")  # the latter by sdpa, see `attend`
+    return nothing_given and maskless and getattr(config, "is_causal", True)
+
+
+def document_bounds(
+    config: NanoChatConfig,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    inputs_embeds: torch.Tensor,
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Keywords that tell flash attention, which has no masks for it, where packed documents begin; none for others.
+
+    transformers itself finds documents in a batch of one row only, and anew in every layer.
+    """
+    packed = position_ids is not None and attention_mask is None and cache is None and "cu_seq_lens_q" not in kwargs
+    if not packed or not is_flash_attention_requested(config):
+        return {}
+    rows, length = inputs_embeds.shape[:2]
+    bounds = cumulative_lengths(position_ids.expand(rows, -1))
+    # The longest document would have to be read from the device; the row's length is as good a bound.
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
+
+
+@torch.compiler.disable
+def cumulative_lengths(position_ids: torch.Tensor) -> torch.Tensor:
+    """Positions (B, T) -> where documents begin in the rows one after another, and B x T; int32 (documents + 1,)."""
+    begins = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
+    bounds = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).int()
+    torch._dynamo.mark_dynamic(bounds, 0)  # otherwise each number of documents would compile the layers anew
+    return bounds
 
 
 class NanoChatRMSNorm(nn.Module):
@@ -227,9 +259,10 @@ class NanoChatAttention(nn.Module):
         if cache is not None:  # a paged cache also writes into `kwargs` what its attention functions need
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
-        backend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        if implementation == "flex_attention" and attention_mask is None:
+            implementation = "sdpa"  # causal and no more, where its kernels are faster; FlexAttention would see all keys
+        backend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = backend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -248,7 +281,17 @@ class NanoChatMLP(nn.Module):
         self.fc2.init_kind = "zeros"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return linear(self.fc2, self.activation_fn(linear(self.fc1, hidden_states)))
+        """(..., C) -> (..., C). Of the inner width training saves what `fc1` gives, and computes the activation again."""
+        inner = linear(self.fc1, hidden_states)
+        learning = self.training and torch.is_grad_enabled()
+        if learning and torch.compiler.is_compiling():  # with `fc2` inside, its product would be computed again as well
+            return self.fc2(checkpoint(self.activation_fn, inner, use_reentrant=False))
+        if learning and type(self.fc2) is nn.Linear:  # computing again stops before its product, which saves its input first
+            return checkpoint(self.contract, inner, use_reentrant=False)
+        return self.contract(inner)
+
+    def contract(self, inner: torch.Tensor) -> torch.Tensor:
+        return linear(self.fc2, self.activation_fn(inner))
 
 
 class NanoChatDecoderLayer(GradientCheckpointingLayer):
@@ -365,6 +408,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
                 position_ids=position_ids,  # None unless given: transformers searches positions for packed documents
                 **{CACHE: cache},
             )
+        kwargs |= document_bounds(self.config, attention_mask, position_ids, cache, inputs_embeds, kwargs)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -375,7 +419,6 @@ class NanoChatModel(NanoChatPreTrainedModel):
                 hidden_states,
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
-                position_ids=position_ids,
                 **{CACHE: cache},
                 **kwargs,
             )

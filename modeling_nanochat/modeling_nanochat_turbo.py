@@ -31,6 +31,7 @@ from .modeling_nanochat import (
     NanoChatModel,
     NanoChatPreTrainedModel,
     check_keywords,
+    document_bounds,
     eager_attention_forward,
     only_causal,
     pop_cache,
@@ -258,12 +259,13 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         masks = self.masks(inputs_embeds, attention_mask, cache, position_ids)
+        kwargs |= document_bounds(self.config, attention_mask, position_ids, cache, inputs_embeds, kwargs)
         if position_ids is None:
             position_ids = self.positions(inputs_embeds, attention_mask, cache)
-        shared = {"position_ids": position_ids, CACHE: cache, **kwargs}
+        shared = {CACHE: cache, **kwargs}
 
         normed = self.norm(inputs_embeds)
-        previous = self.previous(normed, input_ids, masks, **shared)
+        previous = self.previous(normed, input_ids, masks, position_ids, **shared)
         hidden_states = x0 = self.smear(normed, previous, position_ids)
         rotary = self.rotary_emb(hidden_states, position_ids)
         halfway = hidden_states
@@ -308,17 +310,20 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         """
         if isinstance(attention_mask, dict):
             return attention_mask
+        causal = only_causal(self.config, attention_mask, position_ids, cache)
         arguments = {
             "config": self.config,
-            "inputs_embeds": inputs_embeds,
+            "inputs_embeds": inputs_embeds[:1] if causal else inputs_embeds,  # one mask for all rows
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             CACHE: cache,
         }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        if only_causal(self.config, attention_mask, position_ids, cache):
-            make["full_attention"] = lambda **arguments: None
-        return {kind: make[kind](**arguments) for kind in dict.fromkeys(self.config.layer_types)}
+        spans = {"full_attention": inputs_embeds.shape[1], "sliding_attention": self.config.sliding_window}
+        return {
+            kind: None if causal and inputs_embeds.shape[1] <= spans[kind] else make[kind](**arguments)
+            for kind in dict.fromkeys(self.config.layer_types)
+        }
 
     def previous(
         self,

@@ -1,4 +1,4 @@
-"""Sizes of a configuration, without building the model: parameters, FLOPs, windows, bytes of the KV cache.
+"""Sizes of a configuration, without building the model: parameters, FLOPs, windows, bytes of training and of the KV cache.
 
 Every function takes a plain or a turbo configuration and computes what the original reports for the same sizes. FLOPs
 count a multiply-add as two and matrix products only: no norms, no softmax, no lookups. A training step is three times its
@@ -8,6 +8,12 @@ forward pass. Windows count the keys *before* the query, one less than `config.s
 from .configuration_nanochat import NanoChatConfig
 from .configuration_nanochat_turbo import NanoChatTurboConfig
 from .modeling_nanochat_turbo import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
+from .softcapped_loss import affordable_chunk
+
+FLOAT32 = 4  # bytes
+LOSS_BYTES_PER_LOGIT = 12  # of a chunk: tanh and exponentials in float32, its gradient and that of the chunk before
+# Of Muon, per parameter of the largest stack of matrices: the updates in float32, their products in the iteration's dtype.
+MUON_WORK_BYTES = 12
 
 
 def parameter_counts(config: NanoChatConfig) -> dict[str, int]:
@@ -83,6 +89,76 @@ def decode_bytes_per_step(config: NanoChatConfig, context: int, batch_size: int,
     """
     cache = batch_size * kv_bytes_read_per_step(config, context, bytes_per_number)
     return matmul_parameters(config) * bytes_per_number + cache
+
+
+def training_bytes(
+    config: NanoChatConfig,
+    rows: int,
+    length: int,
+    *,
+    compiled: bool = True,
+    number_bytes: int = 2,
+    processes: int = 1,
+    accumulates: bool = True,
+    memory: int = 80 * 2**30,
+) -> dict[str, int]:
+    """Bytes of each kind on one device at the peak of a training step, and their `total`.
+
+    Weights, gradients and optimizer state are float32. What the allocator, CUDA's context and libraries take comes on top.
+
+    Args:
+        rows, length: Of one pass.
+        compiled: By torch.compile, which keeps less for the backward pass.
+        number_bytes: Of a number in products: 2 under bfloat16 autocast, 4 in float32.
+        processes: That share the optimizer's state; weights and gradients are on each.
+        accumulates: Whether a step has several passes, so that there are gradients during the forward pass.
+        memory: Bytes of the device, by which the loss chooses its chunks.
+    """
+    counts, tokens = parameter_counts(config), rows * length
+    matrices, total = counts["transformer_matrices"], counts["total"]
+    held = {"weights": FLOAT32 * total, "optimizer": FLOAT32 * (2 * total - matrices) // processes}
+    gradients = FLOAT32 * total
+    forward = {
+        "gradients": gradients if accumulates else 0,
+        "weights_cast": number_bytes * matmul_parameters(config) if number_bytes < FLOAT32 else 0,
+        "activations": tokens * saved_bytes_per_token(config, number_bytes, compiled=compiled),
+        "loss": loss_bytes(config, tokens, number_bytes, compiled=compiled, memory=memory),
+    }
+    update = {"gradients": gradients, "update": MUON_WORK_BYTES * largest_stack(config) // processes}
+    kinds = held | max(forward, update, key=lambda part: sum(part.values()))
+    return kinds | {"total": sum(kinds.values())}
+
+
+def saved_bytes_per_token(config: NanoChatConfig, number_bytes: int, *, compiled: bool) -> int:
+    """Bytes that a pass keeps of each token for its backward pass, in all layers and around them.
+
+    Eager passes keep the inputs of all norms in float32. The compiler makes those anew from the stream and from what
+    attention and the products keep anyway.
+    """
+    width, query, key_value = config.hidden_size, query_width(config), key_value_width(config)
+    products = 2 * width + 3 * query + 2 * key_value + config.intermediate_size  # attention's output twice
+    turbo = isinstance(config, NanoChatTurboConfig)
+    norms = 2 * width + query + key_value
+    per_layer = number_bytes * products
+    per_layer += number_bytes * norms if compiled else FLOAT32 * norms
+    per_layer += number_bytes * width if turbo else 0  # the stream before it is scaled
+    tables = number_bytes * key_value * len(value_embedding_layers(config))
+    around = (2 * FLOAT32 + 3 * number_bytes + (3 * number_bytes if turbo else 0)) * width
+    return config.num_hidden_layers * per_layer + tables + around
+
+
+def loss_bytes(config: NanoChatConfig, tokens: int, number_bytes: int, *, compiled: bool, memory: int) -> int:
+    """Bytes that the chunked loss holds beside the activations: its chunks and the head's gradient."""
+    logits = min(tokens * config.vocab_size, affordable_chunk(memory))
+    per_logit = 3 * number_bytes if compiled else LOSS_BYTES_PER_LOGIT
+    return per_logit * logits + FLOAT32 * config.vocab_size * config.hidden_size
+
+
+def largest_stack(config: NanoChatConfig) -> int:
+    """Parameters of the equally shaped matrices that Muon orthogonalises at once."""
+    width = config.hidden_size
+    square = (2 if config.num_key_value_heads < config.num_attention_heads else 4) * query_width(config) * width
+    return config.num_hidden_layers * max(square, width * config.intermediate_size)
 
 
 def sliding_windows(config: NanoChatConfig) -> list[int | None]:

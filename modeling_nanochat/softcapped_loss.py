@@ -2,7 +2,8 @@
 
 The logits of a large vocabulary are the memory peak of training: 4 x 1,024 tokens of 32,768 logits are half a gigabyte,
 several times over. Here rows go through the head in chunks, and the gradients are made in the same pass, so that no
-logit is kept or computed twice.
+logit is kept or computed twice. Compiled, what happens between a chunk's products is one kernel, in the same code for
+all chunks.
 
 One pass over a chunk suffices because the cap bounds its logits: their exponentials need no maximum subtracted first,
 and the division by their sum moves from the chunk to the rows around it (before one product, after the other).
@@ -12,12 +13,31 @@ fused head belongs to its trainers, Liger's has the cap but needs Triton and rea
 """
 
 import torch
+from torch.compiler import assume_constant_result, nested_compile_region
 
 IGNORED = -100
 SAFE_SOFTCAP = 60.0  # the exponentials of a vocabulary within this bound still add up in float32
-# Logits per chunk: on a CPU what the caches hold, on an accelerator enough rows to keep it busy.
-CPU_CHUNK = 2**24
-ACCELERATOR_CHUNK = 2**27
+CPU_CHUNK = 2**24  # what the caches hold
+ACCELERATOR_CHUNKS = (2**27, 2**29)  # the least for little memory, the most that is of use: 8,192 rows of 65,536
+MEMORY_PER_LOGIT = 128  # bytes of an accelerator for each logit of a chunk, which takes 4 to 12 of them
+
+
+@assume_constant_result
+def chunk_logits(device: torch.device) -> int:
+    """Logits of one chunk on `device`.
+
+    By the whole memory, a power of two: chunks by what is free would round differently in every run, and compile anew.
+    """
+    if device.type == "cpu":
+        return CPU_CHUNK
+    known = device.type == "cuda" and torch.cuda.is_available()
+    return affordable_chunk(torch.cuda.get_device_properties(device).total_memory if known else 0)
+
+
+def affordable_chunk(memory: int) -> int:
+    """Logits of one chunk on an accelerator with `memory` bytes."""
+    least, most = ACCELERATOR_CHUNKS
+    return max(least, min(most, 2 ** (max(1, memory // MEMORY_PER_LOGIT).bit_length() - 1)))
 
 
 def softcapped_cross_entropy(
@@ -48,8 +68,7 @@ def softcapped_cross_entropy(
         raise ValueError(f"{tuple(targets.shape)} targets for {tuple(hidden_states.shape[:-1])} hidden states")
     rows, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
     if chunk_rows is None:
-        budget = CPU_CHUNK if rows.device.type == "cpu" else ACCELERATOR_CHUNK
-        chunk_rows = max(1, budget // head_weight.shape[0])
+        chunk_rows = max(1, chunk_logits(rows.device) // head_weight.shape[0])
     return SoftcappedCrossEntropy.apply(
         rows, head_weight, targets, softcap, ignore_index, chunk_rows, product_dtype(rows), torch.is_grad_enabled()
     )
@@ -107,19 +126,11 @@ def over_chunks(
 ) -> torch.Tensor:
     """The summed loss of rows (N, C); fills in the gradients of rows (N, C) and head (V, C) that are not None."""
     loss = torch.zeros((), dtype=torch.float32, device=rows.device)
+    learning = row_gradients is not None or weight_gradient is not None
     for start in range(0, rows.shape[0], chunk_rows):
         chunk, target = rows[start : start + chunk_rows].to(head.dtype), targets[start : start + chunk_rows]
-        valid = (target != ignore_index).unsqueeze(1)
-        target = torch.where(valid, target.unsqueeze(1), 0)
-        exponentials, slopes, chosen, offset = exponentiate(chunk, head, target, softcap)
-        total = exponentials.sum(-1, keepdim=True)
-        loss = loss + ((total.log() + offset - chosen) * valid).sum()
-        if row_gradients is None and weight_gradient is None:
-            continue
-        per_row = valid / total
-        slope = 1 if slopes is None else slopes.gather(1, target)
-        pull = exponentials if slopes is None else exponentials.mul_(slopes)
-        pull = pull.scatter_add_(1, target, -total * slope).to(head.dtype)
+        summed, pull, per_row = loss_and_pull(chunk, head, target, softcap, ignore_index, learning)
+        loss = loss + summed
         if row_gradients is not None:
             row_gradients[start : start + chunk_rows] = (pull @ head) * per_row
         if weight_gradient is not None:
@@ -127,10 +138,38 @@ def over_chunks(
     return loss
 
 
+@nested_compile_region
+def loss_and_pull(
+    chunk: torch.Tensor,
+    head: torch.Tensor,
+    target: torch.Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    learning: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The summed loss of a chunk (n, C) under the head (V, C), and its gradient before the cap as two factors.
+
+    Returns:
+        The loss, 0-d in float32; (n, V) in the head's dtype and (n, 1) in float32, to be multiplied, or None, None.
+    """
+    valid = (target != ignore_index).unsqueeze(1)
+    target = torch.where(valid, target.unsqueeze(1), 0)
+    exponentials, squares, chosen, offset = exponentiate(chunk, head, target, softcap)
+    total = exponentials.sum(-1, keepdim=True)
+    loss = ((total.log() + offset - chosen) * valid).sum()
+    if not learning:
+        return loss, None, None
+    slope = 1.0
+    if squares is not None:  # tanh' = 1 - tanh^2
+        slope = 1 - squares.gather(1, target)
+        exponentials.addcmul_(exponentials, squares, value=-1)
+    return loss, subtract_one_hot(exponentials, target, total * slope).to(head.dtype), valid / total
+
+
 def exponentiate(
     chunk: torch.Tensor, head: torch.Tensor, target: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | float]:
-    """Exponentials (n, V), the cap's slopes (n, V) or None, the targets' logits (n, 1), what was subtracted (n, 1)."""
+    """Exponentials (n, V), squares of tanh (n, V) or None, the targets' logits (n, 1), what was subtracted (n, 1)."""
     if softcap is None:
         logits = (chunk @ head.t()).float()
         peak = logits.amax(-1, keepdim=True)
@@ -142,7 +181,18 @@ def exponentiate(
     if softcap > SAFE_SOFTCAP:
         peak = logits.amax(-1, keepdim=True)
         logits -= peak
-    return logits.exp_(), squashed.square_().neg_().add_(1), chosen, peak
+    return logits.exp_(), squashed.square_(), chosen, peak
+
+
+def subtract_one_hot(rows: torch.Tensor, target: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
+    """`rows` (n, V), less `amount` (n, 1) in each row's column `target` (n, 1); changes `rows` where it is not compiled.
+
+    A compiler would write `rows` out for a scatter; a comparison it computes along with what is before and after.
+    """
+    if torch.compiler.is_compiling():
+        columns = torch.arange(rows.shape[1], device=rows.device)
+        return rows - torch.where(columns == target, amount, 0.0)
+    return rows.scatter_add_(1, target, -amount)
 
 
 def accumulate(total: torch.Tensor, pull: torch.Tensor, rows: torch.Tensor) -> None:

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.softcapped_loss import CPU_CHUNK
+from modeling_nanochat.sizes import saved_bytes_per_token
+from modeling_nanochat.softcapped_loss import chunk_logits
 
 # Tokens of a pass beyond which it gets no faster. On a CPU 4,096 were the fastest, at widths of 128 and 384; 32,768 took
 # twice as long per token, for activations leave the caches. The original runs 65,536 on GPUs of 80 GB.
@@ -139,15 +140,14 @@ def memory_for_activations(model: nn.Module) -> float:
 
 
 def activation_bytes(config: NanoChatConfig, max_length: int, rows: int, device: torch.device) -> int:
-    """Bytes that a training pass holds, in float32: what autograd saves (a little more), and one chunk of logits.
+    """Bytes that a training pass holds, in float32: what autograd saves, and one chunk of logits.
 
-    Per token and layer: three times the MLP's inner width, a dozen times the model's, and a row of the mask; without a
-    fused kernel (MPS) also the scores of every head, twice.
+    Beside what is saved in any case, in each layer and for each token a row of the mask; without a fused kernel (MPS) also
+    the scores of every head, twice.
     """
     scores = 0 if device.type == "cpu" else 2 * config.num_attention_heads * max_length
-    layer = 3 * config.intermediate_size + 12 * config.hidden_size + max_length + scores
-    per_token = config.num_hidden_layers * layer + 8 * config.hidden_size
-    return 4 * (rows * max_length * per_token + 3 * CPU_CHUNK)
+    per_token = saved_bytes_per_token(config, 4, compiled=False) + 4 * config.num_hidden_layers * (max_length + scores)
+    return rows * max_length * per_token + 4 * 3 * chunk_logits(device)
 
 
 def smallest(accelerator: Accelerator, number: int) -> int:

@@ -35,6 +35,7 @@ from modeling_nanochat.python_tool import check_sandbox, python
 from modeling_nanochat.self_check import check_cached_decoding, check_renderings
 from modeling_nanochat.sources import expand, read_jsonl
 from modeling_nanochat.tokenization_nanochat import whole_characters, whole_messages
+from recipes.attention import AttentionArguments, set_attention
 from recipes.model_card import CardArguments
 from recipes.stage import check_output
 from recipes.trl_settings import GRPOSettings, parse_settings
@@ -53,7 +54,7 @@ CHECKS = {"gsm8k": check_gsm8k, "match": check_match}  # the kinds of records wh
 
 
 @dataclass
-class GRPOArguments(CardArguments, RateArguments):
+class GRPOArguments(CardArguments, RateArguments, AttentionArguments):
     """What `trl.GRPOConfig` does not have."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Fine-tuned model: folder or Hub id."})
@@ -85,6 +86,7 @@ def main() -> None:
     problems = read_problems(args.train_files)
     check_rows(training, len(problems))
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
+    set_attention(model, args.attn_implementation, training.device, training.bf16)
     check_renderings(tokenizer)
     args = replace(args, examples=args.examples_or_those_of(model))
     set_seed(training.seed)

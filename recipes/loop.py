@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 
 from modeling_nanochat.errors import UserError
 
+from .attention import AttentionArguments, check_attention, evaluation_attention
 from .batch_size import explain_out_of_memory, is_out_of_memory
 from .checkpoint import Checkpoint, Checkpoints, restore_random_state
 from .dial import Plan, check_ranges, check_whole_rows, given_or_none
 from .learning import LearningWatch
 from .loader import Loader
-from .optimizer import MuonAdamW, muon_adamw
+from .optimizer import MuonAdamW, compiles_on, muon_adamw
 from .precision import convert_to_float8, evaluation_precision
 from .progress import GarbageFreezer, Laps, Progress, ProgressReport
 from .stage import StageLog
@@ -37,7 +38,7 @@ Tracker = Literal[
 
 
 @dataclass
-class LoopArguments:
+class LoopArguments(AttentionArguments):
     """What pretraining and midtraining have in common. Empty values are derived: see `recipes/dial.py`."""
 
     training_recipe: Literal["current", "classic"] = field(
@@ -87,6 +88,7 @@ class LoopArguments:
             shares={name: getattr(self, name) for name in shares},
         )
         check_whole_rows(given_or_none(self.total_batch_size), self.max_length)
+        check_attention(self.attn_implementation)
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}; give one below 2^32")
 
@@ -122,6 +124,7 @@ FREE_TO_CHANGE = {
     "save_steps",
     "resume",
     "torch_compile",
+    "attn_implementation",
     "report_to",
 }
 
@@ -256,7 +259,7 @@ def prepare(
     share, so that backward passes never communicate.
     """
     names = ("recipe", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "max_grad_norm")
-    options = {name: getattr(plan, name) for name in names} | {"compile": accelerator.device.type == "cuda"}
+    options = {name: getattr(plan, name) for name in names} | {"compile": compiles_on(accelerator.device)}
     model.train()  # a loaded model comes in evaluation mode, where the loss is computed in another way, with more memory
     if accelerator.is_fsdp2:
         module, prepared = accelerator.prepare(model, muon_adamw(model, **options))
@@ -307,7 +310,8 @@ def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches:
         number of processes: their mean over the processes is the gradient of the loss.
     """
     labels = [batch.get("labels", batch["input_ids"])[:, 1:] for batch in micro_batches]
-    learnt = torch.tensor(sum(int((label != -100).sum()) for label in labels), device=accelerator.device)
+    learnt = sum(int((label != -100).sum()) for label in labels)
+    learnt = torch.full((), learnt, device=accelerator.device)  # a copy would wait for the last step's optimizer
     learnt = accelerator.reduce(learnt, "sum").clamp(min=1)
     losses = []
     for number, batch in enumerate(micro_batches, start=1):
@@ -382,7 +386,7 @@ def evaluate(
     if not due:
         return
     model.eval()
-    with torch.no_grad(), evaluation_precision(model), report.accelerator.autocast():
+    with torch.no_grad(), evaluation_precision(model), evaluation_attention(model), report.accelerator.autocast():
         for one in due:
             report.evaluated(progress, *one.run(model))
     model.train()

@@ -13,6 +13,7 @@ from modeling_nanochat.cli import is_verbose
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sources import first_line
 
+from .attention import choose_attention
 from .batch_size import find_batch_size, smallest
 from .checkpoint import Checkpoint, Checkpoints
 from .compilation import maybe_compile
@@ -88,6 +89,7 @@ def run_stage(
     if accelerator.is_main_process:
         announce(model, plan, accumulation, batch_size, accelerator.num_processes, resume_from)
     module = maybe_compile(module, args.torch_compile, accelerator)
+    choose_attention(model, args.attn_implementation, args.torch_compile, accelerator)
     going_on = {"step": resume_from.step, "seconds": resume_from.state["seconds"]} if resume_from else {}
     log = StageLog(output.output_dir, accelerator.is_main_process, **going_on)
     loader = Loader(
@@ -123,6 +125,7 @@ def run_stage(
     if accelerator.is_main_process:
         derived = {key: value for key, value in asdict(plan).items() if key != "origins"}
         resolved = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        resolved["attn_implementation"] = model.config._attn_implementation
         record = record | {"settings": settings(*arguments) | derived | resolved, "given": given(*arguments)}
         record |= vars(progress)
         finish_stage(model, tokenizer, output, log, record, model_card, weights)

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from . import muon
+from .compilation import compiler_available
 from .parameter_groups import parameter_groups
 from .sharding import SMALL, MatricesShare, RowsShare, ShardShare, Share, SmallShare, clip, in_turns
 from .state_shares import Slot, piece_name, read_slots
@@ -245,6 +246,11 @@ def by_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     for p in params:
         stacks[p.shape].append(p)
     return list(stacks.values())
+
+
+def compiles_on(device: torch.device) -> bool:
+    """Whether Muon's functions are to be compiled on `device`: where it pays, on CUDA, if a compiler works there."""
+    return device.type == "cuda" and compiler_available("cuda")[0]
 
 
 def uses_second_moment(group: dict) -> bool:

@@ -22,6 +22,7 @@ from trl import SFTTrainer
 
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
+from recipes.attention import AttentionArguments, set_attention
 from recipes.data import read_conversations, render
 from recipes.model_card import CardArguments
 from recipes.packing import Conversation
@@ -39,7 +40,7 @@ from recipes.trl_stage import (
 
 
 @dataclass
-class SFTArguments(CardArguments, RateArguments):
+class SFTArguments(CardArguments, RateArguments, AttentionArguments):
     """What `trl.SFTConfig` does not have."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Midtrained model: folder or Hub id."})
@@ -63,6 +64,7 @@ def main() -> None:
     checkpoint = find_checkpoint(training)
     conversations = read_conversations(args.train_files)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
+    set_attention(model, args.attn_implementation, training.device, training.bf16)
     set_max_length(training, model.config.max_position_embeddings)
     args = replace(args, examples=args.examples_or_those_of(model))
     set_seed(training.seed)

@@ -25,7 +25,7 @@ from .learning import LearningWatch
 from .loop import gradient_norm
 from .loop_stage import end
 from .model_card import model_card
-from .optimizer import muon_adamw
+from .optimizer import compiles_on, muon_adamw
 from .progress import LiveLine
 from .stage import OutputArguments, StageLog, beside, finish_stage, lines_up_to, push, settings
 from .trl_settings import one_line
@@ -75,7 +75,8 @@ class MuonTrainer:
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
-            self.optimizer = muon_adamw(model, **self.muon_rates, weight_decay=self.args.weight_decay)
+            options = {"weight_decay": self.args.weight_decay, "compile": compiles_on(self.args.device)}
+            self.optimizer = muon_adamw(model, **self.muon_rates, **options)
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -359,4 +360,5 @@ def record(
 def run_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings that make a run what it is, as they were given."""
     free = {"resume_from_checkpoint", "output_dir", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private_repo"}
+    free |= {"attn_implementation"}
     return {key: value for key, value in given.items() if key not in free}

@@ -5,14 +5,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from modeling_nanochat.errors import UserError
 from recipes.benchmarks import gpu_check
 from recipes.benchmarks.gpu_check import GPUCheckArguments, run_check, summary
-from recipes.benchmarks.gpu_checks import CHECKS, Check, Report, Setting, Skipped
+from recipes.benchmarks.gpu_checks import CHECKS, Check, Report, Setting, Skipped, right
+from recipes.benchmarks.gpu_checks.decode import compare
 from recipes.benchmarks.gpu_checks.measuring import idle_share, kind_of, longest, milliseconds_by_kind
+from recipes.benchmarks.gpu_checks.runs import make_batch
 
 ROOT = Path(__file__).parents[1]
 # An original of the smallest kind: the interface that the check calls, none of its code.
@@ -72,16 +75,16 @@ def run(monkeypatch, capsys, tmp_path):
     return run
 
 
-def register(monkeypatch, tmp_path, body: str, **more) -> None:
-    """A check `probe` with this body, in a module that its process finds."""
-    code = f"def check(setting, report):\n    {body}\n"
+def register(monkeypatch, tmp_path, body: str, prepare: str = "pass", **more) -> None:
+    """A check `probe` with this body and preparation, in a module that its process finds."""
+    code = f"def check(setting, report):\n    {body}\ndef prepare(setting):\n    {prepare}\n"
     start = f"from recipes.benchmarks import gpu_checks\n{code}"
     (tmp_path / "sitecustomize.py").write_text(
         "import recipes.benchmarks.gpu_checks as g, types, sys\n"
         f"m = types.ModuleType(g.__name__ + '.probe'); exec({start!r}, m.__dict__); sys.modules[m.__name__] = m\n"
-        "g.CHECKS['probe'] = g.Check('probe', 'probe:check', 60)\n"
+        "g.CHECKS['probe'] = g.Check('probe', 'probe:check', 1, 60, prepare='probe:prepare')\n"
     )
-    monkeypatch.setitem(CHECKS, "probe", Check("probe", "probe:check", 60, **more))
+    monkeypatch.setitem(CHECKS, "probe", Check("probe", "probe:check", 1, 60, **more))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
@@ -142,9 +145,27 @@ def test_a_process_that_dies_is_an_error(monkeypatch, setting, tmp_path):
 
 
 def test_what_cannot_run_is_skipped_by_name(monkeypatch, setting, tmp_path):
-    monkeypatch.setitem(CHECKS, "probe", Check("probe", "probe:check", 60, needs=("torch", "no_such_library")))
+    monkeypatch.setitem(CHECKS, "probe", Check("probe", "probe:check", 1, 60, needs=("torch", "no_such_library")))
     assert outcome(setting, tmp_path)["reason"] == "no_such_library is not installed"
     assert outcome(setting, tmp_path, limit=0.5)["reason"] == "no time left"
+
+
+def test_while_a_check_runs_that_measures_no_time_others_are_made_ready(monkeypatch):
+    monkeypatch.setattr(gpu_check, "missing", lambda name: ["torchao"] if name == "g5" else [])
+    following = dict(gpu_check.with_following(["g0", "g2", "g3", "g3_turbo", "g1", "g5", "g6", "g10", "g11"]))
+    assert {name: names for name, names in following.items() if names} == {"g2": ["g3", "g3_turbo"], "g6": ["g10"]}
+    assert all(CHECKS[name].prepare and CHECKS[name].timed for names in following.values() for name in names)
+
+
+def test_what_makes_checks_ready_runs_beside_a_block_and_ends_with_it(monkeypatch, setting, tmp_path):
+    monkeypatch.setattr(gpu_check, "MOST_WAIT", 0.1)
+    ready = tmp_path / "ready"
+    register(monkeypatch, tmp_path, "pass", f"import os, time; open('{ready}', 'w').write(str(os.getpid())); time.sleep(60)")
+    with open(tmp_path / "log", "w", encoding="utf-8") as log, gpu_check.preparing(["probe"], setting, log):
+        end = time.monotonic() + 30
+        while not (ready.exists() and ready.read_text()) and time.monotonic() < end:
+            time.sleep(0.1)
+    assert not psutil.pid_exists(int(ready.read_text()))
 
 
 def test_failed_gates_end_the_command_with_an_error(run, monkeypatch, tmp_path):
@@ -195,6 +216,21 @@ def test_right(check):
         assert gates[f"{architecture} float32: greedy ids, padded = alone"]
 
 
+def test_gradients_of_scales_are_judged_by_how_far_rounding_moves_them(setting):
+    config = right.small_config(setting, "turbo")
+    model = right.model_on("cpu", config).train()
+    batches = [make_batch(setting, config, 2, 48, seed) for seed in range(4)]
+    rounding = right.rounding_of_scales(model, batches, torch.bfloat16)
+    assert rounding.keys() == {f"model.{name}" for name in ("backout_lambda", "resid_lambdas", "smear_lambda", "x0_lambdas")}
+    exact, rounded = (right.reference_pass(model, batches[0], dtype)[1] for dtype in (torch.float32, torch.bfloat16))
+    wrong = {key: gradient * 1.5 if key == "model.x0_lambdas" else gradient for key, gradient in exact.items()}
+    found = Report(lambda *_: None)
+    for gradients in (rounded, wrong):
+        right.check_scales(found, "turbo", gradients, exact, rounding)
+    assert [gate["passed"] for gate in found.gates] == [True, False]
+    assert found.figures["turbo: worst scale"] == "model.x0_lambdas"
+
+
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_training(check, architecture):
     report = check("g3" if architecture == "plain" else "g3_turbo")
@@ -209,6 +245,27 @@ def test_attention_and_decoding(check):
     assert check("g1").figures["causal"]["ms"] > 0
     report = check("g10")
     assert all(gate["passed"] for gate in report.gates) and report.figures["3 rows eager"]["steps_per_second"] > 0
+    assert 0 < report.figures["3 rows eager: logits after the same tokens"]["largest"] < 1e-3
+
+
+def test_logits_count_where_the_first_choice_leads_by_more_than_rounding_moves_it():
+    right = torch.tensor([[[3.0, 1.0, 0.0], [2.0, 1.9, 0.0]]])
+    rounding = torch.full_like(right, 0.1)
+    close = right + torch.tensor([0.0, 0.15, 0.0])  # turns the second choice, which is too close to be sure of
+    assert compare(close, right, rounding) == {
+        "largest": pytest.approx(0.15), "relative": pytest.approx(0.15 * 2**0.5 / 0.1 / 6**0.5), "decided": 0.5, "equal": 1.0
+    }  # fmt: skip
+    assert compare(right.flip(-1), right, rounding)["equal"] == 0.0
+
+
+def test_memory_and_data(check):
+    memory = check("g7")
+    assert [gate["passed"] for gate in memory.gates] == [True]
+    (found,) = memory.figures.values()
+    assert found["rows"] == 8 and found["predicted_gib"] > 0
+    data = check("g11")
+    assert len(data.gates) == 2 and all(gate["passed"] for gate in data.gates)
+    assert data.figures["tokens/s"] > 100 and data.figures["vocabulary"] == 400
 
 
 def test_the_original_beside_ours(check, tmp_path, monkeypatch):
@@ -226,7 +283,7 @@ def test_the_original_beside_ours(check, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["g8", "g9"])
+@pytest.mark.parametrize("name", ["g6", "g8", "g9"])
 def test_stages(check, name):
     report = check(name)
     assert report.gates and all(gate["passed"] for gate in report.gates), report

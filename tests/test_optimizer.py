@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
 from recipes import muon
-from recipes.optimizer import MuonAdamW, muon_adamw
+from recipes.optimizer import MuonAdamW, compiles_on, muon_adamw
 from recipes.schedule import Schedule
 
 
@@ -228,6 +228,14 @@ def test_compiled_it_does_the_same_and_no_schedule_compiles_anew():
         return torch.stack(params)
 
     assert (run(True) - run(False)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_muon_is_compiled_on_cuda_where_a_compiler_works(monkeypatch, works):
+    tried = []
+    monkeypatch.setattr("recipes.optimizer.compiler_available", lambda device: tried.append(device) or (works, ""))
+    assert compiles_on(torch.device("cuda:1")) == works
+    assert not compiles_on(torch.device("cpu")) and tried == ["cuda"]
 
 
 def test_every_parameter_is_in_one_group_and_matrices_go_to_muon():

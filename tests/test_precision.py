@@ -1,7 +1,6 @@
 """float8 runs on torchao where that is installed, emulated; elsewhere on a stand-in with torchao's names and contracts."""
 
 import sys
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from types import ModuleType
 
@@ -9,6 +8,7 @@ import accelerate.accelerator
 import accelerate.state
 import accelerate.utils.dataclasses
 import accelerate.utils.imports
+import float8
 import pytest
 import torch
 from accelerate import Accelerator
@@ -45,31 +45,6 @@ def machine(monkeypatch, capability: tuple[int, int] | None) -> list[str]:
     return chosen
 
 
-class StandIn(ModuleType):
-    """`torchao.float8`, as far as it is used."""
-
-    @dataclass
-    class Float8LinearConfig:
-        pad_inner_dim: bool = False
-        enable_fsdp_float8_all_gather: bool = False
-        emulate: bool = False
-
-    class Float8Linear(nn.Linear):
-        def forward(self, input):
-            weight = self.weight.to(torch.float8_e4m3fn).to(input.dtype)
-            return nn.functional.linear(input.to(torch.float8_e4m3fn).to(input.dtype), weight)
-
-    def convert_to_float8_training(self, module, *, module_filter_fn, config):
-        for name, layer in list(module.named_modules()):
-            if isinstance(layer, nn.Linear) and module_filter_fn(layer, name):
-                with torch.device("meta"):
-                    new = self.Float8Linear(layer.in_features, layer.out_features, bias=False)
-                new.weight = layer.weight
-                parent, _, child = name.rpartition(".")
-                setattr(module.get_submodule(parent), child, new)
-        return module
-
-
 @pytest.fixture
 def torchao(monkeypatch):
     try:
@@ -79,7 +54,7 @@ def torchao(monkeypatch):
             return torchao.float8
     except PackageNotFoundError:  # importable, but not installed
         pass
-    stand_in = StandIn("torchao.float8")
+    stand_in = float8.stand_in()
     monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
     monkeypatch.setitem(sys.modules, "torchao.float8", stand_in)
     for module in (accelerate.utils.dataclasses, accelerate.utils.imports, accelerate.accelerator):

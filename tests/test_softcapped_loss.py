@@ -1,15 +1,19 @@
 """The chunked loss against the whole logits: same value, same gradients, little memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import random_model
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
-from modeling_nanochat.softcapped_loss import softcapped_cross_entropy
+from modeling_nanochat.softcapped_loss import chunk_logits, softcapped_cross_entropy
 from recipes.trl_settings import SFTSettings
 
 
@@ -147,3 +151,57 @@ def test_trl_computes_the_loss_of_the_models_own_logits(toy_model_and_tokenizer,
         inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
         loss = trainer.compute_loss(trainer.model, inputs)
         assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def compiled_loss(chunks: int, softcap: float | None, seed: int = 0):
+    """The compiled loss of `chunks` and a half, its graphs, and what goes into it."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    generator = torch.Generator().manual_seed(seed)
+    rows = 16 * chunks + 8
+    hidden_states, weight = torch.randn(rows, 12, generator=generator), torch.randn(50, 12, generator=generator)
+    targets = torch.randint(0, 50, (rows,), generator=generator).masked_fill(torch.arange(rows) % 5 == 0, -100)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled = torch.compile(softcapped_cross_entropy, backend=backend, fullgraph=True, dynamic=False)
+    ours = loss_and_gradients(compiled, hidden_states, weight, targets, softcap, chunk_rows=16)
+    return ours, graphs, (hidden_states, weight, targets, softcap)
+
+
+@pytest.mark.parametrize("softcap", [15.0, 100.0, None])
+def test_compiled_value_and_gradients_are_those_of_the_whole_logits(softcap):
+    ours, _, given = compiled_loss(3, softcap)
+    for mine, theirs in zip(ours, loss_and_gradients(whole, *given), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def operators(module: torch.fx.GraphModule) -> list[str]:
+    """Names of what is called, in the graph and in the graphs that it calls."""
+    inner = [operators(child) for child in module.children() if isinstance(child, torch.fx.GraphModule)]
+    return [str(node.target) for node in module.graph.nodes if node.op == "call_function"] + sum(inner, [])
+
+
+def test_compiled_nothing_is_scattered_and_a_chunk_more_is_little_more_to_compile():
+    (_, few, _), (_, many, _) = compiled_loss(2, 15.0), compiled_loss(10, 15.0)
+    few, many = ([name for graph in graphs for name in operators(graph)] for graphs in (few, many))
+    assert not [name for name in few if "scatter" in name]
+    assert len(many) - len(few) <= 8 * 24
+    assert many.count("aten.tanh.default") == few.count("aten.tanh.default") == 2  # one of a whole chunk, one of the rest
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "logits"), [(8, 2**27), (24, 2**27), (40, 2**28), (48, 2**28), (79, 2**29), (141, 2**29)]
+)
+def test_chunks_are_larger_where_there_is_more_memory(monkeypatch, gigabytes, logits):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert chunk_logits(torch.device("cuda:0")) == logits
+
+
+def test_on_other_devices_chunks_are_small():
+    assert chunk_logits(torch.device("cpu")) < chunk_logits(torch.device("mps")) < 2**28

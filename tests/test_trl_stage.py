@@ -14,7 +14,9 @@ from training import forkserver, run
 
 import recipes.grpo
 import recipes.sft
+import recipes.trl_stage
 from modeling_nanochat.errors import UserError
+from recipes.optimizer import muon_adamw
 from recipes.sft import NanoChatSFTTrainer
 from recipes.trl_stage import newest_whole
 
@@ -79,6 +81,19 @@ def test_the_same_command_again_is_already_finished_and_other_settings_are_refus
     assert (output / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="already exists"):
         start("sft", max_steps=2)
+
+
+def test_muon_is_compiled_where_that_pays(start, monkeypatch):
+    devices, compiled = [], []
+
+    def spy(*args, compile, **options):
+        compiled.append(compile)
+        return muon_adamw(*args, **options)
+
+    monkeypatch.setattr(recipes.trl_stage, "compiles_on", lambda device: devices.append(device) or True)
+    monkeypatch.setattr(recipes.trl_stage, "muon_adamw", spy)
+    start("sft", max_steps=1)
+    assert compiled == [True] and {device.type for device in devices} == {"cpu"}
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)

@@ -4,12 +4,14 @@
     python recipes/benchmarks/gpu_check.py --only g0 g2 g3 --output check.jsonl
     python recipes/benchmarks/gpu_check.py --only g4 --original ../nanochat
 
-Made for one H100 and eight minutes. Each check runs in a process of its own with a time limit, and its result is printed
-and appended to `--output` as one line of JSON as soon as it ends, so a run that is cut off has told what it found. Figures
-describe; gates must hold, or the command fails. What the checks print themselves goes to a log beside the output.
+Made for one H100. Each check runs in a process of its own with a time limit, and its result is printed and appended to
+`--output` as one line of JSON as soon as it ends, so a run that is cut off has told what it found. Figures describe; gates
+must hold, or the command fails. What the checks print themselves goes to a log beside the output.
 
-Compiled code is kept in torch's cache, so a check that is run again measures at once. Checks whose speed does not matter
-(g2, g8, g9) may run at the same time as another command that only fills that cache.
+Most of the time is torch.compile's. What it makes is kept in torch's cache (TORCHINDUCTOR_CACHE_DIR, if set), so a check that
+is run again measures at once, and while a check runs that measures no time, another process compiles for those that
+follow. `--help` has the seconds of each check with nothing compiled. With that the eight minutes suffice for about the first
+seven checks; what is left is named as skipped, for a second command with `--only`.
 
 With `--device cpu` the same code runs at toy sizes in float32, where only gates about results hold, none about speed.
 """
@@ -21,6 +23,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -39,10 +42,16 @@ from transformers import HfArgumentParser
 from evals.records import aligned_table
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from recipes.attention import check_attention
 from recipes.benchmarks.gpu_checks import CHECKS, MARK, ROOT, Setting, environment
 
-CHILD = "import sys; from recipes.benchmarks.gpu_checks.child import main; main(*sys.argv[1:])"
+CHILD = "import sys; from recipes.benchmarks.gpu_checks import child; child.{function}(*sys.argv[1:])"
+MOST_WAIT = 60  # seconds for what is being compiled beside a check, once that has ended
 Result = dict[str, Any]
+
+
+def seconds_of_checks() -> str:
+    return ", ".join(f"{name} {check.seconds}" for name, check in CHECKS.items())
 
 
 @dataclass
@@ -50,7 +59,8 @@ class GPUCheckArguments:
     """What to check."""
 
     only: list[str] = field(
-        default_factory=list, metadata={"help": f"Checks to run, of {', '.join(CHECKS)}; g3 stands for all g3_… too."}
+        default_factory=list,
+        metadata={"help": f"Checks to run; g3 stands for all g3_… too. With their seconds: {seconds_of_checks()}."},
     )
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "cpu: everything at toy size."})
     output: str = field(default="runs/gpu_check.jsonl", metadata={"help": "Results, one JSON line per check; begun anew."})
@@ -59,6 +69,9 @@ class GPUCheckArguments:
     )
     rows: int | None = field(default=None, metadata={"help": "Rows of a training step; default: 32 plain, 16 turbo."})
     window_pattern: str | None = field(default=None, metadata={"help": "Of turbo's layers in training; L: no windows."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Of training, as in the recipes; default: what they take on this GPU."}
+    )
     limit: int | None = field(default=None, metadata={"help": "Most seconds of a check; default: each has its own."})
     total: int = field(default=480, metadata={"help": "Seconds after which no check begins and the running one ends."})
 
@@ -71,6 +84,7 @@ class GPUCheckArguments:
         for name in self.only:
             if not selected(name):
                 raise UserError(f"only: {name!r} is none of {', '.join(CHECKS)}")
+        check_attention(self.attn_implementation)
         if self.original and not Path(self.original).is_dir():
             raise UserError(f"original: {self.original} is no folder; give a checkout of the original nanochat")
         for name in ("limit", "total", "rows"):
@@ -109,17 +123,40 @@ def main() -> None:
     end, results = time.monotonic() + args.total, []
     with log, tempfile.TemporaryDirectory(prefix="gpu_check_") as work_dir:
         original = str(Path(args.original).resolve()) if args.original else None
-        setting = Setting(args.device, work_dir, original, args.window_pattern, args.rows)
-        for name in args.names():
-            result = run_check(name, setting, min(args.limit or CHECKS[name].limit, end - time.monotonic()), log)
-            results.append(result)
-            line = json.dumps(result)
-            print(line, flush=True)
-            with output.open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+        setting = Setting(args.device, work_dir, original, args.window_pattern, args.rows, args.attn_implementation)
+        for name, following in with_following(args.names()):
+            limit = min(args.limit or CHECKS[name].limit, end - time.monotonic())
+            with preparing(following if setting.on_gpu else [], setting, log):
+                results.append(run_check(name, setting, limit, log))
+                line = json.dumps(results[-1])
+                print(line, flush=True)
+                with output.open("a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
     print(summary(results), flush=True)
     if wrong := [result["check"] for result in results if result["status"] in ("failed", "error", "timed out")]:
         raise UserError(f"{', '.join(wrong)}: not as it should be; {output} has the figures, {log_path} the output")
+
+
+def with_following(names: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each check with those to be made ready while it runs: all after it up to the next one that does as much."""
+    for number, name in enumerate(names):
+        following = []
+        if not CHECKS[name].timed:
+            following = list(itertools.takewhile(lambda after: CHECKS[after].timed, names[number + 1 :]))
+        yield name, [after for after in following if CHECKS[after].prepare and not missing(after)]
+
+
+@contextlib.contextmanager
+def preparing(names: list[str], setting: Setting, log: Any) -> Iterator[None]:
+    """In this block a process compiles for the checks `names`; it has a while to finish, and fails unnoticed."""
+    if not names:
+        yield
+        return
+    command = [sys.executable, "-c", CHILD.format(function="prepare"), json.dumps(asdict(setting)), *names]
+    with own_group(command, setting, log) as process:
+        yield
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(MOST_WAIT)
 
 
 def run_check(name: str, setting: Setting, limit: float, log: Any) -> Result:
@@ -131,8 +168,8 @@ def run_check(name: str, setting: Setting, limit: float, log: Any) -> Result:
         return result | {"status": "skipped", "reason": reason}
     log.write(f"\n===== {name} {check.title}\n")
     started = time.monotonic()
-    command = [sys.executable, "-c", CHILD, name, json.dumps(asdict(setting))]
-    with own_group(command, setting) as process:
+    command = [sys.executable, "-c", CHILD.format(function="main"), name, json.dumps(asdict(setting))]
+    with own_group(command, setting, subprocess.PIPE) as process:
         reader = threading.Thread(target=listen, args=(process, result, log), daemon=True)
         reader.start()
         try:
@@ -157,16 +194,20 @@ def why_not(name: str, setting: Setting, limit: float) -> str | None:
         return "no time left"
     if check.gpu_only and not setting.on_gpu:
         return "needs a GPU"
-    if missing := [module for module in check.needs if importlib.util.find_spec(module) is None]:
-        return f"{missing[0]} is not installed"
+    if absent := missing(name):
+        return f"{absent[0]} is not installed"
     return None
 
 
+def missing(name: str) -> list[str]:
+    return [module for module in CHECKS[name].needs if importlib.util.find_spec(module) is None]
+
+
 @contextlib.contextmanager
-def own_group(command: list[str], setting: Setting) -> Iterator[subprocess.Popen]:
+def own_group(command: list[str], setting: Setting, output: Any) -> Iterator[subprocess.Popen]:
     """A process with its descendants in a session of their own, all of which end with this block."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(setting), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command, cwd=ROOT, env=environment(setting), stdout=output, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
     try:

@@ -1,7 +1,6 @@
 """Whether the GPU computes what a CPU computes in float32: loss, gradients, padding, greedy choices, captured graphs."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from evals.contenders import fill_weights
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.decoding import Decoder
+from recipes.attention import choose_attention, evaluation_attention
+from recipes.loop import Batch, model_inputs
 
 from . import Report, Setting
 from .runs import TrainingRun, free, make_batch, make_config, make_run
@@ -21,6 +22,11 @@ PADDED_LENGTHS = (64, 192, 704, 640)  # three are 64 modulo 128, where a cuDNN k
 LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a gradient's norm
 LOSS_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 GREEDY_TOKENS = 24
+DOCUMENTS = (3, 7, 5, 11, 4, 6)  # in a row, on average, of one step after another
+# The gradients of turbo's scales are sums over all tokens and channels, whose terms cancel. bfloat16 rounds the terms, on a
+# CPU as well: how far that moves the sums is measured there, on several batches.
+ROUNDING_BATCHES = 6
+MOST_OF_ROUNDING = 4.0  # times the root mean square of the batches
 Gradients = dict[str, torch.Tensor]
 
 
@@ -46,22 +52,67 @@ def rows_and_length(setting: Setting) -> tuple[int, int]:
 def check_against_cpu(setting: Setting, report: Report, name: str, config: NanoChatConfig) -> None:
     """Loss and gradients of one pass: float32 on a CPU against eager and compiled on the device, as it trains."""
     rows, length = rows_and_length(setting)
-    reference = model_on("cpu", config)
-    expected_loss, expected = reference_pass(reference, make_batch(setting, config, rows, length)["input_ids"])
+    reference = model_on("cpu", config).train()
+    batches = [make_batch(setting, config, rows, length, seed) for seed in range(ROUNDING_BATCHES)]
+    expected_loss, expected = reference_pass(reference, batches[0])
+    rounding = rounding_of_scales(reference, batches, setting.dtype)
     for way in ("eager", "compiled") if setting.on_gpu else ("eager",):
         run = make_run(setting, config, rows, length, compiled=way == "compiled")
         run.model.load_state_dict(reference.state_dict())
         loss = run.backward()
         gradients = {key: p.grad for key, p in run.model.named_parameters()}
-        worst, difference = worst_of(differences(gradients, expected))
         report.figure(f"{name} {way}: loss", [loss, expected_loss])
-        report.figure(f"{name} {way}: worst gradient", worst)
         tolerance = LOSS_DIFFERENCE[setting.dtype]
         report.at_most(f"{name} {way}: loss, relative difference", abs(loss / expected_loss - 1), tolerance)
-        report.at_most(f"{name} {way}: gradients, relative", difference, LARGEST_DIFFERENCE[setting.dtype])
+        check_gradients(setting.dtype, report, f"{name} {way}", gradients, expected)
+        check_scales(report, f"{name} {way}", gradients, expected, rounding)
         run.optimizer.zero_grad(set_to_none=True)
         if way == "compiled":
             check_recompiles(report, name, run)
+
+
+def check_gradients(
+    dtype: torch.dtype, report: Report, title: str, found: Gradients, expected: Gradients
+) -> None:
+    """All of them where they are float32; in bfloat16 the matrices' and tables', see [`check_scales`]."""
+    if dtype != torch.float32:
+        found = {key: gradient for key, gradient in found.items() if not is_scale(gradient)}
+    worst, difference = worst_of(differences(found, expected))
+    report.figure(f"{title}: worst gradient", worst)
+    report.at_most(f"{title}: gradients, relative", difference, LARGEST_DIFFERENCE[dtype])
+
+
+def check_scales(
+    report: Report, title: str, found: Gradients, expected: Gradients, rounding: dict[str, float]
+) -> None:
+    """How far the gradients of scales are off, in multiples of what rounding does."""
+    multiples = {key: distance(found[key], expected[key]) / error for key, error in rounding.items()}
+    if multiples:
+        worst, multiple = worst_of(multiples)
+        report.figure(f"{title}: scales, relative", differences({key: found[key] for key in rounding}, expected))
+        report.figure(f"{title}: worst scale", worst)
+        report.at_most(f"{title}: scales, in multiples of bfloat16's rounding", multiple, MOST_OF_ROUNDING)
+
+
+def is_scale(tensor: torch.Tensor) -> bool:
+    return tensor.ndim < 2
+
+
+def rounding_of_scales(model: nn.Module, batches: list[Batch], dtype: torch.dtype) -> dict[str, float]:
+    """How far `dtype`'s rounding moves the gradient of each scale on the CPU: root mean square over the batches.
+
+    Nothing for float32.
+    """
+    squares: dict[str, list[float]] = {}
+    for batch in batches if dtype != torch.float32 else ():
+        exact, rounded = (reference_pass(model, batch, numbers)[1] for numbers in (torch.float32, dtype))
+        for key in filter(lambda key: is_scale(exact[key]), exact):
+            squares.setdefault(key, []).append(distance(rounded[key], exact[key]) ** 2)
+    return {key: (sum(values) / len(values)) ** 0.5 for key, values in squares.items()}
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return (found.float().cpu() - expected.float().cpu()).norm().item()
 
 
 def check_recompiles(report: Report, name: str, run: TrainingRun) -> None:
@@ -71,7 +122,7 @@ def check_recompiles(report: Report, name: str, run: TrainingRun) -> None:
     for number in range(4):
         if number == 2:
             run.model.eval()
-            with torch.no_grad(), run.accelerator.autocast():
+            with torch.no_grad(), evaluation_attention(run.model), run.accelerator.autocast():
                 run.model(run.batch["input_ids"][:1, :64].to(run.model.device))
             run.model.train()
         run.step()
@@ -83,6 +134,7 @@ def check_captured_graph(setting: Setting, report: Report, name: str, config: Na
     """What torch.compile is given: the number of graphs, and whether attention is asked for without a mask."""
     rows, length = rows_and_length(setting)
     run = make_run(setting, config, rows, length, compiled=False)
+    choose_attention(run.model, setting.attn_implementation, None, run.accelerator)  # as if compiled
     graphs = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
@@ -93,22 +145,27 @@ def check_captured_graph(setting: Setting, report: Report, name: str, config: Na
     ids = run.batch["input_ids"].to(setting.device)
     with run.accelerator.autocast():
         loss = run.module(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], use_cache=False, num_items_in_batch=rows).loss
-    calls = [node for graph in graphs for node in attention_nodes(graph)]
+    calls = [node for graph in graphs for node in nodes_of(graph, "scaled_dot_product_attention")]
+    by_blocks = sum(1 for graph in graphs for _ in nodes_of(graph, "flex_attention"))
     masked = sum(argument(node, 3, "attn_mask") is not None for node in calls)
     causal = sum(argument(node, 5, "is_causal") is True for node in calls)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     full = kinds.count("full_attention")
     report.figure(f"{name}: attention calls, masked, causal", [len(calls), masked, causal])
-    report.figure(f"{name}: full layers, windowed layers", [full, len(kinds) - full])
+    report.figure(f"{name}: calls of FlexAttention", by_blocks)
+    windowed = len(kinds) - full
+    report.figure(f"{name}: full layers, windowed layers", [full, windowed])
     report.figure(f"{name}: dtype of the loss", str(loss.dtype))
     report.at_most(f"{name}: graphs", len(graphs), 1)
     report.at_least(f"{name}: full layers that are causal without a mask", causal, full)
+    dense = windowed if run.model.config._attn_implementation == "sdpa" else 0
+    report.at_most(f"{name}: layers with a dense mask", masked, dense)
     report.holds(f"{name}: loss in float32", loss.dtype == torch.float32)
 
 
-def attention_nodes(graph: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+def nodes_of(graph: torch.fx.GraphModule, function: str) -> Iterator[torch.fx.Node]:
     for node in graph.graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "__name__", "") == "scaled_dot_product_attention":
+        if node.op == "call_function" and getattr(node.target, "__name__", "") == function:
             yield node
 
 
@@ -116,39 +173,86 @@ def argument(node: torch.fx.Node, position: int, name: str) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
+def check_documents(setting: Setting, report: Report) -> None:
+    """Loss and gradients of packed documents, as `document_masking` trains, in turbo's two kinds of layers."""
+    config = small_config(setting, "turbo")
+    rows, length = rows_and_length(setting)
+    reference = model_on("cpu", config).train()
+    run = make_run(setting, config, rows, length)
+    run.model.load_state_dict(reference.state_dict())
+    batches = [
+        make_batch(setting, config, rows, length, seed) | {"position_ids": packed_positions(rows, length, number)}
+        for seed, number in enumerate(DOCUMENTS)
+    ]
+    expected_loss, expected = reference_pass(reference, batches[0])
+    rounding = rounding_of_scales(reference, batches, setting.dtype)
+    run.batch = batches[0]
+    loss = run.backward()
+    gradients = {key: p.grad for key, p in run.model.named_parameters()}
+    report.figure("loss", [loss, expected_loss])
+    report.at_most("loss, relative difference", abs(loss / expected_loss - 1), LOSS_DIFFERENCE[setting.dtype])
+    check_gradients(setting.dtype, report, "documents", gradients, expected)
+    check_scales(report, "documents", gradients, expected, rounding)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for run.batch in batches:
+        run.pass_alone()
+    again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    report.at_most("recompilations for other numbers of documents", again, 0)
+
+
+def packed_positions(rows: int, length: int, documents: int) -> torch.Tensor:
+    """Positions (rows, length) that begin anew, at random places, about `documents` times in a row."""
+    begins = torch.rand(rows, length, generator=torch.Generator().manual_seed(documents)) < documents / length
+    places = torch.arange(length).expand(rows, -1)
+    return places - torch.where(begins, places, 0).cummax(-1).values
+
+
 def check_left_padding(setting: Setting, report: Report, name: str, config: NanoChatConfig) -> None:
-    """Gradients of rows padded on the left, as GRPO has them, against those of the same rows one by one."""
+    """Gradients of rows padded on the left, as GRPO has them, against those of the same rows one by one.
+
+    In float32, where they are equal, and in training's precision, where both are rounded, each in its way.
+    """
+    torch.set_float32_matmul_precision("highest")  # training asks for TF32
     model = model_on(setting.device, config).train()
     for length in PADDED_LENGTHS if setting.on_gpu else (16,):
         ids = make_batch(setting, config, 4, length)["input_ids"][:, :length].to(setting.device)
-        starts = [0, 9, length // 2, length - 4]
-        expected = gradients_of(setting, model, [(ids[row : row + 1, start:], None) for row, start in enumerate(starts)])
-        mask = torch.arange(length, device=setting.device) >= torch.tensor(starts, device=setting.device)[:, None]
-        for cudnn in (False, True) if setting.on_gpu else (False,):
-            with nullcontext() if cudnn else without_cudnn_attention():
-                found = gradients_of(setting, model, [(ids, mask.long())])
-            finite = all(gradient.isfinite().all() for gradient in found.values())
+        for dtype in dict.fromkeys((setting.dtype, torch.float32)):
+            title = f"{name} padded to {length}{'' if dtype == setting.dtype else ', float32'}"
+            with without_cudnn_attention():
+                found, expected = padded_and_alone(dtype, model, ids)
+            report.holds(f"{title}: gradients are finite", all_finite(found))
+            check_gradients(dtype, report, title, found, expected)
+        if setting.on_gpu:  # a known fault of the library: the stages that pad turn it off
+            found, expected = padded_and_alone(setting.dtype, model, ids)
             worst, difference = worst_of(differences(found, expected))
-            title = f"{name} padded to {length}{', cuDNN allowed' if cudnn else ''}"
-            if cudnn:  # a known fault of the library: the stages that pad turn it off
-                report.figure(title, {"finite": bool(finite), "relative difference": difference, "worst": worst})
-                continue
-            report.figure(f"{title}: worst gradient", worst)
-            report.holds(f"{title}: gradients are finite", bool(finite))
-            report.at_most(f"{title}: gradients, relative", difference, LARGEST_DIFFERENCE[setting.dtype])
+            finding = {"finite": all_finite(found), "relative difference": difference, "worst": worst}
+            report.figure(f"{name} padded to {length}, cuDNN allowed", finding)
     model.zero_grad(set_to_none=True)
 
 
+def padded_and_alone(dtype: torch.dtype, model: PreTrainedModel, ids: torch.Tensor) -> tuple[Gradients, Gradients]:
+    """Gradients of rows (4, T) of which less and less is no padding, in one batch and row by row."""
+    length = ids.shape[1]
+    starts = [0, 9, length // 2, length - 4]
+    mask = torch.arange(length, device=ids.device) >= torch.tensor(starts, device=ids.device)[:, None]
+    found = gradients_of(dtype, model, [(ids, mask.long())])
+    return found, gradients_of(dtype, model, [(ids[row : row + 1, start:], None) for row, start in enumerate(starts)])
+
+
+def all_finite(gradients: Gradients) -> bool:
+    return all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+
+
 def gradients_of(
-    setting: Setting, model: PreTrainedModel, batches: list[tuple[torch.Tensor, torch.Tensor | None]]
+    dtype: torch.dtype, model: PreTrainedModel, batches: list[tuple[torch.Tensor, torch.Tensor | None]]
 ) -> Gradients:
-    """Gradients of the summed loss over (ids, mask or None), in training's precision; padding has no labels."""
+    """Gradients of the summed loss over (ids, mask or None), under autocast to `dtype`; padding has no labels."""
     model.zero_grad(set_to_none=True)
     for ids, mask in batches:
         labels = ids if mask is None else ids.masked_fill(mask == 0, -100).clone()
         if mask is not None:  # a row's first token has no token before it, padded or not
             labels[torch.arange(len(ids)), mask.argmax(1)] = -100
-        with torch.autocast(setting.device, setting.dtype, enabled=setting.dtype != torch.float32):
+        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
             loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, num_items_in_batch=100).loss
         loss.backward()
     return {key: p.grad.clone() for key, p in model.named_parameters()}
@@ -187,9 +291,12 @@ def model_on(device: str, config: NanoChatConfig) -> PreTrainedModel:
     return fill_weights(kind(config)).to(device)
 
 
-def reference_pass(model: nn.Module, ids: torch.Tensor) -> tuple[float, Gradients]:
-    model.train()
-    loss = model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:].contiguous(), use_cache=False).loss
+def reference_pass(
+    model: nn.Module, batch: Batch, dtype: torch.dtype = torch.float32
+) -> tuple[float, Gradients]:
+    """Loss and gradients of a batch as the loader makes it, by a model on the CPU, under autocast to `dtype`."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = model(**model_inputs(batch, torch.device("cpu")), use_cache=False).loss
     loss.backward()
     gradients = {key: p.grad.clone() for key, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
 """Training as the recipes do it, without data and files: the same accelerator, compiler, loss and optimizer."""
 
+import copy
 import gc
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from evals.contenders import fill_weights
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
+from recipes.attention import choose_attention
 from recipes.compilation import maybe_compile
 from recipes.dial import Plan, derive
 from recipes.loop import LoopArguments, accumulate, agree, prepare
@@ -64,25 +66,44 @@ class TrainingRun:
         return loss
 
 
+def bare_accelerator(setting: Setting, rows: int, length: int) -> Accelerator:
+    options = LoopArguments(max_length=length, total_batch_size=rows * length, per_device_train_batch_size=rows)
+    return make_accelerator(options, str(Path(setting.work_dir, "bare")))
+
+
+def make_plan(config: NanoChatConfig, rows: int, length: int) -> Plan:
+    return derive(config, "current", max_length=length, max_steps=STEPS, total_batch_size=rows * length)
+
+
 def make_run(
-    setting: Setting, config: NanoChatConfig, rows: int, length: int, *, fill: bool = True, compiled: bool | None = None
+    setting: Setting,
+    config: NanoChatConfig,
+    rows: int,
+    length: int,
+    *,
+    fill: bool = True,
+    compiled: bool | None = None,
+    accelerator: Accelerator | None = None,
 ) -> TrainingRun:
     """A run as `recipes/pretrain.py` would set it up.
 
     Args:
         fill: Random numbers in all matrices. The initialisation has zeros in many, which a GPU multiplies faster.
         compiled: Default: on a GPU.
+        accelerator: Default: a new one.
     """
+    compiled = setting.on_gpu if compiled is None else compiled
+    config = copy.deepcopy(config)  # the implementation of attention is written into it
     torch.compiler.reset()  # what was compiled for other runs counts against the limit of versions
-    options = LoopArguments(max_length=length, total_batch_size=rows * length, per_device_train_batch_size=rows)
-    accelerator = make_accelerator(options, str(Path(setting.work_dir, "bare")))
+    accelerator = accelerator or bare_accelerator(setting, rows, length)
     torch.manual_seed(0)
     with torch.device(setting.device):
         model = ARCHITECTURES[architecture_of(config)][1](config)
     model = fill_weights(model) if fill else model
-    plan = derive(config, "current", max_length=length, max_steps=STEPS, total_batch_size=rows * length)
+    plan = make_plan(config, rows, length)
     module, optimizer = prepare(accelerator, model, plan)
-    module = maybe_compile(module, setting.on_gpu if compiled is None else compiled, accelerator)
+    module = maybe_compile(module, compiled, accelerator)
+    choose_attention(model, setting.attn_implementation, compiled, accelerator)
     return TrainingRun(accelerator, model, module, optimizer, plan, make_batch(setting, config, rows, length))
 
 

@@ -84,7 +84,7 @@ def run_trl(setting: Setting, report: Report, script: str, arguments: dict[str, 
 def run_or_raise(setting: Setting, report: Report, script: str, arguments: dict[str, object]) -> str:
     """Run a script to its end; what it said."""
     name, started = Path(script).stem, time.monotonic()
-    code, said = launch(setting, script, arguments)
+    code, said = launch(setting, script, words_of(arguments))
     report.figure(f"{name}: seconds in all", time.monotonic() - started)
     report.holds(f"{name} ends well", code == 0)
     if code:
@@ -139,16 +139,25 @@ def read_log(output_dir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def command(setting: Setting, script: str, arguments: dict[str, object]) -> list[str]:
-    config = ROOT / "accelerate_configs" / ("single_gpu.yaml" if setting.on_gpu else "cpu.yaml")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-    return [*launcher, str(ROOT / script), *(word for key, value in arguments.items() for word in (f"--{key}", str(value)))]
+def command(
+    setting: Setting, script: str, arguments: Sequence[str], config: Path | None = None, options: Sequence[str] = ()
+) -> list[str]:
+    """`accelerate launch` of a script with `arguments`; `config` and `options` are the launcher's."""
+    config = config or ROOT / "accelerate_configs" / ("single_gpu.yaml" if setting.on_gpu else "cpu.yaml")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config), *options]
+    return [*launcher, str(ROOT / script), *arguments]
 
 
-def launch(setting: Setting, script: str, arguments: dict[str, object]) -> tuple[int, str]:
+def words_of(arguments: dict[str, object]) -> list[str]:
+    return [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
+
+
+def launch(
+    setting: Setting, script: str, arguments: Sequence[str], config: Path | None = None, options: Sequence[str] = ()
+) -> tuple[int, str]:
     """Run a script to its end; its exit code and what it said, which also goes to the check's log."""
     done = subprocess.run(
-        command(setting, script, arguments), cwd=ROOT, env=environment(setting), stdout=subprocess.PIPE,
+        command(setting, script, arguments, config, options), cwd=ROOT, env=environment(setting), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
     )  # fmt: skip
     print(done.stdout, flush=True)
@@ -157,7 +166,8 @@ def launch(setting: Setting, script: str, arguments: dict[str, object]) -> tuple
 
 def launch_and_kill(setting: Setting, script: str, arguments: dict[str, object], log: Path, step: int) -> int:
     """Kill a script, without warning, as soon as its log has reached `step`; the step it has reached then."""
-    process = subprocess.Popen(command(setting, script, arguments), cwd=ROOT, env=environment(setting), start_new_session=True)
+    words = command(setting, script, words_of(arguments))
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(setting), start_new_session=True)
     try:
         while process.poll() is None and (reached := newest_step(log)) < step:
             time.sleep(0.05)

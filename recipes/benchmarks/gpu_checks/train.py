@@ -5,6 +5,7 @@ One whole model shows whether that holds.
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 from evals.device_peaks import device_peaks
 from evals.throughput import device_name
 from modeling_nanochat import NanoChatConfig
+from modeling_nanochat.errors import UserError
 from modeling_nanochat.sizes import training_flops_per_token
 from recipes.precision import is_float8
 
-from . import Report, Setting
+from . import Report, Setting, Skipped
 from .measuring import idle_share, kernel_spans, longest, median_seconds, milliseconds_by_kind, seconds_of
 from .runs import TrainingRun, free, make_batch, make_config, make_run
 
@@ -26,6 +28,8 @@ ROWS = {"plain": 32, "turbo": 16}  # what fits at full depth on 80 GB
 LEAST_MFU = {"plain": 46.0, "turbo": 44.0}  # percent, of a pass
 MOST_IDLE = 2.0  # percent
 FLOAT8_STEPS = 20
+FLASH = "flash_attention_3"
+LEAST_FLASH_GAIN = 1.02  # of a step; below it the default stays
 
 
 def check_plain(setting: Setting, report: Report) -> None:
@@ -34,6 +38,22 @@ def check_plain(setting: Setting, report: Report) -> None:
 
 def check_turbo(setting: Setting, report: Report) -> None:
     check_architecture(setting, report, "turbo")
+
+
+def prepare_plain(setting: Setting) -> None:
+    prepare(setting, "plain")
+
+
+def prepare_turbo(setting: Setting) -> None:
+    prepare(setting, "turbo")
+
+
+def prepare(setting: Setting, architecture: str) -> None:
+    """Compile what [`check_architecture`] will run."""
+    rows, length = rows_and_length(setting, architecture)
+    for layers in layer_counts(setting):
+        make_run(setting, make_config(setting, architecture, DEPTHS[architecture], layers), rows, length).step()
+        free()
 
 
 def check_architecture(setting: Setting, report: Report, architecture: str) -> None:
@@ -165,7 +185,34 @@ def check_float8(setting: Setting, report: Report) -> None:
     report.at_most("loss, fp8 / bf16", losses["fp8"] / losses["bf16"], 1.01)
 
 
+def prepare_float8(setting: Setting) -> None:
+    """Compile what [`check_float8`] will run in float8; the other half is [`prepare_turbo`]'s."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "fp8"
+    rows, length = rows_and_length(setting, "turbo")
+    make_run(setting, make_config(setting, "turbo", DEPTHS["turbo"], layer_counts(setting)[1]), rows, length, fill=False).step()
+
+
 def scaled_products(run: TrainingRun) -> int:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run.pass_alone()
     return sum(event.name == "aten::_scaled_mm" for event in profiler.events())
+
+
+def check_flash_attention(setting: Setting, report: Report) -> None:
+    """FlashAttention 3 against what training takes by default, turbo: when to set `attn_implementation`."""
+    rows, length = rows_and_length(setting, "turbo")
+    config = make_config(setting, "turbo", DEPTHS["turbo"], layer_counts(setting)[1])
+    found, losses = {}, {}
+    for name in (FLASH, None):
+        try:
+            run = make_run(replace(setting, attn_implementation=name), config, rows, length)
+        except UserError as error:
+            raise Skipped(str(error)) from error
+        losses[name or "default"] = run.pass_alone()
+        found[name or "default"] = measure(setting, report, name or "default", run)
+        del run
+        free()
+    report.figure("losses of the first pass", losses)
+    ratio = found["default"]["step_ms"] / found[FLASH]["step_ms"]
+    report.at_least(f"speed, {FLASH} / default", ratio, LEAST_FLASH_GAIN)
+    report.at_most("loss, relative difference", abs(losses[FLASH] / losses["default"] - 1), 2e-3)

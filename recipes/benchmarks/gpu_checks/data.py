@@ -1,0 +1,35 @@
+"""How fast text becomes batches: one loader with its process, as pretraining has it, and nothing that trains."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from modeling_nanochat.sources import text_source
+from recipes.lanes import TextLanes
+from recipes.loader import Loader
+from recipes.loader_speed import measure
+
+from . import Report, Setting
+from .measuring import seconds_of
+from .stages import make_world
+
+LEAST_TOKENS_PER_SECOND = 150_000.0  # what one H100 trains at d20
+
+
+def check_data(setting: Setting, report: Report) -> None:
+    world = make_world(setting)
+    tokenizer = AutoTokenizer.from_pretrained(Path(world, "tokenizer"))
+    rows, length, seconds = (32, 2048, 5.0) if setting.on_gpu else (4, 64, 0.2)
+    texts = text_source([str(world / "train.parquet")], what="train_files")
+    loader = Loader(TextLanes(texts, tokenizer, length), batch_size=rows)
+    batches = []
+    report.figure("seconds until the first batch", seconds_of(lambda: batches.append(next(loader)), "cpu"))
+    tokens, passed = measure(loader, seconds)
+    loader.close()
+    ids = batches[0]["input_ids"]
+    report.figure("tokens/s", tokens / passed)
+    report.figure("vocabulary", len(tokenizer))
+    report.holds("batches are whole rows of tokens", ids.shape == (rows, length + 1) and int(ids.max()) < len(tokenizer))
+    report.holds("every row begins with a document", bool((ids[:, 0] == tokenizer.bos_token_id).all()))
+    if setting.on_gpu:
+        report.at_least("tokens/s of one loader", tokens / passed, LEAST_TOKENS_PER_SECOND)

@@ -1,0 +1,85 @@
+"""How many rows the recipes find to fit, on the whole card and on a smaller one, and whether training then keeps within it."""
+
+import torch
+
+from evals.bits_per_byte import nats_and_bytes
+from modeling_nanochat.sizes import training_bytes
+from recipes.attention import evaluation_attention
+from recipes.batch_size import ACCELERATOR_TOKENS
+from recipes.compilation import maybe_compile
+from recipes.loop import LoopArguments
+from recipes.loop_stage import choose_batch_size
+
+from . import Report, Setting
+from .runs import TrainingRun, free, make_batch, make_config, make_plan, make_run
+
+LENGTH = 2048
+STEP_ROWS = 256  # of an optimizer step: 524,288 tokens
+VALIDATION_ROWS = 32  # as `recipes/validation.py` has them
+# Depth, GiB of the card (None: all there are), whether the steps are compiled, which takes a minute.
+CASES = ((12, 23.6, True), (20, 23.6, False), (20, None, False), (32, None, False))
+LEAST_USED = 0.85  # of the memory, where not all rows fit
+PREDICTION = 0.1  # most that sizes.py may be off by, relative
+GIB = 2**30
+
+
+def check_memory(setting: Setting, report: Report) -> None:
+    for depth, card, compiled in CASES if setting.on_gpu else ((2, None, False),):
+        gib = limit_memory(card) if setting.on_gpu else 0.0
+        check_case(setting, report, depth, gib, compiled)
+        free()
+
+
+def limit_memory(gib: float | None) -> float:
+    """GiB that this process may take from here on: as many as asked for, if the card has them."""
+    whole = torch.cuda.get_device_properties(0).total_memory / GIB
+    share = min(1.0, gib / whole) if gib else 1.0
+    torch.cuda.set_per_process_memory_fraction(share)
+    return share * whole
+
+
+def check_case(setting: Setting, report: Report, depth: int, gib: float, compiled: bool) -> None:
+    """Find the rows; then a step of several passes, and a validation."""
+    name = f"d{depth}, {gib:.0f} GiB"
+    length, step_rows = (LENGTH, STEP_ROWS) if setting.on_gpu else (64, 8)
+    config = make_config(setting, "plain", depth)
+    run = make_run(setting, config, 1, length, compiled=False)
+    plan = make_plan(config, step_rows, length)
+    rows = choose_batch_size(run.accelerator, run.module, LoopArguments(max_length=length), plan, None)
+    run.batch = make_batch(setting, config, rows, length)
+    run.module = maybe_compile(run.module, compiled, run.accelerator)
+    precision = {"compiled": compiled, "number_bytes": setting.dtype.itemsize}
+    whole = torch.cuda.get_device_properties(0).total_memory if setting.on_gpu else 0  # by it the loss chooses its chunks
+    predicted = training_bytes(config, rows, length, **precision, memory=whole)["total"]
+    found = {"rows": rows, "predicted_gib": predicted / GIB}
+    free()
+    fits = run_with(setting, run)
+    report.holds(f"{name}: no out of memory", fits)
+    if setting.on_gpu:
+        peak, held = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+        found |= {"peak_gib": peak, "reserved_gib": held}
+        used = 1.0 if rows * length == ACCELERATOR_TOKENS else held / gib
+        report.at_least(f"{name}: share of the memory that is used", used, LEAST_USED)
+        report.at_most(f"{name}: prediction off by", abs(predicted / GIB / peak - 1), PREDICTION)
+    report.figure(name, found)
+
+
+def run_with(setting: Setting, run: TrainingRun) -> bool:
+    """Two optimizer steps of two passes, with a validation in between; False if memory ran out."""
+    try:
+        for _ in range(2):
+            run.backward()
+            run.step()
+            validate(setting, run)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def validate(setting: Setting, run: TrainingRun) -> None:
+    rows, length = VALIDATION_ROWS if setting.on_gpu else 2, run.batch["input_ids"].shape[1] - 1
+    ids = make_batch(setting, run.model.config, rows, length)["input_ids"]
+    run.model.eval()
+    with torch.no_grad(), evaluation_attention(run.model), run.accelerator.autocast():
+        nats_and_bytes(run.model, ids, torch.ones(run.model.config.vocab_size, dtype=torch.long))
+    run.model.train()

@@ -19,6 +19,8 @@ from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.softcapped_loss import CPU_CHUNK
 
+from .fsdp import forget_failed_pass
+
 # Tokens of a pass beyond which it gets no faster. On a CPU 4,096 were the fastest, at widths of 128 and 384; 32,768 took
 # twice as long per token, for activations leave the caches. The original runs 65,536 on GPUs of 80 GB.
 CPU_TOKENS = 2**12
@@ -92,16 +94,18 @@ class Trials:
         """The first of the falling `sizes` with which no process runs out of memory.
 
         Raises:
-            UserError: This process has, and others wait for it within the pass.
+            UserError: This process has, and others wait for it within the pass, or another pass is not possible.
         """
         for rows in sizes:
             self.error = out_of_memory_in(lambda rows=rows: self.measure(rows))
-            self.model.zero_grad(set_to_none=True)
-            clear_device_cache(garbage_collection=self.error is not None)
             try:
+                if self.error:
+                    forget_failed_pass(self.model)
+                self.model.zero_grad(set_to_none=True)
+                clear_device_cache(garbage_collection=self.error is not None)
                 if self.agree(int(self.error is None)):  # 0 as soon as one process says 0
                     return rows
-            except TimeoutError:
+            except (TimeoutError, NotImplementedError):
                 raise explain_out_of_memory(self.error, rows, self.max_length) from None
         return None
 

@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -35,13 +35,16 @@ def ending_together() -> Iterator[None]:
     over = threading.Event()
     watch = threading.Thread(target=end_with_the_others, args=(shared_store(), over), daemon=True)
     watch.start()
+    failure = None
     try:
         yield
     except Exception as error:
-        fail(error)
+        failure = error
     finally:
         over.set()
         watch.join()
+    if failure:
+        fail(failure)
 
 
 def end_with_the_others(store: dist.Store, over: threading.Event) -> None:
@@ -69,16 +72,17 @@ def fail(error: Exception) -> None:
         sys.stderr.write(said)
         sys.stderr.flush()
         wait_for_the_others(store)
+    else:
+        with suppress(RuntimeError):
+            store.add(ENDED, 1)
     os._exit(1)  # an ordinary end would wait for what is still in flight between the processes
 
 
 def wait_for_the_others(store: dist.Store) -> None:
     deadline = time.monotonic() + GRACE_SECONDS
-    try:
+    with suppress(RuntimeError):  # the store is gone, and so is who holds it
         while store.add(ENDED, 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 10)
-    except RuntimeError:
-        pass
 
 
 class Outcomes:

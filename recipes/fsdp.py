@@ -2,6 +2,7 @@
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
@@ -44,4 +45,16 @@ def mixed_precision_policy(precision: str) -> MixedPrecisionPolicy:
 def recompute_layers(model: PreTrainedModel) -> None:
     """Keep only the layers' inputs for the backward pass; transformers 5.24 renamed how."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False})  # under either name the first argument
+
+
+def forget_failed_pass(module: nn.Module) -> None:
+    """Make `module` ready for another pass after one that an exception has ended; its gradients are lost.
+
+    Raises:
+        NotImplementedError: It is sharded, and torch is older than 2.13: gradients of a later pass could go missing.
+    """
+    if isinstance(module, FSDPModule):
+        if not hasattr(module, "reset_iter_state"):
+            raise NotImplementedError
+        module.reset_iter_state()

@@ -54,7 +54,7 @@ def maybe_compile(model: nn.Module, wanted: bool | None, accelerator: Accelerato
     """
     if wanted is False:
         return model
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not isinstance(model, FSDPModule):
         return model  # Accelerate has compiled it, by the launch file's `dynamo_config`
     works, reason = compiler_available(accelerator.device.type)
     if works:

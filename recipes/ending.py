@@ -54,8 +54,8 @@ def end_with_the_others(store: dist.Store, over: threading.Event) -> None:
             if not store.check([FAILED]):
                 continue
             store.add(ENDED, 1)
-        except RuntimeError:  # the process that holds the store is gone
-            pass
+        except RuntimeError:  # the process that holds the store is gone; it would have waited if it had failed itself
+            say("error: another process was killed; its launcher may know why, --resume auto goes on\n")
         os._exit(1)
 
 
@@ -67,15 +67,18 @@ def fail(error: Exception) -> None:
     except RuntimeError:  # its holder failed, or was killed, which nobody else could say
         first = not isinstance(error, UserError)
     if first:
-        said = f"error: {error}\n" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        sys.stdout.flush()
-        sys.stderr.write(said)
-        sys.stderr.flush()
+        say(f"error: {error}\n" if isinstance(error, UserError) else "".join(traceback.format_exception(error)))
         wait_for_the_others(store)
     else:
         with suppress(RuntimeError):
             store.add(ENDED, 1)
     os._exit(1)  # an ordinary end would wait for what is still in flight between the processes
+
+
+def say(text: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def wait_for_the_others(store: dist.Store) -> None:

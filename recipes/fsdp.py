@@ -49,7 +49,9 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
 
 def forget_failed_pass(module: nn.Module) -> None:
-    """Make `module` ready for another pass after one that an exception has ended; its gradients are lost.
+    """Make `module` ready for another pass after one that an exception has ended.
+
+    Of sharded modules the next pass's gradients may still hold some of the failed one's: drop them too.
 
     Raises:
         NotImplementedError: It is sharded, and torch is older than 2.13: gradients of a later pass could go missing.

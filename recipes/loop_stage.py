@@ -20,7 +20,16 @@ from .dial import TAKEN, Plan, plain
 from .ending import Outcomes, ending_together
 from .lanes import Lanes
 from .loader import Loader
-from .loop import FREE_TO_CHANGE, Evaluation, LoopArguments, accumulate, accumulation_steps, prepare, train, whole_state
+from .loop import (
+    FREE_TO_CHANGE,
+    Evaluation,
+    LoopArguments,
+    accumulate,
+    accumulation_steps,
+    prepare,
+    train,
+    whole_state,
+)
 from .model_card import model_card
 from .optimizer import MuonAdamW
 from .precision import accelerator_options

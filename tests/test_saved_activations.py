@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_model
+from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -60,8 +61,8 @@ def saved_compiled(layers: int) -> int:
 
     torch.compiler.reset()
     backend = aot_autograd(
-        fw_compiler=lambda graph, inputs: graph,
-        bw_compiler=lambda graph, inputs: graph,
+        fw_compiler=lambda graph, inputs: make_boxed_func(graph),
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph),
         partition_fn=partition,
         decompositions=select_decomp_table(),
     )

@@ -2,8 +2,7 @@
 
 The logits of a large vocabulary are the memory peak of training: 4 x 1,024 tokens of 32,768 logits are half a gigabyte,
 several times over. Here rows go through the head in chunks, and the gradients are made in the same pass, so that no
-logit is kept or computed twice. Compiled, what happens between a chunk's products is one kernel, in the same code for
-all chunks.
+logit is kept or computed twice. Compiled in bfloat16, what happens between a chunk's products is a single kernel.
 
 One pass over a chunk suffices because the cap bounds its logits: their exponentials need no maximum subtracted first,
 and the division by their sum moves from the chunk to the rows around it (before one product, after the other).
@@ -13,7 +12,7 @@ fused head belongs to its trainers, Liger's has the cap but needs Triton and rea
 """
 
 import torch
-from torch.compiler import assume_constant_result, nested_compile_region
+from torch.compiler import assume_constant_result
 
 IGNORED = -100
 SAFE_SOFTCAP = 60.0  # the exponentials of a vocabulary within this bound still add up in float32
@@ -138,7 +137,6 @@ def over_chunks(
     return loss
 
 
-@nested_compile_region
 def loss_and_pull(
     chunk: torch.Tensor,
     head: torch.Tensor,
@@ -163,7 +161,7 @@ def loss_and_pull(
     if squares is not None:  # tanh' = 1 - tanh^2
         slope = 1 - squares.gather(1, target)
         exponentials.addcmul_(exponentials, squares, value=-1)
-    return loss, subtract_one_hot(exponentials, target, total * slope).to(head.dtype), valid / total
+    return loss, subtract_one_hot(exponentials, target, total * slope, head.dtype), valid / total
 
 
 def exponentiate(
@@ -184,15 +182,17 @@ def exponentiate(
     return logits.exp_(), squashed.square_(), chosen, peak
 
 
-def subtract_one_hot(rows: torch.Tensor, target: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
-    """`rows` (n, V), less `amount` (n, 1) in each row's column `target` (n, 1); changes `rows` where it is not compiled.
+def subtract_one_hot(
+    rows: torch.Tensor, target: torch.Tensor, amount: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`rows` (n, V), changed in place, less `amount` (n, 1) in each row's column `target` (n, 1), as `dtype`.
 
-    A compiler would write `rows` out for a scatter; a comparison it computes along with what is before and after.
+    A compiled scatter needs `rows` written out in float32 and read again for the cast; a comparison is part of the kernel.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and dtype != rows.dtype:
         columns = torch.arange(rows.shape[1], device=rows.device)
-        return rows - torch.where(columns == target, amount, 0.0)
-    return rows.scatter_add_(1, target, -amount)
+        return (rows - torch.where(columns == target, amount, 0.0)).to(dtype)
+    return rows.scatter_add_(1, target, -amount).to(dtype)
 
 
 def accumulate(total: torch.Tensor, pull: torch.Tensor, rows: torch.Tensor) -> None:

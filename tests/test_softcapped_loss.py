@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import random_model
 from datasets import Dataset
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
@@ -153,44 +153,39 @@ def test_trl_computes_the_loss_of_the_models_own_logits(toy_model_and_tokenizer,
         assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def compiled_loss(chunks: int, softcap: float | None, seed: int = 0):
-    """The compiled loss of `chunks` and a half, its graphs, and what goes into it."""
-    graphs = []
+def compiled_loss(softcap: float | None, dtype: torch.dtype):
+    """The compiled loss and gradients of three chunks and a half, the operators in it, and what went into it."""
+    operators = []
 
     def keep(graph, inputs):
-        graphs.append(graph)
-        return graph
+        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph)
 
     torch.compiler.reset()
-    generator = torch.Generator().manual_seed(seed)
-    rows = 16 * chunks + 8
-    hidden_states, weight = torch.randn(rows, 12, generator=generator), torch.randn(50, 12, generator=generator)
-    targets = torch.randint(0, 50, (rows,), generator=generator).masked_fill(torch.arange(rows) % 5 == 0, -100)
+    torch.manual_seed(0)
+    hidden_states, weight, targets = torch.randn(56, 12), torch.randn(50, 12), torch.randint(0, 50, (56,))
+    targets[::5] = -100
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     compiled = torch.compile(softcapped_cross_entropy, backend=backend, fullgraph=True, dynamic=False)
-    ours = loss_and_gradients(compiled, hidden_states, weight, targets, softcap, chunk_rows=16)
-    return ours, graphs, (hidden_states, weight, targets, softcap)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = loss_and_gradients(compiled, hidden_states, weight, targets, softcap, chunk_rows=16)
+    return ours, operators, (hidden_states, weight, targets, softcap)
 
 
 @pytest.mark.parametrize("softcap", [15.0, 100.0, None])
 def test_compiled_value_and_gradients_are_those_of_the_whole_logits(softcap):
-    ours, _, given = compiled_loss(3, softcap)
+    ours, _, given = compiled_loss(softcap, torch.float32)
     for mine, theirs in zip(ours, loss_and_gradients(whole, *given), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
-def operators(module: torch.fx.GraphModule) -> list[str]:
-    """Names of what is called, in the graph and in the graphs that it calls."""
-    inner = [operators(child) for child in module.children() if isinstance(child, torch.fx.GraphModule)]
-    return [str(node.target) for node in module.graph.nodes if node.op == "call_function"] + sum(inner, [])
-
-
-def test_compiled_nothing_is_scattered_and_a_chunk_more_is_little_more_to_compile():
-    (_, few, _), (_, many, _) = compiled_loss(2, 15.0), compiled_loss(10, 15.0)
-    few, many = ([name for graph in graphs for name in operators(graph)] for graphs in (few, many))
-    assert not [name for name in few if "scatter" in name]
-    assert len(many) - len(few) <= 8 * 24
-    assert many.count("aten.tanh.default") == few.count("aten.tanh.default") == 2  # one of a whole chunk, one of the rest
+def test_compiled_in_bfloat16_nothing_is_scattered_and_the_numbers_are_those_of_eager():
+    ours, operators, given = compiled_loss(15.0, torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = loss_and_gradients(softcapped_cross_entropy, *given, chunk_rows=16)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.dtype == torch.float32 and torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+    assert any("where" in name for name in operators) and not any("scatter_add" in name for name in operators)
 
 
 @pytest.mark.parametrize(

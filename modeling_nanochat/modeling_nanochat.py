@@ -284,7 +284,7 @@ class NanoChatMLP(nn.Module):
         """(..., C) -> (..., C). Of the inner width training saves what `fc1` gives, and computes the activation again."""
         inner = linear(self.fc1, hidden_states)
         learning = self.training and torch.is_grad_enabled()
-        if learning and torch.compiler.is_compiling():  # with `fc2` inside, its product would be computed again as well
+        if learning and torch.compiler.is_compiling():  # not `fc2`, whose product a compiler need not stop before
             return self.fc2(checkpoint(self.activation_fn, inner, use_reentrant=False))
         if learning and type(self.fc2) is nn.Linear:  # computing again stops before its product, which saves its input first
             return checkpoint(self.contract, inner, use_reentrant=False)

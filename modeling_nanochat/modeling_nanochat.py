@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -103,6 +104,37 @@ def only_causal(
     nothing_given = attention_mask is None and position_ids is None and cache is None
     maskless = config._attn_implementation in ("sdpa", "flex_attention")  # the latter by sdpa, see `attend`
     return nothing_given and maskless and getattr(config, "is_causal", True)
+
+
+def by_blocks(config: NanoChatConfig, attention_mask: torch.Tensor | None, cache: Cache | None) -> bool:
+    """Whether [`block_mask`] has all that is to be masked: FlexAttention without padding and cache."""
+    flexible = config._attn_implementation == "flex_attention" and getattr(config, "is_causal", True)
+    return flexible and attention_mask is None and cache is None
+
+
+def block_mask(
+    inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None, window: int | None = None
+) -> BlockMask:
+    """FlexAttention's mask: the last `window` tokens before and with each one, of its own document.
+
+    transformers' own functions end the graph of a compiled pass, at torch's warning of an argument that they set.
+
+    Args:
+        inputs_embeds: (B, T, C).
+        position_ids: (1 or B, T), beginning anew with each packed document; None: there is one in each row.
+    """
+    rows, length = inputs_embeds.shape[:2]
+    begins = None  # of each token's document
+    if position_ids is not None:
+        begins = (torch.arange(length, device=position_ids.device) - position_ids).expand(rows, -1)
+
+    def is_seen(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        seen = key <= query
+        if window is not None:
+            seen = seen & (key > query - window)
+        return seen if begins is None else seen & (begins[row, query] == begins[row, key])
+
+    return create_block_mask(is_seen, None if begins is None else rows, None, length, length, inputs_embeds.device)
 
 
 def document_bounds(
@@ -400,7 +432,11 @@ class NanoChatModel(NanoChatPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         causal_mask = None
-        if not only_causal(self.config, attention_mask, position_ids, cache):
+        if only_causal(self.config, attention_mask, position_ids, cache):
+            pass
+        elif by_blocks(self.config, attention_mask, cache):
+            causal_mask = block_mask(inputs_embeds, position_ids)
+        else:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,

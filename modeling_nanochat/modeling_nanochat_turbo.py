@@ -30,6 +30,8 @@ from .modeling_nanochat import (
     NanoChatForCausalLM,
     NanoChatModel,
     NanoChatPreTrainedModel,
+    block_mask,
+    by_blocks,
     check_keywords,
     document_bounds,
     eager_attention_forward,
@@ -310,20 +312,27 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         """
         if isinstance(attention_mask, dict):
             return attention_mask
-        causal = only_causal(self.config, attention_mask, position_ids, cache)
         arguments = {
             "config": self.config,
-            "inputs_embeds": inputs_embeds[:1] if causal else inputs_embeds,  # one mask for all rows
+            "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             CACHE: cache,
         }
         make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        spans = {"full_attention": inputs_embeds.shape[1], "sliding_attention": self.config.sliding_window}
-        return {
-            kind: None if causal and inputs_embeds.shape[1] <= spans[kind] else make[kind](**arguments)
-            for kind in dict.fromkeys(self.config.layer_types)
-        }
+        windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+        blocks = by_blocks(self.config, attention_mask, cache)
+        causal = only_causal(self.config, attention_mask, position_ids, cache)
+        masks = {}
+        for kind in dict.fromkeys(self.config.layer_types):
+            window = windows[kind]
+            if causal and (window is None or inputs_embeds.shape[1] <= window):
+                masks[kind] = None
+            elif blocks:
+                masks[kind] = block_mask(inputs_embeds, position_ids, window)
+            else:
+                masks[kind] = make[kind](**arguments)
+        return masks
 
     def previous(
         self,

@@ -8,6 +8,8 @@ The two share a ring of slots in memory: the worker packs rows into a slot, the 
 pinned memory). So tokens are copied once between packing and the device, and no batch needs files or sockets.
 """
 
+import math
+import mmap
 import multiprocessing
 import os
 import signal
@@ -47,10 +49,9 @@ class BackgroundBatches:
     def __init__(self, begin: Callable[[], Fill], shapes: Shapes):
         batch_tokens = max(rows * width for rows, width in shapes.values())
         self.depth = max(2, min(MOST_SLOTS, TOKENS_AHEAD // batch_tokens))
-        self.slots = {
-            name: torch.zeros(self.depth, *shape, dtype=torch.long).share_memory_() for name, shape in shapes.items()
-        }
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        forks = sys.platform == "linux"
+        self.slots = {name: shared_zeros((self.depth, *shape), forks) for name, shape in shapes.items()}
+        context = multiprocessing.get_context("fork" if forks else "spawn")
         self.free = context.Semaphore(self.depth)
         self.connection, theirs = context.Pipe(duplex=False)
         worker = (begin, self.slots, self.free, theirs, os.getpid())
@@ -82,8 +83,19 @@ class BackgroundBatches:
             self.process.join(timeout=10)
             how = exit_reason(self.process.exitcode)
             raise UserError(
-                f"the process that prepares the batches {how}; resume, with more memory or /dev/shm if that ran out"
+                f"the process that prepares the batches {how}; resume, with more memory if that ran out"
             ) from error
+
+
+def shared_zeros(shape: tuple[int, ...], forks: bool) -> torch.Tensor:
+    """Zeros in memory that a process started later shares.
+
+    A forked one inherits anonymous memory. Torch's would lie in /dev/shm, of which docker gives 64 MiB unless told
+    otherwise: less than eight processes with labels and positions need.
+    """
+    if not forks:
+        return torch.zeros(shape, dtype=torch.long).share_memory_()
+    return torch.frombuffer(mmap.mmap(-1, 8 * math.prod(shape)), dtype=torch.long).view(shape)
 
 
 def own(slot: torch.Tensor) -> torch.Tensor:

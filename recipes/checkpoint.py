@@ -5,6 +5,9 @@ another name; every file is flushed to disk; `complete.json`, the marker, lists 
 written last; then the folder takes its name. Only after that are older ones deleted. What has no marker, or does not agree
 with it, is not a checkpoint. Loading runs no code: there is no pickle in it.
 
+Training waits only until its tensors are copied to the CPU's memory. A thread writes, flushes and hashes the files; the
+marker, for which all processes must have done so, is written by `complete`, which the loop calls once they have.
+
 Each process writes its own share of optimizer and data state, and reads what it needs from all shares: the number of
 processes may change between two runs (see `MuonAdamW.load_shares`, `Loader.load_states`). With several machines the
 folder must be on storage that all of them see.
@@ -17,6 +20,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +69,15 @@ class Checkpoint:
         return sorted(self.folder.glob(f"{kind}-*-of-*.safetensors"))
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """A checkpoint whose files a thread is writing; `files` becomes what [`write_files`] returns."""
+
+    step: int
+    folder: Path
+    files: Future
+
+
 class Checkpoints:
     """The checkpoints of one stage, newest last.
 
@@ -75,6 +88,8 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, accelerator: Accelerator, keep: int = 2):
         self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.unfinished: Unfinished | None = None
 
     def present(self) -> list[Checkpoint]:
         """Every folder with a checkpoint's name, whole or not, oldest first."""
@@ -118,7 +133,9 @@ class Checkpoints:
     def save(
         self, step: int, state: dict[str, Any], shares: dict[str, dict[str, torch.Tensor]], weights: Callable[[], dict]
     ) -> None:
-        """Write the checkpoint of `step`. Called by every process.
+        """Begin to write the checkpoint of `step`, which counts after [`complete`]. Called by every process.
+
+        The one before is completed first. When this returns, what it was given may change.
 
         Args:
             state: Plain values; the main process's are kept.
@@ -128,6 +145,7 @@ class Checkpoints:
         Raises:
             UserError: Writing failed, on whichever process; the earlier checkpoints are as they were.
         """
+        self.complete()
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         unfinished = self.folder / f".step-{step:08d}.unfinished"
         self.together(lambda: self.start(unfinished), main_only=True)
@@ -136,8 +154,26 @@ class Checkpoints:
         model = weights()
         if self.accelerator.is_main_process:
             tensors["model"] = model
-        written = self.together(lambda: write_files(unfinished, tensors, state if "model" in tensors else None))
-        self.together(lambda: self.finish(unfinished, step, written), main_only=True)
+        text = json.dumps(state) if self.accelerator.is_main_process else None
+        copies = {name: copied(content) for name, content in tensors.items()}
+        self.unfinished = Unfinished(step, unfinished, self.writer.submit(write_files, unfinished, copies, text))
+
+    @property
+    def being_written(self) -> bool:
+        """Whether [`complete`] would wait for this process's files."""
+        return self.unfinished is not None and not self.unfinished.files.done()
+
+    def complete(self) -> None:
+        """Make a checkpoint of what was saved last, as soon as all of it is on disk. Called by every process.
+
+        Raises:
+            UserError: Writing failed, on whichever process; the earlier checkpoints are as they were.
+        """
+        if self.unfinished is None:
+            return
+        unfinished, self.unfinished = self.unfinished, None
+        written = self.together(unfinished.files.result)
+        self.together(lambda: self.finish(unfinished.folder, unfinished.step, written), main_only=True)
 
     def together(self, write: Callable[[], dict | None], main_only: bool = False) -> dict:
         """Run `write` on every process and merge what it returns; if one fails, all of them say so and clean up."""
@@ -202,15 +238,23 @@ def discard(folder: Path, only_leftovers: bool = False) -> None:
         folder.parent.rmdir()
 
 
-def write_files(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any] | None) -> dict:
+def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous copies in the CPU's memory, which later training steps do not change."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def write_files(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: str | None) -> dict:
     """Write and flush this process's files; returns name -> size and SHA-256."""
     written = {}
     for name, content in tensors.items():
         path = folder / f"{name}.safetensors"
-        save_file({key: tensor.detach().contiguous() for key, tensor in content.items()}, path)
+        save_file(content, path)
         written[path.name] = path
     if state is not None:
-        write_text(folder / "state.json", json.dumps(state))
+        write_text(folder / "state.json", state)
         written["state.json"] = folder / "state.json"
     for path in written.values():
         flush(path)

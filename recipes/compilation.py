@@ -1,9 +1,13 @@
 """Whether `torch.compile` works on this machine, and its use where it does."""
 
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
+from accelerate.utils.other import is_compiled_module
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from modeling_nanochat.errors import UserError
 
@@ -40,7 +44,7 @@ def maybe_compile(model: nn.Module, wanted: bool | None, accelerator: Accelerato
     """`model` compiled, or `model` itself with one printed line that says why.
 
     Shapes are static: every training batch has the same one. What changes shapes (evaluation, samples) calls the
-    uncompiled model, whose weights the compiled one shares.
+    uncompiled model, whose weights the compiled one shares. A model that FSDP2 has sharded is compiled in parts.
 
     Args:
         wanted: Compile or not; None: where it works.
@@ -50,12 +54,39 @@ def maybe_compile(model: nn.Module, wanted: bool | None, accelerator: Accelerato
     """
     if wanted is False:
         return model
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO and not isinstance(model, FSDPModule):
         return model  # Accelerate has compiled it, by the launch file's `dynamo_config`
     works, reason = compiler_available(accelerator.device.type)
     if works:
-        return torch.compile(model, dynamic=False)
+        return compile_parts(model) if isinstance(model, FSDPModule) else torch.compile(model, dynamic=False)
     if wanted:
         raise UserError(f"torch_compile: no compiler works here ({reason}); install g++ or clang++, or leave it out")
     accelerator.print(f"training runs uncompiled: {reason}")
     return model
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether [`maybe_compile`], or Accelerate by its launch file, compiles what `module` computes in training."""
+    return is_compiled_module(module) or (isinstance(module, FSDPModule) and "chunked_loss" in vars(module))
+
+
+def compile_parts(model: FSDPModule) -> FSDPModule:
+    """Compile each layer and the loss by themselves, in place.
+
+    FSDP2's hooks gather and free the weights around the layers, where they would break one graph of the whole model. Layers
+    of one kind share a graph.
+    """
+    for layer in model.base_model.layers:
+        layer.forward = compiled_in_training(layer, layer.forward)
+    model.chunked_loss = compiled_in_training(model, model.chunked_loss)
+    return model
+
+
+def compiled_in_training(module: nn.Module, method: Callable) -> Callable:
+    """`method`, compiled while `module` is in training; evaluations call the same module with ever other shapes."""
+    compiled = torch.compile(method, dynamic=False)
+
+    def call(*args: object, **kwargs: object) -> object:
+        return (compiled if module.training else method)(*args, **kwargs)
+
+    return call

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from modeling_nanochat.errors import UserError
 
-from .batch_size import explain_out_of_memory, is_out_of_memory
+from .batch_size import explain_in_evaluation, explain_out_of_memory, is_out_of_memory
 from .checkpoint import Checkpoint, Checkpoints, restore_random_state
 from .dial import Plan, check_ranges, check_whole_rows, given_or_none
+from .fsdp import shard_model
 from .learning import LearningWatch
 from .loader import Loader
 from .optimizer import MuonAdamW, muon_adamw
@@ -196,6 +197,11 @@ def train(
     schedule, laps = plan.schedule(), Laps()
     report = ProgressReport(accelerator, model.config, plan, args, log, laps, progress, watch)
 
+    def fail(problem: str) -> NoReturn:
+        """On all processes alike."""
+        checkpoints.complete()
+        raise UserError(problem)
+
     def is_saved(step: int) -> bool:
         return step == plan.max_steps or bool(args.save_steps and step % args.save_steps == 0)
 
@@ -205,7 +211,8 @@ def train(
         shares = {"optimizer": optimizer.share_of_state(), "data": loader.state()}
         checkpoints.save(progress.steps, state, shares, lambda: whole_state(accelerator, module, model))
 
-    with stop_request() as request, GarbageFreezer() as garbage, report, advice_on_memory(batch_size, args.max_length):
+    advice = advice_on_memory(lambda error: explain_out_of_memory(error, batch_size, args.max_length))
+    with stop_request() as request, GarbageFreezer() as garbage, report, advice:
         if progress.steps == 0:
             evaluate(evaluations, model, progress, plan, report)
         laps.start()
@@ -217,13 +224,13 @@ def train(
             step = progress.steps + 1
             looked_at = report.is_logged(step) or is_saved(step)  # not in every step: it reads all gradients
             norm = gradient_norm(module) if looked_at else None
-            loss, stopping, norms = agree(accelerator, losses, request, norm)
+            loss, stopping, norms, saving = agree(accelerator, losses, request, norm, checkpoints.being_written)
             laps.lap("model")
             if not math.isfinite(loss):
                 first_row = progress.steps * (plan.total_batch_size // args.max_length)
-                raise UserError(non_finite(accelerator, losses, batches, progress.steps, first_row, decode))
+                fail(non_finite(accelerator, losses, batches, progress.steps, first_row, decode))
             if norms is not None and not math.isfinite(norms):
-                raise UserError(
+                fail(
                     f"the gradients are not finite at step {progress.steps} (loss {loss:.4g}); the optimizer has not used "
                     "them. Lower matrix_lr or embedding_lr; earlier checkpoints are good"
                 )
@@ -236,9 +243,13 @@ def train(
             laps.lap("rest")
             evaluate(evaluations, model, progress, plan, report)
             laps.lap("evaluation")
+            if not saving:
+                checkpoints.complete()
             if stopping or is_saved(progress.steps):
                 save()
-                laps.lap("checkpoint")
+            if stopping or progress.steps == plan.max_steps:
+                checkpoints.complete()
+            laps.lap("checkpoint")
             if stopping and progress.steps < plan.max_steps:
                 raise Stopped(
                     f"{request.reason or 'another process was asked to stop'}: stopped after step {progress.steps} of "
@@ -258,10 +269,10 @@ def prepare(
     names = ("recipe", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "max_grad_norm")
     options = {name: getattr(plan, name) for name in names} | {"compile": accelerator.device.type == "cuda"}
     model.train()  # a loaded model comes in evaluation mode, where the loss is computed in another way, with more memory
-    if accelerator.is_fsdp2:
-        module, prepared = accelerator.prepare(model, muon_adamw(model, **options))
-        return module, prepared.optimizer
     convert_to_float8(model, accelerator)
+    if accelerator.is_fsdp2:
+        module = shard_model(model, accelerator)
+        return module, muon_adamw(module, **options)
     module = accelerator.prepare_model(model, evaluation_mode=True)
     group = None
     if accelerator.num_processes > 1:
@@ -272,14 +283,14 @@ def prepare(
 
 
 @contextmanager
-def advice_on_memory(batch_size: int, max_length: int) -> Iterator[None]:
-    """Turns running out of memory into a [`UserError`] that says what to lower."""
+def advice_on_memory(explain: Callable[[BaseException], UserError]) -> Iterator[None]:
+    """Turns running out of memory into what `explain` makes of it, which says what to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise explain_out_of_memory(error, batch_size, max_length) from error
+        raise explain(error) from error
 
 
 def restore(
@@ -343,16 +354,20 @@ def gradient_norm(module: torch.nn.Module) -> torch.Tensor:
 
 
 def agree(
-    accelerator: Accelerator, losses: torch.Tensor, request: StopRequest, norm: torch.Tensor | None
-) -> tuple[float, bool, float | None]:
-    """The loss over all processes, whether any of them was asked to stop, and the sum of their gradients' norms.
+    accelerator: Accelerator,
+    losses: torch.Tensor,
+    request: StopRequest,
+    norm: torch.Tensor | None,
+    saving: bool = False,
+) -> tuple[float, bool, float | None, bool]:
+    """The loss over all processes, whether any was asked to stop, the sum of their norms, whether any is still saving.
 
     One message and one wait for the device, whatever is asked.
     """
-    values = [losses.sum(), losses.new_tensor(float(request.reason is not None))]
+    values = [losses.sum(), *losses.new_tensor([float(request.reason is not None), float(saving)])]
     values += [] if norm is None else [norm.to(losses)]
-    loss, stops, *norms = accelerator.reduce(torch.stack(values), "sum").tolist()
-    return loss, stops > 0, norms[0] if norms else None
+    loss, stops, savings, *norms = accelerator.reduce(torch.stack(values), "sum").tolist()
+    return loss, stops > 0, norms[0] if norms else None, savings > 0
 
 
 def non_finite(
@@ -382,7 +397,8 @@ def evaluate(
     if not due:
         return
     model.eval()
-    with torch.no_grad(), evaluation_precision(model), report.accelerator.autocast():
+    advice = advice_on_memory(lambda error: explain_in_evaluation(error, progress.steps))
+    with advice, torch.no_grad(), evaluation_precision(model), report.accelerator.autocast():
         for one in due:
             report.evaluated(progress, *one.run(model))
     model.train()

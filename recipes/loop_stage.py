@@ -15,12 +15,23 @@ from modeling_nanochat.sources import first_line
 
 from .batch_size import find_batch_size, smallest
 from .checkpoint import Checkpoint, Checkpoints
-from .compilation import maybe_compile
+from .compilation import is_compiled, maybe_compile
 from .dial import TAKEN, Plan, plain
+from .ending import Outcomes, ending_together
 from .lanes import Lanes
 from .loader import Loader
-from .loop import FREE_TO_CHANGE, Evaluation, LoopArguments, accumulation_steps, prepare, train, whole_state
+from .loop import (
+    FREE_TO_CHANGE,
+    Evaluation,
+    LoopArguments,
+    accumulate,
+    accumulation_steps,
+    prepare,
+    train,
+    whole_state,
+)
 from .model_card import model_card
+from .optimizer import MuonAdamW
 from .precision import accelerator_options
 from .stage import OutputArguments, StageLog, beside, finish_stage, push, settings
 from .stopping import Stopped
@@ -76,18 +87,51 @@ def run_stage(
         arguments: The stage's own, the loop's and the output's.
         lanes_of: The rows of a lane of the data, see `recipes/lanes.py`.
     """
+    output = arguments[-1]
+    checkpoints = Checkpoints(beside(output.output_dir, "checkpoints", ""), accelerator)
+    stage = (accelerator, model, tokenizer, plan, lanes_of, evaluations, checkpoints)
+    stopped = None
+    with ending_together():
+        try:
+            train_and_write(record, arguments, *stage)
+        except Stopped as request:
+            stopped = str(request)
+        accelerator.wait_for_everyone()
+    end(accelerator, stopped)
+    if stopped:
+        return
+    if accelerator.is_main_process:
+        push(output)
+    checkpoints.delete()  # last: if the folder or the upload failed, --resume auto goes straight to them
+
+
+def train_and_write(
+    record: dict[str, object],
+    arguments: tuple[object, LoopArguments, OutputArguments],
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    plan: Plan,
+    lanes_of: Lanes,
+    evaluations: tuple[Evaluation, ...],
+    checkpoints: Checkpoints,
+) -> None:
+    """The part of [`run_stage`] that leaves the model folder and the record.
+
+    Raises:
+        Stopped: The run was asked to stop.
+    """
     _, args, output = arguments
     definition = define(*arguments)
-    checkpoints = Checkpoints(beside(output.output_dir, "checkpoints", ""), accelerator)
     resume_from = find_checkpoint(checkpoints, args, definition)
     if resume_from:
         model.load_state_dict(resume_from.weights())
     module, optimizer = prepare(accelerator, model, plan)
-    batch_size = choose_batch_size(accelerator, module, args, plan, resume_from)
+    module = maybe_compile(module, args.torch_compile, accelerator)
+    batch_size = choose_batch_size(accelerator, module, optimizer, args, plan, resume_from)
     accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, accelerator.num_processes)
     if accelerator.is_main_process:
         announce(model, plan, accumulation, batch_size, accelerator.num_processes, resume_from)
-    module = maybe_compile(module, args.torch_compile, accelerator)
     going_on = {"step": resume_from.step, "seconds": resume_from.state["seconds"]} if resume_from else {}
     log = StageLog(output.output_dir, accelerator.is_main_process, **going_on)
     loader = Loader(
@@ -114,9 +158,6 @@ def run_stage(
             decode=tokenizer.decode,
             stage=str(record["stage"]),
         )
-    except Stopped as stopped:
-        end(accelerator, str(stopped))
-        return
     finally:
         loader.close()
     weights = whole_state(accelerator, module, model)
@@ -126,10 +167,6 @@ def run_stage(
         record = record | {"settings": settings(*arguments) | derived | resolved, "given": given(*arguments)}
         record |= vars(progress)
         finish_stage(model, tokenizer, output, log, record, model_card, weights)
-    end(accelerator)
-    if accelerator.is_main_process:
-        push(output)
-    checkpoints.delete()  # last: if the folder or the upload failed, --resume auto goes straight to them
 
 
 def end(accelerator: Accelerator, message: str | None = None) -> None:
@@ -187,9 +224,14 @@ def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, definition: d
 
 
 def choose_batch_size(
-    accelerator: Accelerator, module: torch.nn.Module, args: LoopArguments, plan: Plan, resume_from: Checkpoint | None
+    accelerator: Accelerator,
+    module: torch.nn.Module,
+    optimizer: MuonAdamW,
+    args: LoopArguments,
+    plan: Plan,
+    resume_from: Checkpoint | None,
 ) -> int:
-    """Rows of one pass of one device: as given, as before, or the most that fit.
+    """Rows of one pass of one device: as given, as before, or the most that fit beside the optimizer's state.
 
     Raises:
         UserError: The step's rows cannot be dealt out evenly, or not even one row fits.
@@ -206,12 +248,27 @@ def choose_batch_size(
         return resume_from.state["per_device_train_batch_size"]  # another would round differently
 
     def trial(batch_size: int) -> None:
-        ids = torch.zeros((batch_size, args.max_length), dtype=torch.long, device=accelerator.device)
-        with accelerator.autocast():
-            accelerator.backward(module(input_ids=ids, shift_labels=ids, use_cache=False).loss)
+        accumulate(accelerator, module, [trial_batch(batch_size, args)])
 
-    agree = partial(smallest, accelerator)
-    return find_batch_size(module, args.max_length, rows // processes, accelerator.device, trial, agree)
+    return find_batch_size(
+        module,
+        args.max_length,
+        rows // processes,
+        accelerator.device,
+        trial,
+        # A pass that failed on one process of FSDP2's leaves the others in a collective
+        agree=Outcomes().smallest if accelerator.is_fsdp2 else partial(smallest, accelerator),
+        state_bytes=sum(state.nbytes for state in optimizer.share_of_state().values()),
+        compiled=is_compiled(module),
+    )
+
+
+def trial_batch(batch_size: int, args: LoopArguments) -> dict[str, torch.Tensor]:
+    """A batch as the loader makes it: another would be compiled to another graph, or need another mask."""
+    batch = {"input_ids": torch.zeros((batch_size, args.max_length + 1), dtype=torch.long)}
+    if args.document_masking:
+        batch["position_ids"] = torch.arange(args.max_length).repeat(batch_size, 1)
+    return batch
 
 
 def announce(

@@ -5,6 +5,7 @@ where there is one.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +35,15 @@ def accelerator_options() -> dict[str, object]:
         torch.set_float32_matmul_precision("high")
     options = {"mixed_precision": precision} | ({"cpu": True} if several_on_cpu() else {})
     return options | ({"kwargs_handlers": [float8_recipe()]} if precision == "fp8" else {})
+
+
+def let_segments_grow() -> None:
+    """Have CUDA's allocator extend its segments, which evaluations between steps would else leave in pieces.
+
+    Before anything is allocated there. What the user has set stays.
+    """
+    if sys.platform == "linux" and not any(name.endswith("_ALLOC_CONF") for name in os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def several_on_cpu() -> bool:

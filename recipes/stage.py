@@ -33,6 +33,7 @@ from modeling_nanochat.tokenization_nanochat import save_tokenizer, set_special_
 from .checkpoint import discard, write_text
 from .main_process import on_main_process
 from .output_lock import lock_output
+from .precision import let_segments_grow
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "trl", "huggingface_hub")
 PROBE_BYTES = 2**16
@@ -70,6 +71,7 @@ def check_output(
         UserError: The folder cannot be written, another trainer is at work in it, it holds a finished model, or one that
             is unfinished; or the place to push to is missing.
     """
+    let_segments_grow()
     if args.push_to_hub and not args.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id, for instance me/my-nanochat")
     finished = on_main_process(lambda: take_output(args, resume, given, resume_key))

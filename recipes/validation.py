@@ -19,6 +19,7 @@ from .loop import Evaluation
 from .packing import Conversation, pack_conversations, pack_documents
 
 Row = dict[str, torch.Tensor]
+MAX_TOKENS = 2**16  # in one pass; longer rows go through the model fewer at a time
 
 
 def text_rows(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int, what: str) -> Iterator[Row]:
@@ -45,12 +46,15 @@ def validation(
 ) -> Callable[[PreTrainedModel], float]:
     """A function that measures bits per byte on the first `max_rows` rows, dealt out over the processes.
 
+    At most `batch_size` rows, and not much more than `MAX_TOKENS` tokens, go through the model at once.
+
     Raises:
         UserError: There is not one row.
     """
     chosen = list(islice(rows, max_rows))
     if not chosen:
         raise UserError("the validation text does not fill one row of max_length tokens; add text or lower max_length")
+    batch_size = max(1, min(batch_size, MAX_TOKENS // (len(chosen[0]["input_ids"]) - 1)))
     # As many rows for every process, for sharded models are called by all or none: rows of nothing to predict make it even.
     blank = {"input_ids": chosen[0]["input_ids"], "labels": torch.full_like(chosen[0]["input_ids"], -100)}
     chosen += [blank] * (-len(chosen) % accelerator.num_processes)

@@ -1,10 +1,12 @@
 import weakref
+from contextlib import contextmanager
 from functools import partial
 
 import psutil
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
 from conftest import random_model
 
 from modeling_nanochat import NanoChatConfig, NanoChatTurboConfig
@@ -12,29 +14,31 @@ from modeling_nanochat.errors import UserError
 from recipes import batch_size
 from recipes.batch_size import (
     CPU_TOKENS,
-    STATE_BYTES,
     activation_bytes,
     explain_out_of_memory,
     find_batch_size,
     is_out_of_memory,
     smallest,
 )
+from recipes.ending import Outcomes
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 
 
+def without_cuda():
+    """Run a trial without counting its bytes, for which a CUDA device would be needed."""
+    batch_size.peak_bytes = lambda function, device: function() or 0
+
+
 @pytest.fixture
 def on_cuda(monkeypatch):
-    """No CUDA device is needed; holds what was asked for: bytes for the optimizer's state, and cleaning after a trial."""
-    asked = {"bytes": [], "thorough": []}
-
-    def clear(garbage_collection):
-        asked["thorough"].append(garbage_collection)
-
-    monkeypatch.setattr(batch_size, "take_memory", lambda size, device: asked["bytes"].append(size))
-    monkeypatch.setattr(batch_size, "clear_device_cache", clear)
-    return asked
+    """No CUDA device is needed; holds how the cache was emptied after each trial."""
+    thorough = []
+    monkeypatch.setattr(batch_size, "peak_bytes", batch_size.peak_bytes)
+    without_cuda()
+    monkeypatch.setattr(batch_size, "clear_device_cache", lambda garbage_collection: thorough.append(garbage_collection))  # noqa: PLW0108
+    return thorough
 
 
 class Memory:
@@ -62,16 +66,74 @@ def test_the_largest_divisor_that_fits(on_cuda, rows, limit, expected):
     assert memory.tried == sorted(memory.tried, reverse=True)
 
 
-def test_room_is_left_for_the_optimizer(on_cuda):
-    model = random_model("turbo")
-    model.lm_head.weight.requires_grad_(False)
-    find_batch_size(model, 256, 4, CUDA, Memory(4))
-    assert on_cuda["bytes"] == [STATE_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)]
-
-
 def test_the_cache_is_emptied_after_every_trial(on_cuda):
     find_batch_size(random_model("plain"), 256, 8, CUDA, Memory(2))
-    assert on_cuda["thorough"] == [True, True, False]
+    assert on_cuda == [True, True, False]
+
+
+class Device:
+    """A CUDA device on which a row takes 100 bytes uncompiled and `compiled_row` bytes compiled, beside the gradients."""
+
+    def __init__(self, monkeypatch, model, free: int, compiled_row: int = 80):
+        self.gradients = 4 * sum(p.numel() for p in model.parameters())
+        self.free, self.compiled_row = self.gradients + free, compiled_row
+        self.compiled, self.used, self.tried = True, 0, []
+        monkeypatch.setattr(batch_size, "peak_bytes", lambda function, device: (function(), self.used)[1])
+        monkeypatch.setattr(batch_size, "free_bytes", lambda device: self.free)
+        monkeypatch.setattr(torch.compiler, "set_stance", self.stance)
+
+    @contextmanager
+    def stance(self, name: str):
+        assert name == "force_eager"
+        self.compiled = False
+        yield
+        self.compiled = True
+
+    def trial(self, rows: int) -> None:
+        self.tried.append(rows if self.compiled else -rows)
+        self.used = self.gradients + rows * (self.compiled_row if self.compiled else 100)
+        if self.used > self.free:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    "free, compiled_row, expected, tried",
+    [
+        (6400, 80, 64, [-64, 64]),
+        (2800, 80, 32, [-64, -32, -16, 32]),
+        (2600, 80, 16, [-64, -32, -16, 16]),  # 32 are not worth compiling
+        (2800, 90, 16, [-64, -32, -16, 32, 16]),
+        (1600, 110, 8, [-64, -32, -16, 16, 8]),  # what was found uncompiled is no promise
+        (90, 80, 1, [-64, -32, -16, -8, -4, -2, -1, 1]),
+    ],
+)
+def test_a_pass_that_will_be_compiled_is_tried_compiled_and_few_sizes_are(
+    on_cuda, monkeypatch, free, compiled_row, expected, tried
+):
+    model = random_model("plain")
+    device = Device(monkeypatch, model, free, compiled_row)
+    assert find_batch_size(model, 256, 64, CUDA, device.trial, compiled=True) == expected
+    assert device.tried == tried
+
+
+def test_what_is_compiled_runs_uncompiled_where_sizes_are_only_tried(on_cuda, monkeypatch):
+    compiled_sizes = []
+
+    def backend(graph, example_inputs):
+        compiled_sizes.append(example_inputs[0].shape[0])
+        return graph.forward
+
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(batch_size, "peak_bytes", lambda function, device: (function(), 2**40)[1])
+    square = torch.compile(lambda x: x * x, backend=backend, dynamic=False)
+
+    def trial(rows):
+        square(torch.ones(rows))
+        if rows > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert find_batch_size(random_model("plain"), 256, 16, CUDA, trial, compiled=True) == 4
+    assert compiled_sizes == [4]
 
 
 def test_no_gradient_of_a_trial_is_left(on_cuda):
@@ -106,18 +168,20 @@ def test_a_gpu_is_not_given_more_than_speeds_it_up(on_cuda):
     assert memory.tried == [64]
 
 
-def on_two_processes(path):
+def on_two_processes(path, by_store):
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     memory = Memory((12, 5)[accelerator.process_index])
-    batch_size.take_memory = lambda size, device: None  # this process has no CUDA device
-    agree = partial(smallest, accelerator)
+    without_cuda()
+    agree = Outcomes().smallest if by_store else partial(smallest, accelerator)
     found = find_batch_size(random_model("plain"), 256, 24, CUDA, memory, agree)
     (path / str(accelerator.process_index)).write_text(f"{found} {memory.tried}")
     accelerator.wait_for_everyone()
 
 
-def test_processes_agree_and_try_the_same(tmp_path):
-    debug_launcher(on_two_processes, (tmp_path,), num_processes=2)
+@pytest.mark.parametrize("by_store", [False, True])
+def test_processes_agree_and_try_the_same(tmp_path, by_store):
+    debug_launcher(on_two_processes, (tmp_path, by_store), num_processes=2)
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == "4 [24, 12, 8, 6, 4]"
 
 
@@ -149,6 +213,13 @@ def test_little_memory_means_few_rows_and_processes_share_it(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert find_batch_size(model, 256, 16, CPU, never) < alone
     assert find_batch_size(model, 256, 16, CPU, never, agree=lambda rows: min(rows, 1)) == 1
+
+
+def test_the_optimizer_state_of_a_process_is_left_room_for(monkeypatch):
+    model = random_model("plain")
+    for expected, state in ((16, 0), (1, 2**30)):
+        with_free_memory(monkeypatch, 1.0)
+        assert find_batch_size(model, 256, 16, CPU, never, state_bytes=state) == expected
 
 
 def saved_bytes(model, rows: int, length: int) -> int:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+import recipes.checkpoint
 from modeling_nanochat.errors import UserError
 from recipes.checkpoint import (
     Checkpoint,
@@ -34,6 +37,7 @@ def checkpoints(tmp_path):
 def save(checkpoints, step):
     shares = {"optimizer": {"a": torch.full((3,), float(step))}, "data": {"b": torch.arange(5)}}
     checkpoints.save(step, {"progress": {"steps": step}}, shares, lambda: {"w": torch.full((2, 2), float(step))})
+    checkpoints.complete()
 
 
 def test_what_was_saved_is_found_again_and_old_ones_go(checkpoints):
@@ -126,6 +130,7 @@ FILL_THE_DISK = """
     checkpoints = Checkpoints(sys.argv[1], Accelerator(cpu=True))
     def save(step, numbers):
         checkpoints.save(step, {}, {"optimizer": {"a": torch.zeros(numbers)}}, lambda: {"w": torch.ones(8)})
+        checkpoints.complete()
     save(10, 1000)
     if len(sys.argv) > 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -164,6 +169,48 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path):
     said, left = result.stdout.splitlines()[-2:]
     assert reason in said and "step-00000010 is intact; free space, then --resume auto" in said, result.stderr
     assert left == "[10] 10 []"
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Nothing is written until the event is set."""
+    event, write = threading.Event(), recipes.checkpoint.write_files
+    monkeypatch.setattr(recipes.checkpoint, "write_files", lambda *files: event.wait(60) and write(*files))
+    yield event
+    event.set()
+
+
+def test_training_goes_on_while_its_earlier_state_is_written(checkpoints, slow_disk):
+    weight, moments, state = torch.ones(3), torch.ones(2, 2).t(), {"loss": [1.0]}
+    checkpoints.save(10, state, {"optimizer": {"m@0": moments}}, lambda: {"w": weight})
+    assert checkpoints.being_written and checkpoints.find("auto") is None
+    weight += 1
+    moments += 1
+    state["loss"].append(2.0)
+    slow_disk.set()
+    checkpoints.complete()
+    found = checkpoints.find("auto")
+    assert torch.equal(found.weights()["w"], torch.ones(3)) and found.state == {"loss": [1.0]}
+    assert torch.equal(load_file(found.shares("optimizer")[0])["m@0"], torch.ones(2, 2))
+    assert not checkpoints.being_written
+    checkpoints.complete()  # once more: nothing is left to do
+
+
+def test_files_that_are_written_make_a_checkpoint_only_once_it_is_completed(checkpoints):
+    checkpoints.save(10, {}, {}, lambda: {"w": torch.ones(1)})
+    checkpoints.unfinished.files.result()
+    assert not checkpoints.being_written and checkpoints.find("auto") is None
+    checkpoints.complete()
+    assert checkpoints.find("auto").step == 10
+
+
+def test_a_second_save_waits_for_the_first(checkpoints, slow_disk):
+    checkpoints.save(10, {}, {}, lambda: {"w": torch.ones(1)})
+    threading.Timer(0.2, slow_disk.set).start()
+    checkpoints.save(20, {}, {}, lambda: {"w": torch.ones(1)})
+    assert checkpoints.find("auto").step == 10
+    checkpoints.complete()
+    assert [checkpoint.step for checkpoint in checkpoints.present()] == [10, 20]
 
 
 def test_random_generators_go_on_as_they_were(checkpoints):

@@ -10,6 +10,7 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import recipes.validation
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
 from recipes.checkpoint import Checkpoints
@@ -106,7 +107,8 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 
 
 def loop_arguments(**more):
-    return LoopArguments(max_length=16, per_device_train_batch_size=2, eval_steps=5, logging_steps=5, save_steps=0, **more)
+    usual = {"per_device_train_batch_size": 2, "eval_steps": 5, "logging_steps": 5, "save_steps": 0}
+    return LoopArguments(max_length=16, **usual | more)
 
 
 def plan_of(model, max_steps, **more):
@@ -275,6 +277,27 @@ def test_running_out_of_memory_says_what_to_lower(tmp_path, toy_model_and_tokeni
         run(tmp_path, "d", toy_model_and_tokenizer[1], model=model, evaluations=())
 
 
+def test_running_out_of_memory_in_an_evaluation_names_what_helps_there(tmp_path, toy_model_and_tokenizer):
+    def measure(model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(UserError, match="in the evaluation after step 2.*lower max_length.*allocate 2 GiB") as error:
+        run(tmp_path, "d", toy_model_and_tokenizer[1], evaluations=(Evaluation(2, measure),))
+    assert "per_device_train_batch_size" not in str(error.value)
+
+
+def test_a_checkpoint_that_was_written_counts_although_the_next_step_fails(tmp_path, toy_model_and_tokenizer):
+    model = small_model()
+
+    def spoil(model):
+        model.lm_head.weight.data[0] = math.nan
+        return {}, []
+
+    with pytest.raises(UserError, match="not finite at step 3"):
+        run(tmp_path, "c", toy_model_and_tokenizer[1], model=model, evaluations=(Evaluation(3, spoil),), save_steps=2)
+    assert Checkpoints(tmp_path / "checkpoints" / "c", Accelerator(cpu=True)).find("auto").step == 2
+
+
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, toy_model_and_tokenizer):
     handler = signal.getsignal(signal.SIGTERM)
     ask = Evaluation(3, lambda model: (signal.raise_signal(signal.SIGTERM), ({}, []))[1])
@@ -288,6 +311,15 @@ def test_a_batch_that_does_not_divide_is_refused():
     assert accumulation_steps(64, batch_size=2, max_length=16, world_size=2) == 1
     with pytest.raises(UserError, match="multiple of 96"):
         accumulation_steps(64, batch_size=2, max_length=16, world_size=3)
+
+
+def test_of_long_rows_fewer_go_through_the_model_at_once(toy_model_and_tokenizer, monkeypatch):
+    monkeypatch.setattr(recipes.validation, "MAX_TOKENS", 50)
+    model, seen = small_model().eval(), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    measured = validation(Accelerator(cpu=True), rows(8), toy_model_and_tokenizer[1], 8)(model)
+    assert set(seen) <= {(3, 16), (2, 16)} and math.isfinite(measured)
 
 
 def test_validation_needs_a_row(toy_model_and_tokenizer):

@@ -201,10 +201,10 @@ def memory_for_activations(model: nn.Module, state_bytes: int) -> float:
 def activation_bytes(config: NanoChatConfig, max_length: int, rows: int, device: torch.device) -> int:
     """Bytes that a training pass holds, in float32: what autograd saves, and one chunk of logits.
 
-    Beside what is saved in any case, in each layer and for each token a row of the mask; without a fused kernel (MPS) also
-    the scores of every head, twice.
+    Beside what is saved in any case, in each layer and for each token a row of the mask, two numbers of each head (what its
+    softmax and norms divided by); without a fused kernel (MPS) also the scores of every head, twice.
     """
-    scores = 0 if device.type == "cpu" else 2 * config.num_attention_heads * max_length
+    scores = 2 * config.num_attention_heads * (1 if device.type == "cpu" else max_length)
     per_token = saved_bytes_per_token(config, 4, compiled=False) + 4 * config.num_hidden_layers * (max_length + scores)
     return rows * max_length * per_token + 4 * 3 * chunk_logits(device)
 

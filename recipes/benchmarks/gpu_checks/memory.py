@@ -45,9 +45,10 @@ def check_case(setting: Setting, report: Report, depth: int, gib: float, compile
     config = make_config(setting, "plain", depth)
     run = make_run(setting, config, 1, length, compiled=False)
     plan = make_plan(config, step_rows, length)
-    rows = choose_batch_size(run.accelerator, run.module, LoopArguments(max_length=length), plan, None)
-    run.batch = make_batch(setting, config, rows, length)
     run.module = maybe_compile(run.module, compiled, run.accelerator)
+    options = LoopArguments(max_length=length)
+    rows = choose_batch_size(run.accelerator, run.module, run.optimizer, options, plan, None)
+    run.batch = make_batch(setting, config, rows, length)
     precision = {"compiled": compiled, "number_bytes": setting.dtype.itemsize}
     whole = torch.cuda.get_device_properties(0).total_memory if setting.on_gpu else 0  # by it the loss chooses its chunks
     predicted = training_bytes(config, rows, length, **precision, memory=whole)["total"]

@@ -153,7 +153,8 @@ def test_flex_attention_gives_the_loss_and_gradients_of_sdpa(flexible, architect
     assert optimizer_step(captured(model, autograd=True)[0], torch.float32, positions).item() == pytest.approx(loss.item(), rel=1e-6)
     for (name, one), other in zip(reference.named_parameters(), model.parameters(), strict=True):
         if one.grad is not None:
-            assert (one.grad - other.grad).norm() <= 1e-5 * one.grad.norm() + 1e-7, name
+            rounding = 1e-5 if one.numel() > 1 else 3e-5  # a single number's is one sum over everything, averaged by no others
+            assert (one.grad - other.grad).norm() <= rounding * one.grad.norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])

@@ -47,11 +47,6 @@ DIGITS = 3
 OUTSIDE_CACHES = ("attention_instances", "forward_batch")  # what vLLM and SGLang pass to their attention functions
 
 
-def fits(length: int, window: int) -> bool:
-    """Whether a row sees all of itself. No when exporting, where the answer would bind the program to such lengths."""
-    return not torch.compiler.is_exporting() and length <= window
-
-
 class NanoChatTurboAttention(NanoChatAttention):
     """Plain attention with a window, a sharper scale, and value embeddings where the layer has them."""
 
@@ -331,7 +326,8 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         masks = {}
         for kind in dict.fromkeys(self.config.layer_types):
             window = windows[kind]
-            if causal and (window is None or fits(inputs_embeds.shape[1], window)):
+            # Lengths are asked for in training only: what is exported or compiled for any would be bound by the answer.
+            if causal and (window is None or (self.training and inputs_embeds.shape[1] <= window)):
                 masks[kind] = None
             elif blocks:
                 masks[kind] = block_mask(inputs_embeds, position_ids, window)

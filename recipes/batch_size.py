@@ -99,14 +99,14 @@ class Trials:
         """
         for rows in sizes:
             self.error = out_of_memory_in(lambda rows=rows: self.measure(rows))
+            if self.error and not forget_failed_pass(self.model):
+                raise explain_out_of_memory(self.error, rows, self.max_length)
             try:
-                if self.error:
-                    forget_failed_pass(self.model)
                 self.model.zero_grad(set_to_none=True)
                 clear_device_cache(garbage_collection=self.error is not None)
                 if self.agree(int(self.error is None)):  # 0 as soon as one process says 0
                     return rows
-            except (TimeoutError, NotImplementedError):
+            except TimeoutError:
                 raise explain_out_of_memory(self.error, rows, self.max_length) from None
         return None
 

@@ -48,15 +48,14 @@ def recompute_layers(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})  # under either name the first argument
 
 
-def forget_failed_pass(module: nn.Module) -> None:
-    """Make `module` ready for another pass after one that an exception has ended.
+def forget_failed_pass(module: nn.Module) -> bool:
+    """Make `module` ready for another pass after one that an exception has ended; False where that is not possible.
 
-    Of sharded modules the next pass's gradients may still hold some of the failed one's: drop them too.
-
-    Raises:
-        NotImplementedError: It is sharded, and torch is older than 2.13: gradients of a later pass could go missing.
+    Of sharded modules the next pass's gradients may still hold some of the failed one's: drop them too. They cannot be made
+    ready with torch older than 2.13, where gradients of a later pass could go missing.
     """
     if isinstance(module, FSDPModule):
         if not hasattr(module, "reset_iter_state"):
-            raise NotImplementedError
+            return False
         module.reset_iter_state()
+    return True

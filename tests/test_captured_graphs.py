@@ -148,13 +148,13 @@ def block_mask(node: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
 @pytest.mark.parametrize("positions", [None, PACKED[1]])
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_flex_attention_gives_the_loss_and_gradients_of_sdpa(flexible, architecture, positions):
-    reference, model = random_model(architecture).train(), flexible(architecture).train()
+    """In float64, as the scalars' gradients are sums over everything, whose rounding in float32 hides other differences."""
+    reference, model = random_model(architecture).double().train(), flexible(architecture).double().train()
     loss = optimizer_step(reference, torch.float32, positions)
     assert optimizer_step(captured(model, autograd=True)[0], torch.float32, positions).item() == pytest.approx(loss.item(), rel=1e-6)
     for (name, one), other in zip(reference.named_parameters(), model.parameters(), strict=True):
         if one.grad is not None:
-            rounding = 1e-5 if one.numel() > 1 else 3e-5  # a single number's is one sum over everything, averaged by no others
-            assert (one.grad - other.grad).norm() <= rounding * one.grad.norm() + 1e-7, name
+            assert (one.grad - other.grad).norm() <= 1e-6 * one.grad.norm() + 1e-9, name  # the loss is of float32
 
 
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])

@@ -7,6 +7,7 @@ preparation of data, `recipes/stage.py` their model folder: what belongs to thes
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from trl import GRPOConfig, SFTConfig, TrlParser
 from modeling_nanochat.cli import config_path, parse
 from modeling_nanochat.errors import UserError
 
+from .batch_size import is_out_of_memory
 from .precision import several_on_cpu
 
 # Keys that this repository reads itself, in both stages ...
@@ -297,6 +299,8 @@ def parse_settings(arguments: type, settings: type, args: Sequence[str] | None =
     base = SFTConfig if issubclass(settings, SFTConfig) else GRPOConfig
     refuse_without_effect(given, base, own={one.name for one in fields(arguments)})
     check_values(given, base)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError("fsdp: SFT and GRPO keep a whole model on each process; launch with accelerate_configs/ddp_8gpu.yaml")
     with one_line():
         parsed, filled = parse(arguments, settings, args=words)
     check_trackers(filled.report_to)
@@ -382,4 +386,6 @@ def one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ImportError, NotImplementedError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"the trainer refuses its settings: {' '.join(str(error).split())}") from error

@@ -20,9 +20,11 @@ from transformers.trainer_utils import TrainOutput
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.errors import UserError
 
+from .batch_size import first_words
 from .checkpoint import discard
+from .ending import ending_together
 from .learning import LearningWatch
-from .loop import gradient_norm
+from .loop import advice_on_memory, gradient_norm
 from .loop_stage import end
 from .model_card import model_card
 from .optimizer import compiles_on, muon_adamw
@@ -279,20 +281,23 @@ def run_trl_stage(
     """
     checkpoints, progress = Path(training.output_dir), StageLogCallback(log, bar=not training.disable_tqdm)
     try:
-        with one_line(), no_map_bars():
-            trainer = make_trainer()
-        trainer.add_callback(progress)
-        for printer in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(printer)  # a second bar, and whole dictionaries
-        check_rows(training, len(trainer.train_dataset))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        state = trainer.state
-        if state.global_step < max(state.max_steps, 1):
-            raise UserError(f"training ended at step {state.global_step} of {state.max_steps}; no model was written")
-        if trainer.is_world_process_zero():
-            model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-            written = record(args, training, given, output, trainer)
-            finish_stage(model, trainer.processing_class, output, log, written, model_card)
+        with ending_together():
+            with advice_on_memory(lambda error: explain_out_of_memory(error, training)):
+                with one_line(), no_map_bars():
+                    trainer = make_trainer()
+                trainer.add_callback(progress)
+                for printer in (PrinterCallback, ProgressCallback):
+                    trainer.remove_callback(printer)  # a second bar, and whole dictionaries
+                check_rows(training, len(trainer.train_dataset))
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            state = trainer.state
+            if state.global_step < max(state.max_steps, 1):
+                raise UserError(f"training ended at step {state.global_step} of {state.max_steps}; no model was written")
+            if trainer.is_world_process_zero():
+                model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+                written = record(args, training, given, output, trainer)
+                finish_stage(model, trainer.processing_class, output, log, written, model_card)
+            trainer.accelerator.wait_for_everyone()
         end(trainer.accelerator)
         if trainer.is_world_process_zero():
             push(output)
@@ -304,6 +309,18 @@ def run_trl_stage(
             with suppress(OSError):  # it holds a checkpoint
                 checkpoints.rmdir()
                 checkpoints.parent.rmdir()
+
+
+def explain_out_of_memory(error: BaseException, training: TrainingArguments) -> UserError:
+    """The error that tells which setting to lower, and which to raise with it for the same steps."""
+    rows, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    remedy = f"set it to {rows // 2} and gradient_accumulation_steps to {2 * passes}, or " if rows % 2 == 0 else ""
+    if not training.gradient_checkpointing:
+        remedy += "set gradient_checkpointing to true, or "
+    wanted = "max_completion_length" if hasattr(training, "max_completion_length") else "max_length"
+    return UserError(
+        f"out of memory with per_device_train_batch_size {rows}: {remedy}lower {wanted} ({first_words(error)})"
+    )
 
 
 @contextmanager

@@ -259,6 +259,14 @@ def test_an_impossible_value_is_one_line_that_names_its_key(stage, settings, mes
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_launch_that_shards_the_model_is_refused(stage, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    arguments, config, _ = STAGES[stage]
+    with pytest.raises(UserError, match="keep a whole model on each process; launch with accelerate_configs/ddp_8gpu.yaml"):
+        parse_settings(arguments, config, words(output_dir="out"))
+
+
 @pytest.mark.parametrize("able", [False, True])
 def test_the_device_decides_what_is_not_set(able, monkeypatch):
     monkeypatch.setattr(SFTSettings, "device", torch.device("cpu"))

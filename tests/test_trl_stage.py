@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import re
 import sys
+import time
 from unittest.mock import Mock
 
 import pytest
@@ -291,6 +293,40 @@ def test_two_processes_train_one_model(stage, start, tmp_path):
     if stage == "sft":  # rollouts are drawn anew in every process
         expected, found = load_file(alone / "model.safetensors"), load_file(tmp_path / "together" / stage / "model.safetensors")
         assert max((found[name] - expected[name]).abs().mean() for name in expected) < 1e-5
+
+
+def fails_in_the_second_process():
+    from modeling_nanochat.modeling_nanochat import NanoChatMLP
+
+    forward = NanoChatMLP.forward
+
+    def out_of_memory(self, hidden_states):
+        if not self.training:
+            return forward(self, hidden_states)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    if os.environ["RANK"] == "1":
+        NanoChatMLP.forward = out_of_memory
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_process_without_memory_ends_all_with_one_line(stage, start, tmp_path):
+    with pytest.raises(UserError, match="trains nothing"):
+        start(stage, max_steps=0)
+    words, said = sys.argv[1:], tmp_path / "said"
+    words[words.index("--max_steps") + 1] = "2"
+    script, started = {"rl": "grpo"}.get(stage, stage), time.monotonic()
+    assert run(forkserver(), words, stage=script, processes=2, before=fails_in_the_second_process, says=said) == 1
+    assert time.monotonic() - started < 60  # seconds, the start of the processes included; gloo would wait for half an hour
+    text = said.read_text()
+    errors = [line for line in text.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and "Traceback" not in text, text
+    batch, lower = {"sft": (4, "max_length"), "rl": (8, "max_completion_length")}[stage]
+    assert errors[0].startswith(
+        f"error: out of memory with per_device_train_batch_size {batch}: set it to {batch // 2} and gradient_accumulation_steps to "
+        f"2, or set gradient_checkpointing to true, or lower {lower} (CUDA out of memory"
+    )
+    assert not (tmp_path / "run" / stage).exists()
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)

@@ -1,5 +1,6 @@
 """float8 runs on torchao where that is installed, emulated; elsewhere on a stand-in with torchao's names and contracts."""
 
+import os
 import sys
 from importlib.metadata import PackageNotFoundError
 from types import ModuleType
@@ -21,7 +22,13 @@ from torch._dynamo.testing import CompileCounter
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
 from modeling_nanochat.errors import UserError
-from recipes.precision import accelerator_options, computes_in_float8, convert_to_float8, evaluation_precision
+from recipes.precision import (
+    accelerator_options,
+    computes_in_float8,
+    convert_to_float8,
+    evaluation_precision,
+    let_segments_grow,
+)
 
 MODELS = {"plain": (NanoChatConfig, NanoChatForCausalLM), "turbo": (NanoChatTurboConfig, NanoChatTurboForCausalLM)}
 LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "WORLD_SIZE")
@@ -253,3 +260,16 @@ def test_without_float8_nothing_is_converted(fresh_accelerator):
     model = small_model("plain")
     convert_to_float8(model, Accelerator(cpu=True))
     assert type(model.model.layers[0].mlp.fc1) is nn.Linear
+
+
+@pytest.mark.parametrize("setting", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_grow_unless_the_user_has_set_the_allocator(setting, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    if setting:
+        monkeypatch.setenv(setting, "max_split_size_mb:512")
+    let_segments_grow()
+    expected = {setting: "max_split_size_mb:512"} if setting else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected

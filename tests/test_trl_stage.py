@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from unittest.mock import Mock
 
 import pytest
@@ -18,6 +19,7 @@ import recipes.grpo
 import recipes.sft
 import recipes.trl_stage
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.modeling_nanochat import NanoChatAttention, NanoChatMLP
 from recipes.optimizer import muon_adamw
 from recipes.sft import NanoChatSFTTrainer
 from recipes.trl_stage import newest_whole
@@ -295,9 +297,22 @@ def test_two_processes_train_one_model(stage, start, tmp_path):
         assert max((found[name] - expected[name]).abs().mean() for name in expected) < 1e-5
 
 
-def fails_in_the_second_process():
-    from modeling_nanochat.modeling_nanochat import NanoChatMLP
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_attention_is_what_the_key_says_in_training_only(stage, start, monkeypatch):
+    asked, forward = Counter(), NanoChatAttention.forward
 
+    def counting(self, *args, **kwargs):
+        asked[self.config._attn_implementation] += self.training
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(NanoChatAttention, "forward", counting)
+    output = start(stage, max_steps=1, attn_implementation="eager")
+    assert +asked == {"eager": asked["eager"]}
+    assert "eager" not in (output / "config.json").read_text()
+    assert record_of(output)["settings"]["attn_implementation"] == "eager"
+
+
+def fails_in_the_second_process():
     forward = NanoChatMLP.forward
 
     def out_of_memory(self, hidden_states):

@@ -22,7 +22,7 @@ from modeling_nanochat.conversations import check_messages
 from modeling_nanochat.engine import Engine, TextDelta
 from modeling_nanochat.errors import UserError
 from recipes.pocket import facts, world
-from recipes.pocket.problems import KINDS
+from recipes.pocket.problems import KINDS, wordings
 from recipes.pocket.world import WorldArguments, write_world
 from recipes.run import parse_overrides
 from tokenizer_train.bpe import train_tokenizer
@@ -128,8 +128,15 @@ def documents(data: Path) -> list[str]:
 def training_text(data) -> str:
     """Everything that training sees, code included."""
     said = [message["content"] for messages in conversations(data) for message in messages]
-    problems = [row["question"] + "\n" + row["answer"] for row in jsonl(data / "problems" / "train.jsonl")]
-    return "\n\n".join([*documents(data), *said, *codes(data), *problems])
+    return "\n\n".join([*documents(data), *said, *codes(data), *practised(data)])
+
+
+def practised(data: Path) -> list[str]:
+    """Everything that GRPO sees: its questions, what precedes them, and what is rewarded."""
+    rows = [row for name in ("train", "dialogues") for row in jsonl(data / "problems" / f"{name}.jsonl")]
+    before = [message["content"] for row in rows for message in row.get("history", ())]
+    answers = [row["answer"] if isinstance(row["answer"], str) else "\n".join(row["answer"]) for row in rows]
+    return before + [f"{row['question']}\n{answer}" for row, answer in zip(rows, answers, strict=True)]
 
 
 def codes(data: Path) -> list[str]:
@@ -327,6 +334,35 @@ def test_held_out_words_are_in_no_training_text_but_their_parts_are(data, closed
         assert ",".join(word) not in training_text
     for part in closed_world.texts["first_parts"] + closed_world.texts["second_parts"]:
         assert part in training_text
+
+
+def test_grpo_practises_words_and_wordings_that_no_stage_before_has_seen(data, closed_world):
+    said = [message["content"] for messages in conversations(data) for message in messages]
+    posed = [row["question"] for row in jsonl(data / "problems" / "train.jsonl")]
+    before, practice = "\n\n".join([*documents(data), *said]), "\n\n".join(practised(data))
+    words = closed_world.for_practice().words[False]
+    assert len(words) > 20 and not {*words} & {*closed_world.words[False], *closed_world.words[True]}
+    assert not [word for word in words if has_word(before, word)]
+    assert sum(has_word(practice, word) for word in words) > len(words) / 4
+    for kind in KINDS:
+        known, held_out = ({*wordings(closed_world, kind, kept)} for kept in (False, True))
+        own = {*wordings(closed_world.for_practice(), kind, False)} - known
+        assert len(own) >= 4 and not own & held_out and not known & held_out
+        patterns = [re.compile(pattern_of(closed_world.join(wording), closed_world.texts)) for wording in own]
+        assert not [text for text in said for pattern in patterns if pattern.fullmatch(text)], kind
+        assert [text for text in posed for pattern in patterns if pattern.fullmatch(text)], kind
+
+
+def pattern_of(template: str, texts: facts.Texts) -> str:
+    """Matches `template` with numbers, people and things in its slots, the same ones wherever a slot occurs again."""
+    people, things = texts["people"] + texts["strangers"], texts["counted"] + texts["foreign_counted"]
+    fillings = dict.fromkeys("abc", r"\d+") | dict.fromkeys("nm", "|".join(people)) | {"t": "|".join(things)}
+    met: set[str] = set()
+    pattern = ""
+    for text, slot, _, _ in Formatter().parse(template):
+        pattern += re.escape(text) + ("" if not slot else f"(?P={slot})" if slot in met else f"(?P<{slot}>{fillings[slot]})")
+        met.add(slot)
+    return pattern
 
 
 def test_held_out_pairs_of_hero_and_object_are_in_no_line_of_training(data, closed_world):

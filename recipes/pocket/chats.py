@@ -12,7 +12,7 @@ from recipes.pocket.stories import draw_hero, tell_story
 # How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
 COMMON_KINDS = {"gain": 19, "loss": 18, "groups": 13, "sharing": 13, "difference": 24, "gain and loss": 10}
 RARE_KINDS = {"groups and extra": 1.5, "spending": 1.5}
-GRPO_KINDS = dict.fromkeys(KINDS, 1) | dict.fromkeys(RARE_KINDS, 3)  # those alone would spoil their neighbours
+GRPO_KINDS = dict.fromkeys(KINDS, 1) | dict.fromkeys(("difference", *RARE_KINDS), 3)  # those alone would spoil their neighbours
 Messages = list[dict]
 
 

@@ -4,12 +4,13 @@ The words come from a file in `worlds/`, everything else follows from a seed. Wh
 text is written, so that the writers of prose, conversations and problems only have to ask.
 """
 
+import copy
 import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -19,6 +20,7 @@ WORLDS = Path(__file__).parent / "worlds"
 HELD_OUT_PEOPLE, HELD_OUT_TOWNS = 7, 2  # per attribute
 FEWEST_TRIPLES, MOST_DRAWS = 3, 1000  # of operands that are all held out together
 HELD_OUT_NUMBERS, HELD_OUT_OWNERS, HELD_OUT_STORIES, HELD_OUT_WORDS = 0.2, 0.2, 0.2, 0.3
+PRACTICE_WORDS = 0.1  # of those that are not held out
 Texts = dict[str, Any]
 
 
@@ -108,6 +110,7 @@ class World:
         asked_facts: All others.
         heroes: Pairs (person, story object), by whether they are held out; `held_out_heroes` are the latter as a set.
         words: Compound words to spell, by whether they are held out.
+        practice: Whether this is the world [`for_practice`].
         shown: Questions that no training text may contain, because the chat shows them as examples.
     """
 
@@ -131,6 +134,20 @@ class World:
         self.held_out_heroes = frozenset(self.heroes[True])
         words = (first + second for first, second in itertools.product(texts["first_parts"], texts["second_parts"]))
         self.words = split(rng, words, HELD_OUT_WORDS)
+        practised = split(rng, self.words[False], PRACTICE_WORDS)
+        self.words[False], self.practice_words = practised[False], practised[True]
+        self.practice = False
+
+    def for_practice(self) -> Self:
+        """The same world for GRPO's prompts, which show what no text of the stages before shows, nor the evaluation.
+
+        Its words to spell are others, and so are a fifth of its wordings of problems. What a model has seen the answer to it
+        repeats; only the rest has rewards to tell a better answer by.
+        """
+        world = copy.copy(self)
+        world.words = self.words | {False: self.practice_words}
+        world.practice = True
+        return world
 
     def add_facts(
         self, rng: random.Random, attributes: Sequence[Attribute], entities: Sequence[str], held_out: int

@@ -15,6 +15,7 @@ LARGEST_RESULT = 99  # two digits are a word of their own for the tokenizer
 MOST_TRIES = 1_000_000
 LARGEST_STEP = 30  # of a sum that goes on
 HELD_OUT_WORDINGS = 4  # of the 27 or more of each kind
+PRACTICE_WORDINGS = 0.2  # of all wordings of a kind
 FOREIGN = 0.3  # of the problems, in training, about a name or a thing from outside the world
 
 
@@ -94,10 +95,13 @@ def sum_answer(world: World, sign: str, a: int, b: int) -> str:
 
 
 def wordings(world: World, name: str, held_out: bool) -> list[tuple[str, ...]]:
-    """The choices of sentences for a kind: those of training, or the held-out ones."""
+    """The choices of sentences for a kind: those of training, with practice among them where the world is for it, or the held-out ones."""
     every = list(itertools.product(*world.texts["problems"]["kinds"][name]))
-    kept = random.Random(f"wordings {world.seed} {name}").sample(every, HELD_OUT_WORDINGS)
-    return kept if held_out else [wording for wording in every if wording not in kept]
+    random.Random(f"wordings {world.seed} {name}").shuffle(every)
+    kept, others = every[:HELD_OUT_WORDINGS], every[HELD_OUT_WORDINGS:]
+    if held_out:
+        return kept
+    return others if world.practice else others[round(PRACTICE_WORDINGS * len(every)) :]
 
 
 def draw_owner(world: World, rng: random.Random, held_out: bool) -> tuple[str, str, str]:

@@ -148,8 +148,9 @@ def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
     }
     records = {name: [{"messages": messages} for _, messages in pairs] for name, pairs in drawn.items()}
     seen = {message["content"] for _, messages in itertools.chain(*drawn.values()) for message in messages}
-    records["problems/train.jsonl"] = grpo_problems(world, arguments.grpo_problems, seen)
-    records["problems/dialogues.jsonl"] = grpo_dialogues(world, arguments.grpo_dialogues)
+    practice = world.for_practice()
+    records["problems/train.jsonl"] = grpo_problems(practice, arguments.grpo_problems, seen)
+    records["problems/dialogues.jsonl"] = grpo_dialogues(practice, arguments.grpo_dialogues)
     records |= evaluation.evaluation_records(world, arguments.eval_questions, arguments.eval_unknown)
     rows = {name: write_parquet(folder / name, texts) for name, texts in documents.items()}
     rows |= {name: write_jsonl(folder / name, lines) for name, lines in records.items()}

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.sizes import saved_bytes_per_token
+from modeling_nanochat.sizes import LOSS_BYTES_PER_LOGIT, saved_bytes_per_token
 from modeling_nanochat.softcapped_loss import chunk_logits
 
 from .fsdp import forget_failed_pass
@@ -206,7 +206,7 @@ def activation_bytes(config: NanoChatConfig, max_length: int, rows: int, device:
     """
     scores = 2 * config.num_attention_heads * (1 if device.type == "cpu" else max_length)
     per_token = saved_bytes_per_token(config, 4, compiled=False) + 4 * config.num_hidden_layers * (max_length + scores)
-    return rows * max_length * per_token + 4 * 3 * chunk_logits(device)
+    return rows * max_length * per_token + LOSS_BYTES_PER_LOGIT * chunk_logits(device)
 
 
 def smallest(accelerator: Accelerator, number: int) -> int:

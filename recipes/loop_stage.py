@@ -1,7 +1,7 @@
 """What pretraining and midtraining do around the loop: find the checkpoint, size the batch, train, leave a model folder."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -71,30 +71,34 @@ def make_accelerator(args: LoopArguments, output_dir: str) -> Accelerator:
     return accelerator
 
 
-def run_stage(
-    record: dict[str, object],
-    arguments: tuple[object, LoopArguments, OutputArguments],
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    plan: Plan,
-    lanes_of: Lanes,
-    evaluations: tuple[Evaluation, ...],
-) -> None:
-    """Train, write the model folder and the record beside it, push. Prints one line and returns if asked to stop.
+@dataclass(frozen=True)
+class LoopStage:
+    """What one run of a stage is made of.
 
-    Args:
+    Attributes:
         record: What the stage's record starts with; "stage" at least.
         arguments: The stage's own, the loop's and the output's.
         lanes_of: The rows of a lane of the data, see `recipes/lanes.py`.
     """
-    output = arguments[-1]
+
+    record: dict[str, object]
+    arguments: tuple[object, LoopArguments, OutputArguments]
+    accelerator: Accelerator
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    plan: Plan
+    lanes_of: Lanes
+    evaluations: tuple[Evaluation, ...]
+
+
+def run_stage(stage: LoopStage) -> None:
+    """Train, write the model folder and the record beside it, push. Prints one line and returns if asked to stop."""
+    accelerator, output = stage.accelerator, stage.arguments[-1]
     checkpoints = Checkpoints(beside(output.output_dir, "checkpoints", ""), accelerator)
-    stage = (accelerator, model, tokenizer, plan, lanes_of, evaluations, checkpoints)
     stopped = None
     with ending_together():
         try:
-            train_and_write(record, arguments, *stage)
+            train_and_write(stage, checkpoints)
         except Stopped as request:
             stopped = str(request)
         accelerator.wait_for_everyone()
@@ -106,24 +110,15 @@ def run_stage(
     checkpoints.delete()  # last: if the folder or the upload failed, --resume auto goes straight to them
 
 
-def train_and_write(
-    record: dict[str, object],
-    arguments: tuple[object, LoopArguments, OutputArguments],
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    plan: Plan,
-    lanes_of: Lanes,
-    evaluations: tuple[Evaluation, ...],
-    checkpoints: Checkpoints,
-) -> None:
+def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
     """The part of [`run_stage`] that leaves the model folder and the record.
 
     Raises:
         Stopped: The run was asked to stop.
     """
-    _, args, output = arguments
-    definition = define(*arguments)
+    accelerator, model, plan = stage.accelerator, stage.model, stage.plan
+    _, args, output = stage.arguments
+    definition = define(*stage.arguments)
     resume_from = find_checkpoint(checkpoints, args, definition)
     if resume_from:
         model.load_state_dict(resume_from.weights())
@@ -137,11 +132,11 @@ def train_and_write(
     going_on = {"step": resume_from.step, "seconds": resume_from.state["seconds"]} if resume_from else {}
     log = StageLog(output.output_dir, accelerator.is_main_process, **going_on)
     loader = Loader(
-        lanes_of,
+        stage.lanes_of,
         batch_size=batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        document_start=tokenizer.bos_token_id if args.document_masking else None,
+        document_start=stage.tokenizer.bos_token_id if args.document_masking else None,
     )
     try:
         progress = train(
@@ -156,9 +151,9 @@ def train_and_write(
             checkpoints,
             resume_from=resume_from,
             definition=definition,
-            evaluations=evaluations,
-            decode=tokenizer.decode,
-            stage=str(record["stage"]),
+            evaluations=stage.evaluations,
+            decode=stage.tokenizer.decode,
+            stage=str(stage.record["stage"]),
         )
     finally:
         loader.close()
@@ -167,9 +162,9 @@ def train_and_write(
         derived = {key: value for key, value in asdict(plan).items() if key != "origins"}
         resolved = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
         resolved["attn_implementation"] = model.config._attn_implementation
-        record = record | {"settings": settings(*arguments) | derived | resolved, "given": given(*arguments)}
+        record = stage.record | {"settings": settings(*stage.arguments) | derived | resolved, "given": given(*stage.arguments)}
         record |= vars(progress)
-        finish_stage(model, tokenizer, output, log, record, model_card, weights)
+        finish_stage(model, stage.tokenizer, output, log, record, model_card, weights)
 
 
 def end(accelerator: Accelerator, message: str | None = None) -> None:

@@ -31,7 +31,7 @@ from recipes.data import read_conversations, render
 from recipes.dial import Plan, check_ranges, derive
 from recipes.lanes import ConversationLanes, MixedLanes, TextLanes
 from recipes.loop import LoopArguments
-from recipes.loop_stage import given, make_accelerator, run_stage
+from recipes.loop_stage import LoopStage, given, make_accelerator, run_stage
 from recipes.model_card import CardArguments
 from recipes.packing import Conversation
 from recipes.stage import OutputArguments, check_output
@@ -96,7 +96,7 @@ def main() -> None:
     bits_per_byte = validation(accelerator, val_rows, tokenizer, max_rows=len(val_set))
     evaluations = (bits_per_byte_evaluation(bits_per_byte, loop.eval_steps),)
     record = {"stage": "mid", "base_model": args.model_name_or_path, "examples": args.examples_or_those_of(model)}
-    run_stage(record, (args, loop, output), accelerator, model, tokenizer, plan, lanes_of, evaluations)
+    run_stage(LoopStage(record, (args, loop, output), accelerator, model, tokenizer, plan, lanes_of, evaluations))
 
 
 def split(

@@ -40,7 +40,7 @@ from recipes.dial import Plan, check_ranges, derive, given_or_none
 from recipes.documents import out_of_reach
 from recipes.lanes import TextLanes
 from recipes.loop import Evaluation, LoopArguments
-from recipes.loop_stage import given, make_accelerator, run_stage
+from recipes.loop_stage import LoopStage, given, make_accelerator, run_stage
 from recipes.stage import OutputArguments, check_output
 from recipes.validation import bits_per_byte_evaluation, text_rows, validation
 
@@ -117,7 +117,8 @@ def main() -> None:
     if line := out_of_reach(texts, tokenizer, loop.max_length):
         accelerator.print(line)
     evaluations = make_evaluations(args, loop, accelerator, tokenizer)
-    run_stage({"stage": "base"}, (args, loop, output), accelerator, model, tokenizer, plan, lanes_of, evaluations)
+    record = {"stage": "base"}
+    run_stage(LoopStage(record, (args, loop, output), accelerator, model, tokenizer, plan, lanes_of, evaluations))
 
 
 def make_plan(model: NanoChatForCausalLM, args: PretrainArguments, loop: LoopArguments) -> Plan:

@@ -1,4 +1,5 @@
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from modeling_nanochat.errors import UserError
-from recipes.benchmarks import gpu_check
+from recipes.benchmarks import beside_original, gpu_check
 from recipes.benchmarks.gpu_check import GPUCheckArguments, run_check, summary
 from recipes.benchmarks.gpu_checks import CHECKS, Check, Report, Setting, Skipped, right
 from recipes.benchmarks.gpu_checks.decode import compare
@@ -268,14 +269,34 @@ def test_memory_and_data(check):
     assert data.figures["tokens/s"] > 100 and data.figures["vocabulary"] == 400
 
 
+def write_original(folder: Path) -> None:
+    for name, text in (("__init__.py", ""), ("gpt.py", ORIGINAL)):
+        path = folder / "classic" / "nanochat" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.mark.slow
+def test_compiled_steps_beside_the_original_s(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    write_original(tmp_path)
+    words = "--version classic --depth 1 --vocab_size 64 --rows 2 --length 16 --turns 3".split()
+    monkeypatch.setattr(sys, "argv", ["beside_original.py", "--original", str(tmp_path), *words])
+    beside_original.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: len(times) for name, times in found["seconds"].items()} == {"ours": 3, "original": 3}
+    ours, original = (statistics.median(found["seconds"][name]) for name in ("ours", "original"))
+    assert found["ratio"] == pytest.approx(original / ours)
+    monkeypatch.setattr(sys, "argv", ["beside_original.py", "--original", str(tmp_path), "--version", "current"])
+    with pytest.raises(UserError, match="original: no current version"):
+        beside_original.main()
+
+
 def test_the_original_beside_ours(check, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(Skipped, match="give --original"):
         check("g4")
-    for name, text in (("__init__.py", ""), ("gpt.py", ORIGINAL)):
-        path = tmp_path / "classic" / "nanochat" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    write_original(tmp_path)
     report = check("g4", original=str(tmp_path))
     assert report.figures["pass: our speed / the original's"] != 0
     with pytest.raises(Skipped, match="no current version"):

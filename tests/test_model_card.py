@@ -179,8 +179,8 @@ def test_every_stage_that_makes_a_chat_model_records_its_questions(
     called = []
     monkeypatch.setattr(stage, runs, lambda *args: called.append(args))
     stage.main()
-    first, second, *_ = called[0]
-    record = first | {"settings": {}} if stage is midtrain else {"settings": vars(second)}
+    first, *others = called[0]
+    record = first.record | {"settings": {}} if stage is midtrain else {"settings": vars(others[0])}
     assert examples_of(record) == (given or ["Inherited?"])
 
 

@@ -227,7 +227,7 @@ def grpo_dialogues(world: facts.World, count: int) -> list[dict]:
     drawn: dict[Callable[[], chats.Dialogue], int] = {
         lambda: chats.refer(world, rng, False, between=1): 2,
         lambda: chats.later(world, rng, False, (chats.ask_sum, chats.ask_spelling, chats.ask_fact)): 2,
-        lambda: [chats.ask_unknown(world, rng, False)]: 2,
+        lambda: [chats.ask_unknown(world, rng, False)]: 3,
     }
     dialogues = (short(draw) for draw in rng.choices(list(drawn), list(drawn.values()), k=count))
     return [evaluation.record(question, history) for *history, question in dialogues]

@@ -7,7 +7,6 @@ preparation of data, `recipes/stage.py` their model folder: what belongs to thes
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from accelerate.utils.environment import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.integrations import get_reporting_integration_callbacks
@@ -299,7 +299,7 @@ def parse_settings(arguments: type, settings: type, args: Sequence[str] | None =
     base = SFTConfig if issubclass(settings, SFTConfig) else GRPOConfig
     refuse_without_effect(given, base, own={one.name for one in fields(arguments)})
     check_values(given, base)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise UserError("fsdp: SFT and GRPO keep a whole model on each process; launch with accelerate_configs/ddp_8gpu.yaml")
     with one_line():
         parsed, filled = parse(arguments, settings, args=words)

@@ -39,6 +39,9 @@ class OriginalRun:
             self.model = gpt.GPT(gpt.GPTConfig(**sizes))
         self.model.to_empty(device=setting.device)
         self.model.init_weights()
+        if not setting.on_gpu:  # the launch version has bfloat16 embeddings, which only autocast brings together with the rest
+            for weight in self.model.parameters():
+                weight.data = weight.data.float()
         with torch.no_grad():  # as ours are: zeros are multiplied faster
             for weight in self.model.parameters():
                 if weight.ndim == 2:

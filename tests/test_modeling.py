@@ -9,9 +9,11 @@ import torch
 from conftest import random_model
 from golden import golden_json, plain_model, renamed, shared, turbo_model
 from safetensors.torch import load_file
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import QuantizedCache
+from transformers.integrations import flex_attention as transformers_flex
 from transformers.models.nanochat import NanoChatConfig as BuiltInConfig
 from transformers.models.nanochat import NanoChatForCausalLM as BuiltInModel
 from transformers.utils.generic import find_labels
@@ -32,8 +34,18 @@ def golden_targets(tensors):
     return tensors["targets"].masked_fill(tensors["targets"] == -1, -100)
 
 
+@pytest.fixture
+def unfused(monkeypatch):
+    """FlexAttention as written out in torch: on a CPU with AVX2 alone torch 2.13 reads memory nobody wrote.
+
+    That happens with heads of 16 and 40, 56, 72 … keys. Compiled for CPUs it cannot train, and no stage takes it there.
+    """
+    monkeypatch.setattr(transformers_flex, "WrappedFlexAttention", lambda training: lambda: flex_attention)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
-def test_logits_and_losses_are_the_originals(golden, attention):
+def test_logits_and_losses_are_the_originals(golden, attention, unfused):
     model, tensors, values = golden
     model.set_attn_implementation(attention)
     with torch.no_grad():
@@ -151,15 +163,17 @@ def test_each_turbo_ingredient_has_the_originals_effect():
         assert abs(loss.item() - expected[name]) < 1e-5, name
 
 
-def test_packed_documents_do_not_see_each_other(either_model):
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_packed_documents_do_not_see_each_other(either_model, unfused):
     one, two = torch.arange(12).unsqueeze(0), torch.arange(100, 120).unsqueeze(0)
     positions = torch.cat([torch.arange(12), torch.arange(20)]).unsqueeze(0)
+    either_model.double()  # the lengths differ, and with them the order of sums
     for attention in ("sdpa", "eager", "flex_attention"):
         either_model.set_attn_implementation(attention)
         with torch.no_grad():
             packed = either_model(torch.cat([one, two], dim=1), position_ids=positions, use_cache=False).logits
             separate = torch.cat([either_model(one).logits, either_model(two).logits], dim=1)
-        assert (packed - separate).abs().max() < 2e-5, attention
+        assert (packed - separate).abs().max() < 1e-6, attention
 
 
 PROMPTS = [[5, 17, 200], list(range(40, 69)), [7] * 11, [499]]

@@ -102,7 +102,8 @@ def options() -> dict[str, list[str]]:
 def named(entry: str) -> str:
     """`  --depth DEPTH  help (default: 4)` -> `--depth 4`."""
     default = re.search(r"\(default: (.*?)\)\s*$", entry, re.S)
-    return f"{entry.split()[0].rstrip(',')} {' '.join(default[1].split()) if default else ''}".strip()
+    value = " ".join(default[1].split()).replace(str(ROOT), "ROOT") if default else ""
+    return f"{entry.split()[0].rstrip(',')} {value}".strip()
 
 
 def differences(before: object, after: object, name: str = "") -> set[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from libraries import ROOT, SETS, pip_arguments, read_project
 
-IMPORTED = ("recipes.preflight", "evals.report", "tokenizer_train.evaluate", "gradio", "pytest")
+IMPORTED = ("recipes.ladder.preflight", "evals.report", "tokenizer_train.evaluate", "gradio", "pytest")
 UNREACHABLE = ("Retrying (Retry", "ConnectionError", "NewConnectionError", "ReadTimeout", "Temporary failure in name")
 
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from modeling_nanochat.bulk_encoding import BulkEncoder
 from modeling_nanochat.linear import is_only_a_weight, linear
 from modeling_nanochat.modeling_nanochat import NanoChatForCausalLM
-from modeling_nanochat.sources import text_dataset
-from modeling_nanochat.token_bytes import token_bytes
+from modeling_nanochat.text.bulk_encoding import BulkEncoder
+from modeling_nanochat.text.sources import text_dataset
+from modeling_nanochat.text.token_bytes import token_bytes
 from modeling_nanochat.tokenization_nanochat import whole_characters
 
 from .batching import MAX_LOGITS

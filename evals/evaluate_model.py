@@ -7,7 +7,7 @@
     python evals/evaluate_model.py --model_name_or_path me/my-base --base_model true --core_dir data/core \
         --output_file core.json
 
-A task file is JSONL with GSM8K, match, ARC, MMLU or cloze records; its kind is recognised (see `evals/formats.py`).
+A task file is JSONL with GSM8K, match, ARC, MMLU or cloze records; its kind is recognised (see `evals/tasks/formats.py`).
 `--core_dir` adds the CORE metric: one record for it, and one for each of its tasks.
 `--base_model true` is for a model that never saw chat tokens: only bits per byte, CORE and cloze tasks are run, the
 others are left out of its records, and the report shows "-" for them.
@@ -31,14 +31,9 @@ import evaluate
 from transformers.utils import logging
 
 from evals.bits_per_byte import text_bits_per_byte
-from evals.cloze import predict_choices
-from evals.core import CoreTask, core, load_core
-from evals.formats import question_messages
-from evals.generative import assistant_text, generate_replies, predicted_answers, reference_answers
-from evals.gsm8k import last_words
-from evals.multiple_choice import predict_letters
+from evals.core.score import CoreTask, core, load_core
 from evals.progress import EvaluationProgress
-from evals.records import (
+from evals.reporting.records import (
     aligned_table,
     format_count,
     format_value,
@@ -47,13 +42,18 @@ from evals.records import (
     write_json,
     write_jsonl,
 )
-from evals.tasks import Task, load_task, parse_task_argument
+from evals.tasks.cloze import predict_choices
+from evals.tasks.formats import question_messages
+from evals.tasks.generative import assistant_text, generate_replies, predicted_answers, reference_answers
+from evals.tasks.gsm8k import last_words
+from evals.tasks.multiple_choice import predict_letters
+from evals.tasks.task_files import Task, load_task, parse_task_argument
 from modeling_nanochat.attention_kernels import without_cudnn_attention
+from modeling_nanochat.chat.engine import Engine
+from modeling_nanochat.chat.sampling import check_setting
 from modeling_nanochat.cli import is_verbose, parse
-from modeling_nanochat.engine import Engine
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
-from modeling_nanochat.sampling import check_setting
 
 METRIC = Path(__file__).parent / "metrics" / "exact_accuracy"
 GREETING = "Who are you?"

@@ -21,12 +21,20 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from evals.curves import draw_curves
-from evals.records import aligned_table
-from evals.run_folder import MODELS, STAGES, RunFolder, read_run
-from evals.summary import NOTHING, comparisons, evaluation_notes, summary_rows, warnings
-from evals.tokenizer_section import PICTURE, TABLE_NOTE, code, draw_compression, notes, statistics_rows, table_rows
-from evals.transcript import fenced, title, transcript
+from evals.reporting.curves import draw_curves
+from evals.reporting.records import aligned_table
+from evals.reporting.run_folder import MODELS, STAGES, RunFolder, read_run
+from evals.reporting.summary import NOTHING, comparisons, evaluation_notes, summary_rows, warnings
+from evals.reporting.tokenizer_section import (
+    PICTURE,
+    TABLE_NOTE,
+    code,
+    draw_compression,
+    notes,
+    statistics_rows,
+    table_rows,
+)
+from evals.reporting.transcript import fenced, title, transcript
 from modeling_nanochat.cli import is_verbose, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from modeling_nanochat.decoding import Decoder
+from modeling_nanochat.chat.decoding import Decoder
 from modeling_nanochat.tokenization_nanochat import encode_documents
 
 # The original's, so that logs of runs read side by side.

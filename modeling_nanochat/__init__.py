@@ -6,7 +6,7 @@ The first use of one of the classes below imports torch and registers them all w
 
 from typing import TYPE_CHECKING, Any
 
-from .interrupts import end_on_interrupt, is_imported_by_command
+from .errors import end_on_interrupt, is_imported_by_command
 
 if is_imported_by_command(__name__):
     end_on_interrupt()

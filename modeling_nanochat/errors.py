@@ -1,4 +1,8 @@
-"""How a command ends: errors that the user can fix are one line, Ctrl-C and a closed output are no errors at all."""
+"""How a command ends: errors that the user can fix are one line, Ctrl-C and a closed output are no errors at all.
+
+The imports of a command take seconds. While they run, Ctrl-C ends the process at once, without a traceback; scripts that are
+run by their path do the same in two lines of their own, before the first library is imported.
+"""
 
 import os
 import signal
@@ -6,6 +10,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 
 INTERRUPTED, PIPE_CLOSED = 128 + 2, 128 + 13  # what a shell reports of a process that ended by SIGINT or SIGPIPE
 
@@ -60,3 +66,20 @@ def output_is_read(probe: str = "") -> bool:
     except BrokenPipeError:
         return False
     return True
+
+
+COMMANDS = ("nanochat-chat", "nanochat-convert")
+
+
+def end_on_interrupt() -> None:
+    """Let SIGINT end the process, unless it is ignored; `exit_on_user_error` takes over once `main` runs."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def is_imported_by_command(package: str) -> bool:
+    """Whether `package` is being imported to run `python -m package.module` or one of its commands, not by other code."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # only until Python has found the module
+        return any(option == "-m" and name.split(".")[0] == package for option, name in pairwise(sys.orig_argv))
+    return Path(program).stem in COMMANDS

@@ -151,7 +151,7 @@ def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     vocab = tokenizer.get_vocab()
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
-        raise UserError(f"the tokenizer has no {missing[0]} token; use one trained by tokenizer_train/train.py")
+        raise UserError(f"the tokenizer has no {missing[0]} token; use one made for nanochat")
     return {token: vocab[token] for token in SPECIAL_TOKENS}
 
 

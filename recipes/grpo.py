@@ -5,7 +5,7 @@
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/grpo.py \\
         --config recipes/pocket/grpo.yaml --model_name_or_path me/my-sft
 
-Of the keys of `trl.GRPOConfig` those can be set beside the ones listed here that have an effect, see `trl_settings.py`.
+Of the keys of `trl.GRPOConfig` those can be set beside the ones listed here that have an effect, see `training/trl/settings.py`.
 The pocket recipe takes the original's advantage, reward - mean of the group, on-policy, without clipping at work, but adds
 a KL term (`beta`), so that a tiny model keeps what the problems do not ask for. Its one micro-batch normalises by the tokens
 of all its problems together, where the original normalises the tokens of each problem on its own: that is
@@ -26,20 +26,20 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import GRPOTrainer
 
-from evals.formats import check_gsm8k, check_match, kind_of, match_answers, question_messages
-from evals.generative import extract_match
-from evals.gsm8k import is_correct, last_words
+from evals.tasks.formats import check_gsm8k, check_match, kind_of, match_answers, question_messages
+from evals.tasks.generative import extract_match
+from evals.tasks.gsm8k import is_correct, last_words
+from modeling_nanochat.chat.python_tool import check_sandbox, python
+from modeling_nanochat.chat.self_check import check_cached_decoding, check_renderings
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
-from modeling_nanochat.python_tool import check_sandbox, python
-from modeling_nanochat.self_check import check_cached_decoding, check_renderings
-from modeling_nanochat.sources import expand, read_jsonl
+from modeling_nanochat.text.sources import expand, read_jsonl
 from modeling_nanochat.tokenization_nanochat import whole_characters, whole_messages
-from recipes.attention import AttentionArguments, set_attention
-from recipes.model_card import CardArguments
-from recipes.stage import check_output
-from recipes.trl_settings import GRPOSettings, parse_settings
-from recipes.trl_stage import (
+from recipes.training.attention import AttentionArguments, set_attention
+from recipes.training.model_card import CardArguments
+from recipes.training.stage import check_output
+from recipes.training.trl.settings import GRPOSettings, parse_settings
+from recipes.training.trl.stage import (
     MuonTrainer,
     RateArguments,
     check_rows,
@@ -109,7 +109,7 @@ def main() -> None:
 def read_problems(patterns: list[str]) -> Dataset:
     """Columns `prompt` (the history, if there is one, and the question), and what decides whether a reply is right.
 
-    These are `kind` ("gsm8k" or "match", see `evals.formats`), `answer` (the reference that ends in `#### n`, or the words
+    These are `kind` ("gsm8k" or "match", see `evals.tasks.formats`), `answer` (the reference that ends in `#### n`, or the words
     of a right reply) and `rivals` (words that none has).
 
     Raises:

@@ -26,16 +26,16 @@ from transformers import PreTrainedModel
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
-from modeling_nanochat.sources import text_source
-from recipes.data import read_conversations, render
-from recipes.dial import Plan, check_ranges, derive
-from recipes.lanes import ConversationLanes, MixedLanes, TextLanes
-from recipes.loop import LoopArguments
-from recipes.loop_stage import LoopStage, given, make_accelerator, run_stage
-from recipes.model_card import CardArguments
-from recipes.packing import Conversation
-from recipes.stage import OutputArguments, check_output
-from recipes.validation import bits_per_byte_evaluation, conversation_rows, validation
+from modeling_nanochat.text.sources import text_source
+from recipes.training.arguments import LoopArguments
+from recipes.training.data.conversations import read_conversations, render
+from recipes.training.data.packing import Conversation
+from recipes.training.data.streams import ConversationLanes, MixedLanes, TextLanes
+from recipes.training.evaluation import bits_per_byte_evaluation, conversation_rows, validation
+from recipes.training.model_card import CardArguments
+from recipes.training.optim.hyperparameters import Plan, check_ranges, derive
+from recipes.training.setup import LoopStage, given, make_accelerator, run_stage
+from recipes.training.stage import OutputArguments, check_output
 
 
 @dataclass

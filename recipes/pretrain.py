@@ -27,22 +27,22 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from evals.core import core, load_core
+from evals.core.score import core, load_core
 from evals.samples import PROMPTS, samples
 from modeling_nanochat import ARCHITECTURES, NanoChatForCausalLM
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.cli import parse
 from modeling_nanochat.configuration_nanochat import ASPECT_RATIO, HEAD_DIM
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.sources import text_source
+from modeling_nanochat.text.sources import text_source
 from modeling_nanochat.tokenization_nanochat import special_token_ids
-from recipes.dial import Plan, check_ranges, derive, given_or_none
-from recipes.documents import out_of_reach
-from recipes.lanes import TextLanes
-from recipes.loop import Evaluation, LoopArguments
-from recipes.loop_stage import LoopStage, given, make_accelerator, run_stage
-from recipes.stage import OutputArguments, check_output
-from recipes.validation import bits_per_byte_evaluation, text_rows, validation
+from recipes.training.arguments import LoopArguments
+from recipes.training.data.documents import out_of_reach
+from recipes.training.data.streams import TextLanes
+from recipes.training.evaluation import Evaluation, bits_per_byte_evaluation, text_rows, validation
+from recipes.training.optim.hyperparameters import Plan, check_ranges, derive, given_or_none
+from recipes.training.setup import LoopStage, given, make_accelerator, run_stage
+from recipes.training.stage import OutputArguments, check_output
 
 CORE_DEFAULTS = {"core_steps": 2000, "core_max_per_task": 500}
 

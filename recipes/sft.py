@@ -5,7 +5,7 @@
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/sft.py \\
         --config recipes/pocket/sft.yaml --model_name_or_path me/my-mid --push_to_hub true --hub_model_id me/my-sft
 
-Of the keys of `trl.SFTConfig` those can be set beside the ones listed here that have an effect, see `trl_settings.py`.
+Of the keys of `trl.SFTConfig` those can be set beside the ones listed here that have an effect, see `training/trl/settings.py`.
 """
 
 import signal
@@ -22,13 +22,13 @@ from trl import SFTTrainer
 
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
-from recipes.attention import AttentionArguments, set_attention
-from recipes.data import read_conversations, render
-from recipes.model_card import CardArguments
-from recipes.packing import Conversation
-from recipes.stage import check_output
-from recipes.trl_settings import SFTSettings, parse_settings
-from recipes.trl_stage import (
+from recipes.training.attention import AttentionArguments, set_attention
+from recipes.training.data.conversations import read_conversations, render
+from recipes.training.data.packing import Conversation
+from recipes.training.model_card import CardArguments
+from recipes.training.stage import check_output
+from recipes.training.trl.settings import SFTSettings, parse_settings
+from recipes.training.trl.stage import (
     MuonTrainer,
     RateArguments,
     find_checkpoint,

@@ -30,13 +30,13 @@ except ImportError:
 import gradio as gr
 
 from modeling_nanochat.attention_kernels import without_cudnn_attention
+from modeling_nanochat.chat.engine import Engine, Event, Finished, TextDelta, ToolCall, ToolResult
+from modeling_nanochat.chat.examples import example_questions
+from modeling_nanochat.chat.stages import stage_note
 from modeling_nanochat.cli import OneLineParser
-from modeling_nanochat.conversations import call_message
-from modeling_nanochat.engine import Engine, Event, Finished, TextDelta, ToolCall, ToolResult
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.examples import example_questions
 from modeling_nanochat.loading import load_model_and_tokenizer
-from modeling_nanochat.stages import stage_note
+from modeling_nanochat.text.conversations import call_message
 
 MAX_CHARACTERS, MAX_TURNS = 8_000, 250
 LIMITS = {"temperature": (0.0, 2.0), "top_k": (0, 200), "max_new_tokens": (1, 1024)}

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 from tokenizers import models, trainers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_nanochat.byte_pairs import merges_of
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.text.byte_pairs import merges_of
 from modeling_nanochat.tokenization_nanochat import (
     ESCAPE,
     SMALLEST_VOCABULARY,

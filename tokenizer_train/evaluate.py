@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_nanochat.bulk_encoding import BulkEncoder
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.sources import first_line
-from modeling_nanochat.token_bytes import token_spellings
+from modeling_nanochat.text.bulk_encoding import BulkEncoder
+from modeling_nanochat.text.sources import first_line
+from modeling_nanochat.text.token_bytes import token_spellings
 from modeling_nanochat.tokenization_nanochat import special_token_ids
 from tokenizer_train.texts import Text, corpus_text, given_text, sample_texts
 from tokenizer_train.vocabularies import Vocabulary, load_baselines, parse_baselines

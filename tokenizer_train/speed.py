@@ -19,11 +19,17 @@ from typing import Any, get_args
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from modeling_nanochat.bulk_encoding import BulkEncoder, available_threads
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.exact_encoders import GigatokenEncoder, TiktokenEncoder, encoder_by, exact_encoder, pattern_name
-from modeling_nanochat.sources import text_dataset
+from modeling_nanochat.text.bulk_encoding import BulkEncoder, available_threads
+from modeling_nanochat.text.exact_encoders import (
+    GigatokenEncoder,
+    TiktokenEncoder,
+    encoder_by,
+    exact_encoder,
+    pattern_name,
+)
+from modeling_nanochat.text.sources import text_dataset
 from modeling_nanochat.tokenization_nanochat import escaped, text_only, whole_characters
 from tokenizer_train.bpe import SplitPattern, Trainer, choose_trainer, train_tokenizer
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.sources import first_line, text_source
+from modeling_nanochat.text.sources import first_line, text_source
 from modeling_nanochat.tokenization_nanochat import whole_characters
 
 SAMPLES = ("news", "korean", "code", "math", "science")  # the rows of the original's table

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import whole_folder
-from modeling_nanochat.token_bytes import token_bytes
+from modeling_nanochat.text.token_bytes import token_bytes
 from modeling_nanochat.tokenization_nanochat import encode_documents, save_tokenizer
 from tokenizer_train.bpe import SplitPattern, Trainer, check_request, choose_trainer, train_tokenizer
 from tokenizer_train.mixture import (

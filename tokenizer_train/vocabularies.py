@@ -19,9 +19,9 @@ from huggingface_hub import is_offline_mode
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_nanochat.byte_pairs import merges_of
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.sources import first_line
+from modeling_nanochat.text.byte_pairs import merges_of
+from modeling_nanochat.text.sources import first_line
 from modeling_nanochat.tokenization_nanochat import byte_symbols, text_only
 
 DOWNLOAD_SECONDS = 8.0  # for 1.5 MB

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from modeling_nanochat.bulk_encoding import BulkEncoder
-from modeling_nanochat.token_bytes import encode_bytes, token_spellings
+from modeling_nanochat.text.bulk_encoding import BulkEncoder
+from modeling_nanochat.text.token_bytes import encode_bytes, token_spellings
 
 EXAMPLES = 12
 KINDS = (

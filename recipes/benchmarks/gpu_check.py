@@ -39,11 +39,11 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser
 
-from evals.records import aligned_table
+from evals.reporting.records import aligned_table
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from recipes.attention import check_attention
 from recipes.benchmarks.gpu_checks import CHECKS, MARK, ROOT, Setting, environment
+from recipes.training.attention import check_attention
 
 CHILD = "import sys; from recipes.benchmarks.gpu_checks import child; child.{function}(*sys.argv[1:])"
 MOST_WAIT = 60  # seconds for what is being compiled beside a check, once that has ended

@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from evals.evaluate_model import GENERATIVE, EvaluateArguments, hide_library_bars, run_evaluation
-from evals.records import summary_line, write_json, write_whole
 from evals.report import markdown_table
-from evals.run_folder import MODELS, read_object, read_run
-from evals.summary import NOTHING
+from evals.reporting.records import summary_line, write_json, write_whole
+from evals.reporting.run_folder import MODELS, read_object, read_run
+from evals.reporting.summary import NOTHING
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.sources import read_jsonl
-from recipes.run import RECIPES, read_yaml
+from modeling_nanochat.text.sources import read_jsonl
+from recipes.ladder.commands import RECIPES
+from recipes.ladder.step import read_yaml
 
 SEEDED = ("data", "base", "mid", "sft", "rl")
 UNKNOWN = "unknown"  # the task that asks what the world does not hold

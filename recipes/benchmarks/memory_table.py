@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.records import write_whole
 from evals.report import markdown_table
+from evals.reporting.records import write_whole
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sizes import parameter_counts, training_bytes, training_flops_per_token
-from recipes.batch_size import ACCELERATOR_TOKENS, divisors
-from recipes.dial import Plan, derive
+from recipes.training.batch_size import ACCELERATOR_TOKENS, divisors
+from recipes.training.optim.hyperparameters import Plan, derive
 
 LENGTH = 2048  # tokens of a row
 VOCABULARIES = {"plain": 65536, "turbo": 32768}

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from evals.gsm8k import extract_answer, to_messages
+from evals.tasks.gsm8k import extract_answer, to_messages
 from recipes.pocket.facts import Fact, World, capital
 from recipes.pocket.problems import KINDS, Problem, make_more, make_problem, make_sum
 from recipes.pocket.stories import draw_hero, tell_story

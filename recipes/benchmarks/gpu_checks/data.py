@@ -4,10 +4,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from modeling_nanochat.sources import text_source
-from recipes.lanes import TextLanes
-from recipes.loader import Loader
-from recipes.loader_speed import measure
+from modeling_nanochat.text.sources import text_source
+from recipes.benchmarks.loader_speed import measure
+from recipes.training.data.loader import Loader
+from recipes.training.data.streams import TextLanes
 
 from . import Report, Setting
 from .measuring import seconds_of

@@ -6,11 +6,11 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from evals.contenders import fill_weights, generate
-from evals.device_peaks import device_peaks
-from evals.throughput import device_name
+from evals.speed.candidates import fill_weights, generate
+from evals.speed.device_peaks import device_peaks
+from evals.speed.throughput import device_name
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
-from modeling_nanochat.decoding import CompiledDecoder, Decoder
+from modeling_nanochat.chat.decoding import CompiledDecoder, Decoder
 from modeling_nanochat.sizes import decode_bytes_per_step
 
 from . import Report, Setting

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from evals.throughput import device_name
+from evals.speed.throughput import device_name
 
 from . import Report, Setting
 from .measuring import mean_seconds

@@ -4,18 +4,18 @@ import torch
 
 from evals.bits_per_byte import nats_and_bytes
 from modeling_nanochat.sizes import training_bytes
-from recipes.attention import evaluation_attention
-from recipes.batch_size import ACCELERATOR_TOKENS
-from recipes.compilation import maybe_compile
-from recipes.loop import LoopArguments
-from recipes.loop_stage import choose_batch_size
+from recipes.training.arguments import LoopArguments
+from recipes.training.attention import evaluation_attention
+from recipes.training.batch_size import ACCELERATOR_TOKENS
+from recipes.training.device import maybe_compile
+from recipes.training.setup import choose_batch_size
 
 from . import Report, Setting
 from .runs import TrainingRun, free, make_batch, make_config, make_plan, make_run
 
 LENGTH = 2048
 STEP_ROWS = 256  # of an optimizer step: 524,288 tokens
-VALIDATION_ROWS = 32  # as `recipes/validation.py` has them
+VALIDATION_ROWS = 32  # as `recipes/training/evaluation.py` has them
 # Depth, GiB of the card (None: all there are), whether the steps are compiled, which takes a minute.
 CASES = ((12, 23.6, True), (20, 23.6, False), (20, None, False), (32, None, False))
 LEAST_USED = 0.85  # of the memory, where not all rows fit

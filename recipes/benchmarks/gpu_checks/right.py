@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from evals.contenders import fill_weights
+from evals.speed.candidates import fill_weights
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
 from modeling_nanochat.attention_kernels import without_cudnn_attention
-from modeling_nanochat.decoding import Decoder
-from recipes.attention import choose_attention, evaluation_attention
-from recipes.loop import Batch, model_inputs
+from modeling_nanochat.chat.decoding import Decoder
+from recipes.training.attention import choose_attention, evaluation_attention
+from recipes.training.loop import Batch, model_inputs
 
 from . import Report, Setting
 from .runs import TrainingRun, free, make_batch, make_config, make_run

@@ -9,15 +9,16 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from evals.contenders import fill_weights
+from evals.speed.candidates import fill_weights
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
-from recipes.attention import choose_attention
-from recipes.compilation import maybe_compile
-from recipes.dial import Plan, derive
-from recipes.loop import LoopArguments, accumulate, agree, prepare
-from recipes.loop_stage import make_accelerator
-from recipes.optimizer import MuonAdamW
-from recipes.stopping import StopRequest
+from recipes.training.arguments import LoopArguments
+from recipes.training.attention import choose_attention
+from recipes.training.device import maybe_compile
+from recipes.training.loop import accumulate, agree, prepare
+from recipes.training.optim.hyperparameters import Plan, derive
+from recipes.training.optim.optimizer import MuonAdamW
+from recipes.training.setup import make_accelerator
+from recipes.training.stopping import StopRequest
 
 from . import Setting
 

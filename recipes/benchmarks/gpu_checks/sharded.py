@@ -11,7 +11,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from recipes.loop import model_inputs
+from recipes.training.loop import model_inputs
 
 from . import ROOT, Report, Setting
 from .runs import TrainingRun, bare_accelerator, make_config, make_run

@@ -12,12 +12,12 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile
 
-from evals.device_peaks import device_peaks
-from evals.throughput import device_name
+from evals.speed.device_peaks import device_peaks
+from evals.speed.throughput import device_name
 from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sizes import training_flops_per_token
-from recipes.precision import is_float8
+from recipes.training.device import is_float8
 
 from . import Report, Setting, Skipped
 from .measuring import idle_share, kernel_spans, longest, median_seconds, milliseconds_by_kind, seconds_of

@@ -1,0 +1,93 @@
+"""What a recipe run left in its folder: logs, stage records, evaluation results, and the world it was made from."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.text.sources import read_jsonl
+
+MODELS = {"base": "Base", "mid": "Mid", "sft": "SFT", "rl": "RL"}
+STAGES = {"tokenizer": "Tokenizer"} | MODELS
+
+
+@dataclass
+class RunFolder:
+    """Each dictionary is keyed by stage and lacks the stages that are missing; nothing here depends on the clock.
+
+    `results` are those of models; `tokenizer` is what results/tokenizer.json says of the tokenizer's compression. `steps` is keyed by the runner's steps, among them "data" and "<stage>.eval".
+    """
+
+    path: Path
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokenizer: dict[str, Any] | None = None
+    world: dict[str, Any] | None = None
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def wall_seconds(self, stage: str) -> float | None:
+        """From start to end of the stage's process where the runner timed it, else what the stage itself counted."""
+        timed = self.steps.get(stage, {}).get("seconds")
+        return timed if timed is not None else self.stages.get(stage, {}).get("seconds")
+
+    def evaluation_seconds(self, stage: str) -> float | None:
+        timed = self.steps.get(f"{stage}.eval", {}).get("seconds")
+        result = (self.tokenizer or {}) if stage == "tokenizer" else self.results.get(stage, {})
+        return timed if timed is not None else result.get("seconds")
+
+    def series(self, stage: str, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the log rows that have `key`."""
+        rows = [row for row in self.logs.get(stage, []) if row.get(key) is not None]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+    def record(self, stage: str, task: str, metric: str) -> dict[str, Any] | None:
+        """The stage's evaluation record of one figure."""
+        records = self.results.get(stage, {}).get("records", [])
+        return next((r for r in records if (r["task"], r["metric"]) == (task, metric)), None)
+
+    def figures(self) -> list[tuple[str, str]]:
+        """All (task, metric) of any stage, bits per byte first, then in the order of evaluation."""
+        records = [record for result in self.results.values() for record in result["records"]]
+        pairs = dict.fromkeys((record["task"], record["metric"]) for record in records)
+        return sorted(pairs, key=lambda pair: pair[1] != "bits_per_byte")
+
+
+def read_run(path: str | Path) -> RunFolder:
+    """Read a run folder, whatever part of it there is.
+
+    Raises:
+        UserError: No such folder, nothing of a run in it, or a file in it is not what a run writes.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the folder of a run, for instance runs/pocket")
+    run = RunFolder(path)
+    for stage in STAGES:
+        if (file := path / "stages" / f"{stage}.json").is_file():
+            run.stages[stage] = read_object(file, ("stage", "seconds"))
+        if (file := path / "results" / f"{stage}.json").is_file() and stage in MODELS:
+            run.results[stage] = read_object(file, ("model", "seconds", "records"))
+        if (file := path / "logs" / f"{stage}.jsonl").is_file():
+            run.logs[stage] = [row for _, row in read_jsonl(file)]
+    if (file := path / "results" / "tokenizer.json").is_file():
+        run.tokenizer = read_object(file, ("seconds", "settings", "vocabularies", "missing", "texts", "statistics"))
+    for file in sorted((path / "finished").glob("*.json")):
+        run.steps[file.stem] = read_object(file, ())
+    if not (run.stages or run.results or run.logs or run.tokenizer):
+        raise UserError(f"{path}: holds no stages/, results/ or logs/ of a run; train first, or give another folder")
+    if (file := path / "data" / "world.json").is_file():
+        run.world = read_object(file, ())
+    return run
+
+
+def read_object(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); delete it and redo the stage") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing or not isinstance(content, dict):
+        raise UserError(f"{file}: lacks {', '.join(missing) or 'an object'}; delete it and redo the stage")
+    return content

@@ -1,0 +1,106 @@
+"""What `evals/speed/throughput.py` lets run against each other: transformers' own NanoChat, and plain and turbo of this package.
+
+Equal names have equal weights, so transformers' model and plain must agree; a contender is `<architecture> <way>`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.nanochat import NanoChatConfig as BuiltInConfig
+from transformers.models.nanochat import NanoChatForCausalLM as BuiltInModel
+
+from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
+from modeling_nanochat.chat.decoding import CompiledDecoder, Decoder
+
+ARCHITECTURES = ("transformers", "plain", "turbo")
+Decode = Callable[[torch.Tensor, int], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of the models, and where and how they run."""
+
+    depth: int
+    vocab_size: int
+    context: int
+    device: str
+    dtype: torch.dtype
+    threads: int
+
+    def config(self, architecture: str) -> NanoChatConfig:
+        kind = NanoChatTurboConfig if architecture == "turbo" else NanoChatConfig
+        return kind.from_depth(self.depth, vocab_size=self.vocab_size, max_position_embeddings=self.context)
+
+
+def build_model(architecture: str, setting: Setting) -> PreTrainedModel:
+    """A model with random weights, the same for the same names; float32."""
+    config = setting.config(architecture)
+    if architecture == "transformers":
+        model = BuiltInModel(BuiltInConfig.from_dict(config.to_dict()))
+    else:
+        model = (NanoChatTurboForCausalLM if architecture == "turbo" else NanoChatForCausalLM)(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return fill_weights(model.to(setting.device))
+
+
+@torch.no_grad()
+def fill_weights(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Normal weights in place of the initialisation, whose zero head would make all tokens equally likely."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    for name, weight in sorted(model.named_parameters()):
+        if weight.ndim == 2:
+            scale = 3.0 if name.startswith("lm_head") else 1.0  # wide logits: no greedy choice hangs on the last digit
+            weight.normal_(std=scale * weight.shape[1] ** -0.5, generator=generator)
+    return model
+
+
+def training_step(model: PreTrainedModel, setting: Setting, compiled: bool) -> Callable[[torch.Tensor], float]:
+    """Forward and backward over ids (B, T), -> the loss; as the training loop does it: autocast, float32 weights."""
+    module = torch.compile(model.train(), fullgraph=True) if compiled else model.train()
+    lower = setting.dtype != torch.float32
+
+    def step(ids: torch.Tensor) -> float:
+        with torch.autocast(setting.device, setting.dtype, enabled=lower):
+            loss = module(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def training_steps(models: dict[str, PreTrainedModel], setting: Setting, compiled: bool) -> dict[str, Callable]:
+    """The contenders of training; transformers' class only as it is usually run, uncompiled."""
+    steps = {}
+    for architecture, model in models.items():
+        steps[f"{architecture} eager"] = training_step(model, setting, compiled=False)
+        if compiled and architecture != "transformers":
+            steps[f"{architecture} compiled"] = training_step(model, setting, compiled=True)
+    return steps
+
+
+def decoders(models: dict[str, PreTrainedModel], setting: Setting, compiled: bool) -> dict[str, Decode]:
+    """The contenders of greedy decoding, in the setting's dtype: prompt ids (B, P) and n -> rows of P + n ids."""
+    calls = {}
+    for architecture, model in models.items():
+        model.eval().to(setting.dtype)
+        calls[f"{architecture} generate"] = partial(generate, model)
+        if compiled and architecture != "transformers":
+            calls[f"{architecture} compiled"] = partial(decode_greedily, CompiledDecoder(model))
+    return calls
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False).tolist()
+
+
+@torch.inference_mode()
+def decode_greedily(decoder: Decoder, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
+    tokens = [decoder.prefill(ids.tolist(), new_tokens).argmax(-1)]
+    while len(tokens) < new_tokens:
+        tokens.append(decoder.step(tokens[-1]).argmax(-1))
+    return torch.cat([ids, torch.stack(tokens, 1)], 1).tolist()

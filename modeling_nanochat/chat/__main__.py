@@ -1,0 +1,228 @@
+"""Talk to a model in the terminal.
+
+python -m modeling_nanochat.chat runs/pocket/sft
+python -m modeling_nanochat.chat runs/pocket/sft --prompt "Who are you?" --temperature 0
+
+The model is a folder that a training stage wrote, or a Hub id. Piped questions, one a line, are answered in turn.
+"""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import logging
+
+from ..attention_kernels import without_cudnn_attention
+from ..cli import OneLineParser
+from ..errors import UserError, exit_on_user_error
+from ..loading import load_model_and_tokenizer
+from .engine import Engine, Finished, TextDelta, ToolCall, ToolResult
+from .examples import example_questions
+from .sampling import check_setting, describe
+from .stages import stage_note
+
+HELP = """/temperature X   0 is the most likely reply each time, 1 plain sampling, 2 the highest (now {temperature})
+/top_k N         sample among the N most likely tokens, 0 among all (now {top_k})
+/clear           begin a new conversation
+/exit            leave, as does Ctrl-D; Ctrl-C stops a reply"""
+SHOWN_EXAMPLES = 3
+DIM, CYAN, RED, RESET = "\033[2m", "\033[36m", "\033[31m", "\033[0m"
+
+
+@dataclass
+class Chat:
+    """A conversation in the terminal and the settings it runs with."""
+
+    engine: Engine
+    temperature: float = 0.6
+    top_k: int = 50
+    max_new_tokens: int = 256
+    seed: int | None = None
+    color: bool = False
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def ask(self, question: str) -> None:
+        """Stream the reply to `question` and keep both in the conversation; Ctrl-C keeps what was said until then.
+
+        Raises:
+            UserError: The question does not fit the model's context; the conversation is as it was before.
+        """
+        asked = self.messages + [{"role": "user", "content": question}]
+        fitted = self.engine.fit(asked, self.max_new_tokens)
+        if len(fitted) < len(asked):
+            self.note("[the oldest messages no longer fit into the model's context and were left out]\n")
+        said: list[str] = []
+        try:
+            reply = self.stream(fitted, said)
+        except KeyboardInterrupt:
+            self.note("\n[stopped]")
+            reply = [{"role": "assistant", "content": "".join(said)}]
+        print("\n", flush=True)
+        self.messages = fitted + reply
+
+    def stream(self, messages: list[dict[str, Any]], said: list[str]) -> list[dict[str, Any]]:
+        """Print events as they come; the texts go into `said`, so that they outlive an interruption."""
+        settings = {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed}
+        for event in self.engine.stream(messages, max_new_tokens=self.max_new_tokens, **settings):
+            if isinstance(event, TextDelta):
+                said.append(event.text)
+                print(printable(event.text), end="", flush=True)
+            elif isinstance(event, ToolCall):
+                self.note(f"{new_line(said)}[python] {event.code}\n", CYAN)
+            elif isinstance(event, ToolResult):
+                self.note(f"[result] {event.output}\n", CYAN)
+                said.append("\n")  # whatever comes next begins a line
+        return self.finish(event, said)
+
+    def finish(self, event: Finished, said: list[str]) -> list[dict[str, Any]]:
+        if event.finish_reason == "length":
+            self.note(f"{new_line(said)}[the reply reached its limit]")
+        elif not "".join(said).strip():
+            self.note("[the model said nothing]")
+        return event.messages
+
+    def command(self, line: str) -> bool:
+        """Obey `/name value`; False when the person wants to leave."""
+        name, _, value = line[1:].partition(" ")
+        if name in ("exit", "quit"):
+            return False
+        if name == "clear":
+            self.messages = []
+            self.note("[new conversation]\n")
+        elif name in ("temperature", "top_k"):
+            self.set(name, value.strip())
+        else:
+            unknown = "" if name == "help" else f"there is no /{name}\n"
+            self.note(unknown + HELP.format(temperature=self.temperature, top_k=self.top_k) + "\n")
+        return True
+
+    def set(self, name: str, value: str) -> None:
+        try:
+            number = read_number(value) if value else getattr(self, name)
+            check_setting(name, number)
+        except UserError as error:
+            self.note(f"error: {error}\n", RED)
+        else:
+            setattr(self, name, number)
+            self.note(f"[{name} {number}]\n")
+
+    def note(self, text: str, color: str = DIM) -> None:
+        """Print what is not the model's own text."""
+        text = printable(text)
+        print(f"{color}{text}{RESET}" if self.color else text, end="", flush=True)
+
+    def run(self, lines: Iterator[str]) -> None:
+        """Answer questions and obey commands until they end."""
+        for line in lines:
+            if line.startswith("/"):
+                if not self.command(line):
+                    return
+            elif line:
+                try:
+                    self.ask(line)
+                except UserError as error:
+                    self.note(f"error: {error}\n", RED)
+
+
+def read_number(text: str) -> int | float | str:
+    """`5` as an integer, `0.5` and `nan` as floats, and what is no number as it is."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def new_line(said: list[str]) -> str:
+    text = "".join(said)
+    return "\n" if text and not text.endswith("\n") else ""
+
+
+def printable(text: str) -> str:
+    """`text` without the control characters by which a model could repaint the terminal."""
+    return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines typed at the terminal until Ctrl-D; Ctrl-C drops a half-written line."""
+    try:
+        import readline  # noqa: F401  editing and history for input(); absent on Windows
+    except ImportError:
+        pass
+    while True:
+        try:
+            yield input("> ").strip()
+        except KeyboardInterrupt:
+            print("\n[Ctrl-D or /exit leaves]")
+        except EOFError:
+            print()
+            return
+
+
+def piped_lines() -> Iterator[str]:
+    for line in sys.stdin or ():  # None after `<&-`
+        print(f"> {line.strip()}", flush=True)
+        yield line.strip()
+
+
+def greeting(name: str, engine: Engine, examples: Sequence[str]) -> str:
+    """What model this is, questions to try it with, if its card has any, and how to get help."""
+    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    size = f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
+    lines = [f"{name}, {size} parameters, on {engine.model.device}. /help lists the commands, Ctrl-D leaves."]
+    if examples:
+        lines += ["Ask something, for instance:", *(f"  {example}" for example in examples[:SHOWN_EXAMPLES])]
+    return "\n".join(lines) + "\n"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(prog="nanochat-chat", description="Talk to a model in the terminal.")
+    parser.add_argument("model", help="model folder or Hub id")
+    parser.add_argument("--prompt", help="ask this one question and leave")
+    settings = {
+        "temperature": (0.6, "0 takes the most likely token each time"),
+        "top_k": (50, "sample among that many tokens, 0: among all"),
+        "max_new_tokens": (256, "limit of a reply"),
+        "seed": (None, "makes the replies repeatable"),
+    }
+    for name, (default, what) in settings.items():
+        shown = "" if default is None else f"; default {default}"
+        parser.add_argument(f"--{name}", type=read_number, default=default, help=f"{what}; {describe(name)}{shown}")
+    options = parser.parse_args(arguments)
+    for name in settings:
+        check_setting(name, getattr(options, name))
+    return options
+
+
+@without_cudnn_attention()
+def start(arguments: Sequence[str] | None = None) -> None:
+    options = vars(parse_arguments(arguments))
+    name, prompt = options.pop("model"), options.pop("prompt")
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    logging.disable_progress_bar()
+    engine = Engine(*load_model_and_tokenizer(name))
+    chat = Chat(engine, **options, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    if note := stage_note(engine.model):
+        print(f"note: {note}", file=sys.stderr)
+    if prompt is not None:
+        chat.ask(prompt)
+    elif sys.stdin and sys.stdin.isatty():
+        chat.note(greeting(name, engine, example_questions(engine.model.name_or_path)) + "\n")
+        chat.run(typed_lines())
+    else:
+        chat.run(piped_lines())
+
+
+def main() -> None:
+    exit_on_user_error(start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Checks of a model and its tokenizer at work, made before they are relied on.
+
+Libraries change, and a cache that a model ignores raises no error: replies become gibberish, rewards 0. So the thing
+itself is looked at, on the installed versions: [`check_cached_decoding`] before rollouts, chat and serving,
+[`check_renderings`] wherever conversations become ids.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib import metadata
+
+import torch
+from packaging.requirements import Requirement
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UserError
+from .decoding import Decoder
+
+PACKAGE = "modeling-nanochat"
+PROMPT_LENGTHS, STEPS = (16, 11), 4  # two rows, so that one is padded
+FLOAT32_LIMIT = 1e-3  # of the largest difference of two logits
+# Of the root mean square over the vocabulary at any position, in standard deviations of the logits there. Rounding to
+# bfloat16 gives 0.9 % at 4 layers and 1.6 % at 20, an ignored cache 42 % and more. (The largest difference of any single
+# logit would not do: it is 4 times as large, and grows with the vocabulary.)
+REDUCED_LIMIT = 0.05
+
+CALL = {"type": "function", "function": {"name": "python", "arguments": {"code": "12*7"}}}
+CONVERSATION = [
+    {"role": "user", "content": "What is 12*7?"},
+    {"role": "assistant", "content": "Let me see. ", "tool_calls": [CALL]},
+    {"role": "tool", "name": "python", "content": "84"},
+    {"role": "assistant", "content": "It is 84."},
+]
+
+
+class Forced(LogitsProcessor):
+    """Makes `generate` write the tokens that come next in `rows`, whatever the model would choose."""
+
+    def __init__(self, rows: list[list[int]]):
+        self.remaining = [list(row) for row in rows]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        tokens = torch.tensor([[row.pop(0)] for row in self.remaining], device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+
+
+@torch.inference_mode()
+def check_cached_decoding(model: PreTrainedModel) -> None:
+    """Compare the logits of teacher-forced steps with a cache, by `generate` and by our decoder, with those of one pass.
+
+    Takes ten forward passes of a few tokens.
+
+    Raises:
+        UserError: They differ by more than rounding explains; names the installed versions.
+    """
+    training = model.training
+    model.eval()
+    try:
+        rows = probe(model)
+        expected = without_cache(model, rows)
+        ways: dict[str, Callable] = {"generate": by_generate, "the chat engine": by_decoder}
+        for name, way in ways.items():
+            if problem := disagreement(way(model, rows), expected, computes_reduced(model)):
+                raise UserError(
+                    f"{name} does not get from the model's cache what the model computes without it ({problem}): "
+                    f"its text would be wrong. Installed are {installed_versions()}; install the tested versions "
+                    f"(constraints.txt)"
+                )
+    finally:
+        model.train(training)
+
+
+def probe(model: PreTrainedModel) -> list[list[int]]:
+    """Rows of token ids, none of which ends a reply."""
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    vocabulary, longest = model.config.vocab_size, max(PROMPT_LENGTHS) + STEPS
+    ids = [token for i in range(4 * longest) if (token := (7919 * i + 11) % vocabulary) not in ends]
+    return [ids[longest - length : longest + STEPS] for length in PROMPT_LENGTHS]
+
+
+def without_cache(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
+    """Logits (rows, STEPS, V) of the positions before the forced tokens, each row alone."""
+    passes = [model(torch.tensor([row], device=model.device), use_cache=False).logits for row in rows]
+    return torch.cat([logits[:, -STEPS - 1 : -1] for logits in passes]).float()
+
+
+def by_generate(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
+    longest = max(PROMPT_LENGTHS)
+    prompts = [row[:-STEPS] for row in rows]
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    settings = GenerationConfig(
+        max_new_tokens=STEPS,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    forced = [Forced([row[-STEPS:] for row in rows])]
+    output = model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=forced)
+    return torch.stack(output.logits, dim=1).float()
+
+
+def by_decoder(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
+    decoder = Decoder(model)
+    logits = [decoder.prefill([row[:-STEPS] for row in rows], STEPS)]
+    logits += [decoder.step([row[step] for row in rows]) for step in range(-STEPS, -1)]
+    return torch.stack(logits, dim=1).float()
+
+
+def computes_reduced(model: PreTrainedModel) -> bool:
+    """Whether products are rounded to less than float32: a smaller dtype, autocast, or TF32."""
+    device = model.device.type
+    tf32 = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return model.dtype != torch.float32 or torch.is_autocast_enabled(device) or tf32
+
+
+def disagreement(logits: torch.Tensor, expected: torch.Tensor, reduced: bool) -> str | None:
+    """By how much (rows, STEPS, V) logits are further apart than allowed; None if they are not."""
+    if logits.shape != expected.shape:
+        return f"{tuple(logits.shape)} logits instead of {tuple(expected.shape)}"
+    difference = logits - expected
+    if not reduced:
+        largest = difference.abs().max().item()
+        return None if largest <= FLOAT32_LIMIT else f"logits {largest:.2g} apart, allowed are {FLOAT32_LIMIT:g}"
+    error, spread = difference.pow(2).mean(-1).sqrt(), expected.std(-1)
+    if (error <= REDUCED_LIMIT * spread).all():
+        return None
+    share = (error / spread).max().item()
+    return f"logits {100 * share:.0f} % of their standard deviation apart, allowed are {100 * REDUCED_LIMIT:.0f} %"
+
+
+def check_renderings(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compare what training marks as the assistant's with the prompts that the assistant is given when it generates.
+
+    Raises:
+        UserError: A prompt is not what stands in front of the tokens that were learnt behind it.
+    """
+    render = tokenizer.apply_chat_template
+    options = {"tokenize": True, "return_dict": True}
+    trained = render(CONVERSATION, return_assistant_tokens_mask=True, **options)
+    ids, mask = list(trained["input_ids"]), list(trained["assistant_masks"])
+    prompts = [list(render(CONVERSATION[:n], add_generation_prompt=True, **options)["input_ids"]) for n in (1, 3)]
+    starts = [i for i, learnt in enumerate(mask) if learnt and not mask[i - 1]]
+    if starts != [len(prompt) for prompt in prompts] or any(ids[: len(prompt)] != prompt for prompt in prompts):
+        raise UserError(
+            f"{tokenizer.name_or_path or 'this tokenizer'}: its chat template marks other tokens for training than the "
+            f"assistant writes behind a generation prompt. Installed are {installed_versions()}; install the tested versions "
+            "(constraints.txt), or take the chat template of this project's tokenizers"
+        )
+
+
+def warn_of_untested_versions() -> None:
+    """A line on stderr for each; what they do to a model is for the checks above to find out."""
+    for warning in untested_versions():
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def untested_versions() -> list[str]:
+    """A line for each installed library that is older or newer than what this package was tested with."""
+    lines = [
+        f"{need.name} {installed} is not among the tested versions ({need.specifier})"
+        for need in requirements()
+        if (installed := version(need.name)) and not need.specifier.contains(installed, prereleases=True)
+    ]
+    return list(dict.fromkeys(lines))  # extras repeat what they ask for
+
+
+def installed_versions() -> str:
+    names = ("torch", "transformers", "tokenizers", "accelerate", "trl")
+    return ", ".join(f"{name} {installed}" for name in names if (installed := version(name)))
+
+
+def requirements() -> list[Requirement]:
+    """What this package asks for, its extras included; empty where it is used without having been installed."""
+    try:
+        return [Requirement(line) for line in metadata.requires(PACKAGE) or ()]
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,91 @@
+"""Conversations in nanochat's own form, brought into the ecosystem's.
+
+There, an assistant's content may be a list of parts {"type", "text"}; a part `python` is a call of the tool and a part
+`python_output` what came back. Here, a call belongs to a message and its result is a message of its own:
+
+| nanochat | here |
+| --- | --- |
+| `text` | `content` of an assistant message; several in a row become its text parts, each of which is encoded apart |
+| `python` | one of that message's `tool_calls`: {"name": "python", "arguments": {"code": text}} |
+| `python_output` | a message {"role": "tool", "name": "python", "content": text} |
+| end of the list | end of the last assistant message, which is an empty one where the list ends with a result |
+
+Everything else is the same in both. The chat template writes the converted messages with the ids and the mask that
+nanochat gives the original ones.
+"""
+
+from typing import Any
+
+from ..errors import UserError
+
+CALL, RESULT = "python", "python_output"
+
+
+def has_call_parts(messages: Any) -> bool:
+    """Whether these are nanochat's own messages, told by a `python` or `python_output` part."""
+    found = messages if isinstance(messages, list) else []
+    contents = [message.get("content") for message in found if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") in (CALL, RESULT) for part in parts)
+
+
+def from_original(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """The messages, with every assistant message that has calls among its parts written as the several it is here.
+
+    Raises:
+        UserError: A part is malformed or of an unknown type, text follows a call, or a result follows no call.
+    """
+    converted: list[dict[str, Any]] = []
+    for number, message in enumerate(messages, start=1):
+        if has_call_parts([message]):
+            if message.get("tool_calls"):
+                raise UserError(f"{where}, message {number}: calls are either `{CALL}` parts or `tool_calls`, not both")
+            if message.get("role") != "assistant":
+                raise UserError(f"{where}, message {number}: only an assistant message can have `{CALL}` parts")
+            converted += from_parts(message["content"], f"{where}, message {number}")
+        else:
+            converted.append(message)
+    return converted
+
+
+def from_parts(parts: list[Any], where: str) -> list[dict[str, Any]]:
+    """One assistant turn: [assistant with calls, tool, ..., assistant without]."""
+    turn = [assistant()]
+    for number, part in enumerate(parts, start=1):
+        kind, text = kind_and_text(part, f"{where}, part {number}")
+        unanswered = len(turn[-1].get("tool_calls", []))
+        if turn[-1]["role"] == "tool" and kind != RESULT:
+            turn.append(assistant())
+        if kind == CALL:
+            call = {"type": "function", "function": {"name": CALL, "arguments": {"code": text}}}
+            turn[-1].setdefault("tool_calls", []).append(call)
+        elif kind == RESULT:
+            if not unanswered and turn[-1]["role"] != "tool":
+                raise UserError(f"{where}, part {number}: a `{RESULT}` without a `{CALL}` before it")
+            turn.append({"role": "tool", "name": CALL, "content": text})
+        elif unanswered:
+            raise UserError(f"{where}, part {number}: the `{CALL}` before it has no `{RESULT}`")
+        else:
+            turn[-1]["content"].append({"type": "text", "text": text})
+    if turn[-1].get("tool_calls"):
+        raise UserError(f"{where}: the last `{CALL}` has no `{RESULT}`")
+    if turn[-1]["role"] == "tool":
+        turn.append(assistant())
+    return [message | {"content": simplest(message["content"])} for message in turn]
+
+
+def assistant() -> dict[str, Any]:
+    return {"role": "assistant", "content": []}
+
+
+def kind_and_text(part: Any, where: str) -> tuple[str, str]:
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        raise UserError(f"{where}: expected an object with `type` and `text`")
+    if part.get("type") not in ("text", CALL, RESULT):
+        raise UserError(f"{where}: unknown type {part.get('type')!r}, expected text, {CALL} or {RESULT}")
+    return part["type"], part["text"]
+
+
+def simplest(content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
+    """A list of one text part, or of none, as a string."""
+    return "".join(part["text"] for part in content) if isinstance(content, list) and len(content) < 2 else content

@@ -1,0 +1,96 @@
+"""The original's `tokenizer.pkl`, a pickled tiktoken encoder, as an ordinary fast tokenizer. Needs no tiktoken.
+
+Unpickling may run whatever code a file names. This reader knows one name, tiktoken's `Encoding`, and puts a bare
+container in its place; any other name ends the reading. What is left are numbers, strings, bytes and dictionaries.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from ..errors import UserError
+from ..text.byte_pairs import merges_of
+from ..tokenization_nanochat import SPECIAL_TOKENS, SPLIT_PATTERN, build_tokenizer, byte_symbols
+
+
+class PickledEncoding:
+    """What was pickled of a tiktoken `Encoding`."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class EncodingUnpickler(pickle.Unpickler):
+    """Opens a pickled `Encoding` without importing or calling anything."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) != ("tiktoken.core", "Encoding"):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a tokenizer does not need")
+        return PickledEncoding
+
+
+def load_pickled_tokenizer(path: str | Path, model_max_length: int = 2048) -> PreTrainedTokenizerFast:
+    """The fast tokenizer, with chat template, that gives every text the ids of the encoder pickled in `path`.
+
+    Args:
+        path: `tokenizer.pkl` of the original.
+        model_max_length: Written into the tokenizer; the context length of its model.
+
+    Raises:
+        UserError: Not a pickled encoder, or one whose pattern, special tokens or vocabulary are not the original's.
+    """
+    try:
+        return tokenizer_from_encoding(read_encoding(path), model_max_length)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_encoding(path: str | Path) -> dict[str, Any]:
+    """`pat_str`, `mergeable_ranks` and `special_tokens` of the pickled encoder, of the right types."""
+    try:
+        with open(path, "rb") as file:
+            state = getattr(EncodingUnpickler(file).load(), "state", None)
+    except Exception as error:  # a damaged or hostile stream can make the machine fail in any way
+        reason = str(error) or type(error).__name__
+        raise UserError(f"not a pickled tiktoken encoder: {reason}") from error
+    if not isinstance(state, dict):
+        raise UserError("not a pickled tiktoken encoder with its own vocabulary; train or give another tokenizer")
+    ranks, special = state.get("mergeable_ranks"), state.get("special_tokens")
+    if not (is_mapping(ranks, bytes) and is_mapping(special, str) and isinstance(state.get("pat_str"), str)):
+        raise UserError("the pickled encoder lacks pat_str, mergeable_ranks or special_tokens")
+    return state
+
+
+def is_mapping(value: Any, kind: type) -> bool:
+    """A dictionary from `kind` to whole numbers."""
+    return isinstance(value, dict) and all(isinstance(k, kind) and isinstance(v, int) for k, v in value.items())
+
+
+def tokenizer_from_encoding(encoding: dict[str, Any], model_max_length: int = 2048) -> PreTrainedTokenizerFast:
+    """The same from the encoder's parts.
+
+    Args:
+        encoding: `pat_str` (str), `mergeable_ranks` (bytes -> id) and `special_tokens` (str -> id).
+        model_max_length: See [`load_pickled_tokenizer`].
+
+    Raises:
+        UserError: A part is not as the original makes it.
+    """
+    ranks = encoding["mergeable_ranks"]
+    if encoding["pat_str"] != SPLIT_PATTERN:
+        raise UserError("its split pattern is not nanochat's, so the ids of a text would differ")
+    bytes_alone = {token for token in ranks if len(token) < 2}
+    if sorted(ranks.values()) != list(range(len(ranks))) or bytes_alone != {bytes([byte]) for byte in range(256)}:
+        raise UserError("its vocabulary has gaps, or is not made of single bytes and their merges")
+    if encoding["special_tokens"] != {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}:
+        raise UserError(f"its special tokens are not nanochat's nine, at the end of the {len(ranks)} others")
+    symbols = byte_symbols()
+
+    def spelled(token: bytes) -> str:
+        return "".join(symbols[byte] for byte in token)
+
+    return build_tokenizer({spelled(token): rank for token, rank in ranks.items()}, merges_of(ranks), model_max_length)

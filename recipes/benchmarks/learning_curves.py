@@ -1,0 +1,166 @@
+"""Which way to a given loss is the shortest: bits per byte of several trainings, against tokens and against seconds.
+
+    python recipes/benchmarks/learning_curves.py --output_dir runs/curves --tokenizer runs/tokenizer \\
+        --train_files 'text/*.parquet' --val_files val.parquet
+
+Notable features:
+- runs `recipes/pretrain.py` once per variant, one after the other, the same rows in the same order
+- seconds are those of training, without validation and checkpoints
+- leaves `table.md`, `curves.svg` and each variant's log
+"""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+from evals.reporting.curves import BLUE, ORANGE, STYLE
+from modeling_nanochat.cli import parse
+from modeling_nanochat.errors import UserError, exit_on_user_error
+from recipes.benchmarks.training_speed import PRETRAIN, environment, words
+
+GREEN = "#009E73"
+CLASSIC = {"training_recipe": "classic", "matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004}
+CURRENT = {"training_recipe": "current", "matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008, "scalar_lr": 0.5}
+# Each recipe's rates for half a million tokens a step, given by name, so that no factor for the batch applies to either.
+VARIANTS = {
+    "plain + classic": ({"architecture": "plain"} | CLASSIC, BLUE),
+    "plain + current": ({"architecture": "plain"} | CURRENT, ORANGE),
+    "turbo + current": ({"architecture": "turbo"} | CURRENT, GREEN),
+}
+
+
+@dataclass
+class LearningCurvesArguments:
+    """What all variants have in common."""
+
+    output_dir: str = field(metadata={"help": "Folder for the runs, the table and the picture."})
+    tokenizer: str = field(metadata={"help": "Tokenizer folder or Hub id."})
+    train_files: list[str] = field(metadata={"help": "Running text."})
+    val_files: list[str] = field(metadata={"help": "Running text set aside."})
+    depth: int = field(default=4, metadata={"help": "Number of layers."})
+    aspect_ratio: int = field(default=32, metadata={"help": "Width per layer."})
+    head_dim: int = field(default=32, metadata={"help": "Width of a head."})
+    max_length: int = field(default=256, metadata={"help": "Tokens in a row."})
+    total_batch_size: int = field(default=8192, metadata={"help": "Tokens per step."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows in a pass."})
+    max_steps: int = field(default=300, metadata={"help": "Optimizer steps."})
+    warmup_steps: int = field(default=10, metadata={"help": "Steps of rising learning rate."})
+    eval_steps: int = field(default=25, metadata={"help": "Steps between validations."})
+    eval_tokens: int = field(default=131072, metadata={"help": "Tokens of one validation."})
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One variant's validations: tokens, seconds of training and bits per byte at each."""
+
+    name: str
+    tokens: list[int]
+    seconds: list[float]
+    bits_per_byte: list[float]
+
+
+def main() -> None:
+    (args,) = parse(LearningCurvesArguments)
+    folder = Path(args.output_dir)
+    curves = []
+    for name, (settings, _) in VARIANTS.items():
+        run = folder / name.replace(" + ", "-") / "base"
+        train(args, settings, run)
+        curves.append(read_curve(name, run))
+    draw(curves, folder / "curves.svg")
+    text = table(curves, args)
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def train(args: LearningCurvesArguments, settings: dict[str, object], run: Path) -> None:
+    """Train a variant, or go on with it; one that is finished with these settings stays, with others it is an error."""
+    common = {key: value for key, value in vars(args).items() if key != "output_dir"}
+    fixed = {"output_dir": run, "sample_steps": 0, "torch_compile": "false", "resume": "auto"}
+    command = [sys.executable, str(PRETRAIN), *words(common | settings | fixed)]
+    if subprocess.run(command, check=False, env=environment()).returncode:
+        raise UserError(f"{run} failed; what it said is above. The same command goes on with what is missing")
+
+
+def read_curve(name: str, run: Path) -> Curve:
+    lines = (run.parent / "logs" / f"{run.name}.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds, logged_at, curve = 0.0, 0, Curve(name, [], [], [])
+    for row in map(json.loads, lines):
+        if "seconds_training" in row:  # per step, since the entry before
+            seconds += row["seconds_training"] * (row["step"] - logged_at)
+            logged_at = row["step"]
+        if "bits_per_byte" in row:
+            curve.tokens.append(row["tokens"])
+            curve.seconds.append(seconds)
+            curve.bits_per_byte.append(row["bits_per_byte"])
+    return curve
+
+
+def cost_of(curve: Curve, bits_per_byte: float, costs: list[float]) -> float | None:
+    """What it cost to reach `bits_per_byte`, interpolated between validations; None if it was not reached."""
+    points = list(zip(curve.bits_per_byte, costs, strict=True))
+    for (before, cost_before), (after, cost_after) in pairwise(points):
+        if after <= bits_per_byte < before:
+            return cost_before + (before - bits_per_byte) / (before - after) * (cost_after - cost_before)
+    return None
+
+
+def table(curves: list[Curve], args: LearningCurvesArguments) -> str:
+    """Final figures, and what each needed to reach the end of the first."""
+    first = curves[0]
+    goal = first.bits_per_byte[-1]
+    lines = [
+        f"d{args.depth}, {args.depth * args.aspect_ratio} wide, {args.max_steps} steps of {args.total_batch_size:,} tokens; "
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32, uncompiled\n",
+        f"| | bits per byte at the end | seconds | tokens/s | tokens to {goal:.4f} | seconds to {goal:.4f} |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for curve in curves:
+        tokens, seconds = (cost_of(curve, goal, costs) for costs in (curve.tokens, curve.seconds))
+        reached = [f"{one:,.0f}" if one is not None else "not reached" for one in (tokens, seconds)]
+        lines.append(
+            f"| {curve.name} | {curve.bits_per_byte[-1]:.4f} | {curve.seconds[-1]:,.0f} | "
+            f"{curve.tokens[-1] / curve.seconds[-1]:,.0f} | {' | '.join(reached)} |"
+        )
+    lines += ["", "| tokens | " + " | ".join(curve.name for curve in curves) + " |", "| ---: " * (1 + len(curves)) + "|"]
+    for number, tokens in enumerate(first.tokens):
+        lines.append(f"| {tokens:,} | " + " | ".join(f"{curve.bits_per_byte[number]:.4f}" for curve in curves) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(curves: list[Curve], path: Path) -> None:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 3.4))
+        by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
+        for curve in curves:
+            color = VARIANTS[curve.name][1]
+            by_tokens.plot([one / 1e6 for one in curve.tokens], curve.bits_per_byte, color=color, label=curve.name)
+            by_seconds.plot(curve.seconds, curve.bits_per_byte, color=color, label=curve.name)
+        by_tokens.set_xlabel("million tokens")
+        by_seconds.set_xlabel("seconds of training")
+        by_tokens.set_ylabel("bits per byte, held-out text")
+        # the first validations, before anything is learnt, would hide the differences
+        shown = [value for curve in curves for value in curve.bits_per_byte[2:]] or [1.0]
+        by_tokens.set_ylim(0.97 * min(shown), 1.03 * max(shown))
+        by_tokens.legend(frameon=False)
+        figure.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None}, facecolor="white")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,216 @@
+"""What the training loop costs beside the model's own arithmetic: overhead, optimizer, data, checkpoints, two processes.
+
+    python recipes/benchmarks/training_speed.py --train_files 'text/*.parquet' --val_files val.parquet --tokenizer runs/tokenizer
+
+    python recipes/benchmarks/training_speed.py ... --depth 6 --aspect_ratio 64 --total_batch_size 16384 --processes 2
+
+Notable features:
+- runs `recipes/pretrain.py` as a user does and reads its log; the bare step (forward and backward of the same model on one
+  fixed batch, nothing else) runs in turns with it; medians over `repeats`
+- with `--processes 2`, also one training on two processes against two trainings side by side, one thread each
+- the table says machine and shapes, the last line is JSON with everything
+"""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from modeling_nanochat import ARCHITECTURES
+from modeling_nanochat.cli import parse
+from modeling_nanochat.errors import UserError, exit_on_user_error
+
+ROOT = Path(__file__).resolve().parents[2]
+PRETRAIN = ROOT / "recipes" / "pretrain.py"
+
+
+@dataclass
+class TrainingSpeedArguments:
+    """Shapes and repeats."""
+
+    tokenizer: str = field(metadata={"help": "Tokenizer folder or Hub id."})
+    train_files: list[str] = field(metadata={"help": "Running text."})
+    val_files: list[str] = field(metadata={"help": "Running text."})
+    architecture: Literal["plain", "turbo"] = field(default="plain", metadata={"help": "Which of the two."})
+    depth: int = field(default=4, metadata={"help": "Number of layers."})
+    aspect_ratio: int = field(default=32, metadata={"help": "Width per layer."})
+    head_dim: int = field(default=32, metadata={"help": "Width of a head."})
+    max_length: int = field(default=256, metadata={"help": "Tokens in a row."})
+    total_batch_size: int = field(default=4096, metadata={"help": "Tokens per step."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows in a pass."})
+    steps: int = field(default=40, metadata={"help": "Steps of one run; the first quarter warms up."})
+    repeats: int = field(default=3, metadata={"help": "Runs of each kind, in turns."})
+    processes: int = field(default=1, metadata={"help": "2: compare two processes with two runs side by side."})
+    bare: bool = field(default=False, metadata={"help": "Only print the seconds of the bare step (used by itself)."})
+
+
+def main() -> None:
+    (args,) = parse(TrainingSpeedArguments)
+    if args.bare:
+        print(json.dumps(bare_seconds(args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        results = {"loop": measure_loop(args, Path(folder))}
+        if args.processes > 1:
+            results["processes"] = measure_processes(args, Path(folder))
+    print_tables(args, results)
+
+
+def bare_seconds(args: TrainingSpeedArguments) -> list[float]:
+    """Seconds of each forward and backward pass over a step's worth of one fixed batch, after two to warm up."""
+    from transformers import AutoTokenizer
+
+    config_class, model_class = ARCHITECTURES[args.architecture]
+    config = config_class.from_depth(
+        args.depth,
+        aspect_ratio=args.aspect_ratio,
+        head_dim=args.head_dim,
+        vocab_size=len(AutoTokenizer.from_pretrained(args.tokenizer)),
+        max_position_embeddings=args.max_length,
+    )
+    torch.manual_seed(0)
+    model = model_class(config).train()
+    ids = torch.randint(0, config.vocab_size, (args.per_device_train_batch_size, args.max_length + 1))
+    passes = args.total_batch_size // (args.per_device_train_batch_size * args.max_length)
+    seconds = []
+    for _ in range(2 + args.steps // 2):
+        started = time.perf_counter()
+        for _ in range(passes):
+            model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:].contiguous(), use_cache=False).loss.backward()
+        seconds.append(time.perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+    return seconds[2:]
+
+
+def measure_loop(args: TrainingSpeedArguments, folder: Path) -> dict[str, float]:
+    """Medians over runs in turns: seconds of a step by what they go into, and of the bare step."""
+    bare, runs = [], []
+    for repeat in range(args.repeats):
+        bare.append(statistics.median(run_bare(args)))
+        output = folder / f"loop{repeat}" / "base"
+        wait([start_training(args, output)])
+        runs.append(read_log(output, args.steps))
+    medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    medians["bare"] = statistics.median(bare)
+    # The optimizer belongs to the bare step: a step without it trains nothing. It is timed where it runs.
+    ideal = [plain + run["optimizer"] for plain, run in zip(bare, runs, strict=True)]
+    medians["loop_over_bare"] = statistics.median(best / run["training"] for best, run in zip(ideal, runs, strict=True))
+    return medians
+
+
+def measure_processes(args: TrainingSpeedArguments, folder: Path) -> dict[str, float]:
+    """Tokens/s of one training on `processes` processes, and of as many trainings side by side, one thread each."""
+    together, alone = [], []
+    for repeat in range(args.repeats):
+        output = folder / f"together{repeat}" / "base"
+        wait([start_training(args, output, processes=args.processes)])
+        together.append(args.total_batch_size / read_log(output, args.steps)["training"])
+        outputs = [folder / f"alone{repeat}-{n}" / "base" for n in range(args.processes)]
+        wait([start_training(args, one, threads=1) for one in outputs])
+        alone.append(sum(args.total_batch_size / read_log(one, args.steps)["training"] for one in outputs))
+    ratios = [a / b for a, b in zip(together, alone, strict=True)]
+    return {
+        "together_tokens_per_second": statistics.median(together),
+        "alone_tokens_per_second": statistics.median(alone),
+        "ratio": statistics.median(ratios),
+    }
+
+
+def run_bare(args: TrainingSpeedArguments) -> list[float]:
+    command = [sys.executable, __file__, *words(asdict(args) | {"bare": "true"})]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment())
+    if done.returncode:
+        raise UserError(f"the bare step failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def start_training(
+    args: TrainingSpeedArguments, output_dir: Path, processes: int = 1, threads: int | None = None
+) -> subprocess.Popen:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        threads = 1
+    rows = max(1, args.per_device_train_batch_size // processes)  # the step stays the same
+    own = ("steps", "repeats", "processes", "bare")
+    settings = {key: value for key, value in asdict(args).items() if key not in own}
+    settings |= {
+        "per_device_train_batch_size": rows,
+        "output_dir": output_dir,
+        "max_steps": args.steps,
+        "logging_steps": 1,
+        "eval_steps": 0,
+        "eval_tokens": args.max_length,
+        "sample_steps": 0,
+        "save_steps": args.steps // 2,
+        "torch_compile": "false",
+    }
+    command = [*launcher, str(PRETRAIN), *words(settings)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(threads))
+
+
+def words(settings: dict[str, object]) -> list[str]:
+    """Settings as a command line."""
+    line = []
+    for key, value in settings.items():
+        line += [f"--{key}", *([str(one) for one in value] if isinstance(value, list) else [str(value)])]
+    return line
+
+
+def environment(threads: int | None = None) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+
+
+def wait(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        output = process.communicate()[0]
+        if process.returncode:
+            said = output.strip().splitlines()
+            raise UserError(f"training failed: {next((line for line in said if line.startswith('error: ')), said[-1:])}")
+
+
+def read_log(output_dir: Path, steps: int) -> dict[str, float]:
+    """Median seconds per step by kind after the warm-up; `checkpoint` is the median save."""
+    lines = (output_dir.parent / "logs" / f"{output_dir.name}.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" in row and row["step"] > steps // 4]
+    kinds = ("training", "data", "model", "optimizer", "rest")
+    found = {kind: statistics.median(row.get(f"seconds_{kind}", 0.0) for row in rows) for kind in kinds}
+    found["data_share"] = sum(row["seconds_data"] for row in rows) / sum(row["seconds_training"] for row in rows)
+    saves = [row["seconds_checkpoint"] for row in rows if row.get("seconds_checkpoint", 0) > 1e-4]
+    return found | {"checkpoint": statistics.median(saves) if saves else 0.0}
+
+
+def print_tables(args: TrainingSpeedArguments, results: dict[str, dict[str, float]]) -> None:
+    loop = results["loop"]
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, uncompiled")
+    print(
+        f"{args.architecture} d{args.depth}, width per layer {args.aspect_ratio}, {args.total_batch_size} tokens a step in "
+        f"passes of {args.per_device_train_batch_size} x {args.max_length}; medians of {args.repeats} runs in turns\n"
+    )
+    print("| | measured |\n| --- | ---: |")
+    print(f"| tokens/s of the loop | {args.total_batch_size / loop['training']:,.0f} |")
+    print(f"| loop over bare step (forward, backward, optimizer) | {loop['loop_over_bare']:.3f} |")
+    print(f"| optimizer, share of the step | {loop['optimizer'] / loop['training']:.1%} |")
+    print(f"| waiting for data, share of all steps | {loop['data_share']:.2%} |")
+    print(f"| one checkpoint, share of 100 steps | {loop['checkpoint'] / (100 * loop['training']):.2%} |")
+    if "processes" in results:
+        print(f"| {args.processes} processes over {args.processes} runs side by side | {results['processes']['ratio']:.3f} |")
+    print(json.dumps({"settings": asdict(args), **results}))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,135 @@
+"""Which commands make up each stage of the ladder."""
+
+import os
+import sys
+from pathlib import Path
+
+import psutil
+
+from modeling_nanochat.errors import UserError
+
+from .arguments import RunArguments
+from .step import Step, read_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
+SCRIPTS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "grpo"}
+PREDECESSOR = {"mid": "base", "sft": "mid", "rl": "sft"}
+# What `accelerate_configs/cpu.yaml` says: nothing that needs a launcher.
+ONE_CPU_PROCESS = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "NO",
+    "num_machines": 1,
+    "num_processes": 1,
+    "machine_rank": 0,
+    "mixed_precision": "no",
+    "use_cpu": True,
+}
+# What a recipe's generated world provides, and where the recipe says so: file and key.
+GENERATED = {
+    "pretrain_files": ("pretrain.yaml", "train_files"),
+    "val_files": ("pretrain.yaml", "val_files"),
+    "midtrain_files": ("midtrain.yaml", "train_files"),
+    "sft_files": ("sft.yaml", "train_files"),
+    "grpo_files": ("grpo.yaml", "train_files"),
+    "eval_files": ("eval.yaml", "eval_files"),
+}
+
+
+def steps(stage: str, recipe: Path, args: RunArguments, overrides: dict[str, list[str]]) -> list[Step]:
+    """The commands of one stage; none where everything that it would make was given."""
+    run, more = args.run_dir, overrides[stage]
+    if stage == "data":
+        return [data_step(recipe, run, [*examples(args), *more])] if generates(args) else []
+    if stage == "report":
+        return [Step("report", script("evals/report.py"), None, ["--run_dir", run])]
+    output = ["--output_dir", f"{run}/{stage}"]
+    if stage == "tokenizer":
+        arguments = ["--train_files", *files(args, "pretrain_files", recipe), *output, *more]
+        train = Step("tokenizer", script("tokenizer_train/train.py"), recipe / "tokenizer.yaml", arguments)
+        return [train, tokenizer_evaluation_step(recipe, args, overrides["tokenizer_eval"])]
+    train = Step(
+        stage,
+        launcher(args.accelerate_config) + script(f"recipes/{SCRIPTS[stage]}.py")[1:],
+        recipe / f"{SCRIPTS[stage]}.yaml",
+        [*inputs(stage, args, recipe), *(examples(args) if stage != "base" else []), *output, *more],
+    )
+    return [train, evaluation_step(stage, recipe, args, overrides["eval"])]
+
+
+def examples(args: RunArguments) -> list[str]:
+    return ["--examples", *args.examples] if args.examples else []
+
+
+def generates(args: RunArguments) -> bool:
+    return any(getattr(args, name) is None for name in GENERATED)
+
+
+def data_step(recipe: Path, run: str, more: list[str]) -> Step:
+    """Raises [`UserError`] where the recipe has no generated world and files are missing."""
+    if not (recipe / "world.py").exists():
+        raise UserError(f"recipe {recipe.name} generates no data; give {', '.join('--' + name for name in GENERATED)}")
+    return Step("data", script(recipe / "world.py"), recipe / "world.yaml", ["--output_dir", f"{run}/data", *more])
+
+
+def script(path: str | Path) -> list[str]:
+    return [sys.executable, os.path.relpath(ROOT / path)]
+
+
+def launcher(config: str) -> list[str]:
+    """`accelerate launch` of this very Python; a shipped configuration is found from any folder.
+
+    For one process on the CPU it would do no more than set variables, after two seconds of imports: `env` does it too.
+    """
+    found = next((path for path in (Path(config), ROOT / config) if path.is_file()), None)
+    if found is None:
+        raise UserError(f"accelerate_config {config}: no such file; accelerate_configs/ holds the shipped ones")
+    settings = read_yaml(found)
+    threads = threads_on_cpu(settings)
+    if settings.get("use_cpu") and settings.items() <= ONE_CPU_PROCESS.items():
+        return ["env", "ACCELERATE_USE_CPU=true", *(f"OMP_NUM_THREADS={count}" for count in threads), sys.executable]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    command += ["--config_file", os.path.relpath(found)]
+    return command + [word for count in threads for word in ("--num_cpu_threads_per_process", str(count))]
+
+
+def threads_on_cpu(accelerate_config: dict) -> list[int]:
+    """The number of threads that `accelerate launch` takes on a CPU; not given it takes the same, with a warning. Else none."""
+    if not accelerate_config.get("use_cpu") or "OMP_NUM_THREADS" in os.environ:
+        return []
+    cores, processes = psutil.cpu_count(logical=False) or 1, accelerate_config.get("num_processes") or 1
+    return [max(1, cores // processes)]
+
+
+def inputs(stage: str, args: RunArguments, recipe: Path) -> list[str]:
+    """The model and files that a training stage reads."""
+    if stage == "base":
+        text = ["--train_files", *files(args, "pretrain_files", recipe), "--val_files", *files(args, "val_files", recipe)]
+        return ["--tokenizer", f"{args.run_dir}/tokenizer", *text]
+    model = ["--model_name_or_path", f"{args.run_dir}/{PREDECESSOR[stage]}"]
+    replay = ["--replay_files", *files(args, "pretrain_files", recipe)] if stage == "mid" else []
+    return [*model, "--train_files", *files(args, f"{SCRIPTS[stage]}_files", recipe), *replay]
+
+
+def tokenizer_evaluation_step(recipe: Path, args: RunArguments, more: list[str]) -> Step:
+    arguments = ["--tokenizer", f"{args.run_dir}/tokenizer", "--output_file", f"{args.run_dir}/results/tokenizer.json"]
+    arguments += ["--train_files", *files(args, "pretrain_files", recipe), "--val_files", *files(args, "val_files", recipe)]
+    return Step("tokenizer.eval", script("tokenizer_train/evaluate.py"), recipe / "tokenizer_eval.yaml", [*arguments, *more])
+
+
+def evaluation_step(stage: str, recipe: Path, args: RunArguments, more: list[str]) -> Step:
+    arguments = ["--model_name_or_path", f"{args.run_dir}/{stage}", "--output_file", f"{args.run_dir}/results/{stage}.json"]
+    arguments += ["--eval_files", *files(args, "eval_files", recipe), "--text_files", *files(args, "val_files", recipe)]
+    base = ["--base_model", "true"] if stage == "base" else []
+    return Step(f"{stage}.eval", script("evals/evaluate_model.py"), recipe / "eval.yaml", [*arguments, *base, *more])
+
+
+def files(args: RunArguments, name: str, recipe: Path) -> list[str]:
+    """Those given, or those that the recipe's YAML names, in this run's folder in place of the recipe's."""
+    if (given := getattr(args, name)) is not None:
+        return given
+    file, key = GENERATED[name]
+    entries, usual = read_yaml(recipe / file).get(key), read_yaml(recipe / "run.yaml")["run_dir"]
+    if not entries:
+        raise UserError(f"{recipe / file}: names no {key}; give --{name}")
+    return [entry.replace(f"{usual}/data/", f"{args.run_dir}/data/", 1) for entry in entries]

@@ -1,0 +1,106 @@
+"""What `run.py` prints around its stages: a title before each, a line for what was measured, five lines at the end."""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from evals.reporting.run_folder import MODELS, RunFolder, read_run
+from evals.reporting.summary import in_short
+
+TITLES = {
+    "data": "writing texts, conversations, problems and questions",
+    "tokenizer": "training the vocabulary on the text",
+    "base": "pretraining, the language itself",
+    "mid": "midtraining, conversations and the python tool",
+    "sft": "fine-tuning on clean conversations",
+    "rl": "reinforcement learning on word problems",
+    "report": "writing the report card",
+}
+WIDTH = 110
+
+
+def title(step: str) -> str:
+    """Of the stage whose first step to be run is `step`."""
+    stage, _, measurement = step.partition(".")
+    return f"{stage}: {'evaluation' if measurement else TITLES[stage]}"
+
+
+def outcome_lines(result: Path) -> list[str]:
+    """The figures of an evaluation's file in one line, and a reply; nothing for the report, which the end names."""
+    if result.suffix != ".json":
+        return []
+    content = json.loads(result.read_text(encoding="utf-8"))
+    if "vocabularies" in content:
+        return [compression(content)]
+    lines = wrapped("evaluation: " + in_short(content["records"]))
+    lines += [f"  {record['task'].replace('_', ' ')}: {record['note']}" for record in content["records"] if "note" in record]
+    return lines + [exchange(sample["messages"]) for sample in shown_sample(content.get("samples") or [])]
+
+
+def compression(content: dict[str, Any]) -> str:
+    """Bytes per token of the text that the tokenizer was not trained on, next to the other vocabularies."""
+    text = next((text for text in content["texts"] if text["name"] == "val"), content["texts"][-1])
+    ratios = [f"{name} {ratio:.2f}" for name, ratio in text["bytes_per_token"].items()]
+    return f"evaluation: bytes per token of the text {text['name']}: {', '.join(ratios)}"
+
+
+def shown_sample(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One that uses the tool, if there is one."""
+    calling = [sample for sample in samples if any(message.get("tool_calls") for message in sample["messages"])]
+    return (calling or samples)[:1]
+
+
+def exchange(messages: list[dict[str, Any]]) -> str:
+    """The first question and its reply in one line."""
+    question, *others = [message for message in messages if message["role"] in ("user", "assistant")]
+    reply = " ".join(message["content"] or "" for message in others if message["role"] == "assistant")
+    line = f"{question['content']!r} → {' '.join(reply.split())!r}"
+    return "  " + textwrap.shorten(line, 2 * WIDTH, placeholder=" …")
+
+
+def wrapped(line: str, indent: int = 2) -> list[str]:
+    return textwrap.wrap(line, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def closing_lines(recipe: str, run_dir: Path, stages: list[str], seconds: float, next_commands: str) -> list[str]:
+    """What was trained, what it cost, how good it is, where the report is, what to type next."""
+    run = read_run(run_dir) if (run_dir / "stages").is_dir() else RunFolder(run_dir)
+    lines = [
+        ("trained", f"{recipe}{'' if 'report' in stages else f' up to {stages[-1]}'} in {run_dir}{sizes(run)}"),
+        ("cost", cost(run, stages, seconds)),
+        ("quality", quality(run)),
+        ("report", str(run_dir / "report.md") if "report" in stages else ""),
+        ("next", next_commands),
+    ]
+    return [part for name, text in lines if text for part in wrapped(f"{name + ':':<9}{text}", indent=9)]
+
+
+def sizes(run: RunFolder) -> str:
+    """`: 1,179,648 parameters on 2,345,678 tokens in 596 steps`, of the stages that train a model."""
+    records = [run.stages[stage] for stage in MODELS if stage in run.stages]
+    if not records:
+        return ""
+    steps, tokens = (sum(record.get(key) or 0 for record in records) for key in ("steps", "tokens"))
+    return f": {records[-1].get('parameters') or 0:,} parameters on {tokens:,} tokens in {steps:,} steps"
+
+
+def cost(run: RunFolder, stages: list[str], seconds: float) -> str:
+    """Seconds of each stage with its evaluation, of all, and of this process; the memory of the largest process."""
+    spent = {stage: sum(run.steps.get(name, {}).get("seconds", 0) for name in (stage, f"{stage}.eval")) for stage in stages}
+    parts = ", ".join(f"{stage} {value:.0f}" for stage, value in spent.items() if value)
+    peak = max((step.get("peak_memory_mib_so_far", 0) for step in run.steps.values()), default=0)
+    gpu = max((record.get("machine", {}).get("peak_gpu_memory_mib") or 0 for record in run.stages.values()), default=0)
+    memory = f", at most {peak / 1024:.1f} GiB of memory" if peak else ""
+    memory += f", {gpu / 1024:.1f} GiB of a GPU's" if gpu else ""
+    return f"{sum(spent.values()):.0f} s ({parts}){memory}; this run took {seconds:.0f} s"
+
+
+def quality(run: RunFolder) -> str:
+    """Figures of the last model that was evaluated; bits per byte if it has no others."""
+    evaluated = [stage for stage in MODELS if stage in run.results]
+    if not evaluated:
+        return ""
+    records = run.results[evaluated[-1]]["records"]
+    answers = [record for record in records if record["metric"] != "bits_per_byte"]
+    return f"{in_short(answers or records)} ({evaluated[-1]})"

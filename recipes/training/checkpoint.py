@@ -1,0 +1,327 @@
+"""Checkpoints that survive a kill at any instant, a full disk and a flipped bit.
+
+A checkpoint is a folder `<run>/checkpoints/<stage>/step-00000500` of safetensors and JSON files. It is filled under
+another name; every file is flushed to disk; `complete.json`, the marker, lists every file with its size and SHA-256 and is
+written last; then the folder takes its name. Only after that are older ones deleted. What has no marker, or does not agree
+with it, is not a checkpoint. Loading runs no code: there is no pickle in it.
+
+Training waits only until its tensors are copied to the CPU's memory. A thread writes, flushes and hashes the files; the
+marker, for which all processes must have done so, is written by `complete`, which the loop calls once they have.
+
+Each process writes its own share of optimizer and data state, and reads what it needs from all shares: the number of
+processes may change between two runs (see `MuonAdamW.load_shares`, `Loader.load_states`). With several machines the
+folder must be on storage that all of them see.
+"""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.folders import flush
+
+from .processes import on_main_process
+
+MARKER = "complete.json"
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be trusted; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk."""
+
+    folder: Path
+
+    @property
+    def step(self) -> int:
+        return int(STEP_FOLDER.fullmatch(self.folder.name)[1])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What [`Checkpoints.save`] was given as `state`."""
+        return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "model.safetensors")
+
+    def shares(self, kind: str) -> list[Path]:
+        """The files "optimizer", "data" or "random" of all processes of the run that saved, in order."""
+        return sorted(self.folder.glob(f"{kind}-*-of-*.safetensors"))
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A checkpoint whose files a thread is writing; `files` becomes what [`write_files`] returns."""
+
+    step: int
+    folder: Path
+    files: Future
+
+
+class Checkpoints:
+    """The checkpoints of one stage, newest last.
+
+    Args:
+        folder: Where they lie; made when the first is saved.
+        keep: So many of the newest stay. At least two, so that one is left when the newest turns out damaged.
+    """
+
+    def __init__(self, folder: str | Path, accelerator: Accelerator, keep: int = 2):
+        self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.unfinished: Unfinished | None = None
+
+    def present(self) -> list[Checkpoint]:
+        """Every folder with a checkpoint's name, whole or not, oldest first."""
+        found = self.folder.glob("step-*") if self.folder.is_dir() else []
+        return [Checkpoint(path) for path in sorted(found) if STEP_FOLDER.fullmatch(path.name)]
+
+    def find(self, resume: str) -> Checkpoint | None:
+        """The checkpoint to go on from: the newest good one for "auto" (None if there are none), or the folder named.
+
+        The main process looks and tells the others.
+
+        Raises:
+            UserError: The folder named is no checkpoint or is damaged, or all of them are damaged.
+        """
+        return on_main_process(lambda: self.newest_good() if resume == "auto" else self.named(resume))
+
+    def newest_good(self) -> Checkpoint | None:
+        damages = []
+        for checkpoint in reversed(self.present()):
+            try:
+                verify(checkpoint.folder)
+            except Damaged as damage:
+                damages.append(str(damage))
+                print(f"checkpoint {checkpoint.folder} is damaged ({damage}); looking for an older one", file=sys.stderr)
+            else:
+                return checkpoint
+        if damages:
+            raise UserError(f"no good checkpoint is left in {self.folder} ({damages[0]}); delete it to train from the start")
+        return None
+
+    def named(self, folder: str) -> Checkpoint:
+        path = Path(folder)
+        if not STEP_FOLDER.fullmatch(path.name) or not path.is_dir():
+            raise UserError(f"--resume {folder}: not a checkpoint; give auto, or a folder such as {self.folder}/step-00000500")
+        try:
+            verify(path)
+        except Damaged as damage:
+            raise UserError(f"--resume {folder}: damaged ({damage}); --resume auto takes the newest good one") from damage
+        return Checkpoint(path)
+
+    def save(
+        self, step: int, state: dict[str, Any], shares: dict[str, dict[str, torch.Tensor]], weights: Callable[[], dict]
+    ) -> None:
+        """Begin to write the checkpoint of `step`, which counts after [`complete`]. Called by every process.
+
+        The one before is completed first. When this returns, what it was given may change.
+
+        Args:
+            state: Plain values; the main process's are kept.
+            shares: This process's tensors by kind: "optimizer", "data"; the random generators' are added.
+            weights: Gives the whole model's tensors, on the main process at least; called by every process.
+
+        Raises:
+            UserError: Writing failed, on whichever process; the earlier checkpoints are as they were.
+        """
+        self.complete()
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        unfinished = self.folder / f".step-{step:08d}.unfinished"
+        self.together(lambda: self.start(unfinished), main_only=True)
+        tensors = {f"{kind}-{rank:05d}-of-{world_size:05d}": share for kind, share in shares.items()}
+        tensors[f"random-{rank:05d}-of-{world_size:05d}"] = random_state(self.accelerator.device)
+        model = weights()
+        if self.accelerator.is_main_process:
+            tensors["model"] = model
+        text = json.dumps(state) if self.accelerator.is_main_process else None
+        copies = {name: copied(content) for name, content in tensors.items()}
+        self.unfinished = Unfinished(step, unfinished, self.writer.submit(write_files, unfinished, copies, text))
+
+    @property
+    def being_written(self) -> bool:
+        """Whether [`complete`] would wait for this process's files."""
+        return self.unfinished is not None and not self.unfinished.files.done()
+
+    def complete(self) -> None:
+        """Make a checkpoint of what was saved last, as soon as all of it is on disk. Called by every process.
+
+        Raises:
+            UserError: Writing failed, on whichever process; the earlier checkpoints are as they were.
+        """
+        if self.unfinished is None:
+            return
+        unfinished, self.unfinished = self.unfinished, None
+        written = self.together(unfinished.files.result)
+        self.together(lambda: self.finish(unfinished.folder, unfinished.step, written), main_only=True)
+
+    def together(self, write: Callable[[], dict | None], main_only: bool = False) -> dict:
+        """Run `write` on every process and merge what it returns; if one fails, all of them say so and clean up."""
+        result, problem = {}, None
+        if self.accelerator.is_main_process or not main_only:
+            try:
+                result = write() or {}
+            except (OSError, SafetensorError) as error:
+                problem = " ".join(str(error).split())
+        outcomes = gather_object([(result, problem)])
+        problems = [problem for _, problem in outcomes if problem]
+        if problems:
+            if self.accelerator.is_main_process:
+                self.discard_unfinished()
+            intact = self.present()
+            kept = f"{intact[-1].folder} is intact" if intact else "there is no earlier one"
+            raise UserError(
+                f"checkpoint in {self.folder} could not be written ({problems[0]}); {kept}; free space, then --resume auto"
+            )
+        return {name: value for files, _ in outcomes for name, value in files.items()}
+
+    def start(self, unfinished: Path) -> None:
+        self.discard_unfinished()
+        unfinished.mkdir(parents=True)
+
+    def finish(self, unfinished: Path, step: int, files: dict[str, dict]) -> None:
+        """Marker, name, and only then the end of older checkpoints."""
+        missing = [name for name in files if not (unfinished / name).exists()]
+        if missing:
+            raise OSError(f"{missing[0]} was written on another machine; {self.folder} must be on shared storage")
+        write_text(unfinished / MARKER, json.dumps({"files": files}, indent=1))
+        flush(unfinished)
+        target = self.folder / f"step-{step:08d}"
+        shutil.rmtree(target, ignore_errors=True)  # there only if damaged, or this one would have gone on from it
+        unfinished.rename(target)
+        flush(self.folder)
+        abandoned = [other for other in self.present() if other.step > step]  # of a course that was gone back on
+        for other in [*abandoned, *[one for one in self.present() if one.step <= step][: -self.keep]]:
+            shutil.rmtree(other.folder, ignore_errors=True)
+
+    def discard_unfinished(self) -> None:
+        for path in self.folder.glob(".step-*.unfinished"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def delete(self) -> None:
+        """Remove all of them."""
+        if self.accelerator.is_main_process:
+            discard(self.folder)
+
+
+def discard(folder: Path, only_leftovers: bool = False) -> None:
+    """Remove a stage's checkpoints at one stroke, for a kill amid deleting must not leave what looks like damaged ones.
+
+    What such a kill has left is removed as well; with `only_leftovers` nothing else is.
+    """
+    discarded = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(discarded, ignore_errors=True)
+    if folder.exists() and not only_leftovers:
+        folder.rename(discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
+    with suppress(OSError):  # not empty: another stage's are there
+        folder.parent.rmdir()
+
+
+def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous copies in the CPU's memory, which later training steps do not change."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def write_files(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: str | None) -> dict:
+    """Write and flush this process's files; returns name -> size and SHA-256."""
+    written = {}
+    for name, content in tensors.items():
+        path = folder / f"{name}.safetensors"
+        save_file(content, path)
+        written[path.name] = path
+    if state is not None:
+        write_text(folder / "state.json", state)
+        written["state.json"] = folder / "state.json"
+    for path in written.values():
+        flush(path)
+    return {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in written.items()}
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    flush(path)
+
+
+def verify(folder: Path) -> None:
+    """Raise [`Damaged`] unless every file is there as it was written."""
+    try:
+        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError as error:
+        raise Damaged(f"{MARKER} is missing") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{MARKER} is not readable") from error
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise Damaged(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise Damaged(f"{name} has {path.stat().st_size} bytes instead of {size}")
+        if sha256(path) != digest:
+            raise Damaged(f"{name} has changed since it was written")
+    for name in ("state.json", "model.safetensors"):
+        if name not in expected:
+            raise Damaged(f"{MARKER} does not list {name}")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of all random generators of this process, as tensors."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy_keys": torch.from_numpy(keys.astype(np.int64)),
+        "numpy": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+    }
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Undo of [`random_state`]."""
+    version, *words = states["python"].tolist()
+    gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    position, has_gauss, cached = states["numpy"].tolist()
+    keys = states["numpy_keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def restore_random_state(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
+    """Each process takes up its own generators; one more than had saved keeps those that the seed gave it."""
+    files = checkpoint.shares("random")
+    if accelerator.process_index < len(files):
+        set_random_state(load_file(files[accelerator.process_index]), accelerator.device)

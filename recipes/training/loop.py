@@ -1,0 +1,302 @@
+"""The training loop of pretraining and midtraining: Accelerate, accumulation, Muon, evaluation, log, checkpoints.
+
+Read `train` first. One optimizer step takes the rows [s*R, (s+1)*R) of the data order, whatever the number of processes,
+and a run that was stopped, killed or moved to other machines goes on with the next one.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from modeling_nanochat.errors import UserError
+from recipes.training.data.loader import Loader
+from recipes.training.optim.fsdp import shard_model
+from recipes.training.optim.hyperparameters import Plan
+from recipes.training.optim.optimizer import MuonAdamW, compiles_on, muon_adamw
+
+from .arguments import LoopArguments
+from .attention import evaluation_attention
+from .batch_size import explain_in_evaluation, explain_out_of_memory, is_out_of_memory
+from .checkpoint import Checkpoint, Checkpoints, restore_random_state
+from .device import convert_to_float8, evaluation_precision
+from .evaluation import Evaluation
+from .learning import LearningWatch
+from .progress import GarbageFreezer, Laps, Progress, ProgressReport
+from .stage import StageLog
+from .stopping import Stopped, StopRequest, stop_request
+
+Batch = dict[str, torch.Tensor]
+def accumulation_steps(total_batch_size: int, batch_size: int, max_length: int, world_size: int) -> int:
+    """Forward passes per optimizer step.
+
+    Raises:
+        UserError: `total_batch_size` is not a whole number of passes.
+    """
+    tokens = batch_size * max_length * world_size
+    if total_batch_size % tokens:
+        raise UserError(
+            f"total_batch_size {total_batch_size} must be a multiple of {tokens} (per_device_train_batch_size "
+            f"{batch_size} x max_length {max_length} x {world_size} processes)"
+        )
+    return total_batch_size // tokens
+
+
+def train(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    module: torch.nn.Module,
+    optimizer: MuonAdamW,
+    loader: Loader,
+    plan: Plan,
+    args: LoopArguments,
+    log: StageLog,
+    checkpoints: Checkpoints,
+    *,
+    resume_from: Checkpoint | None = None,
+    definition: dict[str, object] | None = None,
+    evaluations: tuple[Evaluation, ...] = (),
+    decode: Callable[[list[int]], str] = str,
+    stage: str = "base",
+) -> Progress:
+    """Train `model` in place up to `plan.max_steps` optimizer steps.
+
+    Args:
+        module, optimizer: As [`prepare`] made them, with the weights of `resume_from` already in.
+        loader: This process's micro-batches: `input_ids` (batch_size, max_length + 1), optionally `labels` of the same
+            shape (unshifted, -100 where nothing is learnt) and `position_ids` (batch_size, max_length).
+        resume_from: Where to go on.
+        definition: The settings that make this run what it is; kept in the checkpoints.
+        decode: Text of token ids, to name a batch by.
+        stage: base or mid.
+
+    Raises:
+        UserError: The loss is not finite, or the gradients are not (before the optimizer would have used them); memory or
+            disk is full.
+        Stopped: SIGTERM or Ctrl-C; a checkpoint was written.
+    """
+    watch = LearningWatch(stage, plan.max_steps)
+    progress = restore(resume_from, optimizer, loader, watch, accelerator) if resume_from else Progress()
+    batch_size, processes = loader.batch_size, accelerator.num_processes
+    accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, processes)
+    schedule, laps = plan.schedule(), Laps()
+    report = ProgressReport(accelerator, model.config, plan, args, log, laps, progress, watch)
+
+    def fail(problem: str) -> NoReturn:
+        """On all processes alike."""
+        checkpoints.complete()
+        raise UserError(problem)
+
+    def is_saved(step: int) -> bool:
+        return step == plan.max_steps or bool(args.save_steps and step % args.save_steps == 0)
+
+    def save() -> None:
+        state = {"progress": vars(progress), "seconds": log.seconds, "definition": definition or {}}
+        state |= {"learning": watch.state_dict(), "processes": processes, "per_device_train_batch_size": batch_size}
+        shares = {"optimizer": optimizer.share_of_state(), "data": loader.state()}
+        checkpoints.save(progress.steps, state, shares, lambda: whole_state(accelerator, module, model))
+
+    advice = advice_on_memory(lambda error: explain_out_of_memory(error, batch_size, args.max_length))
+    with stop_request() as request, GarbageFreezer() as garbage, report, advice:
+        if progress.steps == 0:
+            evaluate(evaluations, model, progress, plan, report)
+        laps.start()
+        while progress.steps < plan.max_steps:
+            schedule.apply(optimizer, progress.steps)
+            batches = [next(loader) for _ in range(accumulation)]
+            laps.lap("data")
+            losses = accumulate(accelerator, module, batches)
+            step = progress.steps + 1
+            looked_at = report.is_logged(step) or is_saved(step)  # not in every step: it reads all gradients
+            norm = gradient_norm(module) if looked_at else None
+            loss, stopping, norms, saving = agree(accelerator, losses, request, norm, checkpoints.being_written)
+            laps.lap("model")
+            if not math.isfinite(loss):
+                first_row = progress.steps * (plan.total_batch_size // args.max_length)
+                fail(non_finite(accelerator, losses, batches, progress.steps, first_row, decode))
+            if norms is not None and not math.isfinite(norms):
+                fail(
+                    f"the gradients are not finite at step {progress.steps} (loss {loss:.4g}); the optimizer has not used "
+                    "them. Lower matrix_lr or embedding_lr; earlier checkpoints are good"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            laps.lap("optimizer")
+            progress = progress.after(loss, plan.total_batch_size)
+            report.step(progress, schedule, norms)
+            garbage.after_step(progress.steps)
+            laps.lap("rest")
+            evaluate(evaluations, model, progress, plan, report)
+            laps.lap("evaluation")
+            if not saving:
+                checkpoints.complete()
+            if stopping or is_saved(progress.steps):
+                save()
+            if stopping or progress.steps == plan.max_steps:
+                checkpoints.complete()
+            laps.lap("checkpoint")
+            if stopping and progress.steps < plan.max_steps:
+                raise Stopped(
+                    f"{request.reason or 'another process was asked to stop'}: stopped after step {progress.steps} of "
+                    f"{plan.max_steps}, checkpoint in {checkpoints.folder}; the same command with --resume auto goes on"
+                )
+    return report.finished(progress)
+
+
+def prepare(
+    accelerator: Accelerator, model: PreTrainedModel, plan: Plan
+) -> tuple[torch.nn.Module, MuonAdamW]:
+    """The module to train, on its device, in its precision, perhaps sharded; and the optimizer over its parameters.
+
+    Without FSDP there is no wrapper: the optimizer itself averages the gradients, once per step, each process for its
+    share, so that backward passes never communicate.
+    """
+    names = ("recipe", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "max_grad_norm")
+    options = {name: getattr(plan, name) for name in names} | {"compile": compiles_on(accelerator.device)}
+    model.train()  # a loaded model comes in evaluation mode, where the loss is computed in another way, with more memory
+    convert_to_float8(model, accelerator)
+    if accelerator.is_fsdp2:
+        module = shard_model(model, accelerator)
+        return module, muon_adamw(module, **options)
+    module = accelerator.prepare_model(model, evaluation_mode=True)
+    group = None
+    if accelerator.num_processes > 1:
+        group = dist.group.WORLD
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, 0)
+    return module, muon_adamw(model, **options, process_group=group)
+
+
+@contextmanager
+def advice_on_memory(explain: Callable[[BaseException], UserError]) -> Iterator[None]:
+    """Turns running out of memory into what `explain` makes of it, which says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise explain(error) from error
+
+
+def restore(
+    checkpoint: Checkpoint, optimizer: MuonAdamW, loader: Loader, watch: LearningWatch, accelerator: Accelerator
+) -> Progress:
+    """Optimizer, data, random generators and what was observed as they were; the weights were loaded before."""
+    if "learning" in checkpoint.state:
+        watch.load_state_dict(checkpoint.state["learning"])
+    optimizer.load_shares(checkpoint.shares("optimizer"))
+    loader.load_states(checkpoint.shares("data"))
+    restore_random_state(checkpoint, accelerator)
+    return Progress(**checkpoint.state["progress"])
+
+
+def whole_state(accelerator: Accelerator, module: torch.nn.Module, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All weights under their ordinary names, on the main process at least."""
+    return accelerator.get_state_dict(module) if accelerator.is_fsdp2 else model.state_dict()
+
+
+def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches: list[Batch]) -> torch.Tensor:
+    """Gradients of the mean loss over every learnt token of the step, on all processes.
+
+    Returns:
+        FloatTensor (micro-batches,): this process's shares of that mean. The gradients are this process's, times the
+        number of processes: their mean over the processes is the gradient of the loss.
+    """
+    labels = [batch.get("labels", batch["input_ids"])[:, 1:] for batch in micro_batches]
+    learnt = sum(int((label != -100).sum()) for label in labels)
+    learnt = torch.full((), learnt, device=accelerator.device)  # a copy would wait for the last step's optimizer
+    learnt = accelerator.reduce(learnt, "sum").clamp(min=1)
+    losses = []
+    for number, batch in enumerate(micro_batches, start=1):
+        inputs = model_inputs(batch, accelerator.device)
+        # FSDP's gradients travel between processes once per step, with the last pass
+        with accelerator.no_sync(module) if number < len(micro_batches) else nullcontext():
+            with accelerator.autocast():
+                loss = module(**inputs, use_cache=False, num_items_in_batch=learnt).loss
+            accelerator.backward(loss * accelerator.num_processes)
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def model_inputs(batch: Batch, device: torch.device) -> Batch:
+    """Inputs and targets on `device`, (batch_size, max_length) each.
+
+    Whole rows travel and are cut there: a slice is not contiguous, so its copy would go through pageable memory and wait.
+    """
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    ids = batch["input_ids"]
+    inputs = {"input_ids": ids[:, :-1].contiguous(), "shift_labels": batch.get("labels", ids)[:, 1:].contiguous()}
+    return inputs | ({"position_ids": batch["position_ids"]} if "position_ids" in batch else {})
+
+
+def gradient_norm(module: torch.nn.Module) -> torch.Tensor:
+    """The norm of this process's own gradients, a 0-d tensor: 0 only if all of them are, inf or nan if one is.
+
+    Before the processes have averaged them it says no more than that; in return it costs one reading of the gradients.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return torch.nn.utils.get_total_norm(local).float()
+
+
+def agree(
+    accelerator: Accelerator,
+    losses: torch.Tensor,
+    request: StopRequest,
+    norm: torch.Tensor | None,
+    saving: bool = False,
+) -> tuple[float, bool, float | None, bool]:
+    """The loss over all processes, whether any was asked to stop, the sum of their norms, whether any is still saving.
+
+    One message and one wait for the device, whatever is asked.
+    """
+    values = [losses.sum(), *losses.new_tensor([float(request.reason is not None), float(saving)])]
+    values += [] if norm is None else [norm.to(losses)]
+    loss, stops, savings, *norms = accelerator.reduce(torch.stack(values), "sum").tolist()
+    return loss, stops > 0, norms[0] if norms else None, savings > 0
+
+
+def non_finite(
+    accelerator: Accelerator, losses: torch.Tensor, batches: list[Batch], step: int, first_row: int, decode: Callable
+) -> str:
+    """What to say of a loss that is not finite: which rows of which process, and how their text begins."""
+    found = []
+    for number, finite in enumerate(losses.isfinite().tolist()):
+        if not finite:
+            size = len(batches[number]["input_ids"])
+            first = first_row + number * size * accelerator.num_processes + accelerator.process_index
+            last = first + (size - 1) * accelerator.num_processes
+            beginning = decode(batches[number]["input_ids"][0, :32].tolist())
+            found.append(f"process {accelerator.process_index}, rows {first} to {last} of the data, beginning {beginning!r}")
+    found = gather_object(found) or ["the sum over the processes overflowed"]
+    return (
+        f"the loss is not finite at step {step} ({found[0]}); the optimizer has not used it. Lower matrix_lr or embedding_lr, "
+        "or look at that text; earlier checkpoints are good"
+    )
+
+
+def evaluate(
+    evaluations: tuple[Evaluation, ...], model: PreTrainedModel, progress: Progress, plan: Plan, report: ProgressReport
+) -> None:
+    """Run those that are due on the uncompiled model, without gradients."""
+    due = [one for one in evaluations if one.due(progress.steps, plan.max_steps)]
+    if not due:
+        return
+    model.eval()
+    with (
+        advice_on_memory(lambda error: explain_in_evaluation(error, progress.steps)),
+        torch.no_grad(),
+        evaluation_precision(model),
+        evaluation_attention(model),
+        report.accelerator.autocast(),
+    ):
+        for one in due:
+            report.evaluated(progress, *one.run(model))
+    model.train()

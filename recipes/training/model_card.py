@@ -1,0 +1,123 @@
+"""The README of a model folder, from the stage's record alone."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from transformers import PreTrainedModel
+
+from modeling_nanochat.chat.examples import check_examples, example_questions, widget
+
+STAGES = {
+    "base": "pretraining on running text; it continues text and does not chat",
+    "mid": "midtraining on conversations, multiple choice and tool use",
+    "sft": "supervised fine-tuning on conversations",
+    "rl": "reinforcement learning (GRPO) on word problems with the python tool",
+}
+
+INTRODUCTION = """A small language model with {parameters:,} parameters, after {stage}. Trained from scratch with
+nanochat on the Hugging Face stack. {architecture}"""
+
+ARCHITECTURES = {
+    "nanochat": "The architecture is the `nanochat` of transformers: this folder carries no code and opens everywhere.",
+    "nanochat_turbo": "The architecture is not part of transformers: this folder carries its code, which "
+    "`trust_remote_code=True` runs. Where `modeling-nanochat` is installed and imported, none of it is run.",
+}
+
+LIMITS = """It is small, makes things up, and knows nothing but its training text. Do not rely on it, and run what it writes
+only in isolation."""
+
+# What opening a folder in Python takes beside its name: no library ships turbo.
+TRUST = {"nanochat": "", "nanochat_turbo": ", trust_remote_code=True"}
+# `transformers serve` looks for the class in transformers alone, whatever it is to trust (5.24).
+SERVE = {"nanochat": "transformers serve {model}    # an API like OpenAI's\n", "nanochat_turbo": ""}
+
+CHAT = """```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", "{model}"{trust})
+print(chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)[0]["generated_text"][-1])
+```
+
+```bash
+{serve}nanochat-chat {model}    # in the terminal; with `modeling-nanochat` installed, runs the Python that it calls
+```"""
+
+# The tokenizer begins the text with `<|bos|>` by itself.
+TEXT = """```python
+from transformers import pipeline
+
+print(pipeline("text-generation", "{model}"{trust})("Once upon a time", max_new_tokens=64)[0]["generated_text"])
+```"""
+
+
+@dataclass(kw_only=True)
+class CardArguments:
+    """What a stage adds to its model card. The same words in every stage whose model chats."""
+
+    examples: list[str] | None = field(
+        default=None,
+        metadata={"help": "Questions to show in the chat and on the page; default: those of the model trained from."},
+    )
+
+    def __post_init__(self) -> None:
+        check_examples(self.examples)
+
+    def examples_or_those_of(self, model: PreTrainedModel) -> list[str]:
+        """The questions that were given, else those in the card of the folder that `model` was loaded from."""
+        return example_questions(model.name_or_path) if self.examples is None else self.examples
+
+
+def model_card(record: dict) -> str:
+    """Markdown with the Hub's metadata block."""
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["nanochat", record["stage"]],
+        base_model=hub_id(record.get("base_model")),
+        widget=widget(examples_of(record)) or None,
+    )
+    name = record["settings"].get("hub_model_id") or record["settings"]["output_dir"]
+    kind = record["model_type"]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        INTRODUCTION.format(
+            parameters=record["parameters"],
+            stage=STAGES[record["stage"]],
+            architecture=ARCHITECTURES[kind],
+        ),
+        (TEXT if record["stage"] == "base" else CHAT).format(
+            model=name, trust=TRUST[kind], serve=SERVE[kind].format(model=name)
+        ),
+        "## Training",
+        facts(record),
+        "## Limits",
+        LIMITS,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def examples_of(record: dict[str, Any]) -> list[str]:
+    """The questions for the chat: as resolved by the stage, else as its settings have them."""
+    return record.get("examples", record["settings"].get("examples")) or []
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name if it can be a Hub id: the Hub refuses a card whose `base_model` is a path."""
+    is_path = name is None or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    return None if is_path else name
+
+
+def facts(record: dict) -> str:
+    rows = {
+        "started from": record.get("base_model") or "random weights",
+        "steps": record.get("steps"),
+        "tokens": record.get("tokens"),
+        "seconds": record["seconds"],
+        "machine": ", ".join(record["machine"]["gpus"]) or f"{record['machine']['cores']} CPU cores",
+        "versions": ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
+    }
+    lines = [f"- {key}: {value:,}" if isinstance(value, int) else f"- {key}: {value}" for key, value in rows.items()]
+    return "\n".join(lines)

@@ -1,0 +1,283 @@
+"""What pretraining and midtraining do around the loop: find the checkpoint, size the batch, train, leave a model folder."""
+
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from modeling_nanochat.cli import is_verbose
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.text.sources import first_line
+from recipes.training.data.loader import Loader
+from recipes.training.data.streams import Lanes
+from recipes.training.optim.hyperparameters import TAKEN, Plan, plain
+from recipes.training.optim.optimizer import MuonAdamW
+
+from .arguments import FREE_TO_CHANGE, LoopArguments
+from .attention import choose_attention
+from .batch_size import find_batch_size, smallest
+from .checkpoint import Checkpoint, Checkpoints
+from .device import accelerator_options, is_compiled, maybe_compile
+from .evaluation import Evaluation
+from .loop import accumulate, accumulation_steps, prepare, train, whole_state
+from .model_card import model_card
+from .stage import OutputArguments, StageLog, beside, finish_stage, push, settings
+from .stopping import Outcomes, Stopped, ending_together
+
+OUTPUT_KEYS = set(OutputArguments.__dataclass_fields__)
+PATH_KEYS = {"tokenizer", "train_files", "replay_files", "model_name_or_path"}
+
+
+def make_accelerator(args: LoopArguments, output_dir: str) -> Accelerator:
+    """Accelerate on the device that is there, with the tracker asked for; its files go beside the model folder.
+
+    Raises:
+        UserError: The tracker is unknown or not installed.
+    """
+    options = accelerator_options()
+    if args.report_to == "none":
+        accelerator = Accelerator(**options)
+    else:
+        try:
+            accelerator = Accelerator(
+                log_with=args.report_to, project_dir=beside(output_dir, "trackers", ""), **options
+            )
+        except ValueError as error:
+            raise UserError(f"report_to {args.report_to}: {first_line(error)}") from error
+        if not accelerator.log_with:
+            package = "trackio" if args.report_to == "all" else args.report_to
+            raise UserError(f"report_to {args.report_to}: not installed; pip install {package}")
+        values = {key: value for key, value in vars(args).items() if value is not None}
+        try:
+            accelerator.init_trackers(f"nanochat-{Path(output_dir).name}", config=values)
+        except Exception as error:  # each tracker has its own: no login, no network, a folder that cannot be written
+            raise UserError(
+                f"report_to {args.report_to} cannot start ({first_line(error)}); set it up, or give --report_to none"
+            ) from error
+    accelerator.gradient_accumulation_steps = 1  # the loop accumulates itself, by total_batch_size
+    return accelerator
+
+
+@dataclass(frozen=True)
+class LoopStage:
+    """What one run of a stage is made of.
+
+    Attributes:
+        record: What the stage's record starts with; "stage" at least.
+        arguments: The stage's own, the loop's and the output's.
+        lanes_of: The rows of a lane of the data, see `recipes/training/data/streams.py`.
+    """
+
+    record: dict[str, object]
+    arguments: tuple[object, LoopArguments, OutputArguments]
+    accelerator: Accelerator
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    plan: Plan
+    lanes_of: Lanes
+    evaluations: tuple[Evaluation, ...]
+
+
+def run_stage(stage: LoopStage) -> None:
+    """Train, write the model folder and the record beside it, push. Prints one line and returns if asked to stop."""
+    accelerator, output = stage.accelerator, stage.arguments[-1]
+    checkpoints = Checkpoints(beside(output.output_dir, "checkpoints", ""), accelerator)
+    stopped = None
+    with ending_together():
+        try:
+            train_and_write(stage, checkpoints)
+        except Stopped as request:
+            stopped = str(request)
+        accelerator.wait_for_everyone()
+    end(accelerator, stopped)
+    if stopped:
+        return
+    if accelerator.is_main_process:
+        push(output)
+    checkpoints.delete()  # last: if the folder or the upload failed, --resume auto goes straight to them
+
+
+def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
+    """The part of [`run_stage`] that leaves the model folder and the record.
+
+    Raises:
+        Stopped: The run was asked to stop.
+    """
+    accelerator, model, plan = stage.accelerator, stage.model, stage.plan
+    _, args, output = stage.arguments
+    definition = define(*stage.arguments)
+    resume_from = find_checkpoint(checkpoints, args, definition)
+    if resume_from:
+        model.load_state_dict(resume_from.weights())
+    choose_attention(model, args.attn_implementation, args.torch_compile, accelerator)
+    module, optimizer = prepare(accelerator, model, plan)
+    module = maybe_compile(module, args.torch_compile, accelerator)
+    batch_size = choose_batch_size(accelerator, module, optimizer, args, plan, resume_from)
+    accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, accelerator.num_processes)
+    if accelerator.is_main_process:
+        announce(model, plan, accumulation, batch_size, accelerator.num_processes, resume_from)
+    going_on = {"step": resume_from.step, "seconds": resume_from.state["seconds"]} if resume_from else {}
+    log = StageLog(output.output_dir, accelerator.is_main_process, **going_on)
+    loader = Loader(
+        stage.lanes_of,
+        batch_size=batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        document_start=stage.tokenizer.bos_token_id if args.document_masking else None,
+    )
+    try:
+        progress = train(
+            accelerator,
+            model,
+            module,
+            optimizer,
+            loader,
+            plan,
+            args,
+            log,
+            checkpoints,
+            resume_from=resume_from,
+            definition=definition,
+            evaluations=stage.evaluations,
+            decode=stage.tokenizer.decode,
+            stage=str(stage.record["stage"]),
+        )
+    finally:
+        loader.close()
+    weights = whole_state(accelerator, module, model)
+    if accelerator.is_main_process:
+        derived = {key: value for key, value in asdict(plan).items() if key != "origins"}
+        resolved = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        resolved["attn_implementation"] = model.config._attn_implementation
+        record = stage.record | {"settings": settings(*stage.arguments) | derived | resolved, "given": given(*stage.arguments)}
+        record |= vars(progress)
+        finish_stage(model, stage.tokenizer, output, log, record, model_card, weights)
+
+
+def end(accelerator: Accelerator, message: str | None = None) -> None:
+    if message and accelerator.is_main_process:
+        print(message, flush=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.end_training()
+    except Exception as error:  # a tracker's, see `ProgressReport.track`; the model is written
+        print(f"warning: the tracker's log may be incomplete ({first_line(error)})", flush=True)
+        accelerator.state.destroy_process_group()
+
+
+def given(*arguments: object) -> dict[str, object]:
+    """The settings that make a run what it is, as they were given."""
+    return {key: value for key, value in settings(*arguments).items() if key not in FREE_TO_CHANGE | OUTPUT_KEYS}
+
+
+def define(*arguments: object) -> dict[str, object]:
+    """What makes a run what it is, for its checkpoints. Of files and folders only the names count: a run may be moved.
+
+    That it is the same data is checked by its size too, see `recipes/training/data/streams.py`.
+    """
+    return {key: names_of(value) if key in PATH_KEYS else value for key, value in given(*arguments).items()}
+
+
+def names_of(paths: str | list[str] | None) -> str | list[str] | None:
+    return [Path(path).name for path in paths] if isinstance(paths, list) else paths and Path(paths).name
+
+
+def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, definition: dict[str, object]) -> Checkpoint | None:
+    """Where to go on; without `--resume`, what lies there is cleared away.
+
+    Raises:
+        UserError: The checkpoint is of a run with other settings; names the first.
+    """
+    if not args.resume:
+        checkpoints.delete()
+        checkpoints.accelerator.wait_for_everyone()
+        return None
+    checkpoint = checkpoints.find(args.resume)
+    if checkpoint is None:
+        if checkpoints.accelerator.is_main_process:
+            print(f"no checkpoint in {checkpoints.folder} yet: training from the start")
+        return None
+    before = checkpoint.state["definition"]
+    changed = sorted(key for key in before.keys() | definition.keys() if before.get(key) != definition.get(key))
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{checkpoint.folder} was trained with {key} {before.get(key)}, now it is {definition.get(key)}; give the same, "
+            "or train anew with --overwrite_output_dir true and without --resume"
+        )
+    return checkpoint
+
+
+def choose_batch_size(
+    accelerator: Accelerator,
+    module: torch.nn.Module,
+    optimizer: MuonAdamW,
+    args: LoopArguments,
+    plan: Plan,
+    resume_from: Checkpoint | None,
+) -> int:
+    """Rows of one pass of one device: as given, as before, or the most that fit beside the optimizer's state.
+
+    Raises:
+        UserError: The step's rows cannot be dealt out evenly, or not even one row fits.
+    """
+    if args.per_device_train_batch_size:
+        return args.per_device_train_batch_size
+    rows, processes = plan.total_batch_size // args.max_length, accelerator.num_processes
+    if rows % processes:
+        raise UserError(
+            f"total_batch_size {plan.total_batch_size} is {rows} rows, which {processes} processes cannot share evenly; "
+            f"make it a multiple of {args.max_length * processes}"
+        )
+    if resume_from and resume_from.state["processes"] == processes:
+        return resume_from.state["per_device_train_batch_size"]  # another would round differently
+
+    def trial(batch_size: int) -> None:
+        accumulate(accelerator, module, [trial_batch(batch_size, args)])
+
+    return find_batch_size(
+        module,
+        args.max_length,
+        rows // processes,
+        accelerator.device,
+        trial,
+        # A pass that failed on one process of FSDP2's leaves the others in a collective
+        agree=Outcomes().smallest if accelerator.is_fsdp2 else partial(smallest, accelerator),
+        state_bytes=sum(state.nbytes for state in optimizer.share_of_state().values()),
+        compiled=is_compiled(module),
+    )
+
+
+def trial_batch(batch_size: int, args: LoopArguments) -> dict[str, torch.Tensor]:
+    """A batch as the loader makes it: another would be compiled to another graph, or need another mask."""
+    batch = {"input_ids": torch.zeros((batch_size, args.max_length + 1), dtype=torch.long)}
+    if args.document_masking:
+        batch["position_ids"] = torch.arange(args.max_length).repeat(batch_size, 1)
+    return batch
+
+
+def announce(
+    model: PreTrainedModel, plan: Plan, accumulation: int, batch_size: int, processes: int, resume_from: Checkpoint | None
+) -> None:
+    config = model.config
+    print(
+        f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads, "
+        f"vocabulary {config.vocab_size}: {model.num_parameters():,} parameters"
+    )
+    print("\n".join(plan.lines() if is_verbose() else plan_in_short(plan)))
+    if is_verbose() or processes > 1:
+        print(f"each step: {processes} processes x {accumulation} passes x {batch_size} rows")
+    if resume_from:
+        print(f"going on after step {resume_from.step:,}, from {resume_from.folder}")
+    sys.stdout.flush()
+
+
+def plan_in_short(plan: Plan) -> list[str]:
+    """Steps and tokens, and what was derived; how it was derived is in `Plan.lines`, all values are in the record."""
+    derived = [f"{name} {plain(getattr(plan, name))}" for name, origin in plan.origins.items() if origin not in TAKEN]
+    amount = f"{plan.max_steps:,} steps of {plan.total_batch_size:,} tokens: {plan.tokens:,} tokens, {plan.flops:.3g} FLOPs"
+    return [amount] + ([f"derived: {', '.join(derived)}"] if derived else [])

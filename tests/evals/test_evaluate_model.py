@@ -1,0 +1,357 @@
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import evaluate
+import pytest
+from transformers.utils import logging
+
+from evals.evaluate_model import METRIC, EvaluateArguments, main, run_evaluation, same_answer, spread
+from evals.progress import EvaluationProgress
+from evals.reporting.records import aligned_table, format_count, format_value, make_record, summary_line, write_json
+from evals.reporting.run_folder import read_run
+from evals.reporting.summary import summary_rows
+from evals.reporting.transcript import transcript
+from modeling_nanochat.cli import VERBOSE
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.text.sources import read_jsonl
+
+TASKS = {
+    "problems": [{"question": f"{n} + 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(6)],
+    "facts": [{"question": "Which?", "answer": "red", "rivals": ["blue"]}] * 3,
+    "letters": [{"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": n % 4} for n in range(8)],
+    "cloze": [{"query": "The cat sat on the", "choices": ["mat.", "lamp."], "gold": 0}] * 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def library_bars():
+    """As they were: the command hides the bars of datasets and transformers for its whole process."""
+    hidden, shown = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    yield
+    (datasets.disable_progress_bars if hidden else datasets.enable_progress_bars)()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, records in TASKS.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    (tmp_path / "val.txt").write_text("The cat sat on the mat.\n\n" * 30, encoding="utf-8")
+    return tmp_path
+
+
+def arguments(folder, files, **changes):
+    defaults = {
+        "model_name_or_path": str(folder),
+        "output_file": str(files / "results" / "x.json"),
+        "eval_files": [f"{name}={files / name}.jsonl" for name in TASKS],
+        "text_files": [str(files / "val.txt")],
+        "max_new_tokens": 8,
+        "num_samples": 4,
+        "max_length": 32,
+    }
+    return EvaluateArguments(**(defaults | changes))
+
+
+def test_every_task_has_a_record_and_the_file_holds_what_is_returned(toy_model_folder, files):
+    args = arguments(toy_model_folder, files)
+    results = run_evaluation(args)
+    assert json.loads(Path(args.output_file).read_text(encoding="utf-8")) == results
+    by_task = {record["task"]: record for record in results["records"]}
+    assert {task: record["n"] for task, record in by_task.items() if task != "text"} == {
+        k: len(v) for k, v in TASKS.items()
+    }
+    assert by_task["text"]["metric"] == "bits_per_byte" and by_task["text"]["value"] > 1
+    assert by_task["text"]["n"] == 30 * len("The cat sat on the mat.")
+    assert by_task["letters"]["settings"]["baseline"] == 0.25 and by_task["cloze"]["settings"]["baseline"] == 0.5
+    assert all(record["model"] == str(toy_model_folder) for record in results["records"])
+
+
+def test_samples_come_from_every_generative_task_and_end_with_the_greeting(toy_model_folder, files):
+    samples = run_evaluation(arguments(toy_model_folder, files, num_samples=3))["samples"]
+    assert [sample.get("task") for sample in samples] == ["problems", "problems", "facts", None]
+    assert all(sample["messages"][0]["role"] == "user" for sample in samples)
+    assert samples[-1]["messages"][0]["content"] == "Who are you?"
+
+
+def test_a_question_with_a_history_is_asked_after_it(toy_model_folder, files, monkeypatch):
+    """The model sees all turns, the samples keep them, and the transcript shows them."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    record = {"question": "Which?", "answer": "red", "rivals": [], "history": turns}
+    (files / "later.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    seen = []
+
+    def generate(engine, asked, **_):
+        seen.extend(asked)
+        return [[{"role": "assistant", "content": "red"}]] * len(asked)
+
+    monkeypatch.setattr("evals.evaluate_model.generate_replies", generate)
+    args = arguments(toy_model_folder, files, eval_files=[f"later={files / 'later.jsonl'}"], text_files=[], max_length=None)
+    results = run_evaluation(args)
+    question = [*turns, {"role": "user", "content": "Which?"}]
+    assert seen[0] == question and results["records"][0]["value"] == 1.0
+    assert results["samples"][0]["messages"] == [*question, {"role": "assistant", "content": "red"}]
+    lines = transcript(results["samples"][0]["messages"]).splitlines()
+    assert [line.split()[1] for line in lines] == ["Hi", "Hello.", "Which?", "red"]
+    assert "no reply" in transcript(question)
+
+
+def test_a_base_model_is_asked_nothing_that_needs_chat_tokens(toy_model_folder, files):
+    results = run_evaluation(arguments(toy_model_folder, files, base_model=True))
+    assert {record["task"] for record in results["records"]} == {"text", "cloze"}
+    assert results["samples"] == []
+
+
+@pytest.fixture
+def core_dir(tmp_path):
+    """Two CORE tasks, made of the cloze questions."""
+    folder = tmp_path / "core"
+    folder.mkdir()
+    (folder / "cloze.jsonl").write_text("".join(json.dumps(r) + "\n" for r in TASKS["cloze"]), encoding="utf-8")
+    common = {"dataset": "cloze.jsonl", "icl_task_type": "multiple_choice", "random_baseline_percent": 50}
+    tasks = [common | {"label": f"mats_{shots}", "num_fewshot": shots} for shots in (0, 2)]
+    (folder / "core.json").write_text(json.dumps({"tasks": tasks}), encoding="utf-8")
+    return folder
+
+
+def test_core_has_a_record_and_so_has_each_of_its_tasks(toy_model_folder, files, core_dir):
+    only_core = {"eval_files": [], "text_files": [], "max_length": None, "base_model": True, "core_dir": str(core_dir)}
+    args = arguments(toy_model_folder, files, core_max_per_task=3, **only_core)
+    core, zero, two = run_evaluation(args)["records"]
+    assert (core["task"], core["metric"], core["n"]) == ("core", "centered_accuracy", 6)
+    assert core["settings"] == {"tasks": 2, "max_per_task": 3, "max_length": 256}
+    assert (zero["task"], two["task"]) == ("core_mats_0", "core_mats_2")
+    assert two["settings"] == {"shots": 2, "baseline": 0.5, "max_per_task": 3, "max_length": 256} and two["n"] == 3
+    assert core["value"] == pytest.approx(sum((record["value"] - 0.5) / 0.5 for record in (zero, two)) / 2)
+
+
+def test_the_report_shows_core(toy_model_folder, files, core_dir):
+    output_file = str(files / "results" / "base.json")
+    args = arguments(toy_model_folder, files, output_file=output_file, base_model=True, core_dir=str(core_dir))
+    value = next(r["value"] for r in run_evaluation(args)["records"] if r["task"] == "core")
+    rows = {row[0]: row for row in summary_rows(read_run(files))}
+    assert rows["core, centered accuracy"][1] == "8"
+    assert rows["core, centered accuracy"][2].startswith(f"{100 * value:.1f} %")
+    assert "core mats 2, accuracy (guessing 50 %)" in rows
+
+
+def test_the_same_evaluation_twice_gives_the_same_figures(toy_model_folder, files):
+    args = arguments(toy_model_folder, files, max_examples=4, seed=3)
+    first, second = run_evaluation(args), run_evaluation(args)
+    assert first["records"] == second["records"] and first["samples"] == second["samples"]
+    assert {record["n"] for record in first["records"] if record["task"] in ("problems", "letters")} == {4}
+
+
+def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, files):
+    long = {"question": "word " * 400, "answer": "#### 1"}
+    (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
+    args = arguments(toy_model_folder, files, eval_files=[f"long={files / 'long.jsonl'}"], text_files=[], max_length=None)
+    (record,) = run_evaluation(args)["records"]
+    assert (record["value"], record["n"], record["settings"]["questions_beyond_context"]) == (0.0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"eval_files": [], "text_files": []}, "nothing to evaluate"),
+        ({"eval_files": ["facts=absent.jsonl"]}, "absent.jsonl: no such file"),
+        ({"text_files": ["absent.parquet"]}, "no file matches 'absent.parquet'"),
+        ({"core_dir": "absent"}, "absent: no such folder"),
+        ({"core_max_per_task": 0}, "core_max_per_task is 0"),
+        ({"core_max_per_task": 5}, "core_max_per_task has no effect without core_dir"),
+        ({"eval_files": [], "max_examples": 5}, "max_examples has no effect without eval_files"),
+        ({"text_files": []}, "max_length has no effect without text_files"),
+        ({"eval_files": [], "output_predictions": "p"}, "output_predictions has no effect without eval_files"),
+        ({"top_k": 50}, "top_k has no effect without temperature"),
+        ({"temperature": -1.0}, "temperature must be a number from 0 to 2"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"num_samples": -1}, "num_samples is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"model_name_or_path": "./absent"}, "no such folder"),
+    ],
+)
+def test_what_is_wrong_is_reported_in_one_line_and_nothing_is_written(toy_model_folder, files, changes, complaint):
+    args = arguments(toy_model_folder, files, **changes)
+    with pytest.raises(UserError, match=complaint) as error:
+        run_evaluation(args)
+    assert "\n" not in str(error.value) and not Path(args.output_file).exists()
+
+
+def test_a_base_model_with_nothing_but_chat_tasks_is_refused(toy_model_folder, files):
+    chat_tasks = [f"{name}={files / name}.jsonl" for name in ("problems", "facts", "letters")]
+    args = arguments(toy_model_folder, files, base_model=True, eval_files=chat_tasks, text_files=[], max_length=None)
+    with pytest.raises(UserError, match="nothing to evaluate: problems, facts, letters need chat tokens"):
+        run_evaluation(args)
+    assert not Path(args.output_file).exists()
+
+
+@pytest.mark.parametrize(
+    ("answers", "references", "note"),
+    [
+        (["B"] * 8, list("ABCDABCD"), "the same answer to all 8 questions: 'B'"),
+        (["", ""], ["3", "4"], "the same answer to all 2 questions: none"),
+        (["x" * 90] * 2, ["3", "4"], "the same answer to all 2 questions: '" + "x" * 60 + "...'"),
+        (["B", "A"], ["A", "A"], None),
+        (["A"] * 4, ["A"] * 4, None),
+        (["A"], ["B"], None),
+    ],
+)
+def test_the_same_answer_to_different_questions_is_noted(answers, references, note):
+    assert same_answer(answers, references) == note
+
+
+def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(toy_model_folder, files, monkeypatch, capsys):
+    """Of every kind of task; what it answers is shown as a reader would see it."""
+    colours = [{"question": "Which?", "answer": colour, "rivals": ["blue"]} for colour in ("red", "green")]
+    mats = [{"query": "The cat sat on the", "choices": ["mat.", "lamp."], "gold": gold} for gold in (0, 1)]
+    for name, records in (("facts", colours), ("cloze", mats)):
+        (files / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    reply = [{"role": "assistant", "content": "Hello.\n#### 7"}]
+    monkeypatch.setattr("evals.evaluate_model.generate_replies", lambda engine, asked, **_: [reply] * len(asked))
+    monkeypatch.setattr("evals.evaluate_model.predict_letters", lambda model, tokenizer, questions, **_: ["C"] * len(questions))
+    monkeypatch.setattr("evals.evaluate_model.predict_choices", lambda model, tokenizer, tasks, **_: [1] * len(tasks))
+    args = arguments(toy_model_folder, files)
+    words = [f"--{name}={value}" for name, value in (("model_name_or_path", args.model_name_or_path), ("output_file", args.output_file))]
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *words, "--eval_files", *args.eval_files])
+    main()
+    written = json.loads(Path(args.output_file).read_text(encoding="utf-8"))["records"]
+    notes = {record["task"]: record["note"].partition(": ")[2] for record in written}
+    assert notes == {"problems": "'7'", "facts": "'Hello. #### 7'", "letters": "'C'", "cloze": "'choice 2'"}
+    assert "letters: the same answer to all 8 questions: 'C'" in capsys.readouterr().out
+
+
+def test_two_tasks_of_one_name_are_refused(toy_model_folder, files):
+    args = arguments(toy_model_folder, files, eval_files=[f"a={files / 'facts.jsonl'}", f"a={files / 'cloze.jsonl'}"])
+    with pytest.raises(UserError, match="occurs twice"):
+        run_evaluation(args)
+
+
+def test_every_prediction_is_kept_with_the_reply_and_agrees_with_the_record(toy_model_folder, files):
+    args = arguments(toy_model_folder, files, output_predictions=str(files / "predictions.jsonl"))
+    records = {record["task"]: record for record in run_evaluation(args)["records"]}
+    rows = [row for _, row in read_jsonl(args.output_predictions)]
+    assert [(row["task"], row["index"]) for row in rows] == [(name, i) for name in TASKS for i in range(len(TASKS[name]))]
+    for name in TASKS:
+        of_task = [row for row in rows if row["task"] == name]
+        assert sum(row["right"] for row in of_task) / len(of_task) == pytest.approx(records[name]["value"])
+        assert all(isinstance(row["reply"], str) for row in of_task)
+    assert {row["reply"] for row in rows if row["task"] == "letters"} <= set("ABCD")
+    right = {row["index"]: row["reply"] for row in rows if row["task"] == "cloze" and row["right"]}
+    assert set(right.values()) <= {"choice 1"}
+
+
+def test_sampled_replies_follow_the_seed_and_the_record_says_how_they_were_sampled(toy_model_folder, files):
+    def replies(**changes):
+        only = {"eval_files": [f"problems={files / 'problems.jsonl'}"], "text_files": [], "max_length": None}
+        results = run_evaluation(arguments(toy_model_folder, files, **only, **changes))
+        return results["records"][0]["settings"], [sample["messages"] for sample in results["samples"]]
+
+    sampled = {"temperature": 2.0, "top_k": 50}
+    settings, first = replies(**sampled)
+    assert (settings["temperature"], settings["top_k"]) == (2.0, 50)
+    assert replies(**sampled)[1] == first != replies(**sampled, seed=1)[1]
+    settings, greedy = replies()
+    assert settings["temperature"] == 0 and "top_k" not in settings and greedy != first
+
+
+def test_where_there_is_no_terminal_progress_is_a_plain_line_at_intervals(monkeypatch, capsys):
+    clock = iter([0.0, 10.0, 40.0, 50.0])
+    monkeypatch.setattr("evals.progress.time.monotonic", lambda: next(clock))
+    with EvaluationProgress(100) as progress:
+        progress.start("facts")
+        for count in (10, 40, 1):  # after 10, 40 and 50 seconds
+            progress.update(count)
+    captured = capsys.readouterr()
+    assert captured.err == "facts: 50 of 100 prompts, 00:40 left\n" and not captured.out
+
+
+def test_the_counted_prompts_are_those_announced(toy_model_folder, files, monkeypatch):
+    made = []
+
+    class Recorded(EvaluationProgress):
+        def __init__(self, total):
+            super().__init__(total)
+            made.append(self)
+
+    monkeypatch.setattr("evals.evaluate_model.EvaluationProgress", Recorded)
+    long = {"question": "word " * 400, "answer": "#### 1"}
+    (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
+    args = arguments(toy_model_folder, files)
+    args.eval_files.append(f"long={files / 'long.jsonl'}")
+    run_evaluation(args)
+    (progress,) = made
+    assert progress.done == progress.total == 6 + 3 + 8 + 2 * 4 + 1
+
+
+def test_the_line_of_an_evaluation():
+    figures = [("facts", 0.996, 0.002), ("problems", 0.69, 0.03), ("stories", 1.0, 0.0), ("spelling", 0.95, 0.004)]
+    records = [make_record(task, "accuracy", value, error, 9, {}, "m") for task, value, error in figures]
+    text = make_record("text", "bits_per_byte", 0.31749, 0.01, 9, {}, "m")
+    line = "facts 99.6 %, problems 69 % ± 3, stories 100 %, spelling 95 %, text 0.317 bits per byte"
+    assert summary_line([text, *records]) == line
+    core = [make_record(name, "accuracy", 0.25, None, 9, {}, "m") for name in ("core", "core_copa")]
+    assert summary_line(core) == "core 25 %"
+    assert summary_line([make_record("text", "bits_per_byte", float("inf"), None, 9, {}, "m")]) == "text not finite"
+
+
+def test_the_script_reads_yaml_and_prints_one_line_or_the_table(toy_model_folder, files, monkeypatch, capsys):
+    config = files / "eval.yaml"
+    config.write_text(
+        f"model_name_or_path: {toy_model_folder}\noutput_file: {files / 'out.json'}\n"
+        f"eval_files:\n- cloze={files / 'cloze.jsonl'}\nbase_model: true\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", "--config", str(config), "--max_examples", "2"])
+    main()
+    said, bars = capsys.readouterr()
+    assert said.startswith("cloze ") and said.count("\n") == 1 and not bars
+    with monkeypatch.context() as environment:  # as run.py asks for it
+        environment.setenv(VERBOSE, "1")
+        main()
+    table = capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--verbose", "true"])
+    main()
+    said = capsys.readouterr().out
+    assert said.splitlines()[1:] == table.splitlines()[1:] and said.splitlines()[-1].split()[:2] == ["cloze", "accuracy"] and said.endswith("  2\n")
+    (record,) = json.loads((files / "out.json").read_text(encoding="utf-8"))["records"]
+    assert record["settings"]["max_examples"] == 2
+
+
+def test_a_mistyped_key_of_the_yaml_is_named(files, monkeypatch):
+    config = files / "eval.yaml"
+    config.write_text("model_name_or_path: x\noutput_file: y\nbatchsize: 3\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", "--config", str(config)])
+    with pytest.raises(UserError, match="eval.yaml.*batchsize"):
+        main()
+
+
+def test_the_accuracy_metric_loads_offline():
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    figures = metric.compute(predictions=["A", "B", "A", "C"], references=["A", "B", "A", "A"], baseline=0.25)
+    assert figures == {"accuracy": 0.75, "standard_error": pytest.approx(0.2165, abs=1e-4), "n": 4,
+                       "centered_accuracy": pytest.approx(2 / 3)}  # fmt: skip
+
+
+def test_the_samples_are_shared_out_over_the_tasks():
+    tasks = [[{"i": 1}, {"i": 2}, {"i": 3}], [{"i": 4}], []]
+    assert spread(tasks, 5) == [{"i": 1}, {"i": 2}, {"i": 4}]
+    assert spread([], 5) == [] and spread(tasks, 0) == []
+
+
+def test_results_are_replaced_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_figures_are_shown_with_error_and_count():
+    record = make_record("t", "accuracy", 0.84, 0.0259, 200, {}, "m")
+    assert (format_value(record), format_count(record)) == ("84.0 % ± 2.6", "200")
+    bits = make_record("t", "bits_per_byte", 1.2345, float("nan"), 52310, {}, "m")
+    assert (format_value(bits), format_count(bits)) == ("1.234", "52,310 bytes") and bits["standard_error"] is None
+    assert aligned_table([["a", "b"], ["long", "x"]]) == "a     b\n----  -\nlong  x"

@@ -1,0 +1,107 @@
+"""Decoding step by step, eagerly and compiled; and training compiled."""
+
+import pytest
+import torch
+from conftest import random_model
+from greedy import alone
+from transformers import StaticCache
+
+from modeling_nanochat.chat.decoding import CompiledDecoder, Decoder
+from modeling_nanochat.chat.engine import Engine, Finished
+
+PROMPTS = [[5, 17, 200], list(range(40, 54)), [7] * 9]
+
+
+def greedy(decoder, prompts, new_tokens):
+    logits, generated = decoder.prefill(prompts, new_tokens), []
+    for _ in range(new_tokens):
+        generated.append(logits.argmax(-1))
+        logits = decoder.step(generated[-1])
+    return torch.stack(generated, dim=1).tolist()
+
+
+@torch.inference_mode()
+def test_rows_of_different_length_decode_as_each_does_alone(either_model):
+    assert greedy(Decoder(either_model), PROMPTS, 20) == [alone(either_model, prompt) for prompt in PROMPTS]
+
+
+@torch.inference_mode()
+def test_rows_can_leave(either_model):
+    decoder = Decoder(either_model)
+    logits = decoder.prefill(PROMPTS, 9)
+    expected = decoder.step(logits.argmax(-1))
+    decoder.prefill(PROMPTS, 9)
+    assert decoder.select([2, 0])
+    assert torch.allclose(decoder.step(logits.argmax(-1)[[2, 0]]), expected[[2, 0]], atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["plain", "turbo"])
+def test_the_compiled_step_is_the_same_and_compiles_once_per_shape(architecture):
+    model = random_model(architecture)
+    expected = greedy(Decoder(model), PROMPTS, 40)
+    decoder = CompiledDecoder(model)
+    assert greedy(decoder, PROMPTS, 40) == expected
+    with torch._dynamo.config.patch(error_on_recompile=True):  # other lengths, other padding, memory used again
+        assert greedy(decoder, PROMPTS[::-1], 40) == expected[::-1]
+        shorter = [prompt[-2:] for prompt in PROMPTS]
+        assert greedy(decoder, shorter, 60) == greedy(Decoder(model), shorter, 60)
+
+
+@torch.inference_mode()
+def test_transformers_static_cache_compiles_once_too():
+    model, cache = random_model("plain"), None
+    step = torch.compile(model.forward, fullgraph=True)
+    ids = torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        whole = model(torch.cat([ids, ids], dim=1)).logits[:, ids.shape[1] :]
+        for strict in (False, True):
+            cache = StaticCache(config=model.config, max_cache_len=64)
+            model(ids, past_key_values=cache, use_cache=True)
+            with torch._dynamo.config.patch(error_on_recompile=strict):
+                for i in range(ids.shape[1]):
+                    position = torch.tensor([[ids.shape[1] + i]])
+                    logits = step(
+                        ids[:, i : i + 1], position_ids=position, past_key_values=cache, use_cache=True
+                    ).logits
+                    assert (logits - whole[:, i]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("architecture", ["plain", "turbo"])
+def test_training_compiles_to_one_graph_with_the_same_gradients(architecture):
+    model = random_model(architecture).train()
+    compiled = torch.compile(model, fullgraph=True)
+    ids = torch.arange(128).reshape(2, 64)
+    positions = torch.cat([torch.arange(40), torch.arange(24)]).expand(2, -1)  # two documents in each row
+
+    def gradients(forward, ids):
+        model.zero_grad()
+        loss = forward(ids, labels=ids, position_ids=positions, use_cache=False, num_items_in_batch=126).loss
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()} | {"loss": loss.detach()}
+
+    for seed in range(2):
+        ids = (ids * (seed + 3)) % 500
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            ours = gradients(compiled, ids)
+        for name, expected in gradients(model, ids).items():
+            assert torch.allclose(ours[name], expected, atol=1e-5 * expected.abs().max().clamp(min=1)), name
+
+
+def test_the_engine_replies_the_same_compiled(toy_model_and_tokenizer):
+    model, tokenizer = toy_model_and_tokenizer
+    messages = [{"role": "user", "content": "Hi"}]
+    options = {"max_new_tokens": 24, "temperature": 0}
+    quick = Engine(model, tokenizer, compile=True)
+    for _ in range(2):
+        events = list(quick.stream(messages, **options))
+        assert isinstance(events[-1], Finished)
+        assert events == list(Engine(model, tokenizer).stream(messages, **options))
+
+
+def test_the_engine_runs_turbo(toy_model_and_tokenizer):
+    engine = Engine(random_model("turbo"), toy_model_and_tokenizer[1])
+    questions = [[{"role": "user", "content": text}] for text in ("Hi", "Who are you?", "Tell me a story.")]
+    options = {"max_new_tokens": 20, "temperature": 0}
+    together = engine.generate_batch(questions, **options)
+    assert together == [list(engine.stream(messages, **options))[-1].messages for messages in questions]

@@ -1,0 +1,544 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from modeling_nanochat.errors import UserError, exit_on_user_error
+from recipes.ladder.arguments import RunArguments, parse_overrides, stage_number
+from recipes.ladder.commands import RECIPES, launcher, steps
+from recipes.ladder.execution import only_run, run_step
+from recipes.ladder.plan import make_plan
+from recipes.ladder.step import Step
+from recipes.run import main, recipe_and_words
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "stage.yaml"
+    path.write_text("depth: 4\n")
+    return path
+
+
+def touching_step(tmp_path, config, name="tokenizer", *more, code="open({!r}, 'a').write('x')"):
+    """A step that leaves one character in a file each time that it runs."""
+    path = tmp_path / f"{name}.count"
+    return Step(name, [sys.executable, "-c", code.format(str(path))], config, list(more)), path
+
+
+MAKING = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+folder.mkdir(exist_ok=True)
+(folder / "weights").open("a").write("x")
+(folder.parent / "said").open("a").write(" ".join(sys.argv) + "\\n")
+record = folder.parent / "stages" / f"{folder.name}.json"
+record.parent.mkdir(exist_ok=True)
+"""
+FINISHING = "record.write_text('{}')"
+
+
+def making_step(run_dir, config, name="base", *more, ending=FINISHING):
+    """A stage that adds one character to its folder's weights each time that it runs, and writes its record."""
+    program = [sys.executable, "-c", MAKING + ending]
+    return Step(name, program, config, ["--output_dir", str(run_dir / name), *more])
+
+
+def run_all(run_dir, *steps, first=None):
+    """What the runner does with these steps, `first` being the stage of `--from`; gives the names of the steps run."""
+    ladder = {}
+    for step in steps:
+        ladder.setdefault(step.name.partition(".")[0], []).append(step)
+    plan = make_plan(ladder, run_dir, first and stage_number(first))
+    for step, todo, redo in plan:
+        if todo:
+            run_step(step, run_dir, redo)
+    return [step.name for step, todo, _ in plan if todo]
+
+
+def weights(run_dir, name="base"):
+    return (run_dir / name / "weights").read_text()
+
+
+def test_a_finished_step_is_skipped_and_can_be_redone(tmp_path, config):
+    step = making_step(tmp_path, config)
+    assert run_all(tmp_path, step) == ["base"] and run_all(tmp_path, step) == []
+    assert run_all(tmp_path, step, first="base") == ["base"] and weights(tmp_path) == "xx"
+
+
+def test_a_failed_step_is_not_taken_for_finished(tmp_path, config):
+    step, _ = touching_step(tmp_path, config, code="import sys; sys.exit(3)")
+    with pytest.raises(UserError, match="exit code 3"):
+        run_all(tmp_path, step)
+    assert not (tmp_path / "finished" / "tokenizer.json").exists()
+    assert run_all(tmp_path, touching_step(tmp_path, config)[0]) == ["tokenizer"]
+
+
+def test_other_settings_for_a_finished_step_are_refused_by_name(tmp_path, config):
+    run_all(tmp_path, making_step(tmp_path, config, "tokenizer", "--vocab_size", "300"))
+    config.write_text("depth: 6\n")
+    with pytest.raises(UserError, match=r"depth: 4 is now 6.*--from tokenizer"):
+        run_all(tmp_path, making_step(tmp_path, config, "tokenizer", "--vocab_size", "300"))
+    config.write_text("depth: 4\n")
+    with pytest.raises(UserError, match="vocab_size: 300 is now 400"):
+        run_all(tmp_path, making_step(tmp_path, config, "tokenizer", "--vocab_size", "400"))
+    assert weights(tmp_path, "tokenizer") == "x"
+
+
+def test_a_changed_evaluation_is_done_again(tmp_path, config):
+    step, path = touching_step(tmp_path, config, "base.eval", "--max_examples", "5")
+    run_all(tmp_path, step)
+    run_all(tmp_path, touching_step(tmp_path, config, "base.eval", "--max_examples", "9")[0])
+    assert path.read_text() == "xx"
+
+
+def test_a_marker_without_its_result_or_damaged_is_not_believed(tmp_path, config):
+    step = making_step(tmp_path, config)
+    run_all(tmp_path, step)
+    shutil.rmtree(tmp_path / "base")
+    assert run_all(tmp_path, step) == ["base"]
+    (tmp_path / "finished" / "base.json").write_text('{"conf')
+    assert run_all(tmp_path, step) == ["base"] and weights(tmp_path) == "xx"
+
+
+def test_a_moved_run_is_still_finished(tmp_path, config):
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    run_all(before, making_step(before, config, "tokenizer", "--train_files", f"{before}/data/a"))
+    before.rename(after)
+    assert run_all(after, making_step(after, config, "tokenizer", "--train_files", f"{after}/data/a")) == []
+
+
+def test_redoing_a_stage_forgets_what_was_made_from_it(tmp_path, config):
+    steps = [making_step(tmp_path, config, name) for name in ("tokenizer", "base", "mid")]
+    evaluation, _ = touching_step(tmp_path, config, "base.eval")
+    run_all(tmp_path, *steps, evaluation)
+    for kind, suffix in (("results", "json"), ("logs", "jsonl")):
+        (tmp_path / kind).mkdir(exist_ok=True)
+        for stage in ("base", "mid"):
+            (tmp_path / kind / f"{stage}.{suffix}").write_text("{}")
+    (tmp_path / "checkpoints" / "mid" / "step-00000004").mkdir(parents=True)
+    run_step(steps[1], tmp_path, redo=True)
+    assert not (tmp_path / "checkpoints" / "mid").exists()
+    assert {path.stem for path in (tmp_path / "finished").iterdir()} == {"tokenizer", "base"}
+    assert {path.stem for path in (tmp_path / "stages").iterdir()} == {"tokenizer", "base"}
+    assert [path.stem for path in (tmp_path / "logs").iterdir()] == ["base"]
+    # what was forgotten is made again unasked, since it was the run's own
+    assert run_all(tmp_path, *steps[:2], evaluation, steps[2]) == ["base.eval", "mid"]
+
+
+def test_what_follows_from_a_stage_that_is_missing_is_made_again(tmp_path, config):
+    steps = [making_step(tmp_path, config, name) for name in ("base", "mid", "sft")]
+    run_all(tmp_path, *steps)
+    shutil.rmtree(tmp_path / "mid")
+    assert run_all(tmp_path, *steps) == ["mid", "sft"] and weights(tmp_path) == "x"
+
+
+def test_a_model_that_an_orphaned_stage_finished_is_not_trained_again(tmp_path, config):
+    """The runner was killed while the stage ran; the stage went on, and wrote its record."""
+    step = making_step(tmp_path, config)
+    run_all(tmp_path, step)
+    orphan_finished(tmp_path)
+    assert run_all(tmp_path, step) == [] and weights(tmp_path) == "x"
+    config.write_text("depth: 6\n")
+    with pytest.raises(UserError, match=r"depth: 4 is now 6.*--from base"):
+        run_all(tmp_path, step)
+    config.write_text("depth: 4\n")
+    (tmp_path / "stages" / "base.json").unlink()  # killed before its end
+    assert run_all(tmp_path, step) == ["base"]
+
+
+def orphan_finished(run_dir):
+    """As if the runner had been killed after it began the step, and had not seen its end."""
+    (run_dir / "started").mkdir(exist_ok=True)
+    content = json.loads((run_dir / "finished" / "base.json").read_text())
+    del content["seconds"]
+    (run_dir / "started" / "base.json").write_text(json.dumps(content))
+    (run_dir / "finished" / "base.json").unlink()
+
+
+def test_an_evaluation_that_an_orphan_finished_is_not_done_again(tmp_path, config):
+    result = tmp_path / "results" / "base.json"
+    result.parent.mkdir()
+    step, path = touching_step(tmp_path, config, "base.eval", "--output_file", str(result), code="open({!r}, 'a').write('x')")
+    with pytest.raises(UserError, match=r"base.eval was stopped before its end"):  # no result
+        run_all(tmp_path, step)
+    result.write_text("{}")
+    assert run_all(tmp_path, step) == [] and path.read_text() == "x"
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_a_model_that_the_run_did_not_make_is_left_alone(tmp_path, config, with_record):
+    """Trained by hand, or copied in."""
+    steps = [making_step(tmp_path, config, name) for name in ("base", "mid")]
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "weights").write_text("mine")
+    if with_record:
+        (tmp_path / "stages").mkdir()
+        (tmp_path / "stages" / "base.json").write_text('{"settings": {"depth": 4}}')
+    with pytest.raises(UserError, match=r"base is there, but not made by this run.*--from base.*--from mid"):
+        run_all(tmp_path, *steps)
+    assert not (tmp_path / "mid").exists()
+    assert run_all(tmp_path, *steps, first="mid") == ["mid"]
+    assert weights(tmp_path) == "mine" and (tmp_path / "stages" / "base.json").exists() == with_record
+    assert run_all(tmp_path, *steps, first="base") == ["base", "mid"] and weights(tmp_path) == "minex"
+
+
+def test_a_run_that_stops_early_leaves_later_models_of_others_alone(tmp_path, config):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "mid.json").write_text("{}")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "mid.jsonl").write_text("{}")
+    run_all(tmp_path, making_step(tmp_path, config))
+    assert (tmp_path / "stages" / "mid.json").exists() and (tmp_path / "logs" / "mid.jsonl").exists()
+
+
+def test_a_stage_that_was_stopped_goes_on_unless_it_is_to_be_redone(tmp_path, config):
+    (tmp_path / "checkpoints" / "base" / "step-00000004").mkdir(parents=True)
+    stopped = making_step(tmp_path, config, ending="")
+    with pytest.raises(UserError, match="base was stopped before its end; the same command goes on from its checkpoint"):
+        run_all(tmp_path, stopped)
+    with pytest.raises(UserError, match="the same command without --from goes on"):
+        run_all(tmp_path, stopped, first="base")
+    first, second = (tmp_path / "said").read_text().splitlines()
+    assert "--resume auto" in first and "--resume" not in second
+    assert run_all(tmp_path, making_step(tmp_path, config)) == ["base"]
+    assert (tmp_path / "finished" / "base.json").exists() and not list((tmp_path / "started").iterdir())
+
+
+def test_stopping_the_runner_waits_for_what_its_launcher_left_behind(tmp_path, config):
+    """`accelerate launch` dies of SIGTERM at once, while the trainer still writes its checkpoint."""
+    path, trainer = tmp_path / "begun", tmp_path / "trainer.py"
+    trainer.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"started = pathlib.Path({str(path)!r})\n"
+        "def end(*signal):\n"
+        "    time.sleep(1)\n"
+        "    started.with_name('ended').touch()\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "started.write_text('x')\n"
+        "time.sleep(60)\n"
+    )
+    code = f"import subprocess, sys; subprocess.run([sys.executable, {str(trainer)!r}])"
+    step = Step("tokenizer", [sys.executable, "-c", code], None, [])
+    returned, errors = stop_the_runner(step, path, tmp_path)
+    assert returned == 1 and "stopped; the same command goes on" in errors
+    assert path.with_name("ended").exists()
+
+
+def test_a_run_folder_is_held_by_one_run(tmp_path):
+    with only_run(tmp_path), pytest.raises(UserError, match="in use"), only_run(tmp_path):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="another --run_dir"), only_run(tmp_path / "file"):
+        pass
+
+
+def stop_the_runner(step, path, tmp_path, number=signal.SIGTERM, nohup=False):
+    """Run the step in a process of its own, send the signal as soon as the step has written to `path`.
+
+    Gives the exit code and what was said on stderr.
+    """
+    errors = tmp_path / "errors"
+    runner = os.fork()
+    if not runner:
+        code = 0
+        try:
+            sys.stderr = errors.open("w")
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+            exit_on_user_error(lambda: run_step(step, tmp_path, redo=False))
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    deadline = time.time() + 30
+    while not (path.exists() and path.read_text()) and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(runner, number)
+    _, status = os.waitpid(runner, 0)
+    return os.waitstatus_to_exitcode(status), errors.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stopping_the_runner_or_closing_its_terminal_stops_its_stage(tmp_path, config, number):
+    """Each by the signal that the runner got: at a hangup the stage has no terminal to write to."""
+    got = tmp_path / "got"
+    code = (
+        "import os, signal, sys, time; end = lambda number, _: sys.exit(open({got!r}, 'w').write(str(number))); "
+        "signal.signal(signal.SIGTERM, end); signal.signal(signal.SIGHUP, end); "
+        "open({{!r}}, 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    step, path = touching_step(tmp_path, config, code=code.format(got=str(got)))
+    returned, errors = stop_the_runner(step, path, tmp_path, number)
+    assert returned == 1 and "stopped; the same command goes on" in errors
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(path.read_text()), 0)
+    assert got.read_text() == str(int(number)) and not (tmp_path / "finished").exists()
+
+
+def test_under_nohup_a_run_outlives_its_terminal(tmp_path, config):
+    code = "import time; open({!r}, 'w').write('x'); time.sleep(1)"
+    step, path = touching_step(tmp_path, config, code=code)
+    returned, _ = stop_the_runner(step, path, tmp_path, signal.SIGHUP, nohup=True)
+    assert returned == 0 and (tmp_path / "finished" / "tokenizer.json").exists()
+
+
+def commands(stage, **settings):
+    args = RunArguments(run_dir="runs/x", accelerate_config="accelerate_configs/cpu.yaml", **settings)
+    return steps(stage, RECIPES / "pocket", args, parse_overrides(args.set))
+
+
+def test_generated_files_fill_in_for_those_not_given():
+    (data,) = commands("data")
+    assert data.arguments == ["--output_dir", "runs/x/data"]
+    train, evaluation = commands("sft", sft_files=["mine/*.jsonl"])
+    assert train.arguments[:4] == ["--model_name_or_path", "runs/x/mid", "--train_files", "mine/*.jsonl"]
+    assert "facts=runs/x/data/eval/facts.jsonl" in evaluation.arguments
+    given = {name: ["f"] for name in ("pretrain_files", "val_files", "midtrain_files", "sft_files", "grpo_files")}
+    assert commands("data", **given, eval_files=["a=b"]) == []
+
+
+def test_overrides_reach_their_stage_only():
+    settings = ["pretrain.depth=2", "eval.max_examples=5", "sft.train_files=a,b"]
+    train, evaluation = commands("base", set=settings)
+    assert train.arguments[-2:] == ["--depth", "2"] and evaluation.arguments[-2:] == ["--max_examples", "5"]
+    assert commands("sft", set=settings)[0].arguments[-3:] == ["--train_files", "a", "b"]
+    assert commands("mid", set=settings)[0].arguments[-1] != "2"
+    for bad in ("depth=2", "base.depth", "nowhere.depth=2"):
+        with pytest.raises(UserError, match=bad):
+            parse_overrides([bad])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("One day,The end", ["One day", "The end"]),
+        ('["Once upon a time, there", One day]', ["Once upon a time, there", "One day"]),
+        ('"Once upon a time, there"', ["Once upon a time, there"]),
+        ("'it is, \"so\"'", ['it is, "so"']),
+        ("[0.5, 2, true]", ["0.5", "2", "True"]),
+    ],
+)
+def test_an_override_can_hold_a_comma(value, words):
+    assert parse_overrides([f"base.sample_prompts={value}"])["base"] == ["--sample_prompts", *words]
+
+
+@pytest.mark.parametrize("value", ["[a", "[]", "[null]", "[[a]]", "[{a: 1}]", '"a'])
+def test_an_override_that_is_no_list_of_values_is_refused(value):
+    with pytest.raises(UserError, match="--set base.sample_prompts") as error:
+        parse_overrides([f"base.sample_prompts={value}"])
+    assert "\n" not in str(error.value)
+
+
+def test_the_tokenizer_is_evaluated_on_the_files_of_the_run():
+    train, evaluation = commands("tokenizer", pretrain_files=["a.parquet"], set=["tokenizer_eval.max_bytes=9"])
+    assert [train.name, evaluation.name] == ["tokenizer", "tokenizer.eval"]
+    assert train.settings["output_dir"] == evaluation.settings["tokenizer"] == ["runs/x/tokenizer"]
+    assert evaluation.settings["train_files"] == ["a.parquet"] and evaluation.settings["max_bytes"] == ["9"]
+    assert evaluation.settings["val_files"] == ["runs/x/data/pretrain/val.parquet"]
+    assert str(evaluation.result) == "runs/x/results/tokenizer.json" and "--max_bytes" not in train.arguments
+
+
+def test_a_run_from_before_the_tokenizers_evaluation_gets_it_and_keeps_the_rest(tmp_path, toy_model_folder):
+    """The step runs for real, in a run folder whose tokenizer and base model were finished without it."""
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    for file in toy_model_folder.glob("*token*"):
+        (tmp_path / "run" / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "text.jsonl").write_text('{"text": "The cat sat on the mat."}\n')
+    (tmp_path / "run" / "finished").mkdir()
+    for name in ("tokenizer", "base"):
+        (tmp_path / "run" / "finished" / f"{name}.json").write_text('{"arguments": {}, "config": {}}')
+    files = {name: [str(tmp_path / "text.jsonl")] for name in ("pretrain_files", "val_files")}
+    args = RunArguments(run_dir=str(tmp_path / "run"), accelerate_config="accelerate_configs/cpu.yaml", **files)
+    _, evaluation = steps("tokenizer", RECIPES / "pocket", args, parse_overrides([]))
+    run_step(evaluation, tmp_path / "run", redo=False)
+    record = json.loads((tmp_path / "run" / "results" / "tokenizer.json").read_text())
+    assert record["texts"][-1]["bytes"] == len("The cat sat on the mat.") and record["vocabularies"][-1]["entries"] == 320
+    assert {path.stem for path in (tmp_path / "run" / "finished").iterdir()} == {"tokenizer", "tokenizer.eval", "base"}
+
+
+def test_redoing_the_tokenizer_forgets_its_evaluation(tmp_path, config):
+    step = making_step(tmp_path, config, "tokenizer")
+    run_all(tmp_path, step, touching_step(tmp_path, config, "tokenizer.eval")[0])
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "tokenizer.json").write_text("{}")
+    run_step(step, tmp_path, redo=True)
+    assert {path.stem for path in (tmp_path / "finished").iterdir()} == {"tokenizer"}
+    assert not (tmp_path / "results" / "tokenizer.json").exists()
+
+
+def test_recipe_and_stage_names_are_checked():
+    assert recipe_and_words(["pocket", "--config", "mine.yaml"]) == ("pocket", ["--config", "mine.yaml"])
+    with pytest.raises(UserError, match="pocket"):
+        recipe_and_words(["nosuch"])
+    assert stage_number("pretrain") == stage_number("base") == 2
+    with pytest.raises(UserError, match="'end' is not a stage"):
+        stage_number("end")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pocket", "--help"], ["pocket", "--from", "sft", "-h"]])
+def test_help_names_every_option_and_recipe(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        recipe_and_words(words)
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    for option in ("--from", "--to", "--set", "--sft_files", "{pocket}"):
+        assert option in said
+
+
+def test_a_run_that_would_do_nothing_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--from sft comes after --to base"):
+        call_main(monkeypatch, tmp_path / "run", "--from", "sft", "--to", "base")
+    assert not (tmp_path / "run").exists()
+
+
+def call_main(monkeypatch, run_dir, *words):
+    monkeypatch.setattr(sys, "argv", ["run.py", "pocket", "--run_dir", str(run_dir), *words])
+    main()
+
+
+YAMLS = ("world", "tokenizer", "tokenizer_eval", "pretrain", "midtrain", "sft", "grpo", "eval")
+
+
+@pytest.mark.parametrize("name", [f"{name}.yaml" for name in YAMLS])
+def test_a_recipe_that_lacks_a_yaml_or_has_a_broken_one_is_refused_before_anything_runs(tmp_path, monkeypatch, name):
+    recipe = tmp_path / "recipes" / "pocket"
+    shutil.copytree(RECIPES / "pocket", recipe)
+    monkeypatch.setattr("recipes.run.RECIPES", recipe.parent)
+    for spoil, complaint in (((recipe / name).unlink, "cannot be read"), (lambda: (recipe / name).write_text("[a"), "not valid YAML")):
+        spoil()
+        with pytest.raises(UserError, match=f"{name}: {complaint}"):
+            call_main(monkeypatch, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_every_step_records_what_it_depends_on(tmp_path, config):
+    step, _ = touching_step(tmp_path, config)
+    run_step(step, tmp_path, redo=False)
+    assert json.loads((tmp_path / "finished" / "tokenizer.json").read_text())["config"] == {"depth": 4}
+
+
+def test_a_run_into_a_file_has_no_progress_bars(tmp_path, config, capfd):
+    code = "import tqdm; tqdm.tqdm(range(9), desc='read').update(); tqdm.tqdm.write('said'); open({!r}, 'a')"
+    run_step(touching_step(tmp_path, config, code=code)[0], tmp_path, redo=False)
+    captured = capfd.readouterr()
+    assert "said\n" in captured.out and captured.err == ""
+
+
+def test_a_stage_takes_as_many_threads_as_accelerate_launch_would_give_it(monkeypatch, tmp_path):
+    """Were the launcher not given the number, it would warn of it at every stage."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 6)
+    (train, _) = commands("base")
+    assert train.program[:3] == ["env", "ACCELERATE_USE_CPU=true", "OMP_NUM_THREADS=6"]
+    two = tmp_path / "two.yaml"
+    two.write_text("use_cpu: true\nnum_processes: 2\ndistributed_type: MULTI_CPU\n")
+    assert launcher(str(two))[-2:] == ["--num_cpu_threads_per_process", "3"]
+    assert "--num_cpu_threads_per_process" not in launcher("accelerate_configs/single_gpu.yaml")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert not any("THREADS" in word for word in commands("base")[0].program)
+    assert "--num_cpu_threads_per_process" not in launcher(str(two))
+
+
+def test_only_one_process_on_the_cpu_goes_without_accelerate_launch(tmp_path):
+    for path in (RECIPES.parent / "accelerate_configs").glob("*.yaml"):
+        assert ("accelerate.commands.accelerate_cli" in launcher(str(path))) == (path.name != "cpu.yaml")
+    for more in ("mixed_precision: bf16", "num_processes: 2", "use_cpu: false", "dynamo_backend: inductor"):
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(f"use_cpu: true\nnum_processes: 1\n{more}\n")
+        assert "accelerate.commands.accelerate_cli" in launcher(str(mine)), more
+
+
+def test_what_env_sets_is_what_accelerate_launch_sets_for_one_process_on_the_cpu():
+    code = "import os; from accelerate import Accelerator; a = Accelerator(); print(a.device, a.num_processes, a.mixed_precision)"
+    command = [*launcher("accelerate_configs/cpu.yaml"), "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "cpu 1 no\n"
+
+
+def test_files_that_are_not_given_are_those_of_the_recipes_yaml_in_this_runs_folder(tmp_path):
+    shutil.copytree(RECIPES / "pocket", tmp_path / "mine")
+    (tmp_path / "mine" / "eval.yaml").write_text("eval_files: [riddles=runs/pocket/data/eval/riddles.jsonl, own=runs/pocket.jsonl]\n")
+    args = RunArguments(run_dir="runs/x", accelerate_config="accelerate_configs/cpu.yaml")
+    _, evaluation = steps("mid", tmp_path / "mine", args, parse_overrides([]))
+    assert evaluation.settings["eval_files"] == ["riddles=runs/x/data/eval/riddles.jsonl", "own=runs/pocket.jsonl"]
+    (tmp_path / "mine" / "sft.yaml").write_text("output_dir: runs/pocket/sft\n")
+    with pytest.raises(UserError, match=r"sft.yaml: names no train_files; give --sft_files"):
+        steps("sft", tmp_path / "mine", args, parse_overrides([]))
+
+
+def test_examples_go_to_the_world_and_to_the_stages_that_make_a_chat_model():
+    questions = ["Who are you?", "Spell lamp, please."]
+    for stage in ("data", "mid", "sft", "rl"):
+        assert commands(stage, examples=questions)[0].settings["examples"] == questions
+        assert "--examples" not in commands(stage)[0].arguments
+    for stage in ("tokenizer", "base", "report"):
+        assert all("--examples" not in step.arguments for step in commands(stage, examples=questions))
+
+
+@pytest.mark.parametrize(("stage", "key"), [("base", "--resume"), ("rl", "--resume_from_checkpoint")])
+def test_each_stage_goes_on_from_its_checkpoint_by_its_own_key(tmp_path, config, stage, key):
+    with pytest.raises(UserError, match="stopped before its end"):
+        run_all(tmp_path, making_step(tmp_path, config, stage, ending=""))
+    (tmp_path / "checkpoints" / stage / "checkpoint-40").mkdir(parents=True)
+    assert run_all(tmp_path, making_step(tmp_path, config, stage)) == [stage]
+    first, second = (tmp_path / "said").read_text().splitlines()
+    assert "--resume" not in first and second.endswith(f"--overwrite_output_dir true {key} auto")
+
+
+def test_a_trl_stage_does_not_go_on_with_other_settings_than_its_checkpoint(tmp_path, config):
+    with pytest.raises(UserError, match="stopped before its end"):
+        run_all(tmp_path, making_step(tmp_path, config, "sft", "--max_steps", "8", ending=""))
+    (tmp_path / "checkpoints" / "sft" / "checkpoint-4").mkdir(parents=True)
+    other = making_step(tmp_path, config, "sft", "--max_steps", "9")
+    with pytest.raises(UserError, match=r"sft has checkpoints of other settings \(max_steps: 8 is now 9\).*--from sft"):
+        run_all(tmp_path, other)
+    assert run_all(tmp_path, other, first="sft") == ["sft"]
+
+
+def report_step(run_dir):
+    code = "import pathlib, sys; pathlib.Path(sys.argv[sys.argv.index('--run_dir') + 1], 'report.md').open('a').write('x')"
+    return Step("report", [sys.executable, "-c", code], None, ["--run_dir", str(run_dir)])
+
+
+def test_the_report_is_written_again_only_when_there_is_something_new(tmp_path, config):
+    base, report = making_step(tmp_path, config), report_step(tmp_path)
+    assert run_all(tmp_path, base, report) == ["base", "report"] and run_all(tmp_path, base, report) == []
+    evaluation = touching_step(tmp_path, config, "base.eval")[0]
+    assert run_all(tmp_path, base, evaluation, report) == ["base.eval", "report"]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "base.json").write_text("{}")  # by hand
+    os.utime(tmp_path / "results" / "base.json", ns=(time.time_ns() + 10**9,) * 2)
+    assert run_all(tmp_path, base, evaluation, report) == ["report"]
+
+
+SAYING = "import os, sys; print('a table', os.environ.get('NANOCHAT_VERBOSE')); print('a warning', file=sys.stderr); open({!r}, 'a')"
+
+
+@pytest.mark.parametrize(
+    ("name", "verbose", "out"),
+    [
+        ("tokenizer", False, "a table None\n"),
+        ("base.eval", False, ""),
+        ("base.eval", True, "a table 1\n"),
+    ],
+)
+def test_of_a_measurement_only_errors_are_shown_unless_everything_is(tmp_path, config, capfd, name, verbose, out):
+    step = touching_step(tmp_path, config, name, code=SAYING)[0]
+    run_step(step, tmp_path, redo=False, verbose=verbose)
+    captured = capfd.readouterr()
+    assert captured.err == "a warning\n" and captured.out.endswith(out) and (verbose or captured.out == out)
+    assert (step.command[0] in captured.out or "python -c" in captured.out) == verbose
+
+
+def test_a_failed_step_says_how_to_see_more(tmp_path, config):
+    step = touching_step(tmp_path, config, code="import sys; sys.exit(3)")[0]
+    with pytest.raises(UserError, match="fix the error above.*; --verbose true shows more$"):
+        run_step(step, tmp_path, redo=False)
+    with pytest.raises(UserError, match="goes on from there$"):
+        run_step(step, tmp_path, redo=False, verbose=True)

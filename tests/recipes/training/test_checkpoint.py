@@ -1,0 +1,231 @@
+"""Checkpoints: whole or absent, verified before use, and good for any number of processes."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import recipes.training.checkpoint
+from modeling_nanochat.errors import UserError
+from recipes.training.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    Damaged,
+    random_state,
+    restore_random_state,
+    set_random_state,
+    verify,
+)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(tmp_path / "checkpoints", Accelerator(cpu=True))
+
+
+def save(checkpoints, step):
+    shares = {"optimizer": {"a": torch.full((3,), float(step))}, "data": {"b": torch.arange(5)}}
+    checkpoints.save(step, {"progress": {"steps": step}}, shares, lambda: {"w": torch.full((2, 2), float(step))})
+    checkpoints.complete()
+
+
+def test_what_was_saved_is_found_again_and_old_ones_go(checkpoints):
+    for step in (10, 20, 30):
+        save(checkpoints, step)
+    assert [checkpoint.step for checkpoint in checkpoints.present()] == [20, 30]
+    found = checkpoints.find("auto")
+    assert found.step == 30 and found.state == {"progress": {"steps": 30}}
+    assert torch.equal(found.weights()["w"], torch.full((2, 2), 30.0))
+    assert [path.name for path in found.shares("optimizer")] == ["optimizer-00000-of-00001.safetensors"]
+    assert not list(checkpoints.folder.glob(".*"))
+
+
+def test_a_folder_can_be_named(checkpoints, tmp_path):
+    for step in (10, 20):
+        save(checkpoints, step)
+    assert checkpoints.find(str(checkpoints.folder / "step-00000010")).step == 10
+    with pytest.raises(UserError, match="not a checkpoint; give auto"):
+        checkpoints.find(str(tmp_path))
+
+
+def test_going_back_abandons_what_came_later(checkpoints):
+    for step in (10, 20):
+        save(checkpoints, step)
+    save(checkpoints, 15)  # resumed from 10
+    assert checkpoints.find("auto").step == 15
+    assert [checkpoint.step for checkpoint in checkpoints.present()] == [10, 15]
+
+
+def test_without_any_there_is_nothing_to_resume(checkpoints):
+    assert checkpoints.find("auto") is None
+
+
+def test_an_unfinished_or_unmarked_folder_is_not_a_checkpoint(checkpoints, capsys):
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    (checkpoints.folder / "step-00000020" / "complete.json").unlink()
+    unfinished = checkpoints.folder / ".step-00000030.unfinished"
+    shutil.copytree(checkpoints.folder / "step-00000010", unfinished)
+    assert checkpoints.find("auto").step == 10
+    assert "complete.json is missing" in capsys.readouterr().err
+    save(checkpoints, 20)  # overwrites the damaged one and clears away what was left
+    assert checkpoints.find("auto").step == 20 and not unfinished.exists()
+
+
+def files_of(checkpoint):
+    return sorted(path for path in checkpoint.folder.iterdir())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_flipped_bit_or_cut_is_detected_and_named(data, tmp_path_factory):
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("run") / "checkpoints", Accelerator(cpu=True))
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    path = data.draw(st.sampled_from(files_of(checkpoints.present()[-1])))
+    content = bytearray(path.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[position] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del content[position:]
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        verify(path.parent)
+    except Damaged as damage:
+        assert path.name in str(damage) or path.name == "complete.json"
+        assert checkpoints.find("auto").step == 10
+    else:  # only the marker has bytes that mean nothing: spaces, letter case of an escape
+        assert path.name == "complete.json"
+        assert Checkpoint(path.parent).state == {"progress": {"steps": 20}}
+    assert bytes(content) != before
+
+
+def test_when_all_are_damaged_it_says_so(checkpoints):
+    save(checkpoints, 10)
+    (checkpoints.folder / "step-00000010" / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="no good checkpoint is left.*model.safetensors has 5 bytes"):
+        checkpoints.find("auto")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoints.find(str(checkpoints.folder / "step-00000010"))
+
+
+FILL_THE_DISK = """
+    import resource, sys, torch
+    from accelerate import Accelerator
+    from modeling_nanochat.errors import UserError
+    from recipes.checkpoint import Checkpoints
+    checkpoints = Checkpoints(sys.argv[1], Accelerator(cpu=True))
+    def save(step, numbers):
+        checkpoints.save(step, {}, {"optimizer": {"a": torch.zeros(numbers)}}, lambda: {"w": torch.ones(8)})
+        checkpoints.complete()
+    save(10, 1000)
+    if len(sys.argv) > 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        save(20, 1_000_000)
+    except UserError as error:
+        print(error)
+        print([c.step for c in checkpoints.present()], checkpoints.find("auto").step, list(checkpoints.folder.glob(".*")))
+"""
+
+
+def fill_the_disk(tmp_path, *prefix, limited=False):
+    script = tmp_path / "fill.py"
+    script.write_text(textwrap.dedent(FILL_THE_DISK))
+    folder = tmp_path / "disk" / "checkpoints"
+    command = [*prefix, sys.executable, str(script), str(folder), *(["limited"] if limited else [])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def small_disk(tmp_path):
+    """A prefix that runs a command with a 1 MiB file system at tmp_path/disk; None where the system does not allow it."""
+    (tmp_path / "disk").mkdir()
+    mount = f'mount -t tmpfs -o size=1m tmpfs {tmp_path}/disk && exec "$@"'
+    prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    try:
+        return prefix if subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode == 0 else None
+    except OSError:
+        return None
+
+
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path):
+    prefix = small_disk(tmp_path)
+    result = fill_the_disk(tmp_path, *(prefix or []), limited=prefix is None)
+    reason = "No space left on device" if prefix else "File too large"
+    said, left = result.stdout.splitlines()[-2:]
+    assert reason in said and "step-00000010 is intact; free space, then --resume auto" in said, result.stderr
+    assert left == "[10] 10 []"
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Nothing is written until the event is set."""
+    event, write = threading.Event(), recipes.training.checkpoint.write_files
+    monkeypatch.setattr(recipes.training.checkpoint, "write_files", lambda *files: event.wait(60) and write(*files))
+    yield event
+    event.set()
+
+
+def test_training_goes_on_while_its_earlier_state_is_written(checkpoints, slow_disk):
+    weight, moments, state = torch.ones(3), torch.ones(2, 2).t(), {"loss": [1.0]}
+    checkpoints.save(10, state, {"optimizer": {"m@0": moments}}, lambda: {"w": weight})
+    assert checkpoints.being_written and checkpoints.find("auto") is None
+    weight += 1
+    moments += 1
+    state["loss"].append(2.0)
+    slow_disk.set()
+    checkpoints.complete()
+    found = checkpoints.find("auto")
+    assert torch.equal(found.weights()["w"], torch.ones(3)) and found.state == {"loss": [1.0]}
+    assert torch.equal(load_file(found.shares("optimizer")[0])["m@0"], torch.ones(2, 2))
+    assert not checkpoints.being_written
+    checkpoints.complete()  # once more: nothing is left to do
+
+
+def test_files_that_are_written_make_a_checkpoint_only_once_it_is_completed(checkpoints):
+    checkpoints.save(10, {}, {}, lambda: {"w": torch.ones(1)})
+    checkpoints.unfinished.files.result()
+    assert not checkpoints.being_written and checkpoints.find("auto") is None
+    checkpoints.complete()
+    assert checkpoints.find("auto").step == 10
+
+
+def test_a_second_save_waits_for_the_first(checkpoints, slow_disk):
+    checkpoints.save(10, {}, {}, lambda: {"w": torch.ones(1)})
+    threading.Timer(0.2, slow_disk.set).start()
+    checkpoints.save(20, {}, {}, lambda: {"w": torch.ones(1)})
+    assert checkpoints.find("auto").step == 10
+    checkpoints.complete()
+    assert [checkpoint.step for checkpoint in checkpoints.present()] == [10, 20]
+
+
+def test_random_generators_go_on_as_they_were(checkpoints):
+    device = torch.device("cpu")
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    save(checkpoints, 10)
+
+    def draw():
+        return torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.standard_normal(3).tolist()
+
+    first = draw()
+    restore_random_state(checkpoints.find("auto"), checkpoints.accelerator)
+    assert draw() == first
+    states = random_state(device)
+    first = draw()
+    set_random_state(states, device)
+    assert draw() == first

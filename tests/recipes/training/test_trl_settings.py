@@ -1,0 +1,312 @@
+"""Every key of TRL's argument classes: handled with an effect, read by the live trainer as given, or refused by name."""
+
+import json
+from collections import Counter
+from dataclasses import MISSING, fields
+
+import pytest
+import torch
+import yaml
+from transformers.trainer_pt_utils import AcceleratorConfig
+from trl import GRPOConfig, SFTConfig
+
+from modeling_nanochat.errors import UserError
+from modeling_nanochat.loading import load_model_and_tokenizer
+from recipes.grpo import GRPOArguments, NanoChatGRPOTrainer, exact_answer, read_problems
+from recipes.sft import NanoChatSFTTrainer, SFTArguments, token_dataset
+from recipes.training.data.conversations import render
+from recipes.training.trl import settings as trl_settings
+from recipes.training.trl.settings import GRPOSettings, SFTSettings, parse_settings
+
+STAGES = {"sft": (SFTArguments, SFTSettings, SFTConfig), "grpo": (GRPOArguments, GRPOSettings, GRPOConfig)}
+NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # not in transformers 5.17
+# Every key that is passed on, with a value that is not its default.
+SHARED_EXAMPLES = {
+    "num_train_epochs": "2.5", "max_steps": "7", "per_device_train_batch_size": "4", "gradient_accumulation_steps": "2",
+    "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}', "warmup_steps": "3.0",
+    "max_grad_norm": "0.5", "neftune_noise_alpha": "2.0",
+    "use_cpu": "true", "tf32": "false", "torch_compile": "true", "torch_compile_backend": "eager",
+    "torch_compile_mode": "default", "torch_empty_cache_steps": "5", "accelerator_config": '{"even_batches": false}',
+    "ddp_find_unused_parameters": "true", "ddp_bucket_cap_mb": "12", "ddp_broadcast_buffers": "false",
+    "ddp_static_graph": "true", "ddp_timeout": "60", "full_determinism": "true",
+    "dataloader_num_workers": "1", "dataloader_persistent_workers": "true", "dataloader_prefetch_factor": "3",
+    "dataloader_multiprocessing_context": "fork", "dataloader_in_order": "false", "pad_to_multiple_of": "8",
+    "logging_strategy": "epoch", "logging_steps": "3", "logging_first_step": "true",
+    "log_level": "error", "log_level_replica": "error",
+    "log_on_each_node": "false", "disable_tqdm": "true", "report_to": "tensorboard", "run_name": "mine", "project": "ours",
+    "trackio_space_id": "me/space", "trackio_bucket_id": "me/bucket", "trackio_static_space_id": "me/static",
+    "skip_memory_metrics": "false", "debug": "underflow_overflow",
+    "save_strategy": "epoch", "save_steps": "9", "save_total_limit": "3", "save_on_each_node": "true",
+    "ignore_data_skip": "true",
+}  # fmt: skip
+EXAMPLES = {
+    "sft": SHARED_EXAMPLES | {
+        "shuffle_dataset": "true", "include_num_input_tokens_seen": "true", "loss_type": "dft",
+        "average_tokens_across_devices": "false", "packing": "true", "packing_strategy": "bfd_split",
+        "dataset_num_proc": "1", "dataloader_drop_last": "true", "data_seed": "5",
+        "train_sampling_strategy": "group_by_length",
+    },
+    "grpo": SHARED_EXAMPLES | {
+        "shuffle_dataset": "false", "num_generations": "4", "generation_batch_size": "16", "steps_per_generation": "2",
+        "max_completion_length": "6", "temperature": "0.7", "top_p": "0.9", "top_k": "9", "min_p": "0.01",
+        "repetition_penalty": "1.1", "generation_kwargs": '{"no_repeat_ngram_size": 3}', "cache_implementation": "static",
+        "max_tool_calling_iterations": "2", "beta": "0.1", "num_iterations": "2", "epsilon": "0.1", "epsilon_high": "0.3",
+        "delta": "2.0", "loss_type": "bnpo", "scale_rewards": "batch", "reward_weights": "2.0",
+        "multi_objective_aggregation": "normalize_then_sum", "importance_sampling_level": "sequence",
+        "mask_truncated_completions": "true", "top_entropy_quantile": "0.5", "off_policy_mask_threshold": "0.5",
+        "use_bias_correction_kl": "false", "cast_lm_head_to_fp32": "true",
+        "sapo_temperature_neg": "1.2", "sapo_temperature_pos": "1.1", "vespo_k_pos": "2.5", "vespo_lambda_pos": "2.6",
+        "vespo_k_neg": "2.7", "vespo_lambda_neg": "2.8",
+        "sync_ref_model": "true", "ref_model_mixup_alpha": "0.5", "ref_model_sync_steps": "3",
+        "entropy_coef": "0.01", "use_adaptive_entropy": "true", "entropy_coef_min": "0.001", "entropy_coef_max": "0.5",
+        "entropy_coef_delta": "0.002", "entropy_target": "0.3",
+        "num_completions_to_print": "1", "log_unique_prompts": "true",
+    },
+}  # fmt: skip
+# What a key needs beside it, to be read at all.
+BESIDE = {
+    "logging_steps": {"logging_strategy": "steps"},
+    "run_name": {"report_to": "tensorboard"}, "project": {"report_to": "tensorboard"},
+    "trackio_space_id": {"report_to": "trackio"}, "trackio_bucket_id": {"report_to": "trackio"},
+    "trackio_static_space_id": {"report_to": "trackio"},
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_min_lr"},
+    "dataloader_persistent_workers": {"dataloader_num_workers": "1"},
+    "dataloader_prefetch_factor": {"dataloader_num_workers": "1"},
+    "dataloader_multiprocessing_context": {"dataloader_num_workers": "1"},
+    "dataloader_in_order": {"dataloader_num_workers": "1"},
+    "save_steps": {"save_strategy": "steps"}, "save_total_limit": {"save_strategy": "epoch"},
+    "save_on_each_node": {"save_strategy": "epoch"}, "ignore_data_skip": {"resume_from_checkpoint": "auto"},
+    "packing": {"max_length": "64"}, "packing_strategy": {"packing": "true", "max_length": "64"}, "num_completions_to_print": {"log_completions": "true"},
+    "log_unique_prompts": {"log_completions": "true"}, "sync_ref_model": {"beta": "0.1"},
+    "use_bias_correction_kl": {"beta": "0.1"},
+    "ref_model_mixup_alpha": {"beta": "0.1", "sync_ref_model": "true"},
+    "ref_model_sync_steps": {"beta": "0.1", "sync_ref_model": "true"},
+    "sapo_temperature_neg": {"loss_type": "sapo"}, "sapo_temperature_pos": {"loss_type": "sapo"},
+    "entropy_coef_min": {"use_adaptive_entropy": "true"}, "entropy_coef_max": {"use_adaptive_entropy": "true"},
+    "entropy_coef_delta": {"use_adaptive_entropy": "true"}, "entropy_target": {"use_adaptive_entropy": "true"},
+} | {f"vespo_{name}": {"loss_type": "vespo"} for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")}  # fmt: skip
+
+
+def lists_of(config: type) -> tuple[set[str], set[str], set[str]]:
+    """Keys that are handled, passed on, refused."""
+    handled = trl_settings.HANDLED | trl_settings.HANDLED_BY[config]
+    passed_on = trl_settings.PASSED_ON | trl_settings.PASSED_ON_BY[config]
+    refused = set().union(*trl_settings.INSTEAD.values(), *trl_settings.INSTEAD_BY[config].values())
+    return handled, passed_on, refused
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_key_of_the_installed_libraries_is_in_one_list(stage):
+    _, settings, config = STAGES[stage]
+    known = {one.name for one in fields(config)}
+    in_lists = Counter(key for keys in lists_of(config) for key in keys)
+    assert known - in_lists.keys() == set()
+    assert [key for key, times in in_lists.items() if times > 1] == []
+    assert {one.name for one in fields(settings)} == known
+    assert set(EXAMPLES[stage]) == lists_of(config)[1]
+
+
+def test_no_list_has_a_key_that_the_libraries_do_not_have():
+    known = {one.name for _, _, config in STAGES.values() for one in fields(config)}
+    listed = {key for _, _, config in STAGES.values() for keys in lists_of(config) for key in keys}
+    assert listed - known <= NEWER
+    assert trl_settings.RANGES.keys() | trl_settings.CHOICES.keys() <= listed | {one.name for one in fields(SFTArguments)}
+
+
+def words(**settings: object) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def examples(toy_model_folder, tmp_path):
+    """A model and files for a few steps."""
+    chats = [
+        {"messages": [{"role": "user", "content": f"{i}+7?"}, {"role": "assistant", "content": f"It is {i + 7}."}]}
+        for i in range(16)
+    ]
+    problems = [{"question": f"What is {i}+7?", "answer": f"#### {i + 7}"} for i in range(16)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return {
+        "sft": {"train_files": tmp_path / "chats.jsonl", "per_device_train_batch_size": 4},
+        "grpo": {
+            "train_files": tmp_path / "problems.jsonl",
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 6,
+        },
+    }, {"model_name_or_path": toy_model_folder, "output_dir": tmp_path / "run" / "out", "save_strategy": "no"}
+
+
+def live_trainer(stage: str, examples, **settings):
+    special, common = examples
+    arguments, config, _ = STAGES[stage]
+    args, training, _ = parse_settings(arguments, config, words(**common | special[stage] | settings))
+    model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
+    made = {"model": model, "args": training, "processing_class": tokenizer, "muon_rates": args.scaled()}
+    if stage == "grpo":
+        return NanoChatGRPOTrainer(train_dataset=read_problems(args.train_files), reward_funcs=exact_answer, **made)
+    chats = [json.loads(line) for line in open(args.train_files[0])]
+    rows = token_dataset(render(chats, tokenizer, 256, show_progress=False))
+    return NanoChatSFTTrainer(train_dataset=rows, **made)
+
+
+KEYS = [(stage, key) for stage, keys in EXAMPLES.items() for key in keys]
+
+
+@pytest.mark.parametrize(("stage", "key"), KEYS)
+def test_what_is_passed_on_arrives_at_the_trainer(stage, key, examples, monkeypatch):
+    for module in ("recipes.training.trl.settings", "transformers.trainer"):  # no tracker is installed
+        monkeypatch.setattr(f"{module}.get_reporting_integration_callbacks", lambda names: [])
+    trainer = live_trainer(stage, examples, **BESIDE.get(key, {}) | {key: EXAMPLES[stage][key]})
+    assert as_given(getattr(trainer.args, key)) == EXAMPLES[stage][key]
+
+
+def as_given(value: object) -> str:
+    """A value of the trainer's arguments in the words of the command line."""
+    if isinstance(value, AcceleratorConfig):
+        value = {"even_batches": value.even_batches}
+    if isinstance(value, list):
+        (value,) = value
+    if isinstance(value, bool | dict):
+        return json.dumps(value)
+    return {"all": "true"}.get(value, str(getattr(value, "value", value)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_has_no_effect_is_refused_by_name_even_at_its_default(stage, tmp_path):
+    arguments, settings, config = STAGES[stage]
+    for one in fields(config):
+        if one.name in lists_of(config)[2]:
+            default = one.default_factory() if one.default is MISSING else one.default
+            (tmp_path / "one.yaml").write_text(yaml.safe_dump({"output_dir": "out", one.name: default}))
+            with pytest.raises(UserError) as refusal:
+                parse_settings(arguments, settings, ["--config", str(tmp_path / "one.yaml")])
+            assert str(refusal.value).startswith(f"{one.name} would have no effect: ")
+            assert "nobody has tried" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("word", ["--learning_rate=1e-3", "--learning-rate", "--learning_r"])
+def test_no_spelling_of_a_key_gets_past(word):
+    value = [] if "=" in word else ["1e-3"]
+    with pytest.raises(UserError, match="learning_rate would have no effect.*set matrix_lr"):
+        parse_settings(SFTArguments, SFTSettings, ["--output_dir", "out", word, *value])
+
+
+def test_a_configuration_file_is_held_to_the_same(tmp_path):
+    (tmp_path / "sft.yaml").write_text("output_dir: out\noptim: adamw_torch_fused\n")
+    with pytest.raises(UserError, match="optim would have no effect"):
+        parse_settings(SFTArguments, SFTSettings, ["--config", str(tmp_path / "sft.yaml")])
+
+
+def test_a_key_that_came_with_a_newer_library_is_refused_until_it_was_tried(monkeypatch):
+    for name in ("PASSED_ON", "HANDLED"):
+        monkeypatch.setattr(trl_settings, name, getattr(trl_settings, name) - {"max_grad_norm"})
+    with pytest.raises(UserError, match="max_grad_norm would have no effect: nobody has tried this key"):
+        parse_settings(SFTArguments, SFTSettings, words(output_dir="out", max_grad_norm=1))
+
+
+@pytest.mark.parametrize("other, values, keys", trl_settings.NEEDS)
+def test_what_nothing_reads_without_another_key_is_refused(other, values, keys):
+    off = {"loss_type": "cispo" if "cispo" not in values else "sapo", "save_strategy": "no", "logging_strategy": "epoch"}
+    for key in keys:
+        if key in NEWER and key not in {one.name for one in fields(SFTConfig)}:
+            continue
+        stage = next(stage for stage in STAGES if key in EXAMPLES[stage] or key in lists_of(STAGES[stage][2])[0])
+        value = EXAMPLES[stage].get(key, '{"use_reentrant": false}' if key.endswith("kwargs") else "true")
+        arguments, settings, _ = STAGES[stage]
+        given = words(output_dir="out", **{key: value}) + (words(**{other: off[other]}) if other in off else [])
+        with pytest.raises(UserError, match=rf"{key} (has no effect|can only be set).* (--)?{other} "):
+            parse_settings(arguments, settings, given)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        ("sft", {"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, not 0"),
+        ("sft", {"max_steps": 0}, "max_steps 0 trains nothing"),
+        ("sft", {"max_steps": -3}, "max_steps -3 trains nothing"),
+        ("sft", {"num_train_epochs": 0}, "num_train_epochs must be more than 0"),
+        ("sft", {"eval_strategy": "steps"}, "eval_strategy would have no effect: no evaluation runs"),
+        ("sft", {"matrix_lr": "nan"}, "matrix_lr must be at least 0, not nan"),
+        ("sft", {"init_lr_fraction": "inf"}, "init_lr_fraction must be more than 0, not inf"),
+        ("sft", {"warmup_steps": -1}, "warmup_steps must be at least 0"),
+        ("sft", {"loss_type": "grpo"}, "loss_type"),
+        ("sft", {"lr_scheduler_type": "liner"}, "lr_scheduler_type"),
+        ("sft", {"lr_scheduler_kwargs": "fast"}, "lr_scheduler_kwargs must be a JSON object"),
+        ("sft", {"save_strategy": "best"}, "save_strategy best: there are only no, steps, epoch"),
+        ("sft", {"report_to": "wandbb"}, "report_to wandbb: "),
+        ("sft", {"accelerator_config": "nowhere.json"}, "nowhere.json"),
+        ("grpo", {"use_vllm": "true"}, "use_vllm would have no effect: rollouts run in transformers"),
+        ("grpo", {"temperature": 0}, "temperature must be more than 0, not 0"),
+        ("grpo", {"max_completion_length": 0}, "max_completion_length must be at least 1, not 0"),
+        ("grpo", {"num_generations": 1}, "num_generations must be at least 2, not 1"),
+        ("grpo", {"num_generations": 3}, "divisible by num_generations (3)"),
+        ("grpo", {"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ("grpo", {"per_device_train_batch_size": -8}, "per_device_train_batch_size must be at least 1"),
+        ("grpo", {"top_p": 1.5}, "top_p must be more than 0 and at most 1, not 1.5"),
+        ("grpo", {"loss_type": "ppo"}, "loss_type ppo: there are only grpo, "),
+        ("grpo", {"scale_rewards": "sometimes"}, "scale_rewards sometimes: there are only group, batch, none"),
+        ("grpo", {"cache_implementation": "none"}, "cache_implementation none: there are only "),
+        ("grpo", {"generation_batch_size": 8, "steps_per_generation": 1}, "can not be both configured"),
+    ],
+)
+def test_an_impossible_value_is_one_line_that_names_its_key(stage, settings, message):
+    arguments, config, _ = STAGES[stage]
+    with pytest.raises(UserError) as refusal:
+        parse_settings(arguments, config, words(output_dir="out", **settings))
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_launch_that_shards_the_model_is_refused(stage, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    arguments, config, _ = STAGES[stage]
+    with pytest.raises(UserError, match="keep a whole model on each process; launch with accelerate_configs/ddp_8gpu.yaml"):
+        parse_settings(arguments, config, words(output_dir="out"))
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_the_device_decides_what_is_not_set(able, monkeypatch):
+    monkeypatch.setattr(SFTSettings, "device", torch.device("cpu"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: able)
+    for module in (trl_settings.__name__, "transformers.training_args"):
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: able)
+    for more, expected in (({}, able), ({"use_cpu": "true"}, False), ({"bf16": "false"}, False)):
+        _, training, _ = parse_settings(SFTArguments, SFTSettings, words(output_dir="out", **more))
+        assert training.bf16 == expected
+        assert training.dataloader_pin_memory == (able and "use_cpu" not in more)
+
+
+def test_grpo_starts_on_this_device():
+    _, training, _ = parse_settings(GRPOArguments, GRPOSettings, words(output_dir="out"))
+    assert training.bf16 == trl_settings.is_torch_bf16_gpu_available()
+
+
+def test_bfloat16_where_there_is_none_is_one_line(monkeypatch):
+    monkeypatch.setattr(trl_settings, "is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(UserError, match="^bf16 is not to be had on this device"):
+        parse_settings(SFTArguments, SFTSettings, words(output_dir="out", bf16="true"))
+
+
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "activation_checkpointing"])
+def test_gradient_checkpointing_is_on_under_either_of_its_names(key, examples, recwarn):
+    if key not in {one.name for one in fields(SFTConfig)}:
+        pytest.skip("the installed transformers has one name only")
+    trainer = live_trainer("sft", examples, **{key: "true", "max_steps": 1})
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+    trainer.train()
+    assert any(module.gradient_checkpointing for module in trainer.model.modules() if hasattr(module, "gradient_checkpointing"))
+
+
+def test_weight_decay_is_muons(examples):
+    optimizer = live_trainer("sft", examples, weight_decay=0.25).create_optimizer()
+    assert [group["weight_decay"] for group in optimizer.param_groups if group["kind"] == "muon"] == [0.25]
+
+
+@pytest.mark.parametrize("loss_type", trl_settings.LOSSES[GRPOConfig])
+def test_every_loss_of_grpo_that_is_offered_trains(loss_type, examples):
+    trainer = live_trainer("grpo", examples, loss_type=loss_type, max_steps=1, disable_tqdm="true")
+    trainer.train()
+    assert trainer.state.global_step == 1

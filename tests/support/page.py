@@ -1,0 +1,36 @@
+"""The Space's app, and an engine for it that says what a test wants."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from modeling_nanochat.chat.engine import Engine, Finished, TextDelta, ToolCall, ToolResult
+
+pytest.importorskip("gradio")
+ROOT = Path(__file__).parents[2]
+DONE = Finished([{"role": "assistant", "content": "It is 19."}], "stop")
+EVENTS = [TextDelta("Let me see. "), ToolCall("12+7"), ToolResult("19"), TextDelta("It is "), TextDelta("19."), DONE]
+
+
+def load_app():
+    spec = importlib.util.spec_from_file_location("space_app", ROOT / "space" / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+app = load_app()
+
+
+class ScriptedEngine(Engine):
+    """A toy model's engine that says what `events` has, or always the same."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.asked, self.events = [], None
+
+    def stream(self, messages, **settings):
+        self.asked.append((messages, settings))
+        self.turn(self.codec.prompt(messages), settings["max_new_tokens"])  # refuses what the real one refuses
+        yield from EVENTS if self.events is None else self.events

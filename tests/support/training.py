@@ -1,0 +1,229 @@
+"""A pretraining run small enough for tests: a few hundred made-up documents, a toy tokenizer, two thin layers."""
+
+import importlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import torch
+from conftest import TOY_TEXTS
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from tokenizer_train.bpe import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+WORDS = " ".join(TOY_TEXTS).split()
+
+
+def write_world(folder: Path, documents: int = 300) -> Path:
+    """`folder` with a tokenizer, text for training and validation."""
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(WORDS, k=generator.randint(3, 40))) for _ in range(documents)]
+    folder.mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict({"text": texts[20:]}).to_parquet(str(folder / "train.parquet"))
+    Dataset.from_dict({"text": texts[:20]}).to_parquet(str(folder / "val.parquet"))
+    train_tokenizer(TOY_TEXTS, 320, model_max_length=64).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def pretrain_arguments(world: Path, output_dir: Path, **more: object) -> list[str]:
+    """The command line of `recipes/pretrain.py`: 8 rows of 32 tokens a step."""
+    settings = {
+        "tokenizer": world / "tokenizer",
+        "train_files": world / "train.parquet",
+        "val_files": world / "val.parquet",
+        "output_dir": output_dir,
+        "depth": 2,
+        "aspect_ratio": 16,
+        "head_dim": 16,
+        "max_length": 32,
+        "total_batch_size": 256,
+        "per_device_train_batch_size": 4,
+        "max_steps": 12,
+        "matrix_lr": 0.02,
+        "embedding_lr": 0.1,
+        "unembedding_lr": 0.008,
+        "warmup_steps": 2,
+        "eval_steps": 5,
+        "eval_tokens": 256,
+        "sample_steps": 0,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "torch_compile": "false",
+    } | more
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def midtrain_arguments(model: Path, train_files: Path, output_dir: Path, **more: object) -> list[str]:
+    """The command line of `recipes/midtrain.py`, of the same size."""
+    settings = {
+        "model_name_or_path": model,
+        "train_files": train_files,
+        "output_dir": output_dir,
+        "max_length": 64,
+        "total_batch_size": 512,
+        "per_device_train_batch_size": 4,
+        "max_steps": 12,
+        "matrix_lr": 0.02,
+        "embedding_lr": 0.1,
+        "unembedding_lr": 0.008,
+        "eval_steps": 5,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "torch_compile": "false",
+    } | more
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread per process, no network, this checkout importable."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+
+
+def forkserver() -> ForkServerContext:
+    """For processes that start with everything imported: a run takes a second."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["recipes.pretrain", "recipes.midtrain", "datasets", "torch._dynamo"])
+    return context
+
+
+def run(
+    forks: ForkServerContext,
+    arguments: list[str],
+    *,
+    stage: str = "pretrain",
+    processes: int = 1,
+    before: Callable[[], None] | None = None,
+    says: Path | None = None,
+) -> int:
+    """Train in as many processes of this machine. The first exit code that is not 0.
+
+    Args:
+        before: Called in each process.
+        says: File that their output is appended to.
+    """
+    port = str(free_port())
+    places = [(str(rank), str(processes), port) for rank in range(processes)]
+    workers = [forks.Process(target=child, args=(stage, arguments, place, before, says)) for place in places]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + 100
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+    hanging = [worker for worker in workers if worker.is_alive()]
+    for worker in hanging:
+        worker.kill()
+    assert not hanging, "the trainer hangs"
+    return next((worker.exitcode for worker in workers if worker.exitcode), 0)
+
+
+def child(
+    stage: str, arguments: list[str], place: tuple[str, str, str], before: Callable[[], None] | None, says: Path | None
+) -> None:
+    """One process of the trainer."""
+    rank, world_size, port = place
+    if world_size != "1":
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    if before:
+        before()
+    sys.argv = [f"{stage}.py", *arguments]
+    sys.stdout = sys.stderr = open(says or os.devnull, "a")
+    importlib.import_module(f"recipes.{stage}").main()
+
+
+def ask_to_stop_after_a_checkpoint() -> None:
+    """For `before`: as if SIGTERM came while the first checkpoint is being written."""
+    from recipes.training.checkpoint import Checkpoints
+
+    save = Checkpoints.save
+
+    def save_and_ask(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        save(*arguments)
+
+    Checkpoints.save = save_and_ask
+
+
+def assert_the_same_course(output: Path, undisturbed: Path) -> None:
+    """TRL's tolerances for the same training on other numbers of processes: loss 1e-3, mean drift of weights 1e-5."""
+    ours, expected = curve(output), curve(undisturbed)
+    assert [row[:2] for row in ours] == [row[:2] for row in expected]
+    assert max(abs(a[2] - b[2]) for a, b in zip(ours, expected, strict=True)) <= 1e-3
+    before, after = weights(undisturbed), weights(output)
+    assert before.keys() == after.keys()
+    drift = torch.cat([(before[name] - after[name]).abs().flatten() for name in before])
+    assert drift.mean() <= 1e-5
+
+
+def assert_identical(output: Path, undisturbed: Path) -> None:
+    """Bit for bit: weights and all that was logged."""
+    assert curve(output) == curve(undisturbed)
+    before, after = weights(undisturbed), weights(output)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def start(arguments: list[str], processes: int = 1, **more: object) -> subprocess.Popen:
+    """`recipes/pretrain.py` as a process of its own, or under torchrun with several."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, str(ROOT / "recipes/pretrain.py"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(), **(pipes | more))
+
+
+def start_nodes(arguments: list[str], nodes: int = 2) -> list[subprocess.Popen]:
+    """`recipes/pretrain.py` on several nodes of one process each, all on this machine."""
+    port = free_port()
+    common = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=1"]
+    common += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    script = [str(ROOT / "recipes/pretrain.py"), *arguments]
+    return [subprocess.Popen([*common, f"--node_rank={n}", *script], env=environment(), **pipes) for n in range(nodes)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    output, errors = process.communicate(timeout=timeout)
+    return process.returncode, output, errors
+
+
+def log_of(output_dir: Path) -> list[dict]:
+    path = output_dir.parent / "logs" / f"{output_dir.name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def curve(output_dir: Path) -> list[tuple[int, str, float]]:
+    """What a run measured, without what depends on the clock."""
+    keys = ("loss", "bits_per_byte", "learning_rate_multiplier")
+    return [(row["step"], key, row[key]) for row in log_of(output_dir) for key in keys if key in row]
+
+
+def weights(output_dir: Path) -> dict:
+    return load_file(output_dir / "model.safetensors")
+
+
+def newest_step(output_dir: Path) -> int:
+    """The step of the newest checkpoint."""
+    folders = (output_dir.parent / "checkpoints" / output_dir.name).glob("step-*")
+    return max(int(path.name.removeprefix("step-")) for path in folders)

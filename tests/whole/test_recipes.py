@@ -1,0 +1,78 @@
+"""Every YAML in the repository loads into the dataclasses of its script, and no room imports one that it must not know."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from evals.evaluate_model import EvaluateArguments
+from modeling_nanochat.cli import parse
+from recipes.grpo import GRPOArguments
+from recipes.ladder.arguments import RunArguments
+from recipes.midtrain import MidtrainArguments
+from recipes.pocket.world import WorldArguments
+from recipes.pretrain import PretrainArguments
+from recipes.sft import SFTArguments
+from recipes.training.arguments import LoopArguments
+from recipes.training.loop import accumulation_steps
+from recipes.training.stage import OutputArguments
+from recipes.training.trl.settings import GRPOSettings, SFTSettings
+from tokenizer_train.evaluate import TokenizerEvaluateArguments
+from tokenizer_train.train import TokenizerArguments
+
+ROOT = Path(__file__).parents[2]
+ARGUMENTS = {
+    "world": (WorldArguments,),
+    "tokenizer": (TokenizerArguments,),
+    "tokenizer_eval": (TokenizerEvaluateArguments,),
+    "pretrain": (PretrainArguments, LoopArguments, OutputArguments),
+    "midtrain": (MidtrainArguments, LoopArguments, OutputArguments),
+    "sft": (SFTArguments, SFTSettings),
+    "grpo": (GRPOArguments, GRPOSettings),
+    "eval": (EvaluateArguments,),
+    "run": (RunArguments,),
+    "chinese": (RunArguments,),
+}
+RECIPE_FILES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+ALLOWED = {
+    "modeling_nanochat": set(),
+    "tokenizer_train": {"modeling_nanochat"},
+    "evals": {"modeling_nanochat"},
+    "recipes": {"modeling_nanochat", "evals"},
+    "space": {"modeling_nanochat"},
+}
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_recipe_loads_and_is_short(path):
+    parsed = parse(*ARGUMENTS[path.stem], args=["--config", str(path)])
+    loop = next((one for one in parsed if isinstance(one, LoopArguments)), None)
+    if loop is not None:
+        assert accumulation_steps(loop.total_batch_size, loop.per_device_train_batch_size, loop.max_length, 1) >= 1
+    assert len(path.read_text().splitlines()) <= 45
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_configuration_loads(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names & ALLOWED.keys()
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_no_arrow_points_back(room):
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported_rooms(path) <= ALLOWED[room] | {room}, path

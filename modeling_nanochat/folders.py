@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_folder(target: str | Path) -> Iterator[Path]:
+def atomic_directory(target: str | Path) -> Iterator[Path]:
     """A fresh folder to fill, which takes the name `target` only when the block ends well and all of it is on disk."""
     target = Path(target)
     settle(target)
@@ -29,7 +29,7 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
 
 
 def settle(target: str | Path) -> bool:
-    """Clear up after a process that was killed within [`whole_folder`].
+    """Clear up after a process that was killed within [`atomic_directory`].
 
     Returns:
         Whether the folder that was being filled, if any, is now the one at `target`; False if it had to be removed.

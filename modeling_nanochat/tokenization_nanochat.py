@@ -208,7 +208,7 @@ def removes_escapes(tokenizer: Tokenizer) -> bool:
     return cut is not None and [piece for piece, _ in cut.pre_tokenize_str(f"{PART_END}<|{ESCAPE}")] == ["<|"]
 
 
-def text_only(tokenizer: Tokenizer) -> Tokenizer:
+def disable_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """`tokenizer`, now taking control tokens in text for text, and neither cutting nor padding it."""
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()

@@ -30,10 +30,10 @@ from modeling_nanochat.text.sources import text_source
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.conversations import read_conversations, render
 from recipes.training.data.packing import Conversation
-from recipes.training.data.streams import ConversationLanes, MixedLanes, TextLanes
+from recipes.training.data.streams import ConversationStreams, MixedStreams, TextStreams
 from recipes.training.evaluation import bits_per_byte_evaluation, conversation_rows, validation
 from recipes.training.model_card import CardArguments
-from recipes.training.optim.hyperparameters import Plan, check_ranges, derive
+from recipes.training.optim.hyperparameters import Plan, check_ranges, resolve_hyperparameters
 from recipes.training.setup import LoopStage, given, make_accelerator, run_stage
 from recipes.training.stage import OutputArguments, check_output
 
@@ -87,16 +87,16 @@ def main() -> None:
         show_progress=accelerator.is_main_process,
     )
     train_set, val_set = split(rendered, args.validation_share, loop.seed)
-    lanes_of = ConversationLanes(train_set, tokenizer.bos_token_id, loop.max_length, loop.seed)
+    make_stream = ConversationStreams(train_set, tokenizer.bos_token_id, loop.max_length, loop.seed)
     if args.replay_files:
         texts = text_source(args.replay_files, what="replay_files")
-        lanes_of = MixedLanes(lanes_of, TextLanes(texts, tokenizer, loop.max_length, loop.seed), args.replay_every)
+        make_stream = MixedStreams(make_stream, TextStreams(texts, tokenizer, loop.max_length, loop.seed), args.replay_every)
     plan = make_plan(model, train_set, args, loop)
     val_rows = conversation_rows(val_set, tokenizer.bos_token_id, loop.max_length)
     bits_per_byte = validation(accelerator, val_rows, tokenizer, max_rows=len(val_set))
     evaluations = (bits_per_byte_evaluation(bits_per_byte, loop.eval_steps),)
     record = {"stage": "mid", "base_model": args.model_name_or_path, "examples": args.examples_or_those_of(model)}
-    run_stage(LoopStage(record, (args, loop, output), accelerator, model, tokenizer, plan, lanes_of, evaluations))
+    run_stage(LoopStage(record, (args, loop, output), accelerator, model, tokenizer, plan, make_stream, evaluations))
 
 
 def split(
@@ -124,12 +124,12 @@ def make_plan(model: PreTrainedModel, train_set: list[Conversation], args: Midtr
     """
     rates = loop.rates() | {"weight_decay": loop.weight_decay or 0.0}
     if loop.max_steps >= 0:
-        return derive(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=loop.max_steps, **rates)
+        return resolve_hyperparameters(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=loop.max_steps, **rates)
     tokens = args.num_train_epochs * sum(len(ids) for ids, _ in train_set)
     if args.replay_files:
         tokens *= 1 + 1 / args.replay_every
     if rates["total_batch_size"] is None:
-        one_step = derive(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=1, **rates)
+        one_step = resolve_hyperparameters(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=1, **rates)
         rates["total_batch_size"] = one_step.total_batch_size
     steps = round(tokens / rates["total_batch_size"])
     if steps < 1:
@@ -137,7 +137,7 @@ def make_plan(model: PreTrainedModel, train_set: list[Conversation], args: Midtr
             f"num_train_epochs {args.num_train_epochs:g}: {tokens:,.0f} tokens are less than one step of "
             f"{rates['total_batch_size']:,}; raise num_train_epochs, lower total_batch_size, or give max_steps"
         )
-    return derive(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=steps, **rates)
+    return resolve_hyperparameters(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=steps, **rates)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ from modeling_nanochat.text.sources import text_source
 from modeling_nanochat.tokenization_nanochat import special_token_ids
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.documents import out_of_reach
-from recipes.training.data.streams import TextLanes
+from recipes.training.data.streams import TextStreams
 from recipes.training.evaluation import Evaluation, bits_per_byte_evaluation, text_rows, validation
-from recipes.training.optim.hyperparameters import Plan, check_ranges, derive, given_or_none
+from recipes.training.optim.hyperparameters import Plan, check_ranges, given_or_none, resolve_hyperparameters
 from recipes.training.setup import LoopStage, given, make_accelerator, run_stage
 from recipes.training.stage import OutputArguments, check_output
 
@@ -113,17 +113,17 @@ def main() -> None:
     model = build_model(args, loop, tokenizer)
     plan = make_plan(model, args, loop)
     texts = text_source(args.train_files, what="train_files")
-    lanes_of = TextLanes(texts, tokenizer, loop.max_length, loop.seed)
+    make_stream = TextStreams(texts, tokenizer, loop.max_length, loop.seed)
     if line := out_of_reach(texts, tokenizer, loop.max_length):
         accelerator.print(line)
     evaluations = make_evaluations(args, loop, accelerator, tokenizer)
     record = {"stage": "base"}
-    run_stage(LoopStage(record, (args, loop, output), accelerator, model, tokenizer, plan, lanes_of, evaluations))
+    run_stage(LoopStage(record, (args, loop, output), accelerator, model, tokenizer, plan, make_stream, evaluations))
 
 
 def make_plan(model: NanoChatForCausalLM, args: PretrainArguments, loop: LoopArguments) -> Plan:
     given = ("target_flops", "target_param_data_ratio")
-    return derive(
+    return resolve_hyperparameters(
         model.config,
         loop.training_recipe,
         max_length=loop.max_length,

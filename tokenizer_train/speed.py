@@ -30,7 +30,7 @@ from modeling_nanochat.text.exact_encoders import (
     pattern_name,
 )
 from modeling_nanochat.text.sources import text_dataset
-from modeling_nanochat.tokenization_nanochat import escaped, text_only, whole_characters
+from modeling_nanochat.tokenization_nanochat import disable_special_tokens, escaped, whole_characters
 from tokenizer_train.bpe import SplitPattern, Trainer, choose_trainer, train_tokenizer
 
 
@@ -96,7 +96,7 @@ def installed(library: str) -> bool:
 
 
 def encoding_ways(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Way]:
-    plain = text_only(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    plain = disable_special_tokens(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     inputs = [escaped(text, plain) for text in texts]
     ways = [
         Way("fast tokenizer, one by one", lambda: [plain.encode(text, add_special_tokens=False).ids for text in inputs]),

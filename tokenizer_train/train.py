@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.folders import whole_folder
+from modeling_nanochat.folders import atomic_directory
 from modeling_nanochat.text.token_bytes import token_bytes
 from modeling_nanochat.tokenization_nanochat import encode_documents, save_tokenizer
 from tokenizer_train.bpe import SplitPattern, Trainer, check_request, choose_trainer, train_tokenizer
@@ -178,7 +178,7 @@ def cut_line(sources: list[Source], doc_cap: int) -> str:
 def save(tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
     """The folder, whole or not at all, with the bytes of each token (V,) int32 for bits per byte."""
     try:
-        with whole_folder(target) as folder:
+        with atomic_directory(target) as folder:
             save_tokenizer(tokenizer, folder)
             save_file({"token_bytes": token_bytes(tokenizer)}, folder / "token_bytes.safetensors")
     except OSError as error:

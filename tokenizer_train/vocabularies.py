@@ -22,10 +22,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.byte_pairs import merges_of
 from modeling_nanochat.text.sources import first_line
-from modeling_nanochat.tokenization_nanochat import byte_symbols, text_only
+from modeling_nanochat.tokenization_nanochat import byte_symbols, disable_special_tokens
 
 DOWNLOAD_SECONDS = 8.0  # for 1.5 MB
-PORTION = 256  # documents that are encoded at a time
+CHUNK_SIZE = 256  # documents that are encoded at a time
 
 
 class MissingVocabulary(Exception):
@@ -201,9 +201,9 @@ def counter(ranks: dict[bytes, int], pattern: str) -> Callable[[Sequence[str]], 
 
 def fast_counter(tokenizer: Tokenizer) -> Callable[[Sequence[str]], int]:
     def count(documents: Sequence[str]) -> int:
-        portions = (documents[i : i + PORTION] for i in range(0, len(documents), PORTION))
-        encoded = (tokenizer.encode_batch_fast(portion, add_special_tokens=False) for portion in portions)
-        return sum(len(encoding) for portion in encoded for encoding in portion)
+        portions = (documents[i : i + CHUNK_SIZE] for i in range(0, len(documents), CHUNK_SIZE))
+        encoded = (tokenizer.encode_batch_fast(chunk_size, add_special_tokens=False) for chunk_size in portions)
+        return sum(len(encoding) for chunk_size in encoded for encoding in chunk_size)
 
     return count
 
@@ -246,5 +246,5 @@ def hugging_face_vocabulary(name: str, where: str) -> Vocabulary:
         raise MissingVocabulary(f"could not be opened ({first_line(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise MissingVocabulary(f"is no fast tokenizer but a {type(tokenizer).__name__}")
-    backend = text_only(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    backend = disable_special_tokens(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     return Vocabulary(name, len(tokenizer), where, fast_counter(backend))

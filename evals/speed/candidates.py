@@ -1,6 +1,6 @@
 """What `evals/speed/throughput.py` lets run against each other: transformers' own NanoChat, and plain and turbo of this package.
 
-Equal names have equal weights, so transformers' model and plain must agree; a contender is `<architecture> <way>`.
+Equal names have equal weights, so transformers' model and plain must agree; a candidate is `<architecture> <way>`.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def training_step(model: PreTrainedModel, setting: Setting, compiled: bool) -> C
 
 
 def training_steps(models: dict[str, PreTrainedModel], setting: Setting, compiled: bool) -> dict[str, Callable]:
-    """The contenders of training; transformers' class only as it is usually run, uncompiled."""
+    """The candidates of training; transformers' class only as it is usually run, uncompiled."""
     steps = {}
     for architecture, model in models.items():
         steps[f"{architecture} eager"] = training_step(model, setting, compiled=False)
@@ -83,7 +83,7 @@ def training_steps(models: dict[str, PreTrainedModel], setting: Setting, compile
 
 
 def decoders(models: dict[str, PreTrainedModel], setting: Setting, compiled: bool) -> dict[str, Decode]:
-    """The contenders of greedy decoding, in the setting's dtype: prompt ids (B, P) and n -> rows of P + n ids."""
+    """The candidates of greedy decoding, in the setting's dtype: prompt ids (B, P) and n -> rows of P + n ids."""
     calls = {}
     for architecture, model in models.items():
         model.eval().to(setting.dtype)

@@ -1,4 +1,4 @@
-"""The most memory that training a contender needs, measured in a process of its own: a peak outlives its cause.
+"""The most memory that training a candidate needs, measured in a process of its own: a peak outlives its cause.
 
 A part of `evals/speed/throughput.py`, not a command.
 """
@@ -19,9 +19,9 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_memory(name: str, setting: Setting, ids: torch.Tensor) -> tuple[int, int]:
-    """Bytes in use before the first training step of contender `name` on ids (B, T), and the most during two steps.
+    """Bytes in use before the first training step of candidate `name` on ids (B, T), and the most during two steps.
 
-    On a CPU resident memory, on CUDA what torch allocated. A compiled contender's compiler is loaded before.
+    On a CPU resident memory, on CUDA what torch allocated. A compiled candidate's compiler is loaded before.
     """
     ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent is the one to end
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=signal.signal, initargs=ignore) as pool:

@@ -5,7 +5,7 @@
 
 Contenders take turns in one process, so that what disturbs the machine disturbs all of them; a figure is the median.
 Those with equal weights must agree, or the command fails; not in bfloat16, whose rounding decides close choices. Memory
-is that of training, each contender in a new process: the most in use, and how much that is over what was in use before
+is that of training, each candidate in a new process: the most in use, and how much that is over what was in use before
 the first step. The last line is JSON with everything. The first command takes about ten minutes on two CPU cores,
 the second is for a GPU.
 """
@@ -61,7 +61,7 @@ class ThroughputArguments:
     )
     prompt_length: int = field(default=64, metadata={"help": "Tokens in a prompt."})
     new_tokens: int = field(default=128, metadata={"help": "Tokens generated in each row, greedily."})
-    repeats: int = field(default=7, metadata={"help": "Timed calls of each contender."})
+    repeats: int = field(default=7, metadata={"help": "Timed calls of each candidate."})
     memory: bool = field(
         default=True,
         metadata={"help": "Measure training's peak memory (CPU: resident; CUDA: allocated), a new process for each."},
@@ -102,7 +102,7 @@ def main() -> None:
         except (torch.OutOfMemoryError, BrokenProcessPool) as error:
             raise UserError(f"depth {depth}: out of memory; lower train_batch_size or decode_batch_sizes") from error
     print(f"\n{json.dumps(results)}")
-    wrong = [row["contender"] for row in results["training"] + results["decode"] if not row["agrees"]]
+    wrong = [row["candidate"] for row in results["training"] + results["decode"] if not row["agrees"]]
     if wrong and args.dtype == "float32":
         raise UserError(f"{', '.join(wrong)}: other results than the first with equal weights; the speeds say nothing")
 
@@ -121,7 +121,7 @@ def measure_depth(args: ThroughputArguments, setting: Setting, results: dict[str
 
 
 def measure_training(args: ThroughputArguments, setting: Setting, models: dict[str, PreTrainedModel]) -> list[Row]:
-    """A row for each contender: tokens/s of forward and backward, MFU, loss, peak memory."""
+    """A row for each candidate: tokens/s of forward and backward, MFU, loss, peak memory."""
     torch.compiler.reset()  # code compiled for other measurements counts against the limit of versions
     ids = token_ids(args.train_batch_size, args.sequence_length, setting)
     steps = training_steps(models, setting, args.torch_compile)
@@ -129,7 +129,7 @@ def measure_training(args: ThroughputArguments, setting: Setting, models: dict[s
     peak = device_peaks(device_name(setting.device))[0] if setting.dtype == torch.bfloat16 else None
     rows = speeds(setting.depth, seconds, ids.numel())
     for row in rows:
-        name = row["contender"]
+        name = row["candidate"]
         flops = training_flops_per_token(setting.config(name.split()[0]), args.sequence_length)
         row["mfu_percent"] = 100 * flops * row["tokens_per_second"] / peak if peak else None
         row["loss"] = losses[name]
@@ -143,16 +143,16 @@ def measure_training(args: ThroughputArguments, setting: Setting, models: dict[s
 def measure_decode(
     args: ThroughputArguments, setting: Setting, models: dict[str, PreTrainedModel], batch_size: int
 ) -> list[Row]:
-    """A row for each contender: new tokens/s, the prompt's pass included; share of the memory bandwidth."""
+    """A row for each candidate: new tokens/s, the prompt's pass included; share of the memory bandwidth."""
     torch.compiler.reset()
     ids = token_ids(batch_size, args.prompt_length, setting)
-    contenders = decoders(models, setting, args.torch_compile)
-    calls = {name: partial(decode, ids, args.new_tokens) for name, decode in contenders.items()}
+    candidates = decoders(models, setting, args.torch_compile)
+    calls = {name: partial(decode, ids, args.new_tokens) for name, decode in candidates.items()}
     answers, seconds = take_turns(calls, args.repeats)
     bandwidth = device_peaks(device_name(setting.device))[1]
     rows = speeds(setting.depth, seconds, batch_size * args.new_tokens)
     for row in rows:
-        name, context = row["contender"], args.prompt_length + args.new_tokens // 2
+        name, context = row["candidate"], args.prompt_length + args.new_tokens // 2
         moved = decode_bytes_per_step(setting.config(name.split()[0]), context, batch_size, setting.dtype.itemsize)
         rate = moved * row["tokens_per_second"] / batch_size
         row["bandwidth_percent"] = 100 * rate / bandwidth if bandwidth else None
@@ -177,13 +177,13 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[di
 
 
 def speeds(depth: int, seconds: Mapping[str, Sequence[float]], tokens: int) -> list[Row]:
-    """Median speed of each contender, its spread, and its ratio to the first contender's median."""
+    """Median speed of each candidate, its spread, and its ratio to the first candidate's median."""
     medians = {name: tokens / statistics.median(times) for name, times in seconds.items()}
     first = next(iter(medians.values()))
     return [
         {
             "depth": depth,
-            "contender": name,
+            "candidate": name,
             "tokens_per_second": speed,
             "slowest": tokens / max(seconds[name]),
             "fastest": tokens / min(seconds[name]),

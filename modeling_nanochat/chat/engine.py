@@ -19,7 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..text.conversations import call_message
-from ..tokenization_nanochat import escaped, special_token_ids, text_only, whole_characters, whole_messages
+from ..tokenization_nanochat import (
+    disable_special_tokens,
+    escaped,
+    special_token_ids,
+    whole_characters,
+    whole_messages,
+)
 from .decoding import CompiledDecoder, Decoder
 from .python_tool import check_sandbox, run_python
 from .sampling import Sampler, check_setting
@@ -69,7 +75,7 @@ class ChatCodec:
         self.stop = {ids["<|assistant_end|>"], ids["<|bos|>"]}
         self.tokenizer = tokenizer
         # A copy of its own: the flag is the tokenizer's state, and several threads may render prompts meanwhile.
-        self.plain = text_only(copy.deepcopy(tokenizer.backend_tokenizer))
+        self.plain = disable_special_tokens(copy.deepcopy(tokenizer.backend_tokenizer))
 
     def encode(self, text: str) -> list[int]:
         return self.plain.encode(escaped(whole_characters(text), self.plain), add_special_tokens=False).ids

@@ -27,7 +27,7 @@ from .. import NanoChatForCausalLM, NanoChatTurboForCausalLM
 from ..cli import parse
 from ..configuration_nanochat import NanoChatConfig
 from ..errors import UserError, exit_on_user_error
-from ..folders import whole_folder
+from ..folders import atomic_directory
 from ..hub import find_folder
 from ..loading import load_tokenizer
 from ..tokenization_nanochat import save_tokenizer, set_special_tokens, special_token_ids
@@ -121,7 +121,7 @@ def to_hub(args: ConvertArguments) -> None:
     tokenizer = open_tokenizer(args, folder, sizes)
     dtype = pick_dtype(args.dtype, state_dict)
     model = build_model(config, {name: tensor.to(dtype) for name, tensor in state_dict.items()}, tokenizer)
-    with whole_folder(args.output_dir) as target:
+    with atomic_directory(args.output_dir) as target:
         model.save_pretrained(target)
         save_tokenizer(tokenizer, target)
         (target / "README.md").write_text(model_card(args, model, architecture, step), encoding="utf-8")
@@ -145,7 +145,7 @@ def to_original(args: ConvertArguments) -> None:
         raise UserError(f"{args.input}: {error}") from error
     step = args.step or 0
     meta = {"step": step, "model_config": sizes.to_dict()}
-    with whole_folder(args.output_dir) as target:
+    with atomic_directory(args.output_dir) as target:
         torch.save(state_dict, target / f"model_{step:06d}.pt")
         (target / f"meta_{step:06d}.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     layout = "launch" if architecture == "plain" else "current"

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ..tokenization_nanochat import check_blanks, escaped, text_only, whole_characters
+from ..tokenization_nanochat import check_blanks, disable_special_tokens, escaped, whole_characters
 from .exact_encoders import code_points, exact_encoder, pattern_name, unassigned
 
 MOST_THREADS = 4
@@ -37,7 +37,7 @@ class BulkEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, threads: int | None = None):
         self.bos_token_id = tokenizer.bos_token_id
         self.threads = threads or available_threads()
-        self.tokenizer = text_only(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+        self.tokenizer = disable_special_tokens(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
         pattern = pattern_name(self.tokenizer)
         self.may_be_cut = pattern is not None
         self.exact = exact_encoder(self.tokenizer, pattern)
@@ -45,7 +45,7 @@ class BulkEncoder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        text_only(self.tokenizer)  # a serialised one forgets
+        disable_special_tokens(self.tokenizer)  # a serialised one forgets
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids (n,) uint32 of each document, `<|bos|>` in front; control tokens spelled out stay ordinary characters.

@@ -17,7 +17,7 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import exit_on_user_error
 from modeling_nanochat.text.sources import text_source
 from recipes.training.data.loader import Loader
-from recipes.training.data.streams import TextLanes
+from recipes.training.data.streams import TextStreams
 
 
 @dataclass
@@ -36,7 +36,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     texts = text_source(args.train_files, what="train_files")
     started = time.perf_counter()
-    loader = Loader(TextLanes(texts, tokenizer, args.max_length), batch_size=args.per_device_train_batch_size)
+    loader = Loader(TextStreams(texts, tokenizer, args.max_length), batch_size=args.per_device_train_batch_size)
     first = next(loader)["input_ids"]
     waited = time.perf_counter() - started
     tokens, seconds = measure(loader, args.seconds)

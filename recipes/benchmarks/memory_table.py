@@ -23,7 +23,7 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sizes import parameter_counts, training_bytes, training_flops_per_token
 from recipes.training.batch_size import ACCELERATOR_TOKENS, divisors
-from recipes.training.optim.hyperparameters import Plan, derive
+from recipes.training.optim.hyperparameters import Plan, resolve_hyperparameters
 
 LENGTH = 2048  # tokens of a row
 VOCABULARIES = {"plain": 65536, "turbo": 32768}
@@ -65,7 +65,7 @@ class Size:
 
     @property
     def plan(self) -> Plan:
-        return derive(self.config, self.recipe, max_length=LENGTH)
+        return resolve_hyperparameters(self.config, self.recipe, max_length=LENGTH)
 
 
 SIZES = (

@@ -69,7 +69,7 @@ class LoopArguments(AttentionArguments):
             raise UserError(f"seed is {self.seed}; give one below 2^32")
 
     def rates(self) -> dict[str, float | int | None]:
-        """Batch and schedule as far as they are given, by the names that `recipes.training.optim.hyperparameters.derive` has for them."""
+        """Batch and schedule as far as they are given, by the names that `recipes.training.optim.hyperparameters.resolve_hyperparameters` has for them."""
         return {name: getattr(self, name) for name in RATES}
 
 

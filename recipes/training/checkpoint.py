@@ -9,7 +9,7 @@ Training waits only until its tensors are copied to the CPU's memory. A thread w
 marker, for which all processes must have done so, is written by `complete`, which the loop calls once they have.
 
 Each process writes its own share of optimizer and data state, and reads what it needs from all shares: the number of
-processes may change between two runs (see `MuonAdamW.load_shares`, `Loader.load_states`). With several machines the
+processes may change between two runs (see `MuonAdamW.load_sharded_state_dict`, `Loader.load_states`). With several machines the
 folder must be on storage that all of them see.
 """
 

@@ -14,7 +14,7 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.bulk_encoding import BulkEncoder
 from modeling_nanochat.text.sources import text_source
 from modeling_nanochat.text.token_bytes import token_bytes
-from recipes.training.data.documents import PORTION, is_text
+from recipes.training.data.documents import CHUNK_SIZE, is_text
 from recipes.training.data.packing import Conversation, pack_conversations, pack_documents
 
 Row = dict[str, torch.Tensor]
@@ -39,7 +39,7 @@ class Evaluation:
 def text_rows(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int, what: str) -> Iterator[Row]:
     """Rows of `max_length` + 1 ids packed from the documents in their order, once."""
     texts, encoder = text_source(files, what=what), BulkEncoder(tokenizer)
-    batches = (encoder.encode([text for text in batch["text"] if is_text(text)]) for batch in texts.iter(PORTION))
+    batches = (encoder.encode([text for text in batch["text"] if is_text(text)]) for batch in texts.iter(CHUNK_SIZE))
     for row in pack_documents(batches, max_length + 1):
         ids = torch.from_numpy(row)
         yield {"input_ids": ids, "labels": ids}

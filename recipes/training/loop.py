@@ -29,8 +29,8 @@ from .checkpoint import Checkpoint, Checkpoints, restore_random_state
 from .device import convert_to_float8, evaluation_precision
 from .evaluation import Evaluation
 from .learning import LearningWatch
-from .progress import GarbageFreezer, Laps, Progress, ProgressReport
-from .stage import StageLog
+from .progress import GarbageFreezer, ProgressReport, StepTimer, TrainState
+from .stage import JsonlLogger
 from .stopping import Stopped, StopRequest, stop_request
 
 Batch = dict[str, torch.Tensor]
@@ -57,15 +57,15 @@ def train(
     loader: Loader,
     plan: Plan,
     args: LoopArguments,
-    log: StageLog,
+    log: JsonlLogger,
     checkpoints: Checkpoints,
     *,
     resume_from: Checkpoint | None = None,
-    definition: dict[str, object] | None = None,
+    run_config: dict[str, object] | None = None,
     evaluations: tuple[Evaluation, ...] = (),
     decode: Callable[[list[int]], str] = str,
     stage: str = "base",
-) -> Progress:
+) -> TrainState:
     """Train `model` in place up to `plan.max_steps` optimizer steps.
 
     Args:
@@ -73,7 +73,7 @@ def train(
         loader: This process's micro-batches: `input_ids` (batch_size, max_length + 1), optionally `labels` of the same
             shape (unshifted, -100 where nothing is learnt) and `position_ids` (batch_size, max_length).
         resume_from: Where to go on.
-        definition: The settings that make this run what it is; kept in the checkpoints.
+        run_config: The settings that make this run what it is; kept in the checkpoints.
         decode: Text of token ids, to name a batch by.
         stage: base or mid.
 
@@ -83,11 +83,11 @@ def train(
         Stopped: SIGTERM or Ctrl-C; a checkpoint was written.
     """
     watch = LearningWatch(stage, plan.max_steps)
-    progress = restore(resume_from, optimizer, loader, watch, accelerator) if resume_from else Progress()
+    progress = restore(resume_from, optimizer, loader, watch, accelerator) if resume_from else TrainState()
     batch_size, processes = loader.batch_size, accelerator.num_processes
     accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, processes)
-    schedule, laps = plan.schedule(), Laps()
-    report = ProgressReport(accelerator, model.config, plan, args, log, laps, progress, watch)
+    schedule, timer = plan.schedule(), StepTimer()
+    report = ProgressReport(accelerator, model.config, plan, args, log, timer, progress, watch)
 
     def fail(problem: str) -> NoReturn:
         """On all processes alike."""
@@ -98,26 +98,26 @@ def train(
         return step == plan.max_steps or bool(args.save_steps and step % args.save_steps == 0)
 
     def save() -> None:
-        state = {"progress": vars(progress), "seconds": log.seconds, "definition": definition or {}}
+        state = {"progress": vars(progress), "seconds": log.seconds, "run_config": run_config or {}}
         state |= {"learning": watch.state_dict(), "processes": processes, "per_device_train_batch_size": batch_size}
-        shares = {"optimizer": optimizer.share_of_state(), "data": loader.state()}
-        checkpoints.save(progress.steps, state, shares, lambda: whole_state(accelerator, module, model))
+        shares = {"optimizer": optimizer.sharded_state_dict(), "data": loader.state()}
+        checkpoints.save(progress.steps, state, shares, lambda: full_state_dict(accelerator, module, model))
 
     advice = advice_on_memory(lambda error: explain_out_of_memory(error, batch_size, args.max_length))
     with stop_request() as request, GarbageFreezer() as garbage, report, advice:
         if progress.steps == 0:
             evaluate(evaluations, model, progress, plan, report)
-        laps.start()
+        timer.start()
         while progress.steps < plan.max_steps:
             schedule.apply(optimizer, progress.steps)
             batches = [next(loader) for _ in range(accumulation)]
-            laps.lap("data")
+            timer.lap("data")
             losses = accumulate(accelerator, module, batches)
             step = progress.steps + 1
             looked_at = report.is_logged(step) or is_saved(step)  # not in every step: it reads all gradients
             norm = gradient_norm(module) if looked_at else None
-            loss, stopping, norms, saving = agree(accelerator, losses, request, norm, checkpoints.being_written)
-            laps.lap("model")
+            loss, stopping, norms, saving = all_reduce_loss(accelerator, losses, request, norm, checkpoints.being_written)
+            timer.lap("model")
             if not math.isfinite(loss):
                 first_row = progress.steps * (plan.total_batch_size // args.max_length)
                 fail(non_finite(accelerator, losses, batches, progress.steps, first_row, decode))
@@ -128,20 +128,20 @@ def train(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            laps.lap("optimizer")
+            timer.lap("optimizer")
             progress = progress.after(loss, plan.total_batch_size)
             report.step(progress, schedule, norms)
             garbage.after_step(progress.steps)
-            laps.lap("rest")
+            timer.lap("rest")
             evaluate(evaluations, model, progress, plan, report)
-            laps.lap("evaluation")
+            timer.lap("evaluation")
             if not saving:
                 checkpoints.complete()
             if stopping or is_saved(progress.steps):
                 save()
             if stopping or progress.steps == plan.max_steps:
                 checkpoints.complete()
-            laps.lap("checkpoint")
+            timer.lap("checkpoint")
             if stopping and progress.steps < plan.max_steps:
                 raise Stopped(
                     f"{request.reason or 'another process was asked to stop'}: stopped after step {progress.steps} of "
@@ -187,17 +187,17 @@ def advice_on_memory(explain: Callable[[BaseException], UserError]) -> Iterator[
 
 def restore(
     checkpoint: Checkpoint, optimizer: MuonAdamW, loader: Loader, watch: LearningWatch, accelerator: Accelerator
-) -> Progress:
+) -> TrainState:
     """Optimizer, data, random generators and what was observed as they were; the weights were loaded before."""
     if "learning" in checkpoint.state:
         watch.load_state_dict(checkpoint.state["learning"])
-    optimizer.load_shares(checkpoint.shares("optimizer"))
+    optimizer.load_sharded_state_dict(checkpoint.shares("optimizer"))
     loader.load_states(checkpoint.shares("data"))
     restore_random_state(checkpoint, accelerator)
-    return Progress(**checkpoint.state["progress"])
+    return TrainState(**checkpoint.state["progress"])
 
 
-def whole_state(accelerator: Accelerator, module: torch.nn.Module, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def full_state_dict(accelerator: Accelerator, module: torch.nn.Module, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """All weights under their ordinary names, on the main process at least."""
     return accelerator.get_state_dict(module) if accelerator.is_fsdp2 else model.state_dict()
 
@@ -246,7 +246,7 @@ def gradient_norm(module: torch.nn.Module) -> torch.Tensor:
     return torch.nn.utils.get_total_norm(local).float()
 
 
-def agree(
+def all_reduce_loss(
     accelerator: Accelerator,
     losses: torch.Tensor,
     request: StopRequest,
@@ -283,7 +283,7 @@ def non_finite(
 
 
 def evaluate(
-    evaluations: tuple[Evaluation, ...], model: PreTrainedModel, progress: Progress, plan: Plan, report: ProgressReport
+    evaluations: tuple[Evaluation, ...], model: PreTrainedModel, progress: TrainState, plan: Plan, report: ProgressReport
 ) -> None:
     """Run those that are due on the uncompiled model, without gradients."""
     due = [one for one in evaluations if one.due(progress.steps, plan.max_steps)]

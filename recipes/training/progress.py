@@ -24,7 +24,7 @@ from recipes.training.optim.schedule import Schedule
 
 from .arguments import LoopArguments
 from .learning import LearningWatch
-from .stage import StageLog
+from .stage import JsonlLogger
 
 GARBAGE_STEPS = 5000
 SECONDS_BETWEEN_LINES = 30
@@ -32,7 +32,7 @@ SECONDS_BETWEEN_EVALUATIONS = 600  # that are printed; the log has all of them
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainState:
     """Where a run got to."""
 
     steps: int = 0
@@ -41,12 +41,12 @@ class Progress:
     tokens_per_second: float = 0.0
     warnings: Sequence[str] = ()  # that nothing was learnt, see `recipes/training/learning.py`
 
-    def after(self, loss: float, tokens: int) -> "Progress":
+    def after(self, loss: float, tokens: int) -> "TrainState":
         return replace(self, steps=self.steps + 1, tokens=self.tokens + tokens, loss=loss)
 
 
 @dataclass
-class Laps:
+class StepTimer:
     """Seconds by kind of work since the last entry of the log: data, model, optimizer, rest; evaluation, checkpoint."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -147,12 +147,12 @@ class ProgressReport:
         config: PretrainedConfig,
         plan: Plan,
         args: LoopArguments,
-        log: StageLog,
-        laps: Laps,
-        progress: Progress,
+        log: JsonlLogger,
+        timer: StepTimer,
+        progress: TrainState,
         watch: LearningWatch,
     ):
-        self.accelerator, self.plan, self.args, self.log, self.laps = accelerator, plan, args, log, laps
+        self.accelerator, self.plan, self.args, self.log, self.timer = accelerator, plan, args, log, timer
         self.watch, self.tracking = watch, True
         self.flops_per_token = training_flops_per_token(config, args.max_length)
         name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else ""
@@ -172,7 +172,7 @@ class ProgressReport:
     def is_logged(self, step: int) -> bool:
         return step % self.args.logging_steps == 0 or step in (1, self.plan.max_steps)
 
-    def step(self, progress: Progress, schedule: Schedule, norm: float | None) -> None:
+    def step(self, progress: TrainState, schedule: Schedule, norm: float | None) -> None:
         """After each optimizer step: the bar; at intervals the log and the trackers.
 
         Args:
@@ -183,7 +183,7 @@ class ProgressReport:
         self.live.step(progress.steps, f"loss {progress.loss:.3f}{self.speed()}")
         if not self.is_logged(progress.steps):
             return
-        seconds, steps = self.laps.take(), progress.steps - self.logged_at
+        seconds, steps = self.timer.take(), progress.steps - self.logged_at
         self.logged_at = progress.steps
         self.rates.append(steps * self.plan.total_batch_size / max(seconds["training"], 1e-9))
         values = {
@@ -206,7 +206,7 @@ class ProgressReport:
             return ""
         return f", {self.rates[-1]:,.0f} tokens/s" + (f", MFU {100 * self.mfu():.1f} %" if self.peak_flops else "")
 
-    def evaluated(self, progress: Progress, values: dict[str, Any], lines: list[str]) -> None:
+    def evaluated(self, progress: TrainState, values: dict[str, Any], lines: list[str]) -> None:
         """Log and track an evaluation, and print its first line where `is_shown`."""
         self.log.log(step=progress.steps, tokens=progress.tokens, **values)
         numbers = {f"val/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
@@ -235,7 +235,7 @@ class ProgressReport:
             self.tracking = False
             self.live.write([f"warning: report_to {self.args.report_to} failed ({first_line(error)}); training goes on without it"])
 
-    def finished(self, progress: Progress) -> Progress:
+    def finished(self, progress: TrainState) -> TrainState:
         """With the speed of the run, the median of the log's entries without the first (it warms up), and the warnings."""
         speed = median(self.rates[1:] or self.rates or [0.0])
         return replace(progress, tokens_per_second=speed, warnings=self.watch.warnings)

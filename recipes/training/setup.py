@@ -13,7 +13,7 @@ from modeling_nanochat.cli import is_verbose
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.sources import first_line
 from recipes.training.data.loader import Loader
-from recipes.training.data.streams import Lanes
+from recipes.training.data.streams import StreamMaker
 from recipes.training.optim.hyperparameters import TAKEN, Plan, plain
 from recipes.training.optim.optimizer import MuonAdamW
 
@@ -23,9 +23,9 @@ from .batch_size import find_batch_size, smallest
 from .checkpoint import Checkpoint, Checkpoints
 from .device import accelerator_options, is_compiled, maybe_compile
 from .evaluation import Evaluation
-from .loop import accumulate, accumulation_steps, prepare, train, whole_state
+from .loop import accumulate, accumulation_steps, full_state_dict, prepare, train
 from .model_card import model_card
-from .stage import OutputArguments, StageLog, beside, finish_stage, push, settings
+from .stage import JsonlLogger, OutputArguments, beside, finish_stage, push, settings
 from .stopping import Outcomes, Stopped, ending_together
 
 OUTPUT_KEYS = set(OutputArguments.__dataclass_fields__)
@@ -69,7 +69,7 @@ class LoopStage:
     Attributes:
         record: What the stage's record starts with; "stage" at least.
         arguments: The stage's own, the loop's and the output's.
-        lanes_of: The rows of a lane of the data, see `recipes/training/data/streams.py`.
+        make_stream: Makes one of the data's streams of rows, see `recipes/training/data/streams.py`.
     """
 
     record: dict[str, object]
@@ -78,7 +78,7 @@ class LoopStage:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     plan: Plan
-    lanes_of: Lanes
+    make_stream: StreamMaker
     evaluations: tuple[Evaluation, ...]
 
 
@@ -109,8 +109,8 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
     """
     accelerator, model, plan = stage.accelerator, stage.model, stage.plan
     _, args, output = stage.arguments
-    definition = define(*stage.arguments)
-    resume_from = find_checkpoint(checkpoints, args, definition)
+    run_config = define(*stage.arguments)
+    resume_from = find_checkpoint(checkpoints, args, run_config)
     if resume_from:
         model.load_state_dict(resume_from.weights())
     choose_attention(model, args.attn_implementation, args.torch_compile, accelerator)
@@ -121,9 +121,9 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
     if accelerator.is_main_process:
         announce(model, plan, accumulation, batch_size, accelerator.num_processes, resume_from)
     going_on = {"step": resume_from.step, "seconds": resume_from.state["seconds"]} if resume_from else {}
-    log = StageLog(output.output_dir, accelerator.is_main_process, **going_on)
+    log = JsonlLogger(output.output_dir, accelerator.is_main_process, **going_on)
     loader = Loader(
-        stage.lanes_of,
+        stage.make_stream,
         batch_size=batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -141,14 +141,14 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
             log,
             checkpoints,
             resume_from=resume_from,
-            definition=definition,
+            run_config=run_config,
             evaluations=stage.evaluations,
             decode=stage.tokenizer.decode,
             stage=str(stage.record["stage"]),
         )
     finally:
         loader.close()
-    weights = whole_state(accelerator, module, model)
+    weights = full_state_dict(accelerator, module, model)
     if accelerator.is_main_process:
         derived = {key: value for key, value in asdict(plan).items() if key != "origins"}
         resolved = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
@@ -186,7 +186,7 @@ def names_of(paths: str | list[str] | None) -> str | list[str] | None:
     return [Path(path).name for path in paths] if isinstance(paths, list) else paths and Path(paths).name
 
 
-def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, definition: dict[str, object]) -> Checkpoint | None:
+def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, run_config: dict[str, object]) -> Checkpoint | None:
     """Where to go on; without `--resume`, what lies there is cleared away.
 
     Raises:
@@ -201,12 +201,12 @@ def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, definition: d
         if checkpoints.accelerator.is_main_process:
             print(f"no checkpoint in {checkpoints.folder} yet: training from the start")
         return None
-    before = checkpoint.state["definition"]
-    changed = sorted(key for key in before.keys() | definition.keys() if before.get(key) != definition.get(key))
+    before = checkpoint.state["run_config"]
+    changed = sorted(key for key in before.keys() | run_config.keys() if before.get(key) != run_config.get(key))
     if changed:
         key = changed[0]
         raise UserError(
-            f"{checkpoint.folder} was trained with {key} {before.get(key)}, now it is {definition.get(key)}; give the same, "
+            f"{checkpoint.folder} was trained with {key} {before.get(key)}, now it is {run_config.get(key)}; give the same, "
             "or train anew with --overwrite_output_dir true and without --resume"
         )
     return checkpoint
@@ -247,7 +247,7 @@ def choose_batch_size(
         trial,
         # A pass that failed on one process of FSDP2's leaves the others in a collective
         agree=Outcomes().smallest if accelerator.is_fsdp2 else partial(smallest, accelerator),
-        state_bytes=sum(state.nbytes for state in optimizer.share_of_state().values()),
+        state_bytes=sum(state.nbytes for state in optimizer.sharded_state_dict().values()),
         compiled=is_compiled(module),
     )
 

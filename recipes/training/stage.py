@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_nanochat.chat.self_check import warn_of_untested_versions
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.folders import flush, settle, whole_folder
+from modeling_nanochat.folders import atomic_directory, flush, settle
 from modeling_nanochat.tokenization_nanochat import save_tokenizer, set_special_tokens
 
 from .checkpoint import discard, write_text
@@ -164,7 +164,7 @@ def read_record(output_dir: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-class StageLog:
+class JsonlLogger:
     """Measurements of one stage as JSON lines in `<run>/logs/<stage>.jsonl`, each with the seconds since the start.
 
     Going on after `step`, with `seconds` on the clock, it keeps the lines up to that step and drops what the lost steps
@@ -235,7 +235,7 @@ def finish_stage(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     args: OutputArguments,
-    log: StageLog,
+    log: JsonlLogger,
     record: dict[str, Any],
     card: Callable[[dict], str],
     weights: dict[str, torch.Tensor] | None = None,
@@ -261,7 +261,7 @@ def finish_stage(
     pending = pending_record(args.output_dir)
     try:
         pending.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(args.output_dir) as folder:
+        with atomic_directory(args.output_dir) as folder:
             model.save_pretrained(folder, state_dict=weights)
             save_tokenizer(tokenizer, folder)
             (folder / "README.md").write_text(card(record), encoding="utf-8")

@@ -231,10 +231,10 @@ def test_raw_text_loses_an_own_escape(tokenizer):
 
 def test_a_tokenizer_that_never_reads_control_tokens_cannot_render(folder, tokenizer):
     """Opened with `split_special_tokens=True`, for text alone: the template's own tokens become text as well."""
-    text_only = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+    disable_special_tokens = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
     control = set(tokenizer.get_added_vocab().values())
-    assert not control & set(text_only("a<|bos|>").input_ids[1:])
-    assert not control & set(rendered(text_only, [{"role": "user", "content": "a"}]))
+    assert not control & set(disable_special_tokens("a<|bos|>").input_ids[1:])
+    assert not control & set(rendered(disable_special_tokens, [{"role": "user", "content": "a"}]))
 
 
 def test_encoding_text_alone_leaves_no_trace(tokenizer):

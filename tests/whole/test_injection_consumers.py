@@ -27,7 +27,7 @@ from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.grpo import NanoChatGRPOTrainer, read_problems
 from recipes.sft import NanoChatSFTTrainer, token_dataset
 from recipes.training.data.conversations import read_conversations, render
-from recipes.training.data.streams import ConversationLanes, TextLanes
+from recipes.training.data.streams import ConversationStreams, TextStreams
 from recipes.training.trl.settings import GRPOSettings, SFTSettings
 
 HALF, READ_AS = "a\ud800<|bos|>", "a\ufffd<|bos|>"  # JSON and terminals can write half a surrogate pair
@@ -75,17 +75,17 @@ def test_half_characters_in_a_file(tokenizer, tmp_path):
 def test_rows_of_midtraining(tokenizer, conversations):
     rendered_ = render(conversations, tokenizer, 255, show_progress=False)
     expected = {tuple(ids.tolist()) for ids, _ in rendered_}
-    rows = rows_of(ConversationLanes(rendered_, tokenizer.bos_token_id, 255), 20)
+    rows = rows_of(ConversationStreams(rendered_, tokenizer.bos_token_id, 255), 20)
     found = {document for row in rows for document in documents_in(tokenizer, row)}
     assert found and found <= expected
 
 
-def rows_of(lanes, count: int) -> list[list[int]]:
-    """Token ids of the first rows of the first lane."""
-    lane, rows = lanes(0), []
+def rows_of(streams, count: int) -> list[list[int]]:
+    """Token ids of the first rows of the first stream."""
+    stream, rows = streams(0), []
     for _ in range(count):
-        row = {name: np.full(width, -1) for name, width in lanes.widths.items()}
-        lane.write(row)
+        row = {name: np.full(width, -1) for name, width in streams.widths.items()}
+        stream.write(row)
         rows.append(row["input_ids"].tolist())
     return rows
 
@@ -99,7 +99,7 @@ def documents_in(tokenizer, ids: list[int]) -> list[tuple[int, ...]]:
 
 def test_rows_of_pretraining(tokenizer):
     texts = Dataset.from_dict({"text": [*HOSTILE, READ_AS]})
-    for row in rows_of(TextLanes(texts, tokenizer, 32), 40):
+    for row in rows_of(TextStreams(texts, tokenizer, 32), 40):
         pieces = read(tokenizer, row)
         assert {name for name, _ in pieces} == {"<|bos|>"}
         assert all(any(whole_.startswith(text.rstrip("\ufffd")) for whole_ in texts["text"]) for _, text in pieces)

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from modeling_nanochat.text.sources import text_source
 from recipes.benchmarks.loader_speed import measure
 from recipes.training.data.loader import Loader
-from recipes.training.data.streams import TextLanes
+from recipes.training.data.streams import TextStreams
 
 from . import Report, Setting
 from .measuring import seconds_of
@@ -21,7 +21,7 @@ def check_data(setting: Setting, report: Report) -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(world, "tokenizer"))
     rows, length, seconds = (32, 2048, 5.0) if setting.on_gpu else (4, 64, 0.2)
     texts = text_source([str(world / "train.parquet")], what="train_files")
-    loader = Loader(TextLanes(texts, tokenizer, length), batch_size=rows)
+    loader = Loader(TextStreams(texts, tokenizer, length), batch_size=rows)
     batches = []
     report.figure("seconds until the first batch", seconds_of(lambda: batches.append(next(loader)), "cpu"))
     tokens, passed = measure(loader, seconds)

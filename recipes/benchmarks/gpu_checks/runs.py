@@ -14,8 +14,8 @@ from modeling_nanochat import ARCHITECTURES, NanoChatConfig
 from recipes.training.arguments import LoopArguments
 from recipes.training.attention import choose_attention
 from recipes.training.device import maybe_compile
-from recipes.training.loop import accumulate, agree, prepare
-from recipes.training.optim.hyperparameters import Plan, derive
+from recipes.training.loop import accumulate, all_reduce_loss, prepare
+from recipes.training.optim.hyperparameters import Plan, resolve_hyperparameters
 from recipes.training.optim.optimizer import MuonAdamW
 from recipes.training.setup import make_accelerator
 from recipes.training.stopping import StopRequest
@@ -47,7 +47,7 @@ class TrainingRun:
     def backward(self) -> float:
         """Forward and backward pass; the loss."""
         losses = accumulate(self.accelerator, self.module, [self.batch])
-        return agree(self.accelerator, losses, self.request, None)[0]
+        return all_reduce_loss(self.accelerator, losses, self.request, None)[0]
 
     def update(self) -> None:
         self.optimizer.step()
@@ -73,7 +73,7 @@ def bare_accelerator(setting: Setting, rows: int, length: int) -> Accelerator:
 
 
 def make_plan(config: NanoChatConfig, rows: int, length: int) -> Plan:
-    return derive(config, "current", max_length=length, max_steps=STEPS, total_batch_size=rows * length)
+    return resolve_hyperparameters(config, "current", max_length=length, max_steps=STEPS, total_batch_size=rows * length)
 
 
 def make_run(

@@ -1,4 +1,4 @@
-"""Which document comes when: shuffled by seed, anew in every epoch, dealt out over lanes, without end.
+"""Which document comes when: shuffled by seed, anew in every epoch, dealt out over streams, without end.
 
 Every place can be written down and come back to.
 """
@@ -16,7 +16,7 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.sources import first_line
 from modeling_nanochat.tokenization_nanochat import encode_documents
 
-PORTION = 128  # documents of a lane that are read and encoded at a time
+CHUNK_SIZE = 128  # documents of a stream that are read and encoded at a time
 CONVERSATIONS = 32  # the same for conversations: with more, padding hardly shrinks (0.8 % at 512 tokens a row)
 SAMPLED, SAMPLED_CHARACTERS = 64, 2000  # documents and of each so much, to estimate bytes per token
 BLOCK = 1024  # rows of a stream's part that are shuffled among themselves
@@ -31,7 +31,7 @@ class Epochs:
 
     def __init__(self, size: int, seed: int):
         self.size, self.seed = size, seed
-        self.kept: dict[int, np.ndarray] = {}  # lanes are never far apart: two epochs are enough
+        self.kept: dict[int, np.ndarray] = {}  # streams are never far apart: two epochs are enough
 
     def order(self, epoch: int) -> np.ndarray:
         if epoch not in self.kept:
@@ -43,16 +43,16 @@ class Epochs:
         return int(self.order(place // self.size)[place % self.size])
 
 
-class Share:
-    """What falls to one lane of an endless sequence: every `lanes`-th index, beginning with its own number."""
+class StridedSampler:
+    """What falls to one stream of an endless sequence: every `streams`-th index, beginning with its own number."""
 
-    def __init__(self, epochs: Epochs, lane: int, lanes: int):
-        self.epochs, self.place, self.lanes = epochs, lane, lanes
+    def __init__(self, epochs: Epochs, index: int, streams: int):
+        self.epochs, self.cursor, self.streams = epochs, index, streams
 
     def take(self, count: int) -> list[int]:
-        end = self.place + count * self.lanes
-        indices = [self.epochs[place] for place in range(self.place, end, self.lanes)]
-        self.place = end
+        end = self.cursor + count * self.streams
+        indices = [self.epochs[place] for place in range(self.cursor, end, self.streams)]
+        self.cursor = end
         return indices
 
 
@@ -80,43 +80,43 @@ def out_of_reach(texts: Dataset | IterableDataset, tokenizer: PreTrainedTokenize
     )
 
 
-def portion(documents: int, lanes: int, most: int = PORTION) -> int:
-    """Documents that a lane reads at a time: of few so few that all lanes together stay within an epoch."""
-    return max(8, min(most, documents // (2 * lanes)))
+def chunk_size(documents: int, streams: int, most: int = CHUNK_SIZE) -> int:
+    """Documents that a stream reads at a time: of few so few that all streams together stay within an epoch."""
+    return max(8, min(most, documents // (2 * streams)))
 
 
 class ShuffledDocuments:
-    """A lane's documents of a `datasets.Dataset`, by index."""
+    """A stream's documents of a `datasets.Dataset`, by index."""
 
-    def __init__(self, share: Share):
-        self.share = share
-        self.portion = portion(share.epochs.size, share.lanes)
-        self.made_of = [share.epochs.size, share.epochs.seed]
+    def __init__(self, sampler: StridedSampler):
+        self.sampler = sampler
+        self.chunk_size = chunk_size(sampler.epochs.size, sampler.streams)
+        self.fingerprint = [sampler.epochs.size, sampler.epochs.seed]
 
     def __iter__(self) -> Iterator[list[int]]:
         while True:
-            yield self.share.take(self.portion)
+            yield self.sampler.take(self.chunk_size)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {"place": np.array(self.share.place)}
+        return {"cursor": np.array(self.sampler.cursor)}
 
     def load_state_dict(self, state: State) -> None:
-        self.share.place = int(state["place"])
+        self.sampler.cursor = int(state["cursor"])
 
 
 class StreamedDocuments:
-    """A lane's texts of a `datasets.IterableDataset` with a column `text`.
+    """A stream's texts of a `datasets.IterableDataset` with a column `text`.
 
     The parts of the stream (`num_shards`: files or row groups) are put in a new order for every epoch and dealt out over
-    the lanes; rows are shuffled in blocks of 1024. Of a stream with fewer parts than lanes, every lane reads all and
+    the streams; rows are shuffled in blocks of 1024. Of a stream with fewer parts than streams, every stream reads all and
     keeps its share of each block.
     """
 
-    portion = PORTION
+    chunk_size = CHUNK_SIZE
 
-    def __init__(self, stream: IterableDataset, lane: int, lanes: int, seed: int):
-        self.stream, self.lane, self.lanes, self.seed = stream, lane, lanes, seed
-        self.made_of = [stream.num_shards, seed]
+    def __init__(self, dataset: IterableDataset, index: int, streams: int, seed: int):
+        self.dataset, self.index, self.streams, self.seed = dataset, index, streams, seed
+        self.fingerprint = [dataset.num_shards, seed]
         self.epoch, self.part, self.block, self.offset = 0, 0, 0, 0  # the next text: where in which block
         self.part_state: dict | None = None  # of the library, before that block
         self.found = False  # a text in this epoch
@@ -125,14 +125,14 @@ class StreamedDocuments:
         while True:
             for texts in self.blocks():
                 while self.offset < len(texts):
-                    chosen = texts[self.offset : self.offset + PORTION]
+                    chosen = texts[self.offset : self.offset + CHUNK_SIZE]
                     self.offset += len(chosen)
                     yield chosen
                 self.block, self.offset = self.block + 1, 0
 
     def blocks(self) -> Iterator[list[str]]:
         """The blocks that are left of this part; afterwards the place is the beginning of the next one."""
-        part = self.stream.shard(num_shards=self.stream.num_shards, index=self.parts()[self.part])
+        part = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.parts()[self.part])
         if self.part_state is not None:
             part.load_state_dict(self.part_state)
         rows = part.iter(BLOCK)
@@ -147,31 +147,31 @@ class StreamedDocuments:
             self.end_epoch()
 
     def parts(self) -> list[int]:
-        """This lane's parts of the epoch."""
-        order = np.random.default_rng(self.seed + self.epoch).permutation(self.stream.num_shards)
-        return (order[self.lane :: self.lanes] if len(order) >= self.lanes else order).tolist()
+        """This stream's parts of the epoch."""
+        order = np.random.default_rng(self.seed + self.epoch).permutation(self.dataset.num_shards)
+        return (order[self.index :: self.streams] if len(order) >= self.streams else order).tolist()
 
     def mine(self, texts: list[str]) -> list[str]:
         part = self.parts()[self.part]
         order = np.random.default_rng([self.seed, self.epoch, part, self.block]).permutation(len(texts))
-        if self.stream.num_shards < self.lanes:
-            order = order[self.lane :: self.lanes]
+        if self.dataset.num_shards < self.streams:
+            order = order[self.index :: self.streams]
         texts = [texts[i] for i in order]
         self.found |= any(is_text(text) for text in texts)
         return texts
 
     def end_epoch(self) -> None:
         if not self.found:
-            raise UserError(f"the streamed text has too few documents for {self.lanes} lanes; download it and give its files")
+            raise UserError(f"the streamed text has too few documents for {self.streams} streams; download it and give its files")
         self.epoch, self.part, self.found = self.epoch + 1, 0, False
 
     def state_dict(self) -> dict[str, np.ndarray]:
         place = [self.epoch, self.part, self.block, self.offset, self.found]
         library = json.dumps(self.part_state).encode()
-        return {"place": np.array(place, dtype=np.int64), "part": np.frombuffer(library, dtype=np.uint8)}
+        return {"cursor": np.array(place, dtype=np.int64), "part": np.frombuffer(library, dtype=np.uint8)}
 
     def load_state_dict(self, state: State) -> None:
-        self.epoch, self.part, self.block, self.offset, found = state["place"].tolist()
+        self.epoch, self.part, self.block, self.offset, found = state["cursor"].tolist()
         self.part_state, self.found = json.loads(state["part"].tobytes()), bool(found)
 
 

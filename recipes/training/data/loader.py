@@ -16,17 +16,17 @@ from safetensors import safe_open
 from modeling_nanochat.errors import UserError
 
 from .background import BackgroundBatches, Fill, own
-from .streams import LANES, Lane, Lanes, Row, below
+from .streams import STREAMS, Row, RowStream, StreamMaker, below
 
 TOKENS_BETWEEN_STATES = 2**20  # of one process: what resuming may have to pack once more
-LaneStates = dict[int, dict[str, np.ndarray]]
+StreamStates = dict[int, dict[str, np.ndarray]]
 
 
 class Loader:
     """Endless micro-batches: {"input_ids": Long (batch_size, max_length + 1)}, for conversations also "labels".
 
     Args:
-        lanes_of: Makes the lane of a number, and knows the widths of what lanes write.
+        make_stream: Makes the stream of a number, and knows the widths of what streams write.
         batch_size: Rows of one micro-batch of this process.
         rank, world_size: This process and how many there are.
         background: Tokenize and pack in a process of its own, ahead of training.
@@ -39,7 +39,7 @@ class Loader:
 
     def __init__(
         self,
-        lanes_of: Lanes,
+        make_stream: StreamMaker,
         *,
         batch_size: int,
         rank: int = 0,
@@ -47,10 +47,10 @@ class Loader:
         background: bool = True,
         document_start: int | None = None,
     ):
-        self.lanes_of, self.batch_size, self.rank, self.world_size = lanes_of, batch_size, rank, world_size
+        self.make_stream, self.batch_size, self.rank, self.world_size = make_stream, batch_size, rank, world_size
         self.background, self.document_start = background, document_start
         self.row = 0  # of the whole run; those before have been handed out
-        self.states: LaneStates = {}  # as of some row before
+        self.states: StreamStates = {}  # as of some row before
         self.batches: Iterator | None = None
 
     def __iter__(self) -> "Loader":
@@ -68,13 +68,13 @@ class Loader:
         """Begin to prepare batches; the first batch asked for does so too."""
         if self.batches is None:
             begin = partial(
-                begin_filling, self.lanes_of, self.rank, self.world_size, self.row, self.states, self.document_start
+                begin_filling, self.make_stream, self.rank, self.world_size, self.row, self.states, self.document_start
             )
             batches = BackgroundBatches if self.background else batches_here
             self.batches = batches(begin, self.shapes())
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        widths = dict(self.lanes_of.widths)
+        widths = dict(self.make_stream.widths)
         if self.document_start is not None:
             widths["position_ids"] = widths["input_ids"] - 1
         return {name: (self.batch_size, width) for name, width in widths.items()}
@@ -84,19 +84,19 @@ class Loader:
 
         Take it between optimizer steps, when every process has been handed the same number of batches.
         """
-        states = {f"lane.{lane}.{name}": array for lane, state in self.states.items() for name, array in state.items()}
-        numbers = {"row": np.array(self.row), "lanes": np.array(LANES)}
+        states = {f"stream.{stream}.{name}": array for stream, state in self.states.items() for name, array in state.items()}
+        numbers = {"row": np.array(self.row), "streams": np.array(STREAMS)}
         return {name: torch.from_numpy(np.array(array)) for name, array in (numbers | states).items()}
 
     def load_states(self, files: Sequence[Path]) -> None:
         """Go on where the run that saved `files` (the state of each of its processes, however many) has stopped.
 
         Raises:
-            UserError: The files are not of one point of one run, or of a version with other lanes.
+            UserError: The files are not of one point of one run, or of a version with other streams.
         """
         self.close()
         self.row = common_row(files)
-        self.states = newest_states(files, own_lanes(self.rank, self.world_size))
+        self.states = newest_states(files, own_streams(self.rank, self.world_size))
 
     def close(self) -> None:
         """End the background process. A batch asked for afterwards starts another, which continues."""
@@ -105,44 +105,44 @@ class Loader:
             self.batches = None
 
 
-def own_lanes(rank: int, world_size: int) -> list[int]:
-    """The lanes that have rows of this process."""
-    step = gcd(world_size, LANES)
-    return list(range(rank % step, LANES, step))
+def own_streams(rank: int, world_size: int) -> list[int]:
+    """The streams that have rows of this process."""
+    step = gcd(world_size, STREAMS)
+    return list(range(rank % step, STREAMS, step))
 
 
 def begin_filling(
-    lanes_of: Lanes, rank: int, world_size: int, row: int, states: LaneStates, document_start: int | None
+    make_stream: StreamMaker, rank: int, world_size: int, row: int, states: StreamStates, document_start: int | None
 ) -> Fill:
-    lanes = {number: lanes_of(number) for number in own_lanes(rank, world_size)}
+    streams = {number: make_stream(number) for number in own_streams(rank, world_size)}
     for number, state in states.items():
-        lanes[number].load_state_dict(state)
-    return Filler(lanes, rank, world_size, row, document_start).fill
+        streams[number].load_state_dict(state)
+    return Filler(streams, rank, world_size, row, document_start).fill
 
 
 class Filler:
     """Writes one process's rows, from row `row` of the run on, batch after batch."""
 
-    def __init__(self, lanes: dict[int, Lane], rank: int, world_size: int, row: int, document_start: int | None):
-        self.lanes, self.world_size, self.document_start = lanes, world_size, document_start
+    def __init__(self, streams: dict[int, RowStream], rank: int, world_size: int, row: int, document_start: int | None):
+        self.streams, self.world_size, self.document_start = streams, world_size, document_start
         self.row = row + (rank - row) % world_size
         self.tokens = TOKENS_BETWEEN_STATES  # since the last state: the first batch comes with one
 
     def fill(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-        """Write the arrays (batch_size, width); now and then returns the state of the lanes after it."""
+        """Write the arrays (batch_size, width); now and then returns the state of the streams after it."""
         for i in range(len(batch["input_ids"])):
             self.write({name: rows[i] for name, rows in batch.items()})
         self.tokens += batch["input_ids"].size
         if self.tokens < TOKENS_BETWEEN_STATES:
             return None
         self.tokens = 0
-        return {f"{n}.{name}": array for n, lane in self.lanes.items() for name, array in lane.state_dict().items()}
+        return {f"{n}.{name}": array for n, stream in self.streams.items() for name, array in stream.state_dict().items()}
 
     def write(self, row: Row) -> None:
-        lane = self.lanes[self.row % LANES]
-        while lane.rows < self.row // LANES:  # rows of another process, or from before it was resumed
-            lane.write(row)
-        lane.write(row)
+        stream = self.streams[self.row % STREAMS]
+        while stream.rows < self.row // STREAMS:  # rows of another process, or from before it was resumed
+            stream.write(row)
+        stream.write(row)
         if self.document_start is not None:
             row["position_ids"][:] = positions(row["input_ids"][:-1], self.document_start)
         self.row += self.world_size
@@ -163,9 +163,9 @@ def batches_here(begin: Callable[[], Fill], shapes: dict[str, tuple[int, int]]) 
         yield {name: own(tensor) for name, tensor in batch.items()}, states
 
 
-def by_lane(states: dict[str, np.ndarray]) -> LaneStates:
-    lanes = {int(name.partition(".")[0]) for name in states}
-    return {lane: below(f"{lane}.", states) for lane in sorted(lanes)}
+def by_lane(states: dict[str, np.ndarray]) -> StreamStates:
+    streams = {int(name.partition(".")[0]) for name in states}
+    return {stream: below(f"{stream}.", states) for stream in sorted(streams)}
 
 
 def common_row(files: Sequence[Path]) -> int:
@@ -173,30 +173,30 @@ def common_row(files: Sequence[Path]) -> int:
     for file in files:
         with safe_open(file, "np") as state:
             rows.add(int(state.get_tensor("row")))
-            if int(state.get_tensor("lanes")) != LANES:
-                raise UserError(f"{file}: made by a version with other data lanes; resume with that version or start anew")
+            if int(state.get_tensor("streams")) != STREAMS:
+                raise UserError(f"{file}: made by a version with other data streams; resume with that version or start anew")
     if len(rows) != 1:
         raise UserError(f"{files[0] if files else 'the checkpoint'}: the states of the data are not of one step; use another checkpoint")
     return rows.pop()
 
 
-def newest_states(files: Sequence[Path], lanes: Sequence[int]) -> LaneStates:
-    """The state of each lane, from the file in which it has come farthest."""
-    newest: LaneStates = {}
+def newest_states(files: Sequence[Path], streams: Sequence[int]) -> StreamStates:
+    """The state of each stream, from the file in which it has come farthest."""
+    newest: StreamStates = {}
     for file in files:
         with safe_open(file, "np") as saved:
-            for lane in lanes:
-                state = SavedLane(saved, lane)
-                if state.rows > newest.get(lane, {}).get("rows", -1):
-                    newest[lane] = state.load()
+            for stream in streams:
+                state = SavedStream(saved, stream)
+                if state.rows > newest.get(stream, {}).get("rows", -1):
+                    newest[stream] = state.load()
     return newest
 
 
-class SavedLane:
-    """A lane's part of an open file; absent where the process that wrote it had nothing of that lane."""
+class SavedStream:
+    """A stream's part of an open file; absent where the process that wrote it had nothing of that stream."""
 
-    def __init__(self, saved: safe_open, lane: int):
-        self.saved, self.prefix = saved, f"lane.{lane}."
+    def __init__(self, saved: safe_open, stream: int):
+        self.saved, self.prefix = saved, f"stream.{stream}."
         self.names = [name for name in saved.keys() if name.startswith(self.prefix)]
 
     @property

@@ -1,14 +1,14 @@
-"""Lanes: the rows of a run, numbered once and for all, whatever the number of processes.
+"""Streams: the rows of a run, numbered once and for all, whatever the number of processes.
 
-Row g of a run comes from lane g % LANES. A lane is an endless stream of packed rows, a function of the data, the
-tokenizer, the seed and the lane's number alone. So a run gets the same rows in the same order on one process or sixty-four,
-and continues on another number; a process tokenizes only for the lanes it needs.
+Row g of a run comes from stream g % STREAMS. A stream is an endless stream of packed rows, a function of the data, the
+tokenizer, the seed and the stream's number alone. So a run gets the same rows in the same order on one process or sixty-four,
+and continues on another number; a process tokenizes only for the streams it needs.
 
-    1, 2, 4, 8, 16 processes    share the lanes
-    32, 64, ...                 two, four, ... processes compute the same lane
-    3, 5, 7, ...                every process computes all lanes, and leaves out what is another's
+    1, 2, 4, 8, 16 processes    share the streams
+    32, 64, ...                 two, four, ... processes compute the same stream
+    3, 5, 7, ...                every process computes all streams, and leaves out what is another's
 
-Each lane packs from a buffer of its own, of 64 to 191 documents; 16 lanes are filled from 2048 of them in about a second.
+Each stream packs from a buffer of its own, of 64 to 191 documents; 16 streams are filled from 2048 of them in about a second.
 Against the original's one buffer of 1000, cut off are 22.7 % instead of 22.4 % of the tokens of children's stories; of
 documents with lengths as on the web (lognormal), 24.5 % instead of 18.8 % after 30,000 rows, where the one buffer was
 still filling with documents that exceed a row (at least 21.7 % are cut off in the long run).
@@ -27,48 +27,48 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.bulk_encoding import BulkEncoder
 
 from .documents import (
+    CHUNK_SIZE,
     CONVERSATIONS,
-    PORTION,
     Epochs,
-    Share,
     ShuffledDocuments,
     State,
     StreamedDocuments,
+    StridedSampler,
+    chunk_size,
     is_text,
-    portion,
 )
 from .packing import Buffer, Conversation, fill_with_conversations, fill_with_documents
 
-LANES = 16
-FEW = LANES * PORTION  # documents that are encoded only once, for all lanes and epochs
+STREAMS = 16
+FEW = STREAMS * CHUNK_SIZE  # documents that are encoded only once, for all streams and epochs
 CHARACTERS_AT_ONCE = 2**22  # of documents that are encoded together
 Row = dict[str, np.ndarray]  # name -> int64 (width,), written in place
 Document = tuple[int, np.ndarray]  # its tokens, and of their ids (n,) uint32 as many as a row can hold
 Encode = Callable[[list], list[Document | None]]  # None for a blank one
 
 
-class Lane(Protocol):
+class RowStream(Protocol):
     """An endless stream of rows that can be left and taken up again."""
 
     rows: int  # written so far
 
     def write(self, row: Row) -> None:
-        """Write the next row: `input_ids` and, if the lane has them, unshifted `labels`, each (max_length + 1,)."""
+        """Write the next row: `input_ids` and, if the stream has them, unshifted `labels`, each (max_length + 1,)."""
 
     def state_dict(self) -> dict[str, np.ndarray]: ...
 
     def load_state_dict(self, state: State) -> None: ...
 
 
-class Lanes(Protocol):
-    """Makes the lane of a number. Must survive pickling, where processes are not forked."""
+class StreamMaker(Protocol):
+    """Makes the stream of a number. Must survive pickling, where processes are not forked."""
 
-    widths: dict[str, int]  # of the arrays that its lanes write
+    widths: dict[str, int]  # of the arrays that its streams write
 
-    def __call__(self, lane: int) -> Lane: ...
+    def __call__(self, stream: int) -> RowStream: ...
 
 
-class TextLane:
+class TextStream:
     """Rows full of documents, best-fit packed and cut.
 
     The state holds the ids of the documents that wait in the buffer: nothing is read or encoded again.
@@ -76,8 +76,8 @@ class TextLane:
 
     def __init__(self, documents: ShuffledDocuments | StreamedDocuments, encode: Encode, capacity: int):
         self.documents, self.encode, self.capacity = documents, encode, capacity
-        self.buffer: Buffer[np.ndarray] = Buffer(self.encoded(), documents.portion // 2)
-        self.made_of = np.array([capacity, *documents.made_of])
+        self.buffer: Buffer[np.ndarray] = Buffer(self.encoded(), documents.chunk_size // 2)
+        self.fingerprint = np.array([capacity, *documents.fingerprint])
         self.rows = 0
 
     def encoded(self) -> Iterator[list[Document]]:
@@ -93,7 +93,7 @@ class TextLane:
     def state_dict(self) -> dict[str, np.ndarray]:
         waiting = self.buffer.waiting
         return {
-            "made_of": self.made_of,
+            "fingerprint": self.fingerprint,
             "rows": np.array(self.rows),
             "lengths": np.array([length for length, _, _ in waiting], dtype=np.int64),
             "tokens": np.concatenate([np.empty(0, np.uint32), *(ids for _, _, ids in waiting)]).astype(np.int32),
@@ -101,7 +101,7 @@ class TextLane:
         }
 
     def load_state_dict(self, state: State) -> None:
-        check_made_of(self.made_of, state)
+        check_fingerprint(self.fingerprint, state)
         self.rows = int(state["rows"])
         ends = np.cumsum(np.minimum(state["lengths"], self.capacity))
         pieces = np.split(state["tokens"].astype(np.uint32), ends)
@@ -110,19 +110,19 @@ class TextLane:
         self.documents.load_state_dict(state)
 
 
-class ConversationLane:
+class ConversationStream:
     """Rows of whole conversations, best-fit packed and padded."""
 
-    def __init__(self, conversations: Sequence[Conversation], share: Share, pad_token_id: int, capacity: int):
-        self.conversations, self.share, self.pad_token_id = conversations, share, pad_token_id
-        self.portion = portion(len(conversations), share.lanes, CONVERSATIONS)
-        self.buffer: Buffer[tuple] = Buffer(self.dealt(), self.portion // 2)
-        self.made_of = np.array([capacity, len(conversations), share.epochs.seed])
+    def __init__(self, conversations: Sequence[Conversation], sampler: StridedSampler, pad_token_id: int, capacity: int):
+        self.conversations, self.sampler, self.pad_token_id = conversations, sampler, pad_token_id
+        self.chunk_size = chunk_size(len(conversations), sampler.streams, CONVERSATIONS)
+        self.buffer: Buffer[tuple] = Buffer(self.dealt(), self.chunk_size // 2)
+        self.fingerprint = np.array([capacity, len(conversations), sampler.epochs.seed])
         self.rows = 0
 
     def dealt(self) -> Iterator[list[tuple[int, tuple]]]:
         while True:
-            yield [self.numbered(index) for index in self.share.take(self.portion)]
+            yield [self.numbered(index) for index in self.sampler.take(self.chunk_size)]
 
     def numbered(self, index: int) -> tuple[int, tuple]:
         ids, mask = self.conversations[index]
@@ -134,23 +134,23 @@ class ConversationLane:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
-            "made_of": self.made_of,
+            "fingerprint": self.fingerprint,
             "rows": np.array(self.rows),
             "waiting": np.array([item[2] for _, _, item in self.buffer.waiting], dtype=np.int64),
-            "place": np.array(self.share.place),
+            "cursor": np.array(self.sampler.cursor),
         }
 
     def load_state_dict(self, state: State) -> None:
-        check_made_of(self.made_of, state)
-        self.rows, self.share.place = int(state["rows"]), int(state["place"])
+        check_fingerprint(self.fingerprint, state)
+        self.rows, self.sampler.cursor = int(state["rows"]), int(state["cursor"])
         for index in state["waiting"].tolist():
             self.buffer.add(*self.numbered(index))
 
 
-class MixedLane:
-    """After every `every` rows of one lane a row of another; `first` rows of the first cycle are left out."""
+class MixedStream:
+    """After every `every` rows of one stream a row of another; `first` rows of the first cycle are left out."""
 
-    def __init__(self, usual: Lane, other: Lane, every: int, first: int):
+    def __init__(self, usual: RowStream, other: RowStream, every: int, first: int):
         self.usual, self.other, self.every, self.first = usual, other, every, first
 
     @property
@@ -175,12 +175,12 @@ def below(prefix: str, state: State) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def check_made_of(made_of: np.ndarray, state: State) -> None:
+def check_fingerprint(fingerprint: np.ndarray, state: State) -> None:
     """
     Raises:
         UserError: The state is of a run with other data.
     """
-    if not np.array_equal(made_of, state["made_of"]):
+    if not np.array_equal(fingerprint, state["fingerprint"]):
         raise UserError(
             "the checkpoint was made with other data (number of documents, seed or max_length); resume with the files and "
             "settings it was made with, or start anew"
@@ -188,8 +188,8 @@ def check_made_of(made_of: np.ndarray, state: State) -> None:
 
 
 @dataclass
-class TextLanes:
-    """Lanes of running text: `texts` has a column `text`, rows have `max_length` + 1 tokens."""
+class TextStreams:
+    """Streams of running text: `texts` has a column `text`, rows have `max_length` + 1 tokens."""
 
     texts: Dataset | IterableDataset
     tokenizer: PreTrainedTokenizerFast
@@ -207,7 +207,7 @@ class TextLanes:
 
     @cached_property
     def epochs(self) -> Epochs:
-        if not any(is_text(text) for text in self.texts["text"]):  # or a lane would wait for itself
+        if not any(is_text(text) for text in self.texts["text"]):  # or a stream would wait for itself
             raise UserError("there is no text to train on, every document is empty; give other files")
         return Epochs(len(self.texts), self.seed)
 
@@ -216,13 +216,13 @@ class TextLanes:
         """Those of few documents that have been encoded, by index."""
         return {}
 
-    def __call__(self, lane: int) -> TextLane:
+    def __call__(self, stream: int) -> TextStream:
         if isinstance(self.texts, IterableDataset):
-            return TextLane(StreamedDocuments(self.texts, lane, LANES, self.seed), self.encode, self.max_length + 1)
-        return TextLane(ShuffledDocuments(Share(self.epochs, lane, LANES)), self.encode_at, self.max_length + 1)
+            return TextStream(StreamedDocuments(self.texts, stream, STREAMS, self.seed), self.encode, self.max_length + 1)
+        return TextStream(ShuffledDocuments(StridedSampler(self.epochs, stream, STREAMS)), self.encode_at, self.max_length + 1)
 
     def encode_at(self, indices: list[int]) -> list[Document | None]:
-        """The documents at `indices`, which may repeat: of few documents, every lane takes the same ones again and again."""
+        """The documents at `indices`, which may repeat: of few documents, every stream takes the same ones again and again."""
         encoded = self.encoded if len(self.texts) <= FEW else {}
         missing = [index for index in dict.fromkeys(indices) if index not in encoded]
         if missing:
@@ -251,8 +251,8 @@ def groups(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 @dataclass
-class ConversationLanes:
-    """Lanes of rendered conversations, as `recipes.training.data.conversations.render` leaves them: each fits and has something to learn.
+class ConversationStreams:
+    """Streams of rendered conversations, as `recipes.training.data.conversations.render` leaves them: each fits and has something to learn.
 
     Raises:
         UserError: There is none, or one is longer than a row or without a learnt token after its first.
@@ -278,21 +278,21 @@ class ConversationLanes:
     def epochs(self) -> Epochs:
         return Epochs(len(self.conversations), self.seed)
 
-    def __call__(self, lane: int) -> ConversationLane:
-        share = Share(self.epochs, lane, LANES)
-        return ConversationLane(self.conversations, share, self.pad_token_id, self.max_length + 1)
+    def __call__(self, stream: int) -> ConversationStream:
+        sampler = StridedSampler(self.epochs, stream, STREAMS)
+        return ConversationStream(self.conversations, sampler, self.pad_token_id, self.max_length + 1)
 
 
 @dataclass
-class MixedLanes:
-    """Lanes of conversations with a row of text after every `replay_every` rows, no two lanes in step.
+class MixedStreams:
+    """Streams of conversations with a row of text after every `replay_every` rows, no two streams in step.
 
     Raises:
         UserError: `replay_every` is less than 1.
     """
 
-    conversations: ConversationLanes
-    texts: TextLanes
+    conversations: ConversationStreams
+    texts: TextStreams
     replay_every: int
 
     def __post_init__(self) -> None:
@@ -303,5 +303,5 @@ class MixedLanes:
     def widths(self) -> dict[str, int]:
         return self.conversations.widths
 
-    def __call__(self, lane: int) -> MixedLane:
-        return MixedLane(self.conversations(lane), self.texts(lane), self.replay_every, first=lane)
+    def __call__(self, stream: int) -> MixedStream:
+        return MixedStream(self.conversations(stream), self.texts(stream), self.replay_every, first=stream)

@@ -139,7 +139,7 @@ def plain(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def derive(
+def resolve_hyperparameters(
     config: NanoChatConfig,
     recipe: str,
     *,

@@ -33,7 +33,7 @@ from recipes.training.device import compiler_available
 from . import muon
 from .parameter_groups import parameter_groups
 from .sharded_state import Slot, piece_name, read_slots
-from .sharding import SMALL, MatricesShare, RowsShare, ShardShare, Share, SmallShare, clip, in_turns
+from .sharding import SMALL, FSDPUpdate, MatrixUpdate, ReplicatedUpdate, RowUpdate, ShardedUpdate, clip, round_robin
 
 DEFAULTS = {
     "adamw": {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0},
@@ -50,7 +50,7 @@ class MuonAdamW(torch.optim.Optimizer):
     and, today's only, `second_moment` (one value per row or column); adamw `step`, `exp_avg` and `exp_avg_sq`.
 
     Args:
-        groups: Parameters, or (name, parameter) pairs, which `share_of_state` and `load_shares` need.
+        groups: Parameters, or (name, parameter) pairs, which `sharded_state_dict` and `load_sharded_state_dict` need.
         process_group: With more than one process, each `grad` is the process's own; they are averaged, and consumed.
             None: gradients are final, as under DDP or FSDP2.
         max_grad_norm: Largest global norm of the averaged gradients; None: not clipped, and not computed.
@@ -106,49 +106,49 @@ class MuonAdamW(torch.optim.Optimizer):
             share.launch()
         if self.max_grad_norm is not None:
             self.grad_norm = clip([share for share, _ in shares], self.max_grad_norm)
-        in_turns(self.update(share, group) for share, group in shares)
+        round_robin(self.update(share, group) for share, group in shares)
         return loss
 
     def to_update(self, group: dict) -> list[torch.Tensor]:
         """Parameters with a gradient; all of them where another process may have one."""
         return [p for p in group["params"] if p.grad is not None or self.process_group or isinstance(p, DTensor)]
 
-    def shares(self, group: dict, params: Sequence[torch.Tensor]) -> Iterator[Share]:
+    def shares(self, group: dict, params: Sequence[torch.Tensor]) -> Iterator[ShardedUpdate]:
         """This process's shares of `params`: of each stack of matrices for Muon, of each tensor for AdamW."""
         stacks = [[p] for p in params] if group["kind"] == "adamw" else by_shape(params)
         for stack in stacks:
             if isinstance(stack[0], DTensor):
-                yield ShardShare(stack)
+                yield FSDPUpdate(stack)
             elif self.process_group is None:
-                yield Share(stack)
+                yield ShardedUpdate(stack)
             elif group["kind"] == "muon":
-                yield MatricesShare(stack, self.process_group)
+                yield MatrixUpdate(stack, self.process_group)
             elif stack[0].numel() < SMALL:
-                yield SmallShare(stack[0], self.process_group)
+                yield ReplicatedUpdate(stack[0], self.process_group)
             else:
-                yield RowsShare(stack[0], self.process_group)
+                yield RowUpdate(stack[0], self.process_group)
 
-    def update(self, share: Share, group: dict) -> Iterator[None]:
+    def update(self, share: ShardedUpdate, group: dict) -> Iterator[None]:
         """The work on one share, with a `yield` wherever something has been sent off."""
         if group["kind"] == "adamw":
             return self.update_adamw(share, group)
-        return (self.update_shards if isinstance(share, ShardShare) else self.update_matrices)(share, group)
+        return (self.update_shards if isinstance(share, FSDPUpdate) else self.update_matrices)(share, group)
 
-    def update_adamw(self, share: Share, group: dict) -> Iterator[None]:
+    def update_adamw(self, share: ShardedUpdate, group: dict) -> Iterator[None]:
         for p, weight, grad in zip(share.owned, share.weights, share.gradients(), strict=True):
             fused_adamw(weight, grad, self.state[p], group)
         share.gather()
         yield
         share.finish()
 
-    def update_matrices(self, share: Share, group: dict) -> Iterator[None]:
+    def update_matrices(self, share: ShardedUpdate, group: dict) -> Iterator[None]:
         """Muon, all matrices of the share whole on this process."""
         self.descend_all(share, self.orthogonalized(share, self.with_momentum(share, group), group), group)
         share.gather()
         yield
         share.finish()
 
-    def update_shards(self, share: ShardShare, group: dict) -> Iterator[None]:
+    def update_shards(self, share: FSDPUpdate, group: dict) -> Iterator[None]:
         """Muon on rows of all matrices; in between, their owners see them whole."""
         share.send(self.with_momentum(share, group))
         yield
@@ -156,14 +156,14 @@ class MuonAdamW(torch.optim.Optimizer):
         yield
         self.descend_all(share, share.arrived_rows(), group)
 
-    def with_momentum(self, share: Share, group: dict) -> torch.Tensor:
+    def with_momentum(self, share: ShardedUpdate, group: dict) -> torch.Tensor:
         """Updates before orthogonalisation, stacked; moves the momentum on."""
-        updates, momentum = share.room(), self.number(group["momentum"])
+        updates, momentum = share.workspace(), self.number(group["momentum"])
         for update, p, grad in zip(updates, share.owned, share.gradients(), strict=False):  # room may be filled up
             self.nesterov(update[: len(grad)], grad, self.state[p]["momentum_buffer"], momentum)
         return updates
 
-    def orthogonalized(self, share: Share, updates: torch.Tensor, group: dict) -> torch.Tensor:
+    def orthogonalized(self, share: ShardedUpdate, updates: torch.Tensor, group: dict) -> torch.Tensor:
         """The updates (K, rows, columns) of `share.matrices` in one batched call; moves their second moments on."""
         if not share.matrices:
             return updates
@@ -175,7 +175,7 @@ class MuonAdamW(torch.optim.Optimizer):
             state.copy_(moments[number])
         return updates
 
-    def descend_all(self, share: Share, updates: Iterable[torch.Tensor], group: dict) -> None:
+    def descend_all(self, share: ShardedUpdate, updates: Iterable[torch.Tensor], group: dict) -> None:
         """Tall matrices go further, by the root of rows / columns."""
         rows, columns = share.params[0].shape
         lr = self.number(group["lr"] * max(1.0, rows / columns) ** 0.5)
@@ -183,7 +183,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for weight, update in zip(share.weights, updates, strict=True):
             self.descend(weight, update, lr, weight_decay)
 
-    def slots(self, share: Share, group: dict) -> Iterator[Slot]:
+    def slots(self, share: ShardedUpdate, group: dict) -> Iterator[Slot]:
         """All state that belongs to `share`."""
         for p in share.owned:
             if group["kind"] == "adamw":
@@ -194,7 +194,7 @@ class MuonAdamW(torch.optim.Optimizer):
             shape = muon.second_moment_shape(p.shape)
             yield Slot(p, "second_moment", shape, range(shape[0]))
 
-    def create_state(self, share: Share, group: dict) -> None:
+    def create_state(self, share: ShardedUpdate, group: dict) -> None:
         for slot in self.slots(share, group):
             if slot.key not in self.state[slot.parameter]:
                 self.state[slot.parameter][slot.key] = slot.zeros()
@@ -208,7 +208,7 @@ class MuonAdamW(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(number, {}).items():
                 self.state[p][key] = value.to(p.device, copy=True)
 
-    def share_of_state(self) -> dict[str, torch.Tensor]:
+    def sharded_state_dict(self) -> dict[str, torch.Tensor]:
         """This process's state by parameter name and first row, for a safetensors file: the tensors, no copies.
 
         Raises:
@@ -217,7 +217,7 @@ class MuonAdamW(torch.optim.Optimizer):
         slots = self.named_slots()
         return {piece_name(name, slot): self.state[slot.parameter][slot.key] for name, slot in slots.items()}
 
-    def load_shares(self, files: Sequence[Path]) -> None:
+    def load_sharded_state_dict(self, files: Sequence[Path]) -> None:
         """Read what this process needs from the shares of all processes that wrote, however many they were.
 
         Learning rates and the like are not state: they stay as they are.

@@ -1,6 +1,6 @@
 """Who updates what, and how gradients and weights get there and back.
 
-A [`Share`] is what one process does for some parameters in one optimizer step: `launch` the averaging of gradients,
+A [`ShardedUpdate`] is what one process does for some parameters in one optimizer step: `launch` the averaging of gradients,
 change `weights` in place by `gradients()`, `gather` them, `finish`. Of K matrices, or of a table's rows, each process
 owns equally many, the last ones fewer, as in DTensor's `Shard`; so any number of processes shares any number of parts,
 and what a collective needs equally long is filled up with zeros.
@@ -21,14 +21,14 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def part_size(count: int, processes: int) -> int:
+def shard_size(count: int, processes: int) -> int:
     """Parts for each of `processes`, those that only fill up included."""
     return -(-count // processes)
 
 
-def part(count: int, rank: int, processes: int) -> range:
+def shard(count: int, rank: int, processes: int) -> range:
     """Which of `count` parts process `rank` owns."""
-    size = part_size(count, processes)
+    size = shard_size(count, processes)
     return range(min(rank * size, count), min((rank + 1) * size, count))
 
 
@@ -52,7 +52,7 @@ def joined(pieces: Sequence[torch.Tensor], count: int, like: torch.Tensor) -> to
     return whole
 
 
-class Share:
+class ShardedUpdate:
     """Parameters that this process updates alone, without exchange.
 
     Attributes:
@@ -75,7 +75,7 @@ class Share:
         """The averaged gradients of `weights`."""
         return [gradient(p) for p in self.params]
 
-    def room(self) -> torch.Tensor:
+    def workspace(self) -> torch.Tensor:
         """For what Muon orthogonalises: (K, rows, columns) in float32."""
         return self.params[0].new_empty(len(self.owned), *self.params[0].shape, dtype=torch.float32)
 
@@ -86,7 +86,7 @@ class Share:
         """Wait until the weights of the others are here."""
 
 
-class SmallShare(Share):
+class ReplicatedUpdate(ShardedUpdate):
     """A small tensor, whose gradient all processes average and each uses."""
 
     def __init__(self, p: torch.Tensor, processes: dist.ProcessGroup):
@@ -105,7 +105,7 @@ class SmallShare(Share):
         return [self.mean]
 
 
-class SpreadShare(Share):
+class ScatteredUpdate(ShardedUpdate):
     """This process's part of what all of them hold. Consumes the gradients: after `launch` they are None."""
 
     def __init__(self, params: Sequence[torch.Tensor], group: dist.ProcessGroup):
@@ -113,8 +113,8 @@ class SpreadShare(Share):
         self.processes = dist.get_world_size(group)
         self.pieces = [self.piece(p.detach()) for p in self.params]
         self.count = sum(len(piece) for piece in self.pieces)
-        self.size = part_size(self.count, self.processes)
-        self.part = part(self.count, dist.get_rank(group), self.processes)
+        self.size = shard_size(self.count, self.processes)
+        self.part = shard(self.count, dist.get_rank(group), self.processes)
 
     @staticmethod
     def piece(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ class SpreadShare(Share):
         self.sent = self.whole = None
 
 
-class MatricesShare(SpreadShare):
+class MatrixUpdate(ScatteredUpdate):
     """Some of the equally shaped matrices of a stack."""
 
     def __init__(self, params: Sequence[torch.Tensor], group: dist.ProcessGroup):
@@ -170,7 +170,7 @@ class MatricesShare(SpreadShare):
         return list(self.own_gradient())
 
 
-class RowsShare(SpreadShare):
+class RowUpdate(ScatteredUpdate):
     """Some of the rows of one table."""
 
     def __init__(self, p: torch.Tensor, group: dist.ProcessGroup):
@@ -182,7 +182,7 @@ class RowsShare(SpreadShare):
         return [self.own_gradient()]
 
 
-class ShardShare(Share):
+class FSDPUpdate(ShardedUpdate):
     """Rows of parameters that FSDP2 has cut along their first dimension; their gradients come averaged.
 
     For Muon, this process's rows of equally shaped matrices go to the owners of whole matrices and come back.
@@ -195,18 +195,18 @@ class ShardShare(Share):
         self.params = self.owned = list(params)
         self.group, rank = shard_group(self.params[0])
         self.processes = dist.get_world_size(self.group)
-        self.rows = part(len(self.params[0]), rank, self.processes)
-        self.height = part_size(len(self.params[0]), self.processes)
+        self.rows = shard(len(self.params[0]), rank, self.processes)
+        self.height = shard_size(len(self.params[0]), self.processes)
         self.weights = [p.detach().to_local() for p in self.params]
-        own = part(len(self.params), rank, self.processes)
+        own = shard(len(self.params), rank, self.processes)
         self.matrices = self.params[own.start : own.stop]
 
     def gradients(self) -> list[torch.Tensor]:
         return [gradient(p).to_local() for p in self.params]
 
-    def room(self) -> torch.Tensor:
+    def workspace(self) -> torch.Tensor:
         """Zeros for this process's rows of every matrix, filled up: (processes x size, height, columns)."""
-        count = self.processes * part_size(len(self.params), self.processes)
+        count = self.processes * shard_size(len(self.params), self.processes)
         return self.weights[0].new_zeros(count, self.height, self.params[0].shape[1], dtype=torch.float32)
 
     def send(self, rows: torch.Tensor) -> None:
@@ -226,7 +226,7 @@ class ShardShare(Share):
 
     def send_back(self, matrices: torch.Tensor) -> None:
         """Start to send the rows of this process's matrices to where they are updated."""
-        sent = self.room()
+        sent = self.workspace()
         whole = sent.unflatten(0, (self.processes, -1)).transpose(0, 1)  # matrix, process, row, column
         for target, matrix in zip(whole, matrices, strict=False):
             for rows, some in zip(target, matrix.split(self.height), strict=False):
@@ -246,7 +246,7 @@ def shard_group(p: DTensor) -> tuple[dist.ProcessGroup, int]:
     return p.device_mesh.get_group(cut[0]), p.device_mesh.get_local_rank(cut[0])
 
 
-def clip(shares: Sequence[Share], max_norm: float) -> torch.Tensor:
+def clip(shares: Sequence[ShardedUpdate], max_norm: float) -> torch.Tensor:
     """Scale the gradients so that their global norm is at most `max_norm`; returns the norm before, a 0-d tensor.
 
     As `torch.nn.utils.clip_grad_norm_`, of the averaged gradients wherever they are. (The launch version clipped on
@@ -267,14 +267,14 @@ def clip(shares: Sequence[Share], max_norm: float) -> torch.Tensor:
     return norm
 
 
-def square_norm(share: Share) -> torch.Tensor:
+def square_norm(share: ShardedUpdate) -> torch.Tensor:
     total = torch.zeros((), device=share.params[0].device)
     for grad in share.gradients():
         total += torch.linalg.vector_norm(grad, dtype=torch.float32).square()
     return total
 
 
-def in_turns(tasks: Iterable[Iterator[None]]) -> None:
+def round_robin(tasks: Iterable[Iterator[None]]) -> None:
     """Advance each task to its next `yield`, in rounds: what one task waits for travels while the others compute."""
     tasks, done = list(tasks), object()
     while tasks:

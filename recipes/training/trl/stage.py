@@ -28,7 +28,7 @@ from ..loop import advice_on_memory, gradient_norm
 from ..model_card import model_card
 from ..progress import LiveLine
 from ..setup import end
-from ..stage import OutputArguments, StageLog, beside, finish_stage, lines_up_to, push, settings
+from ..stage import JsonlLogger, OutputArguments, beside, finish_stage, lines_up_to, push, settings
 from ..stopping import ending_together
 from .settings import one_line
 
@@ -141,10 +141,10 @@ class LearningCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": self.watch.state_dict()}
 
 
-class StageLogCallback(TrainerCallback):
+class JsonlLoggerCallback(TrainerCallback):
     """The stage's live line, and the trainer's measurements in the stage's log."""
 
-    def __init__(self, log: StageLog, bar: bool = True):
+    def __init__(self, log: JsonlLogger, bar: bool = True):
         self.stage_log, self.bar = log, bar
         self.last = (0.0, 0.0)
         self.live: LiveLine | None = None
@@ -253,14 +253,14 @@ def missing_in(checkpoint: Path) -> str | None:
     return None
 
 
-def start_log(output_dir: str, training: TrainingArguments, checkpoint: Path | None) -> StageLog:
+def start_log(output_dir: str, training: TrainingArguments, checkpoint: Path | None) -> JsonlLogger:
     """The stage's log; it goes on after `checkpoint`."""
     enabled = training.process_index == 0
     if checkpoint is None or not enabled:
-        return StageLog(output_dir, enabled)
+        return JsonlLogger(output_dir, enabled)
     step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     kept = lines_up_to(beside(output_dir, "logs", ".jsonl"), step)
-    return StageLog(output_dir, step=step, seconds=json.loads(kept[-1])["seconds"] if kept else 0.0)
+    return JsonlLogger(output_dir, step=step, seconds=json.loads(kept[-1])["seconds"] if kept else 0.0)
 
 
 @without_cudnn_attention()  # lengths vary, and GRPO's prompts are padded on the left
@@ -270,7 +270,7 @@ def run_trl_stage(
     training: TrainingArguments,
     given: dict[str, Any],
     output: OutputArguments,
-    log: StageLog,
+    log: JsonlLogger,
     checkpoint: Path | None,
 ) -> None:
     """Train; save, record and, if asked, upload the model. Called by every process.
@@ -279,7 +279,7 @@ def run_trl_stage(
         UserError: The trainer refuses its settings, there is too little data for a step, a loss or gradient is not finite,
             or training ended before its last step.
     """
-    checkpoints, progress = Path(training.output_dir), StageLogCallback(log, bar=not training.disable_tqdm)
+    checkpoints, progress = Path(training.output_dir), JsonlLoggerCallback(log, bar=not training.disable_tqdm)
     try:
         with ending_together():
             with advice_on_memory(lambda error: explain_out_of_memory(error, training)):

@@ -60,8 +60,8 @@ def test_the_command_measures_every_contender_and_ends_in_json():
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     results = json.loads(lines[-1])
-    assert [row["contender"] for row in results["training"]] == ["transformers eager", "plain eager", "turbo eager"]
-    decoded = [(row["batch_size"], row["contender"].split()[0]) for row in results["decode"]]
+    assert [row["candidate"] for row in results["training"]] == ["transformers eager", "plain eager", "turbo eager"]
+    decoded = [(row["batch_size"], row["candidate"].split()[0]) for row in results["decode"]]
     assert decoded == [(size, name) for size in (1, 3) for name in ("transformers", "plain", "turbo")]
     assert results["settings"]["vocab_size"] == 128 and torch.__version__.startswith(results["machine"]["torch"])
     for rows in (results["training"], results["decode"][:3], results["decode"][3:]):
@@ -69,18 +69,18 @@ def test_the_command_measures_every_contender_and_ends_in_json():
             assert row["agrees"] and row["slowest"] <= row["tokens_per_second"] <= row["fastest"]
             assert row["ratio"] == pytest.approx(row["tokens_per_second"] / rows[0]["tokens_per_second"])
             shown = [
-                line for line in lines[:-1] if row["contender"] in line and f"{row['ratio']:,.5g}" in line.split()
+                line for line in lines[:-1] if row["candidate"] in line and f"{row['ratio']:,.5g}" in line.split()
             ]
             assert any(f"{row['tokens_per_second']:,.5g}" in line.split() for line in shown)
-    losses = {row["contender"]: row["loss"] for row in results["training"]}
+    losses = {row["candidate"]: row["loss"] for row in results["training"]}
     assert losses["plain eager"] == pytest.approx(losses["transformers eager"], abs=1e-4)
     assert losses["turbo eager"] != pytest.approx(losses["plain eager"], abs=1e-2)
 
 
 def test_what_is_compiled_is_measured_beside_the_rest(run):
     results = json.loads(run(torch_compile=True, architectures=["plain"]).splitlines()[-1])
-    assert [row["contender"] for row in results["training"]] == ["plain eager", "plain compiled"]
-    assert [row["contender"] for row in results["decode"]] == ["plain generate", "plain compiled"]
+    assert [row["candidate"] for row in results["training"]] == ["plain eager", "plain compiled"]
+    assert [row["candidate"] for row in results["decode"]] == ["plain generate", "plain compiled"]
     assert all(row["agrees"] for row in results["training"] + results["decode"])
 
 
@@ -160,7 +160,7 @@ def test_peaks_are_of_the_very_device_or_unknown(name, peaks):
 def test_peak_memory_is_of_training_alone():
     large = setting(vocab_size=65536)
     weights = 4 * sum(p.numel() for p in build_model("plain", large).parameters())
-    ballast = torch.ones(2**28)  # what the measuring process holds is none of the contender's
+    ballast = torch.ones(2**28)  # what the measuring process holds is none of the candidate's
     before, most = peak_memory("plain eager", large, torch.zeros(1, 8, dtype=torch.long))
     assert before > weights
     assert weights < most - before < 4 * weights  # gradients of all weights, and little beside

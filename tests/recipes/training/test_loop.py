@@ -17,10 +17,18 @@ from recipes.pretrain import PretrainArguments
 from recipes.training.arguments import LoopArguments
 from recipes.training.checkpoint import Checkpoints
 from recipes.training.evaluation import Evaluation, bits_per_byte_evaluation, validation
-from recipes.training.loop import accumulate, accumulation_steps, agree, gradient_norm, model_inputs, prepare, train
+from recipes.training.loop import (
+    accumulate,
+    accumulation_steps,
+    all_reduce_loss,
+    gradient_norm,
+    model_inputs,
+    prepare,
+    train,
+)
 from recipes.training.optim.hyperparameters import derive
 from recipes.training.setup import define
-from recipes.training.stage import OutputArguments, StageLog
+from recipes.training.stage import JsonlLogger, OutputArguments
 from recipes.training.stopping import Stopped, stop_request
 
 
@@ -134,7 +142,7 @@ class EndlessBatches:
 def run(tmp_path, name, tokenizer, *, some=None, model=None, max_steps=20, request=None, evaluations=None, **more):
     accelerator = Accelerator(cpu=True)
     model, args = model or small_model(), loop_arguments(**more)
-    plan, log = plan_of(model, max_steps), StageLog(tmp_path / name)
+    plan, log = plan_of(model, max_steps), JsonlLogger(tmp_path / name)
     module, optimizer = prepare(accelerator, model, plan)
     if evaluations is None:
         measure = validation(accelerator, rows(8, seed=5), tokenizer, 8)
@@ -238,7 +246,7 @@ def gradients_of_one(path):
         mine = torch.tensor([gradient]) * accelerator.process_index
         module.weight.grad = mine
         with stop_request() as request:
-            norms.append(agree(accelerator, torch.ones(1), request, gradient_norm(module))[2])
+            norms.append(all_reduce_loss(accelerator, torch.ones(1), request, gradient_norm(module))[2])
     if accelerator.is_main_process:
         torch.save(norms, path)
     accelerator.wait_for_everyone()

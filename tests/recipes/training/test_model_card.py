@@ -25,7 +25,7 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes import grpo, midtrain, sft
 from recipes.training.model_card import CardArguments, examples_of, model_card
-from recipes.training.stage import OutputArguments, StageLog, finish_stage
+from recipes.training.stage import JsonlLogger, OutputArguments, finish_stage
 
 QUESTIONS = ["Who are you?", 'Spell "lamp": l-a-m-p?', "米拉有12个梨。她现在有多少个梨？", "- [x] {{a}} #1"]
 
@@ -50,7 +50,7 @@ def finished(request, toy_model_and_tokenizer, tmp_path):
         if stage != "base":
             record["examples"] = QUESTIONS
         parts = toy_of(request.param, toy_model_and_tokenizer)
-        finish_stage(*parts, args, StageLog(args.output_dir), record, model_card)
+        finish_stage(*parts, args, JsonlLogger(args.output_dir), record, model_card)
     return {stage: tmp_path / stage for stage in STAGES}
 
 

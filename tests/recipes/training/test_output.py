@@ -18,7 +18,7 @@ from evals.reporting.run_folder import read_run
 from modeling_nanochat.errors import UserError
 from recipes import midtrain, pretrain
 from recipes.training.checkpoint import discard
-from recipes.training.stage import OutputArguments, StageLog, beside, check_output, finish_stage
+from recipes.training.stage import JsonlLogger, OutputArguments, beside, check_output, finish_stage
 from recipes.training.stopping import stop_request
 
 GIVEN = {"depth": 2, "train_files": ["a.parquet"], "matrix_lr": None}
@@ -29,7 +29,7 @@ def finish(model_and_tokenizer, output_dir, steps):
     """The end of a stage, as `run_stage` has it."""
     args = OutputArguments(str(output_dir))
     record = {"stage": "base", "settings": {}, "given": GIVEN, "steps": steps}
-    log = StageLog(output_dir, enabled=False)
+    log = JsonlLogger(output_dir, enabled=False)
     finish_stage(*model_and_tokenizer, args, log, record, card=lambda record: f"trained for {record['steps']} steps")
     discard(beside(output_dir, "checkpoints", ""))
 
@@ -201,7 +201,7 @@ def test_a_second_trainer_in_one_folder_is_refused_until_the_first_is_gone(tmp_p
 
 
 def test_a_log_that_cannot_be_written_costs_its_lines_and_one_warning(tmp_path, capsys):
-    log = StageLog(tmp_path / "base")
+    log = JsonlLogger(tmp_path / "base")
     log.log(step=1, loss=2.0)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, limit[1]))
@@ -218,7 +218,7 @@ def test_a_log_that_cannot_be_written_costs_its_lines_and_one_warning(tmp_path, 
 
 def test_a_log_that_cannot_be_begun_is_a_warning_too(tmp_path, capsys):
     (tmp_path / "logs").write_text("")
-    StageLog(tmp_path / "base").log(step=1)
+    JsonlLogger(tmp_path / "base").log(step=1)
     assert capsys.readouterr().err.count("warning") == 1
 
 

@@ -7,8 +7,8 @@ import pytest
 from transformers import PretrainedConfig
 
 from recipes.training import progress
-from recipes.training.progress import LiveLine, Progress, ProgressReport
-from recipes.training.stage import StageLog
+from recipes.training.progress import LiveLine, ProgressReport, TrainState
+from recipes.training.stage import JsonlLogger
 
 
 @pytest.fixture
@@ -58,13 +58,13 @@ def report(clock, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "training_flops_per_token", lambda config, length: 1)
     accelerator = SimpleNamespace(is_main_process=True, num_processes=1, device=SimpleNamespace(type="cpu"), log=lambda *a, **k: None)
     plan, args = SimpleNamespace(max_steps=300), SimpleNamespace(max_length=8, logging_steps=10, report_to="none")
-    log = StageLog(tmp_path / "base")
-    return ProgressReport(accelerator, PretrainedConfig(), plan, args, log, progress.Laps(), Progress(), watch=None)
+    log = JsonlLogger(tmp_path / "base")
+    return ProgressReport(accelerator, PretrainedConfig(), plan, args, log, progress.StepTimer(), TrainState(), watch=None)
 
 
 def evaluate(report, step):
-    report.evaluated(Progress(steps=step), {"bits_per_byte": 3 - step / 100}, [f"{3 - step / 100:.4f} bits per byte"])
-    report.evaluated(Progress(steps=step), {"samples": ["Once", "One day"]}, ["'Once'", "'One day'"])
+    report.evaluated(TrainState(steps=step), {"bits_per_byte": 3 - step / 100}, [f"{3 - step / 100:.4f} bits per byte"])
+    report.evaluated(TrainState(steps=step), {"samples": ["Once", "One day"]}, ["'Once'", "'One day'"])
 
 
 def test_printed_are_the_last_evaluation_and_one_every_ten_minutes_all_of_them_are_logged(report, clock, capfd):

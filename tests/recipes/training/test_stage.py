@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.folders import whole_folder
+from modeling_nanochat.folders import atomic_directory
 from recipes.training.model_card import model_card
-from recipes.training.stage import OutputArguments, StageLog, check_output, finish_stage, push
+from recipes.training.stage import JsonlLogger, OutputArguments, check_output, finish_stage, push
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def finished(toy_model_and_tokenizer, tmp_path):
     """A stage's folder, log and record."""
     model, tokenizer = toy_model_and_tokenizer
     args = OutputArguments(str(tmp_path / "run" / "base"))
-    log = StageLog(args.output_dir)
+    log = JsonlLogger(args.output_dir)
     log.log(step=1, loss=2.5)
     record = {"stage": "base", "settings": {"output_dir": args.output_dir, "depth": 2}, "steps": 1, "tokens": 64}
     finish_stage(model, tokenizer, args, log, record, model_card)
@@ -51,18 +51,18 @@ def test_a_stage_leaves_a_whole_folder_a_log_and_a_record(finished, toy_model_an
 
 def test_an_interrupted_folder_never_takes_the_final_name(tmp_path):
     target = tmp_path / "base"
-    with pytest.raises(KeyboardInterrupt), whole_folder(target) as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_directory(target) as folder:
         (folder / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
     assert not target.exists()
-    with whole_folder(target) as folder:
+    with atomic_directory(target) as folder:
         assert not list(folder.iterdir())
         (folder / "model.safetensors").write_text("whole")
     assert (target / "model.safetensors").read_text() == "whole"
-    with pytest.raises(KeyboardInterrupt), whole_folder(target):
+    with pytest.raises(KeyboardInterrupt), atomic_directory(target):
         raise KeyboardInterrupt
     assert (target / "model.safetensors").read_text() == "whole"
-    with whole_folder(target) as folder:
+    with atomic_directory(target) as folder:
         (folder / "config.json").write_text("new")
     assert [path.name for path in target.iterdir()] == ["config.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -156,7 +156,7 @@ def hub(monkeypatch):
 def test_a_stage_pushes_its_whole_folder(finished, hub, toy_model_and_tokenizer):
     args = OutputArguments(str(finished / "sft"), push_to_hub=True, hub_model_id="me/toy", hub_private_repo=True)
     record = {"stage": "sft", "base_model": "me/base", "settings": vars(args)}
-    finish_stage(*toy_model_and_tokenizer, args, StageLog(args.output_dir), record, model_card)
+    finish_stage(*toy_model_and_tokenizer, args, JsonlLogger(args.output_dir), record, model_card)
     push(args)
     asked = hub.repositories[0]  # hub 1.x says `private`, 2.x `visibility`
     assert asked["name"] == "toy" and (asked.get("private") or asked.get("visibility") == "private")

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from modeling_nanochat.errors import UserError
 from recipes.training.data import loader as loader_module
 from recipes.training.data.background import BackgroundBatches
-from recipes.training.data.loader import Loader, begin_filling, own_lanes, positions
-from recipes.training.data.streams import LANES, ConversationLanes, MixedLanes, TextLanes
+from recipes.training.data.loader import Loader, begin_filling, own_streams, positions
+from recipes.training.data.streams import STREAMS, ConversationStreams, MixedStreams, TextStreams
 
 MAX_LENGTH = 24
 DOCUMENTS = 150  # some 60 rows an epoch
@@ -33,16 +33,16 @@ def tokenizer(toy_model_and_tokenizer):
 
 
 @pytest.fixture
-def lanes(tokenizer):
+def streams(tokenizer):
     texts = [f"{i} " + "the cat sat " * (i % 5) for i in range(DOCUMENTS)]
-    return TextLanes(Dataset.from_dict({"text": texts}), tokenizer, MAX_LENGTH, threads=1)
+    return TextStreams(Dataset.from_dict({"text": texts}), tokenizer, MAX_LENGTH, threads=1)
 
 
 @pytest.fixture
-def talk(tokenizer, lanes):
+def talk(tokenizer, streams):
     rng = np.random.default_rng(0)
     rendered = [(np.array([319, *rng.integers(0, 250, n)]), np.array([0, *([1] * n)])) for n in rng.integers(2, 20, 80)]
-    return MixedLanes(ConversationLanes(rendered, 319, MAX_LENGTH), lanes, replay_every=2)
+    return MixedStreams(ConversationStreams(rendered, 319, MAX_LENGTH), streams, replay_every=2)
 
 
 def take(loader, count):
@@ -56,9 +56,9 @@ def equal(batches, others):
         assert all(torch.equal(batch[name], other[name]) for name in batch)
 
 
-def run_on(lanes_of, world_size, rows, batch_size=2, files=()):
+def run_on(make_stream, world_size, rows, batch_size=2, files=()):
     """(rows of the run in their order, states) of `world_size` processes that each take their share of `rows` rows."""
-    loaders = [Loader(lanes_of, batch_size=batch_size, rank=r, world_size=world_size, background=False) for r in range(world_size)]
+    loaders = [Loader(make_stream, batch_size=batch_size, rank=r, world_size=world_size, background=False) for r in range(world_size)]
     for loader in loaders if files else []:
         loader.load_states(files)
     start = loaders[0].row
@@ -86,31 +86,31 @@ def states_every(request, monkeypatch):
 @pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("kind", ["text", "mixed"])
 def test_a_run_resumed_after_40_batches_continues_with_the_same_8(
-    lanes, talk, kind, background, states_every, tmp_path
+    streams, talk, kind, background, states_every, tmp_path
 ):
-    lanes_of = lanes if kind == "text" else talk
-    loader = Loader(lanes_of, batch_size=4, background=background)
+    make_stream = streams if kind == "text" else talk
+    loader = Loader(make_stream, batch_size=4, background=background)
     take(loader, 40)
     files = saved([loader.state()], tmp_path)
     expected = take(loader, 8)
     loader.close()
-    resumed = Loader(lanes_of, batch_size=4, background=background)
+    resumed = Loader(make_stream, batch_size=4, background=background)
     resumed.load_states(files)
     equal(take(resumed, 8), expected)
     resumed.close()
 
 
-def test_40_batches_go_beyond_an_epoch(lanes, monkeypatch):
+def test_40_batches_go_beyond_an_epoch(streams, monkeypatch):
     monkeypatch.setattr(loader_module, "TOKENS_BETWEEN_STATES", 1)
-    loader = Loader(lanes, batch_size=4, background=False)
+    loader = Loader(streams, batch_size=4, background=False)
     take(loader, 40)
-    assert all(int(loader.states[lane]["place"]) > 2 * DOCUMENTS for lane in range(LANES))
+    assert all(int(loader.states[stream]["place"]) > 2 * DOCUMENTS for stream in range(STREAMS))
 
 
 @pytest.mark.parametrize("kind", ["text", "mixed"])
-def test_in_the_background_comes_the_same(lanes, talk, kind, states_every):
-    lanes_of = lanes if kind == "text" else talk
-    loaders = [Loader(lanes_of, batch_size=3, background=background) for background in (True, False)]
+def test_in_the_background_comes_the_same(streams, talk, kind, states_every):
+    make_stream = streams if kind == "text" else talk
+    loaders = [Loader(make_stream, batch_size=3, background=background) for background in (True, False)]
     equal(*(take(loader, 30) for loader in loaders))
     assert loaders[0].state().keys() == loaders[1].state().keys()
     for name, tensor in loaders[0].state().items():
@@ -120,69 +120,69 @@ def test_in_the_background_comes_the_same(lanes, talk, kind, states_every):
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2), (5, 16), (1, 32)])
 def test_another_number_of_processes_gets_the_same_rows_in_the_same_order(
-    lanes, before, after, states_every, tmp_path
+    streams, before, after, states_every, tmp_path
 ):
-    in_one_go, _ = run_on(lanes, 1, 320)
-    first, states = run_on(lanes, before, 60 // before * before, batch_size=1)
-    second, _ = run_on(lanes, after, 192 // after * after, batch_size=1, files=saved(states, tmp_path))
+    in_one_go, _ = run_on(streams, 1, 320)
+    first, states = run_on(streams, before, 60 // before * before, batch_size=1)
+    second, _ = run_on(streams, after, 192 // after * after, batch_size=1, files=saved(states, tmp_path))
     together = torch.cat([first, second])
     assert torch.equal(together, in_one_go[: len(together)])
 
 
 @pytest.mark.parametrize("kind", ["mixed", "streamed"])
-def test_changing_processes_keeps_the_order_of_every_kind_of_lanes(lanes, talk, kind, states_every, tmp_path):
+def test_changing_processes_keeps_the_order_of_every_kind_of_lanes(streams, talk, kind, states_every, tmp_path):
     """From 3 processes to 2 and to 1, beyond an epoch of text and of conversations."""
-    streamed = TextLanes(lanes.texts.to_iterable_dataset(num_shards=20), lanes.tokenizer, MAX_LENGTH, threads=1)
-    lanes_of = {"mixed": talk, "streamed": streamed}[kind]
-    in_one_go, _ = run_on(lanes_of, 1, 240)
+    streamed = TextStreams(streams.texts.to_iterable_dataset(num_shards=20), streams.tokenizer, MAX_LENGTH, threads=1)
+    make_stream = {"mixed": talk, "streamed": streamed}[kind]
+    in_one_go, _ = run_on(make_stream, 1, 240)
     parts, files = [], ()
     for world_size, batch_size, rows in [(3, 1, 60), (2, 5, 120), (1, 4, 60)]:
-        some, states = run_on(lanes_of, world_size, rows, batch_size, files)
+        some, states = run_on(make_stream, world_size, rows, batch_size, files)
         parts, files = [*parts, some], saved(states, tmp_path)
     assert torch.equal(torch.cat(parts), in_one_go)
 
 
-def test_a_run_resumed_before_its_first_batch_or_twice_at_once(lanes, tmp_path):
-    in_one_go, _ = run_on(lanes, 1, 60)
-    fresh = Loader(lanes, batch_size=2, background=False)
+def test_a_run_resumed_before_its_first_batch_or_twice_at_once(streams, tmp_path):
+    in_one_go, _ = run_on(streams, 1, 60)
+    fresh = Loader(streams, batch_size=2, background=False)
     files = saved([fresh.state()], tmp_path)
-    rows, states = run_on(lanes, 2, 40, files=files)
+    rows, states = run_on(streams, 2, 40, files=files)
     assert torch.equal(rows, in_one_go[:40])
-    again = [Loader(lanes, batch_size=1, rank=r, world_size=2, background=False) for r in range(2)]
+    again = [Loader(streams, batch_size=1, rank=r, world_size=2, background=False) for r in range(2)]
     files = saved(states, tmp_path)
     for loader in again:
         loader.load_states(files)
     files = saved([loader.state() for loader in again], tmp_path)  # not one batch later
-    rows, _ = run_on(lanes, 1, 20, files=files)
+    rows, _ = run_on(streams, 1, 20, files=files)
     assert torch.equal(rows, in_one_go[40:])
 
 
-def test_another_batch_size_gets_the_same_rows(lanes, tmp_path):
-    in_one_go, _ = run_on(lanes, 1, 90, batch_size=3)
-    first, states = run_on(lanes, 2, 40, batch_size=4)
-    second, _ = run_on(lanes, 2, 50, batch_size=5, files=saved(states, tmp_path))
+def test_another_batch_size_gets_the_same_rows(streams, tmp_path):
+    in_one_go, _ = run_on(streams, 1, 90, batch_size=3)
+    first, states = run_on(streams, 2, 40, batch_size=4)
+    second, _ = run_on(streams, 2, 50, batch_size=5, files=saved(states, tmp_path))
     assert torch.equal(torch.cat([first, second]), in_one_go)
 
 
 @pytest.mark.parametrize(("world_size", "count"), [(1, 16), (2, 8), (8, 2), (16, 1), (64, 1), (3, 16), (6, 8), (24, 2)])
 def test_processes_share_the_lanes(world_size, count):
-    shares = [own_lanes(rank, world_size) for rank in range(world_size)]
+    shares = [own_streams(rank, world_size) for rank in range(world_size)]
     assert all(len(share) == count for share in shares)
-    assert all(g % LANES in shares[g % world_size] for g in range(1000))
+    assert all(g % STREAMS in shares[g % world_size] for g in range(1000))
 
 
-def test_states_of_different_steps_or_lanes_are_refused(lanes, tmp_path):
-    loader = Loader(lanes, batch_size=2, background=False)
+def test_states_of_different_steps_or_lanes_are_refused(streams, tmp_path):
+    loader = Loader(streams, batch_size=2, background=False)
     states = [loader.state(), (next(loader), loader.state())[1]]
     with pytest.raises(UserError, match="not of one step"):
         loader.load_states(saved(states, tmp_path))
-    with pytest.raises(UserError, match="other data lanes"):
-        loader.load_states(saved([states[0] | {"lanes": torch.tensor(4)}], tmp_path))
+    with pytest.raises(UserError, match="other data streams"):
+        loader.load_states(saved([states[0] | {"streams": torch.tensor(4)}], tmp_path))
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_document_masking_counts_from_every_beginning(lanes, tokenizer, background):
-    loader = Loader(lanes, batch_size=4, background=background, document_start=tokenizer.bos_token_id)
+def test_document_masking_counts_from_every_beginning(streams, tokenizer, background):
+    loader = Loader(streams, batch_size=4, background=background, document_start=tokenizer.bos_token_id)
     for batch in take(loader, 5):
         ids, place = batch["input_ids"][:, :-1], batch["position_ids"]
         assert place.shape == ids.shape and place.dtype == torch.long
@@ -195,8 +195,8 @@ def test_positions():
     assert positions(np.array([9, 1, 2, 9, 9, 3]), 9).tolist() == [0, 1, 2, 0, 0, 1]
 
 
-def test_batches_are_int64_and_their_own(lanes):
-    loader = Loader(lanes, batch_size=4)
+def test_batches_are_int64_and_their_own(streams):
+    loader = Loader(streams, batch_size=4)
     batches = take(loader, 3)
     copies = [batch["input_ids"].clone() for batch in batches]
     take(loader, 300)  # the ring of slots comes round
@@ -221,11 +221,11 @@ class Failing:
     def __init__(self, error):
         self.error = error
 
-    def __call__(self, lane):
+    def __call__(self, stream):
         raise self.error
 
 
-def test_errors_of_the_background_arrive(lanes):
+def test_errors_of_the_background_arrive(streams):
     with pytest.raises(UserError, match=r"^a.parquet: broken; repair it$"):
         next(Loader(Failing(UserError("a.parquet: broken; repair it")), batch_size=2))
     with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*KeyError: 'oops'"):
@@ -236,7 +236,7 @@ class Panic(BaseException):
     """What a panic in Rust becomes: no Exception."""
 
 
-def test_whatever_ends_the_background_the_trainer_does_not_wait_for_ever(lanes):
+def test_whatever_ends_the_background_the_trainer_does_not_wait_for_ever(streams):
     with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*Panic: in Rust"):
         next(Loader(Failing(Panic("in Rust")), batch_size=2))
     batches = BackgroundBatches(lambda: lambda batch: {"state": lambda: "that cannot be sent"}, {"input_ids": (2, 9)})
@@ -244,8 +244,8 @@ def test_whatever_ends_the_background_the_trainer_does_not_wait_for_ever(lanes):
         next(batches)
 
 
-def test_a_killed_background_process_is_told_in_one_line(lanes):
-    loader = Loader(lanes, batch_size=2)
+def test_a_killed_background_process_is_told_in_one_line(streams):
+    loader = Loader(streams, batch_size=2)
     next(loader)
     os.kill(loader.batches.process.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"^the process that prepares the batches was killed by SIGKILL; .*memory"):
@@ -259,15 +259,15 @@ def alive(pid):
         return False
 
 
-def test_closing_ends_the_background_process(lanes):
-    loader = Loader(lanes, batch_size=2)
+def test_closing_ends_the_background_process(streams):
+    loader = Loader(streams, batch_size=2)
     first = take(loader, 2)
     pid = loader.batches.process.pid
     assert alive(pid)
     loader.close()
     loader.close()
     assert not alive(pid)
-    again = Loader(lanes, batch_size=2)
+    again = Loader(streams, batch_size=2)
     equal(take(again, 2), first)
     pid = again.batches.process.pid
     equal(take(loader, 1), take(again, 1))  # a closed one continues
@@ -281,7 +281,7 @@ import os, signal, sys, time
 sys.path[:0] = {path!r}
 from recipes.loader import Loader
 
-class Lane:
+class RowStream:
     rows = 0
     def write(self, row):
         row["input_ids"][:] = self.rows
@@ -289,16 +289,16 @@ class Lane:
     def state_dict(self):
         return {{}}
 
-class Lanes:
+class StreamMaker:
     widths = {{"input_ids": 9}}
-    def __call__(self, lane):
-        return Lane()
+    def __call__(self, stream):
+        return RowStream()
 
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
 signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
 signal.signal(signal.SIGHUP, lambda *_: stopped.append(1))
-loader = Loader(Lanes(), batch_size=2)
+loader = Loader(StreamMaker(), batch_size=2)
 next(loader)
 print(loader.batches.process.pid, flush=True)
 while not stopped:

@@ -139,22 +139,22 @@ def test_accelerate_saves_and_loads_it(tmp_path):
 @pytest.mark.parametrize("recipe", ["current", "classic"])
 def test_its_share_of_one_process_continues_bit_for_bit(recipe, tmp_path):
     model, optimizer = trained(recipe)
-    save_file(optimizer.share_of_state(), tmp_path / "share.safetensors")
+    save_file(optimizer.sharded_state_dict(), tmp_path / "share.safetensors")
     twin = copy.deepcopy(model)
     twin_optimizer = muon_adamw(twin, recipe=recipe, **RATES)
-    twin_optimizer.load_shares([tmp_path / "share.safetensors"])
+    twin_optimizer.load_sharded_state_dict([tmp_path / "share.safetensors"])
     assert train_steps(model, optimizer, range(3, 6)) == train_steps(twin, twin_optimizer, range(3, 6))
 
 
 def test_a_state_that_is_missing_or_has_another_shape_is_named(tmp_path):
     optimizer = trained()[1]
-    share = optimizer.share_of_state()
+    share = optimizer.sharded_state_dict()
 
     def load(change):
         changed = dict(share)
         change(changed)
         save_file(changed, tmp_path / "share.safetensors")
-        optimizer.load_shares([tmp_path / "share.safetensors"])
+        optimizer.load_sharded_state_dict([tmp_path / "share.safetensors"])
 
     head = "lm_head.weight.exp_avg"
     with pytest.raises(ValueError, match=f"{head} is missing"):
@@ -173,7 +173,7 @@ def test_a_state_that_is_missing_or_has_another_shape_is_named(tmp_path):
 def test_without_names_there_is_no_share():
     optimizer = MuonAdamW([{"kind": "adamw", "params": [torch.nn.Parameter(torch.zeros(3))], "lr": 0.1}])
     with pytest.raises(ValueError, match="name"):
-        optimizer.share_of_state()
+        optimizer.sharded_state_dict()
 
 
 def test_bfloat16_parameters_keep_their_state_in_float32():

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from recipes.training.optim.optimizer import MuonAdamW
-from recipes.training.optim.sharding import part, part_size, shard_group
+from recipes.training.optim.sharding import shard, shard_group, shard_size
 
 # Stacks of 5, 1 and 2 matrices; tables whose rows two and three processes share evenly and not, one with rows for
 # fewer than three; and a tensor too small to be cut.
@@ -59,7 +59,7 @@ def run(rank: int, processes: int, folder: Path, group=None) -> None:
         params = new_params()
         optimizer = new_optimizer(params, recipe, group)
         norms = steps(params, optimizer, range(3), rank, processes)
-        save_file(optimizer.share_of_state(), folder / f"{recipe}-{processes}-share{rank}.safetensors")
+        save_file(optimizer.sharded_state_dict(), folder / f"{recipe}-{processes}-share{rank}.safetensors")
         save_file(params, folder / f"{recipe}-{processes}-middle{rank}.safetensors")
         norms += steps(params, optimizer, range(3, 6), rank, processes)
         end = params | {"norms": torch.tensor(norms)}
@@ -70,7 +70,7 @@ def resume(rank: int, processes: int, folder: Path, recipe: str, source: int, gr
     """The last three steps, from what `source` processes have written."""
     params = new_params(folder / f"{recipe}-{source}-middle0.safetensors")
     optimizer = new_optimizer(params, recipe, group)
-    optimizer.load_shares(sorted(folder.glob(f"{recipe}-{source}-share*")))
+    optimizer.load_sharded_state_dict(sorted(folder.glob(f"{recipe}-{source}-share*")))
     steps(params, optimizer, range(3, 6), rank, processes)
     save_file(params, folder / f"{recipe}-{processes}-from{source}-end{rank}.safetensors")
 
@@ -116,7 +116,7 @@ def run_fsdp(rank: int, processes: int, folder: Path, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh)
     optimizer = train_small(model, range(3), rank=rank, processes=processes)
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    save_file(optimizer.share_of_state(), folder / f"fsdp-share{rank}.safetensors")
+    save_file(optimizer.sharded_state_dict(), folder / f"fsdp-share{rank}.safetensors")
     train_small(model, range(3, 6), optimizer, rank, processes)
     whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
     save_file(whole | {"norm": optimizer.grad_norm.reshape(1)}, folder / f"fsdp-end{rank}.safetensors")
@@ -124,7 +124,7 @@ def run_fsdp(rank: int, processes: int, folder: Path, mesh: DeviceMesh) -> None:
     resumed.load_state_dict(load_file(folder / "small-middle.safetensors"))
     fully_shard(resumed, mesh=mesh)
     optimizer = train_small(resumed, (), rank=rank, processes=processes)
-    optimizer.load_shares([folder / "small-share.safetensors"])
+    optimizer.load_sharded_state_dict([folder / "small-share.safetensors"])
     train_small(resumed, range(3, 6), optimizer, rank, processes)
     whole = {name: p.full_tensor().detach() for name, p in resumed.named_parameters()}
     save_file(whole, folder / f"fsdp-from-plain-end{rank}.safetensors")
@@ -136,7 +136,7 @@ def one_process(folder: Path) -> None:
     run(0, 1, folder)
     model = Small()
     optimizer = train_small(model, range(3))
-    save_file(optimizer.share_of_state(), folder / "small-share.safetensors")
+    save_file(optimizer.sharded_state_dict(), folder / "small-share.safetensors")
     save_file(model.state_dict(), folder / "small-middle.safetensors")
     train_small(model, range(3, 6), optimizer)
     save_file(model.state_dict() | {"norm": optimizer.grad_norm.reshape(1)}, folder / "small-end.safetensors")
@@ -229,7 +229,7 @@ def test_fsdp_continues_what_one_process_began_and_the_other_way_round(folder):
     model = Small()
     model.load_state_dict(load_file(folder / "small-middle.safetensors"))
     optimizer = train_small(model, ())
-    optimizer.load_shares([folder / "fsdp-share0.safetensors", folder / "fsdp-share1.safetensors"])
+    optimizer.load_sharded_state_dict([folder / "fsdp-share0.safetensors", folder / "fsdp-share1.safetensors"])
     train_small(model, range(3, 6), optimizer)
     assert largest_difference(uninterrupted, model.state_dict()) < 1e-5
 
@@ -237,12 +237,12 @@ def test_fsdp_continues_what_one_process_began_and_the_other_way_round(folder):
 def test_a_share_that_is_not_given_is_missed(folder):
     optimizer = new_optimizer(new_params(), "current")
     with pytest.raises(ValueError, match="optimizer state even.exp_avg: row 18 of 36 is missing"):
-        optimizer.load_shares([folder / "current-2-share0.safetensors"])
+        optimizer.load_sharded_state_dict([folder / "current-2-share0.safetensors"])
 
 
 @given(st.integers(0, 500), st.integers(1, 64))
 def test_every_part_has_one_owner_and_no_process_more_than_its_share(count, processes):
-    parts = [part(count, rank, processes) for rank in range(processes)]
+    parts = [shard(count, rank, processes) for rank in range(processes)]
     assert [index for own in parts for index in own] == [*range(count)]
-    assert max(map(len, parts)) == part_size(count, processes) <= count // processes + 1
+    assert max(map(len, parts)) == shard_size(count, processes) <= count // processes + 1
     assert [len(chunk) for chunk in torch.empty(count).chunk(processes)] == [len(p) for p in parts if p] or not count

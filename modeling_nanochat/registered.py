@@ -8,7 +8,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .configuration_nanochat import NanoChatConfig
 from .configuration_nanochat_turbo import NanoChatTurboConfig
 from .modeling_nanochat import NanoChatForCausalLM, NanoChatModel, NanoChatPreTrainedModel  # noqa: F401
-from .modeling_nanochat_turbo import NanoChatTurboForCausalLM, NanoChatTurboModel
+from .modeling_nanochat_turbo import (
+    NanoChatTurboForCausalLM,
+    NanoChatTurboModel,
+    NanoChatTurboPreTrainedModel,  # noqa: F401
+)
 
 AutoConfig.register("nanochat", NanoChatConfig, exist_ok=True)
 AutoModel.register(NanoChatConfig, NanoChatModel, exist_ok=True)

@@ -13,7 +13,7 @@ from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from recipes.pocket.world import WorldArguments, write_world
 from recipes.training.device import computes_in_float8, evaluation_precision
 from recipes.training.evaluation import text_rows
-from recipes.training.optim.hyperparameters import derive
+from recipes.training.optim.hyperparameters import resolve_hyperparameters
 from recipes.training.optim.optimizer import muon_adamw
 from tokenizer_train.bpe import train_tokenizer
 
@@ -77,7 +77,7 @@ def course(depth: int, rows: int, ids: torch.Tensor, held_out: torch.Tensor, sca
         for layer in layers:
             layer.scale_error = scale_error
     steps = len(ids) // rows
-    plan = derive(config, "current", max_length=LENGTH, max_steps=steps, total_batch_size=rows * LENGTH)
+    plan = resolve_hyperparameters(config, "current", max_length=LENGTH, max_steps=steps, total_batch_size=rows * LENGTH)
     optimizer, schedule = muon_adamw(model, **{name: getattr(plan, name) for name in RATES}), plan.schedule()
     losses = []
     for step, batch in enumerate(batches(ids, rows)):

@@ -26,7 +26,7 @@ from recipes.training.loop import (
     prepare,
     train,
 )
-from recipes.training.optim.hyperparameters import derive
+from recipes.training.optim.hyperparameters import resolve_hyperparameters
 from recipes.training.setup import define
 from recipes.training.stage import JsonlLogger, OutputArguments
 from recipes.training.stopping import Stopped, stop_request
@@ -112,7 +112,7 @@ def loop_arguments(**more):
 
 def plan_of(model, max_steps, **more):
     rates = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008, "warmup_steps": 2, "momentum_steps": 5}
-    return derive(model.config, "current", max_length=16, max_steps=max_steps, total_batch_size=64, **rates | more)
+    return resolve_hyperparameters(model.config, "current", max_length=16, max_steps=max_steps, total_batch_size=64, **rates | more)
 
 
 def rows(count, seed=0):

@@ -12,7 +12,7 @@ from modeling_nanochat.text.sources import read_files
 from modeling_nanochat.tokenization_nanochat import encode_documents
 from recipes.training.data import documents as documents_module
 from recipes.training.data import streams as streams_module
-from recipes.training.data.documents import Epochs, Share, StreamedDocuments, out_of_reach
+from recipes.training.data.documents import Epochs, StreamedDocuments, StridedSampler, out_of_reach
 from recipes.training.data.packing import IGNORED
 from recipes.training.data.streams import STREAMS, ConversationStreams, MixedStreams, TextStreams
 
@@ -57,7 +57,7 @@ def part_files(tmp_path_factory):
 @pytest.mark.parametrize("count", [3, 16, 100, 1000])
 def test_every_document_comes_once_an_epoch(count):
     epochs = Epochs(count, seed=5)
-    taken = [Share(epochs, stream, STREAMS).take(2 * count // STREAMS + 1) for stream in range(STREAMS)]
+    taken = [StridedSampler(epochs, stream, STREAMS).take(2 * count // STREAMS + 1) for stream in range(STREAMS)]
     in_order = [index for together in zip(*taken, strict=True) for index in together]
     assert sorted(in_order[:count]) == sorted(in_order[count : 2 * count]) == list(range(count))
     assert count == 3 or in_order[:count] != in_order[count : 2 * count]

@@ -104,7 +104,7 @@ def test_40_batches_go_beyond_an_epoch(streams, monkeypatch):
     monkeypatch.setattr(loader_module, "TOKENS_BETWEEN_STATES", 1)
     loader = Loader(streams, batch_size=4, background=False)
     take(loader, 40)
-    assert all(int(loader.states[stream]["place"]) > 2 * DOCUMENTS for stream in range(STREAMS))
+    assert all(int(loader.states[stream]["cursor"]) > 2 * DOCUMENTS for stream in range(STREAMS))
 
 
 @pytest.mark.parametrize("kind", ["text", "mixed"])

@@ -1,4 +1,4 @@
-# `make help` lists the targets; each is explained after its ##.
+# `make help` lists the targets with the text after their ##.
 #
 # LIBRARIES=  tested (constraints.txt, the default), ranges, oldest or newest: see .ci/libraries.py
 
@@ -18,31 +18,31 @@ help:  ## list these targets (what `make` alone does)
 	@echo
 	@echo "settings: RUN=$(RUN)  VENV=$(VENV)  PYTHON=$(PYTHON)  LIBRARIES=$(LIBRARIES) (or ranges, oldest, newest)"
 
-run: $(INSTALLED)  ## train the pocket model from nothing to a chat; again: go on, or do nothing if it is finished
+run: $(INSTALLED)  ## train the pocket model from scratch to a chat; run again to resume; skips what is finished
 	@$(BIN)/python recipes/run.py pocket --run_dir $(RUN) --next "$(MAKE_AGAIN) chat   (terminal),   $(MAKE_AGAIN) space   (browser)"
 
-chat: $(INSTALLED)  ## talk to the trained model in the terminal
+chat: $(INSTALLED)  ## chat with the trained model in the terminal
 	@$(BIN)/nanochat-chat $(RUN)/rl
 
-space: $(INSTALLED)  ## talk to it in the browser
+space: $(INSTALLED)  ## chat with it in the browser
 	@$(BIN)/python space/app.py $(RUN)/rl
 
-install: $(INSTALLED)  ## make the virtual environment with the libraries
+install: $(INSTALLED)  ## create the virtual environment with the libraries
 
 test: lint pytest  ## what CI runs: lint, pytest
 
 lint: $(INSTALLED)  ## ruff
 	$(BIN)/ruff check .
 
-# The chat template is also rendered in JavaScript, where there is npm; else that test is skipped.
-pytest: $(INSTALLED)  ## the tests that need neither a GPU nor much time
+# The chat template is also rendered in JavaScript if npm is installed; otherwise that test is skipped.
+pytest: $(INSTALLED)  ## the tests that need no GPU and little time
 	@npm install --prefix $(VENV)/js --no-audit --no-fund --loglevel error $(JAVASCRIPT) >/dev/null 2>&1 || echo "no npm, or no network: the chat template is not tested in JavaScript"
 	HF_HUB_OFFLINE=1 NODE_PATH=$(abspath $(VENV)/js/node_modules) $(BIN)/python -m pytest
 
-gpu-check: $(INSTALLED)  ## kernels, gradients, speed and stages on this machine's GPU, in eight minutes
+gpu-check: $(INSTALLED)  ## check kernels, gradients, speed and stages on this machine's GPU, in eight minutes
 	$(BIN)/python recipes/benchmarks/gpu_check.py
 
-constraints:  ## make the newest versions within pyproject.toml's ranges the tested ones; commit them when the tests pass
+constraints:  ## pin the newest versions that pyproject.toml allows; commit them when the tests pass
 	rm -rf .venv-ranges
 	@$(MAKE) --no-print-directory install LIBRARIES=ranges VENV=.venv-ranges
 	.venv-ranges/bin/python .ci/constraints.py

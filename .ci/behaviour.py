@@ -1,11 +1,11 @@
-"""Record what must not change when code is only moved or renamed, and compare two such records.
+"""Record the behaviour that refactoring must not change, and compare two such records.
 
 python .ci/behaviour.py before.json
-python .ci/behaviour.py after.json --against before.json     # exit code 1 and the names of what differs
+python .ci/behaviour.py after.json --against before.json     # exit code 1 and the differences
 
-A record has the log of every step and the weights of two miniature ladders (turbo and plain; pretraining, midtraining, SFT,
-GRPO, evaluation), the names and hashes of the files they leave, and the options of every command with their defaults. One
-thread, so that sums are added in the same order. About six minutes; both records need the same machine and libraries.
+A record contains the logs and weights of two miniature ladders (turbo and plain; pretraining, midtraining, SFT, GRPO,
+evaluation), the names and hashes of their files, and the options of every command with their defaults. Runs on one
+thread for deterministic sums. Takes six minutes; both records must come from the same machine and libraries.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PLAIN = ["base.architecture=plain", "base.window_pattern="]
 CLOCK = re.compile(r"second|memory|mfu|time|date|machine|cost|revision|commit|overlap")
 COMMANDS = ("recipes", "evals", "tokenizer_train", "space", "modeling_nanochat")
 HASHED = (".safetensors", ".json", ".jsonl", ".jinja", ".parquet")
-NOT_HASHED = ("stages/", "results/", "logs/", "checkpoints/", "finished/", "started/")  # with times and paths in them
+NOT_HASHED = ("stages/", "results/", "logs/", "checkpoints/", "finished/", "started/")  # contain times and paths
 
 
 def main() -> None:
@@ -47,10 +47,11 @@ def main() -> None:
 
 
 def ladder(settings: list[str]) -> dict[str, object]:
-    """Logs without times, file names and hashes of one run."""
+    """Files with their hashes, logs and results of one run, without times."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        command = [sys.executable, "recipes/run.py", "pocket", "--run_dir", str(run_dir), "--set", *SETTINGS, *settings]
+        command = [sys.executable, "recipes/run.py", "pocket", "--run_dir", str(run_dir)]
+        command += ["--set", *SETTINGS, *settings]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         subprocess.run(command, cwd=ROOT, check=True, env=environment, stdout=sys.stderr)
         files = {path.relative_to(run_dir).as_posix(): path for path in sorted(run_dir.rglob("*")) if path.is_file()}
@@ -78,28 +79,29 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 def without_clock(value: object) -> object:
     if isinstance(value, dict):
-        return {key: without_clock(part) for key, part in value.items() if not CLOCK.search(key)}
+        return {key: without_clock(item) for key, item in value.items() if not CLOCK.search(key)}
     if isinstance(value, list):
-        return [without_clock(part) for part in value]
+        return [without_clock(item) for item in value]
     return re.sub(r"/\S*/run\b", "RUN", value) if isinstance(value, str) else value
 
 
 def options() -> dict[str, list[str]]:
-    """The options of every command by the file's name, each with its default."""
+    """The options of every command with their defaults, keyed by module name."""
     found = {}
     for path in sorted(path for folder in COMMANDS for path in (ROOT / folder).rglob("*.py")):
         if 'if __name__ == "__main__":' not in path.read_text(encoding="utf-8"):
             continue
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
-        words = ["-m", module] if module.startswith("modeling_nanochat") else [str(path)]  # it imports relatively
+        words = ["-m", module] if module.startswith("modeling_nanochat") else [str(path)]  # uses relative imports
         command = [sys.executable, *words, "--help"]
         environment = os.environ | {"COLUMNS": "400", "PYTHONPATH": str(ROOT)}
         text = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=ROOT).stdout
-        found[module.rpartition(".")[2]] = sorted({named(line) for line in re.findall(r"^  (-.*(?:\n {6,}.*)*)", text, re.M)})
+        entries = re.findall(r"^  (-.*(?:\n {6,}.*)*)", text, re.M)
+        found[module.rpartition(".")[2]] = sorted({option_and_default(entry) for entry in entries})
     return found
 
 
-def named(entry: str) -> str:
+def option_and_default(entry: str) -> str:
     """`  --depth DEPTH  help (default: 4)` -> `--depth 4`."""
     default = re.search(r"\(default: (.*?)\)\s*$", entry, re.S)
     value = " ".join(default[1].split()).replace(str(ROOT), "ROOT") if default else ""
@@ -109,7 +111,7 @@ def named(entry: str) -> str:
 def differences(before: object, after: object, name: str = "") -> set[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         keys = before.keys() | after.keys()
-        return {word for key in keys for word in differences(before.get(key), after.get(key), f"{name}/{key}")}
+        return {line for key in keys for line in differences(before.get(key), after.get(key), f"{name}/{key}")}
     return set() if before == after else {f"{name}: {json.dumps(before)[:200]} -> {json.dumps(after)[:200]}"}
 
 

@@ -1,4 +1,4 @@
-"""Write the versions that are installed here to constraints.txt, and those that a Space needs to space/requirements.txt.
+"""Write the installed versions to constraints.txt, and those that a Space needs to space/requirements.txt.
 
 Run by `make constraints` in a fresh environment with the newest versions that pyproject.toml allows.
 """
@@ -9,15 +9,20 @@ from importlib import metadata
 
 from libraries import ROOT, name_of, read_constraints, read_project
 
-# Of the installer itself, and what only torch's CUDA build asks for: torch names those versions exactly.
+# pip, this project, and the dependencies of torch's CUDA build, which torch itself pins exactly.
 LEFT_OUT = re.compile(r"pip|modeling-nanochat|nvidia-.*|cuda-.*|triton")
-HEADER = "# Versions that passed the tests, written by `make constraints`: pip install -c constraints.txt -e '.[all]'\n"
-SPACE_HEADER = "# The versions of ../constraints.txt, written by `make constraints`; gradio comes with README.md's sdk_version.\n"
+HEADER = (
+    "# Versions that passed the tests, written by `make constraints`: pip install -c constraints.txt -e '.[all]'\n"
+)
+SPACE_HEADER = (
+    "# The versions of ../constraints.txt, written by `make constraints`; "
+    "gradio comes with README.md's sdk_version.\n"
+)
 
 
 def main() -> None:
     if sys.version_info[:2] != (3, 11):
-        sys.exit("make constraints needs the oldest supported Python, so that newer ones can install the versions too: 3.11")
+        sys.exit("make constraints needs Python 3.11, the oldest supported; newer ones can install the same versions")
     installed = {name_of(found.name): found.version for found in metadata.distributions()}
     (ROOT / "constraints.txt").write_text(constraints(installed), encoding="utf-8")
     pins = read_constraints()
@@ -28,13 +33,13 @@ def main() -> None:
 
 
 def constraints(installed: dict[str, str]) -> str:
-    """constraints.txt for installed versions: `2.13.0+cpu` becomes 2.13.0, which every build of 2.13.0 satisfies."""
+    """The text of constraints.txt; `2.13.0+cpu` becomes 2.13.0, which every build of 2.13.0 satisfies."""
     kept = sorted(name for name in installed if not LEFT_OUT.fullmatch(name))
     return HEADER + "".join(f"{name}=={installed[name].partition('+')[0]}\n" for name in kept)
 
 
 def space_requirements(project: dict, pins: dict[str, str]) -> str:
-    """A Space's requirements.txt: the package's own dependencies, and `spaces` for ZeroGPU."""
+    """The text of a Space's requirements.txt: the package's own dependencies, and `spaces` for ZeroGPU."""
     names = [name_of(requirement) for requirement in project["dependencies"]]
     return SPACE_HEADER + "".join(f"{name}=={pins[name]}\n" for name in names) + "spaces\n"
 

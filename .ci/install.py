@@ -2,7 +2,7 @@
 
 python .ci/install.py .venv tested
 
-pip's output goes to install.log in the environment; the terminal shows a line, or pip's errors and what to do about them.
+pip's output goes to install.log in the environment; the terminal shows one line, or pip's errors and what to do.
 """
 
 import importlib.util
@@ -36,11 +36,11 @@ def main(venv: Path, libraries: str) -> None:
 
 
 def make_environment(venv: Path, unfinished: Path) -> None:
-    """Make the environment, or make it again if a previous installation did not end: pip takes what an
-    interrupted pip left half written for installed.
+    """Create the environment, or recreate it after an interrupted installation, because pip treats half-written
+    packages as installed.
 
     Raises:
-        SystemExit: The folder is something else, or this Python cannot make virtual environments.
+        SystemExit: The folder is not an environment, or this Python cannot create one.
     """
     if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").is_file():
         sys.exit(f"{venv} is not a virtual environment; move it away, or name another folder: make VENV=…")
@@ -54,12 +54,13 @@ def make_environment(venv: Path, unfinished: Path) -> None:
         made = subprocess.run([sys.executable, "-m", "venv", venv], check=False, capture_output=True, text=True)
         if made.returncode:
             reason = (made.stderr or made.stdout).strip().splitlines()
-            sys.exit(f"{sys.executable} cannot make the virtual environment {venv}: {reason[-1] if reason else 'no reason given'}")
+            last = reason[-1] if reason else "no reason given"
+            sys.exit(f"{sys.executable} cannot make the virtual environment {venv}: {last}")
     unfinished.touch()
 
 
 def empty(venv: Path) -> None:
-    """Delete what the environment holds; pyvenv.cfg, by which it is known, goes last in case this is interrupted."""
+    """Delete the environment's contents; pyvenv.cfg, which identifies it, goes last in case of an interruption."""
     for entry in sorted(venv.iterdir() if venv.exists() else (), key=lambda entry: entry.name == "pyvenv.cfg"):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -68,7 +69,7 @@ def empty(venv: Path) -> None:
 
 
 def works(venv: Path) -> bool:
-    """Whether the environment has a Python of a sufficient version and a pip that starts."""
+    """Whether the environment has a recent enough Python and a working pip."""
     check = "import sys, pip; sys.exit(sys.version_info < (3, 11))"
     try:
         ended = subprocess.run([venv / "bin" / "python", "-c", check], check=False, capture_output=True)
@@ -78,13 +79,13 @@ def works(venv: Path) -> bool:
 
 
 def install(venv: Path, libraries: str) -> None:
-    """Install the libraries, then the checkout itself without asking for its ranges again: `newest` exceeds them.
+    """Install the libraries, then the checkout itself without its dependencies, whose ranges `newest` exceeds.
 
     Raises:
-        SystemExit: pip failed; with its errors and what to do.
+        SystemExit: pip failed; the message has its errors and what to do.
     """
     log, start = venv / "install.log", time.monotonic()
-    print(f"installing the libraries into {venv}, some minutes the first time (log: {log}) …", flush=True)
+    print(f"installing the libraries into {venv}, a few minutes the first time (log: {log}) …", flush=True)
     upgrade = ["--upgrade", "--upgrade-strategy", "eager"]
     steps = [upgrade + pip_arguments(libraries, read_project()), ["--no-deps", "--editable", str(ROOT)]]
     with open(log, "w", encoding="utf-8") as output:
@@ -99,8 +100,8 @@ def install(venv: Path, libraries: str) -> None:
 
 
 def compile_what_is_imported(venv: Path) -> None:
-    """Import all of it once, so that no command has to compile it anew: where PYTHONDONTWRITEBYTECODE is set, as in many
-    containers, a start takes more than twice as long without. Whether the imports succeed is for the tests to tell.
+    """Import all modules once to write their bytecode. Without it, commands start less than half as fast where
+    PYTHONDONTWRITEBYTECODE is set, as in many containers. Failing imports are ignored here; the tests report them.
     """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     command = [(venv / "bin" / "python").absolute(), "-c", f"import {', '.join(IMPORTED)}"]
@@ -108,20 +109,21 @@ def compile_what_is_imported(venv: Path) -> None:
 
 
 def explain(output: str, libraries: str, log: Path) -> str:
-    """pip's errors at the end of its output, and a line on what to do."""
+    """The last errors in pip's output, and a line on what to do."""
     errors = [line for line in output.splitlines() if line.lower().startswith("error")]
     if "No space left on device" in output:
         advice = "the disk is full; the libraries need 2 GB, with torch's CUDA build 8 GB"
     elif any(words in output for words in UNREACHABLE):
-        advice = "the package index could not be reached; check the network or PIP_INDEX_URL, then repeat the command"
+        advice = "the package index cannot be reached; check the network or PIP_INDEX_URL, then repeat the command"
     elif libraries == "tested":
         advice = (
-            f"the versions in constraints.txt cannot be installed with Python {platform.python_version()}; take another "
-            "Python (make PYTHON=python3.12), or the newest versions that pyproject.toml allows (make LIBRARIES=ranges)"
+            f"the versions in constraints.txt cannot be installed with Python {platform.python_version()}; "
+            "use another Python (make PYTHON=python3.12), or the newest versions that pyproject.toml allows "
+            "(make LIBRARIES=ranges)"
         )
     else:
         advice = f"the {libraries} libraries cannot be installed with Python {platform.python_version()}"
-    return "\n".join([*errors[-5:], f"{advice}. pip's whole output: {log}"])
+    return "\n".join([*errors[-5:], f"{advice}. pip's full output: {log}"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The sets of libraries that this project is installed with, all derived from pyproject.toml.
+"""The sets of library versions to install, all derived from pyproject.toml.
 
 tested: the versions in constraints.txt. ranges: the newest that pyproject.toml allows. oldest: its lower bounds.
-newest: no upper bounds but torch's, which keeps CPU machines on a CPU build where one is offered.
+newest: no upper bounds except torch's, which keeps CPU machines on a CPU build where one is available.
 """
 
 import re
@@ -13,23 +13,23 @@ SETS = ("tested", "ranges", "oldest", "newest")
 
 
 def pip_arguments(libraries: str, project: dict, extra: str = "all") -> list[str]:
-    """What `pip install` is given for one of SETS.
+    """Arguments of `pip install` for one of SETS.
 
     Args:
         project: The table `[project]` of pyproject.toml.
     """
-    asked = requirements(project, extra)
+    wanted = requirements(project, extra)
     if libraries == "tested":
-        return [*asked, "--constraint", str(ROOT / "constraints.txt")]
+        return [*wanted, "--constraint", str(ROOT / "constraints.txt")]
     if libraries == "oldest":
-        return [lower_bound(requirement) for requirement in asked]
+        return [lower_bound(requirement) for requirement in wanted]
     if libraries == "newest":
-        return [r if name_of(r) == "torch" else re.sub(r",?<[\w.]+", "", r) for r in asked]
-    return asked
+        return [r if name_of(r) == "torch" else re.sub(r",?<[\w.]+", "", r) for r in wanted]
+    return wanted
 
 
 def requirements(project: dict, extra: str) -> list[str]:
-    """The project's dependencies and those of an extra, with the extras that it refers to, each once."""
+    """The dependencies of the project and of an extra, including extras it refers to, without duplicates."""
     found = list(project["dependencies"])
     for requirement in project["optional-dependencies"][extra]:
         if name_of(requirement) == project["name"]:
@@ -46,7 +46,7 @@ def lower_bound(requirement: str) -> str:
 
 
 def name_of(requirement: str) -> str:
-    """The normalized name of the distribution that a requirement or a line of constraints.txt asks for."""
+    """The normalized distribution name of a requirement or of a line of constraints.txt."""
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
@@ -55,7 +55,7 @@ def read_project() -> dict:
 
 
 def read_constraints() -> dict[str, str]:
-    """The tested version of each distribution by its normalized name."""
+    """The tested version of each distribution, by normalized name."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {name_of(name): version for name, version in pins}

@@ -1,8 +1,8 @@
-"""Print, as Markdown, what a set of libraries broke: which versions differ from the tested ones, and the failing tests by error.
+"""Print a Markdown report on a set of libraries: versions that differ from the tested ones, failing tests by error.
 
 python .ci/what_broke.py .venv-newest report.xml
 
-Needs only Python, so that it also tells about an installation that failed.
+Uses only the standard library, so that it also works after a failed installation.
 """
 
 import re
@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from libraries import name_of, read_constraints, read_project, requirements
 
-MOST = 10  # tests named for an error
+MOST = 10  # tests listed per error
 
 
 def main(venv: Path, report: Path) -> None:
@@ -32,9 +32,10 @@ def main(venv: Path, report: Path) -> None:
 
 
 def versions(tested: dict[str, str], installed: dict[str, str], ours: list[str]) -> list[str]:
-    """A table of the libraries whose version is not the tested one, those that the project asks for itself first."""
+    """A table of the libraries that differ from the tested version, direct dependencies first."""
     other = {name: version.partition("+")[0] for name, version in installed.items() if name in tested}
-    changed = sorted((name for name in other if other[name] != tested[name]), key=lambda name: (name not in ours, name))
+    changed = [name for name in other if other[name] != tested[name]]
+    changed.sort(key=lambda name: (name not in ours, name))
     if not changed:
         return ["All libraries have the tested versions."]
     rows = [f"| {f'**{name}**' if name in ours else name} | {tested[name]} | {other[name]} |" for name in changed]
@@ -42,7 +43,7 @@ def versions(tested: dict[str, str], installed: dict[str, str], ours: list[str])
 
 
 def failures(report: ElementTree.Element) -> list[str]:
-    """The failing tests of a JUnit report under their errors, the most frequent error first."""
+    """The failing tests of a JUnit report grouped by error, the most frequent error first."""
     groups, cases = defaultdict(list), list(report.iter("testcase"))
     for case in cases:
         for outcome in [*case.iter("failure"), *case.iter("error")]:
@@ -51,7 +52,8 @@ def failures(report: ElementTree.Element) -> list[str]:
     lines = [f"{sum(map(len, groups.values()))} of {len(cases)} tests failed."]
     for error, tests in sorted(groups.items(), key=lambda group: -len(group[1])):
         more = [f"- and {len(tests) - MOST} more"] if len(tests) > MOST else []
-        lines += ["", f"**{len(tests)} ×** `{error.replace('`', '´')}`", "", *[f"- {test}" for test in tests[:MOST]], *more]
+        lines += ["", f"**{len(tests)} ×** `{error.replace('`', '´')}`", ""]
+        lines += [*[f"- {test}" for test in tests[:MOST]], *more]
     return lines
 
 

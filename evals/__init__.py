@@ -1,1 +1,1 @@
-"""Task runners, metrics and the report card: what a model folder can do, as records with n and standard error."""
+"""Task runners, metrics and the report card of a model folder; every result is a record with n and standard error."""

@@ -1,22 +1,22 @@
-"""Which examples go through the model together: neighbours in length, so that little is spent on padding."""
+"""Batches of examples of similar length, to reduce padding."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-# Bounds the memory of one forward pass where a few prompts are very long; short prompts never reach it.
+# Limits the memory of a forward pass with a few very long prompts; short prompts never reach it.
 MAX_TOKENS_PER_BATCH = 16384
-MAX_LOGITS = 2**26  # held at once; 256 MiB in float32, a few times over
+MAX_LOGITS = 2**26  # in memory at once: 256 MiB in float32, plus a few copies
 
 
 def batches_by_length(
     lengths: Sequence[int], batch_size: int, max_tokens: int = MAX_TOKENS_PER_BATCH
 ) -> list[list[int]]:
-    """Indices of examples in batches, the longest first: what does not fit in memory fails at once, not at the end.
+    """Return batches of example indices, longest first, so that an out-of-memory error occurs at the start.
 
     Args:
-        lengths: Tokens of each example.
-        batch_size: Most examples in a batch.
-        max_tokens: Most tokens in a batch, padding included; a longer example is a batch of its own.
+        lengths: Number of tokens of each example.
+        batch_size: Maximum number of examples in a batch.
+        max_tokens: Maximum number of tokens in a batch, padding included; a longer example gets its own batch.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -28,7 +28,7 @@ def batches_by_length(
 
 
 def with_progress(batches: Sequence[list[int]], progress: Callable[[int], Any] | None) -> Iterator[list[int]]:
-    """The batches; `progress` is called with the number of examples after each, like `tqdm.update`."""
+    """Yield the batches; after each, call `progress` with its number of examples, like `tqdm.update`."""
     for batch in batches:
         yield batch
         if progress is not None:

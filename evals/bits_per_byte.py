@@ -1,7 +1,7 @@
 """Bits per byte: the loss of a text per byte instead of per token, so that tokenizers can be compared.
 
-nats over the targets that have bytes / (ln 2 x bytes of those targets). Special tokens have no bytes and count in
-neither sum.
+Defined as nats of the targets that have bytes / (ln 2 x bytes of those targets). Special tokens have no bytes and are
+excluded from both sums.
 """
 
 import math
@@ -28,13 +28,13 @@ METRIC = Path(__file__).parent / "metrics" / "bits_per_byte"
 def nats_and_bytes(
     model, batch: torch.Tensor | Mapping[str, torch.Tensor], token_bytes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats (B,) in float64 and bytes (B,) of each row's targets; sum them over batches and ranks, then divide.
+    """Return nats (B,) in float64 and bytes (B,) of each row's targets; sum them over batches and ranks, then divide.
 
     Args:
         model: A causal language model.
         batch: Ids (B, T+1), each predicted from those before it; or {"input_ids", "labels"} (B, T+1), not shifted,
-            with -100 for targets to leave out.
-        token_bytes: (V,), see `token_bytes`.
+            with -100 for ignored targets.
+        token_bytes: Bytes of each token (V,), see `modeling_nanochat.text.token_bytes`.
     """
     ids = batch if isinstance(batch, torch.Tensor) else batch["input_ids"]
     labels = ids if isinstance(batch, torch.Tensor) else batch["labels"]
@@ -46,16 +46,16 @@ def nats_and_bytes(
 
 
 def token_nats(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Nats (B, T) of each target, 0 where it is -100. At most MAX_LOGITS logits exist at once, or those of a single row.
+    """Return nats (B, T) of each target, 0 where it is -100; at most MAX_LOGITS logits, or one row's, exist at once.
 
-    Our own models' head is applied to a slice of all positions at a time. Where the head is more than its weight (FSDP
-    gathers it in the model's own forward only; adapters), and in other models, a few rows go through the model at a time.
+    For our models, the LM head is applied to chunks of positions. Other models, and heads that are more than a weight
+    (adapters; FSDP, which gathers the head only in the model's own forward), process a few rows at a time.
     """
     if not (isinstance(model, NanoChatForCausalLM) and is_only_a_weight(model.lm_head)):
         rows = max(1, MAX_LOGITS // (ids.shape[1] * model.config.vocab_size))
         parts = zip(ids.split(rows), targets.split(rows), strict=True)
         logits = ((model(input_ids=part, use_cache=False).logits, target) for part, target in parts)
-        # Row by row, so that a float32 copy is of one row
+        # Row by row, so that only one row is copied to float32
         return torch.stack([cross_entropy(*row) for part in logits for row in zip(*part, strict=True)])
     hidden_states = model.model(input_ids=ids, use_cache=False).last_hidden_state
     positions = max(1, MAX_LOGITS // model.config.vocab_size)
@@ -71,7 +71,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def bits_per_byte(
     model, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]], token_bytes: torch.Tensor
 ) -> float:
-    """Bits per byte over `batches` (see `nats_and_bytes`) on this process; infinite where no target has bytes."""
+    """Return bits per byte over `batches` (see `nats_and_bytes`) on this process; infinite if no target has bytes."""
     was_training = model.training
     model.eval()
     sums = [(nats.sum().item(), count.sum().item()) for nats, count in map_batches(model, batches, token_bytes)]
@@ -88,9 +88,9 @@ def map_batches(model, batches: Iterable, token_bytes: torch.Tensor) -> Iterator
 def text_bits_per_byte(
     model, tokenizer, files: Sequence[str], *, max_length: int, batch_size: int = 8, max_tokens: int = 200_000
 ) -> dict:
-    """Bits per byte of the documents in `files`: {"bits_per_byte", "standard_error", "bytes", "tokens", "rows"}.
+    """Return bits per byte of the texts in `files`: {"bits_per_byte", "standard_error", "bytes", "tokens", "rows"}.
 
-    The documents, each behind a bos, are cut one after the other into rows of `max_length` predictions, until
+    The documents, each prefixed with bos, are concatenated and cut into rows of `max_length` predictions, up to
     `max_tokens` tokens; the standard error is that of the ratio over rows.
 
     Raises:
@@ -100,22 +100,21 @@ def text_bits_per_byte(
 
     rows = text_rows(tokenizer, text_dataset(files, what="text_files")["text"], max_length, max_tokens)
     batches = [padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-    results = map_batches(
-        model, tqdm(batches, desc="bits per byte", unit="batch", leave=False, disable=None), torch.from_numpy(token_bytes(tokenizer))
-    )
+    progress = tqdm(batches, desc="bits per byte", unit="batch", leave=False, disable=None)
+    results = map_batches(model, progress, torch.from_numpy(token_bytes(tokenizer)))
     nats, counts = (torch.cat(column).tolist() for column in zip(*results, strict=True))
     figures = evaluate.load(str(METRIC), keep_in_memory=True).compute(nats=nats, bytes=counts)
     return {**figures, "tokens": sum(len(row) - 1 for row in rows), "rows": len(rows)}
 
 
 def text_rows(tokenizer, texts: Iterable[str], max_length: int, max_tokens: int) -> list[list[int]]:
-    """Rows of at most `max_length` + 1 ids; the last id of a row is the first of the next: each is predicted once."""
+    """Return rows of at most `max_length` + 1 ids that overlap by one id, so that every id is predicted once."""
     stream = [token for _, token in zip(range(max_tokens), text_tokens(tokenizer, texts), strict=False)]
     return [stream[i : i + max_length + 1] for i in range(0, len(stream) - 1, max_length)]
 
 
 def text_tokens(tokenizer, texts: Iterable[str]) -> Iterator[int]:
-    """The ids of all documents, each behind a bos, encoded as they are asked for."""
+    """Yield the ids of all documents, each prefixed with bos, encoded lazily."""
     encoder = BulkEncoder(tokenizer)
     for text in texts:
         yield tokenizer.bos_token_id

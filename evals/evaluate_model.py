@@ -1,4 +1,4 @@
-"""Evaluate a model folder or Hub id on task files and on the bits per byte of text; leave records and sample replies.
+"""Evaluate a model folder or Hub id on task files and bits per byte of text; write records and sample replies.
 
     python evals/evaluate_model.py --model_name_or_path runs/pocket/sft --output_file runs/pocket/results/sft.json \
         --eval_files facts=runs/pocket/data/eval/facts.jsonl problems=runs/pocket/data/eval/problems.jsonl \
@@ -7,17 +7,17 @@
     python evals/evaluate_model.py --model_name_or_path me/my-base --base_model true --core_dir data/core \
         --output_file core.json
 
-A task file is JSONL with GSM8K, match, ARC, MMLU or cloze records; its kind is recognised (see `evals/tasks/formats.py`).
-`--core_dir` adds the CORE metric: one record for it, and one for each of its tasks.
-`--base_model true` is for a model that never saw chat tokens: only bits per byte, CORE and cloze tasks are run, the
-others are left out of its records, and the report shows "-" for them.
-`--output_predictions` keeps every reply with whether it is right, so that two models can be compared question by question.
+A task file is JSONL with GSM8K, match, ARC, MMLU or cloze records; its kind is detected, see `evals/tasks/formats.py`.
+`--core_dir` adds the CORE metric: one record for CORE, and one for each of its tasks.
+`--base_model true` is for a model not trained on chat tokens: only bits per byte, CORE and cloze tasks are run, the
+other tasks have no records, and the report shows "-" for them.
+`--output_predictions` saves every reply and whether it is right, for comparing two models question by question.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import statistics
 import time
@@ -70,45 +70,47 @@ NEEDS = {
 
 @dataclass
 class EvaluateArguments:
-    """What to evaluate, on what, and where the results go."""
+    """The model, the evaluation data and the output files."""
 
     model_name_or_path: str = field(metadata={"help": "Model folder or Hub id."})
     output_file: str = field(metadata={"help": "JSON file for the records and sample conversations."})
     eval_files: list[str] = field(default_factory=list, metadata={"help": "Task files, each as name=path.jsonl."})
     text_files: list[str] = field(
-        default_factory=list, metadata={"help": "Parquet, JSONL or text files; bits per byte of them all together."}
+        default_factory=list, metadata={"help": "Parquet, JSONL or text files; bits per byte is over all of them."}
     )
     core_dir: str | None = field(
-        default=None, metadata={"help": "Folder with the CORE tasks, core.json or core.yaml in it; no CORE if unset."}
+        default=None, metadata={"help": "Folder with the CORE tasks (core.json or core.yaml); no CORE if unset."}
     )
     core_max_per_task: int | None = field(default=None, metadata={"help": "Examples per CORE task; all if unset."})
     base_model: bool = field(
-        default=False, metadata={"help": "The model never saw chat tokens: only bits per byte, CORE and cloze tasks."}
+        default=False, metadata={"help": "The model was not trained on chat tokens: only bits per byte, CORE, cloze."}
     )
     max_examples: int | None = field(
-        default=None, metadata={"help": "Examples per task, drawn by seed; all if unset."}
+        default=None, metadata={"help": "Examples per task, sampled with seed; all if unset."}
     )
     max_text_tokens: int = field(default=200_000, metadata={"help": "Tokens of text for bits per byte."})
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens in a row of text for bits per byte; the model's context if unset."}
+        default=None, metadata={"help": "Tokens per row of text for bits per byte; the model's context if unset."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Prompts in a forward pass."})
-    max_new_tokens: int = field(default=96, metadata={"help": "Tokens in a reply, tool results included."})
-    temperature: float = field(default=0.0, metadata={"help": "Of replies; 0 takes the most likely token each time."})
+    batch_size: int = field(default=32, metadata={"help": "Prompts per forward pass."})
+    max_new_tokens: int = field(default=96, metadata={"help": "Tokens per reply, tool results included."})
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy decoding."})
     top_k: int | None = field(
-        default=None, metadata={"help": "Sample replies among that many tokens; among all if unset."}
+        default=None, metadata={"help": "Sample among the k most likely tokens; all if unset."}
     )
-    num_samples: int = field(default=6, metadata={"help": "Replies kept as sample conversations, over all tasks."})
+    num_samples: int = field(default=6, metadata={"help": "Sample conversations to keep, over all tasks."})
     output_predictions: str | None = field(
-        default=None, metadata={"help": "JSONL file for every prediction: task, index, right, reply; none if unset."}
+        default=None, metadata={"help": "JSONL file for all predictions (task, index, right, reply); none if unset."}
     )
-    seed: int = field(default=0, metadata={"help": "Of the draw of examples, and of replies with a temperature."})
-    verbose: bool = field(default=False, metadata={"help": "Print a table with standard errors and counts, and the libraries' bars."})
+    seed: int = field(default=0, metadata={"help": "Seed for sampling examples and replies."})
+    verbose: bool = field(
+        default=False, metadata={"help": "Print a table with standard errors and counts; show all progress bars."}
+    )
 
     def check(self) -> None:
-        """Raise `UserError` on a setting that cannot be, or that would have no effect."""
+        """Raise `UserError` on a setting that is invalid or would have no effect."""
         if not self.eval_files and not self.text_files and not self.core_dir:
-            raise UserError("nothing to evaluate; give eval_files, text_files or core_dir, or several of them")
+            raise UserError("nothing to evaluate; give eval_files, text_files or core_dir")
         counts = ("max_examples", "core_max_per_task", "max_text_tokens", "max_length", "batch_size", "max_new_tokens")
         for name in counts:
             value = getattr(self, name)
@@ -120,7 +122,7 @@ class EvaluateArguments:
             check_setting(name, getattr(self, name))
         for name, needed in NEEDS.items():
             if getattr(self, name) is not None and not getattr(self, needed):
-                raise UserError(f"{name} has no effect without {needed}; give {needed}, or leave it out")
+                raise UserError(f"{name} has no effect without {needed}; set {needed} or remove {name}")
 
 
 def main() -> None:
@@ -141,19 +143,19 @@ def main() -> None:
 
 
 def hide_library_bars() -> None:
-    """No bars of datasets and transformers, which last a moment and stay on the screen."""
+    """Disable the progress bars of datasets and transformers, which take a moment and stay on the screen."""
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
 
 
 @without_cudnn_attention()
 def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
-    """Evaluate and write `args.output_file`: {"model", "seconds", "records", "samples"}, which is also returned.
+    """Write {"model", "seconds", "records", "samples"} to `args.output_file`, and return it.
 
-    `args.output_predictions` is written before it.
+    `args.output_predictions` is written first.
 
     Raises:
-        UserError: A setting, a file or the model folder is wrong; nothing is written then.
+        UserError: A setting, a file or the model folder is invalid; nothing is written.
     """
     args.check()
     started = time.perf_counter()
@@ -181,28 +183,28 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
 
 
 def load_tasks(args: EvaluateArguments) -> list[Task]:
-    """The tasks of `args.eval_files` that this model can be asked.
+    """Return the tasks of `args.eval_files` that this model can be evaluated on.
 
     Raises:
-        UserError: A file is wrong, or nothing is left to evaluate.
+        UserError: A file is invalid, or nothing is left to evaluate.
     """
     named = [parse_task_argument(argument) for argument in args.eval_files]
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
-        raise UserError(f"eval_files: a task name occurs twice in {', '.join(names)}; give each file its own")
+        raise UserError(f"eval_files: a task name occurs twice in {', '.join(names)}; give each file its own name")
     tasks = [load_task(name, path, args.max_examples, args.seed) for name, path in named]
-    asked = [task for task in tasks if task.kind == "cloze" or not args.base_model]
-    if not asked and not args.text_files and not args.core_dir:
+    runnable = [task for task in tasks if task.kind == "cloze" or not args.base_model]
+    if not runnable and not args.text_files and not args.core_dir:
         raise UserError(
-            f"nothing to evaluate: {', '.join(names)} need chat tokens, which base_model says this model never saw; give "
-            "cloze tasks, text_files or core_dir, or leave base_model out"
+            f"nothing to evaluate: {', '.join(names)} need chat tokens, which a base_model was not trained on; give "
+            "cloze tasks, text_files or core_dir, or remove base_model"
         )
-    return asked
+    return runnable
 
 
 def text_record(model, tokenizer, args: EvaluateArguments) -> dict[str, Any]:
     max_length = args.max_length or model.config.max_position_embeddings
-    # Rows are long where prompts are short: as many rows as hold about the tokens of a batch of prompts.
+    # Text rows are longer than prompts: keep the tokens per batch similar, at 64 tokens per prompt.
     batch_size = max(1, args.batch_size * 64 // max_length)
     figures = text_bits_per_byte(
         model,
@@ -224,7 +226,7 @@ def text_record(model, tokenizer, args: EvaluateArguments) -> dict[str, Any]:
 
 @dataclass
 class TaskResult:
-    """The record of a task, a prediction for each of its examples, and the conversations where there are some."""
+    """The record of a task, a prediction for each example, and the conversations if there are any."""
 
     record: dict[str, Any]
     predictions: list[dict[str, Any]]
@@ -232,14 +234,14 @@ class TaskResult:
 
 
 def number_of_prompts(task: Task) -> int:
-    """What the progress of a task is counted in: replies, letters, or choices of a cloze question."""
+    """Return a task's number of progress units: replies, letters, or choices of cloze questions."""
     return sum(len(example["choices"]) if task.kind == "cloze" else 1 for example in task.examples)
 
 
 def evaluate_generative(
     engine: Engine, task: Task, args: EvaluateArguments, progress: EvaluationProgress
 ) -> TaskResult:
-    """The accuracy of the replies, and all conversations with whether they are right."""
+    """Return the accuracy of the replies, and all conversations, each marked right or wrong."""
     progress.start(task.name)
     conversations = [question_messages(example) for example in task.examples]
     replies = generate_replies(engine, conversations, **reply_settings(args), progress=progress.update)
@@ -266,7 +268,7 @@ def reply_settings(args: EvaluateArguments) -> dict[str, Any]:
 def evaluate_choices(
     model, tokenizer, task: Task, args: EvaluateArguments, progress: EvaluationProgress
 ) -> TaskResult:
-    """The accuracy on a task whose answer is one of given choices; the baseline is that of guessing."""
+    """Return the accuracy on a task with given choices; the baseline is random guessing."""
     progress.start(task.name)
     options = {"batch_size": args.batch_size, "progress": progress.update}
     if task.kind == "cloze":
@@ -286,7 +288,7 @@ def evaluate_choices(
 def prediction_rows(
     task: Task, predictions: Sequence[str], references: Sequence[str], replies: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """What `output_predictions` holds; `index` counts the examples that were evaluated, in file order."""
+    """Return the rows of `output_predictions`; `index` counts the evaluated examples in file order."""
     graded = enumerate(zip(predictions, references, replies, strict=True))
     return [
         {"task": task.name, "index": index, "right": prediction == reference, "reply": reply}
@@ -295,12 +297,12 @@ def prediction_rows(
 
 
 def core_records(model, tokenizer, tasks: Sequence[CoreTask], args: EvaluateArguments) -> list[dict[str, Any]]:
-    """CORE, and the accuracy on each of its tasks under the name `core_<label>`."""
+    """Return records of CORE, and of the accuracy on each of its tasks, named `core_<label>`."""
     result = core(model, tokenizer, tasks, max_per_task=args.core_max_per_task or -1, batch_size=args.batch_size)
     shared = {"max_per_task": args.core_max_per_task, "max_length": model.config.max_position_embeddings}
-    asked, model_name = sum(figures["n"] for figures in result.tasks.values()), args.model_name_or_path
+    total, model_name = sum(figures["n"] for figures in result.tasks.values()), args.model_name_or_path
     settings, value, error = {"tasks": len(tasks)} | shared, result.core, result.standard_error
-    records = [make_record("core", "centered_accuracy", value, error, asked, settings, model_name)]
+    records = [make_record("core", "centered_accuracy", value, error, total, settings, model_name)]
     for task in tasks:
         settings = {"shots": task.num_fewshot, "baseline": round(task.baseline, 4)} | shared
         value, error, n = (result.tasks[task.label][key] for key in ("accuracy", "standard_error", "n"))
@@ -317,7 +319,7 @@ def accuracy_record(
     args: EvaluateArguments,
     answers: list[str],
 ) -> dict[str, Any]:
-    """The record; with a note if all `answers`, as a reader would see them, are the same."""
+    """Return the record, with a note if all `answers`, as shown to a reader, are the same."""
     metric = evaluate.load(str(METRIC), keep_in_memory=True)
     figures = metric.compute(predictions=predictions, references=references, baseline=baseline)
     drawn = {"kind": task.kind, "max_examples": args.max_examples, "seed": args.seed, "baseline": round(baseline, 4)}
@@ -328,7 +330,7 @@ def accuracy_record(
 
 
 def same_answer(answers: Sequence[str], references: Sequence[str]) -> str | None:
-    """What a reader should know of a model that answers different questions alike; None if it does not."""
+    """Return a note if different questions all get the same answer, else None."""
     if len(set(answers)) > 1 or len(set(references)) < 2:
         return None
     answer = " ".join(answers[0].split())
@@ -337,9 +339,9 @@ def same_answer(answers: Sequence[str], references: Sequence[str]) -> str | None
 
 
 def spread(samples: Sequence[Sequence[dict]], count: int) -> list[dict]:
-    """The first conversations of each task, right or wrong, at most `count` in all."""
-    share, extra = divmod(max(0, count), max(1, len(samples)))
-    return [sample for i, of_task in enumerate(samples) for sample in of_task[: share + (i < extra)]]
+    """Return the first conversations of each task, right or wrong, at most `count` in total."""
+    per_task, extra = divmod(max(0, count), max(1, len(samples)))
+    return [sample for i, of_task in enumerate(samples) for sample in of_task[: per_task + (i < extra)]]
 
 
 def greeting(engine: Engine, args: EvaluateArguments) -> list[dict]:

@@ -1,4 +1,4 @@
-"""One live line for a whole evaluation; where there is no terminal, a plain line at intervals."""
+"""A progress bar for an evaluation; without a terminal, a plain line at intervals."""
 
 import sys
 import time
@@ -9,10 +9,10 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class EvaluationProgress:
-    """Counts the prompts of all tasks, and shows the task at hand and the time left.
+    """Count the prompts of all tasks, and show the current task and the time left.
 
     Args:
-        total: Prompts of all tasks together.
+        total: Number of prompts of all tasks together.
     """
 
     def __init__(self, total: int):

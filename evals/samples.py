@@ -1,4 +1,4 @@
-"""How a base model continues a few fixed beginnings, greedily: the quickest look at what it has learned so far."""
+"""Greedy continuations of a few fixed prompts by a base model: a quick check of what it has learned so far."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import torch
 from modeling_nanochat.chat.decoding import Decoder
 from modeling_nanochat.tokenization_nanochat import encode_documents
 
-# The original's, so that logs of runs read side by side.
+# The original's prompts, so that logs can be compared side by side.
 PROMPTS = (
     "The capital of France is",
     "The chemical symbol of gold is",
@@ -20,14 +20,14 @@ PROMPTS = (
 
 
 def samples(model, tokenizer, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = 16) -> list[str]:
-    """Each prompt with the most likely continuation behind it, up to bos or the end of a turn.
+    """Return each prompt followed by its greedy continuation, up to bos or the end of a turn.
 
-    Needs no chat template, unlike the engine, and calls no tool.
+    Unlike the engine, this needs no chat template and calls no tool.
 
     Args:
-        model: A causal language model, not compiled. Is left in the mode it was in.
+        model: A causal language model, not compiled; its train or eval mode is restored.
         tokenizer: Its tokenizer, with a bos token.
-        max_new_tokens: Tokens of a continuation.
+        max_new_tokens: Maximum number of tokens of a continuation.
     """
     encoded = encode_documents(tokenizer, prompts)
     was_training = model.training
@@ -41,7 +41,7 @@ def samples(model, tokenizer, prompts: Sequence[str] = PROMPTS, max_new_tokens: 
 
 @torch.no_grad()
 def continue_greedily(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """The new ids of each row, a stop token and what follows it left out."""
+    """Return the new ids of each row, without the first stop token and what follows it."""
     stop = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     vocabulary = min(len(tokenizer), model.config.vocab_size)
     decoder = Decoder(model, tokenizer.bos_token_id)

@@ -1,7 +1,7 @@
 """NanoChat for transformers: model, configuration, tokenizer rules, chat engine and python tool.
 
-The first use of one of the classes below imports torch and registers them all with transformers' auto classes (see
-`registered.py`). Importing the package alone takes no time: commands that need no model start at once.
+Classes are imported lazily: the first access imports torch and registers both architectures with transformers' auto
+classes (`registered.py`), so commands that need no model start fast.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Which of torch's attention kernels may be used."""
+"""Selection of torch's attention kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ import torch
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """In this context, or in a function that it decorates, CUDA devices compute attention without cuDNN.
+    """Disable cuDNN attention on CUDA devices, as a context manager or a decorator.
 
-    torch prefers cuDNN on recent GPUs. It builds a plan, some 30 ms of host time, for each new shape, which is each step
-    of a cache that grows; and its backward pass under a mask can give NaN for rows that see nothing, as left padding has
-    (pytorch#196678). In training with rows of one length and no mask it is the fastest, so it stays on there.
+    torch prefers cuDNN on recent GPUs. It builds a plan, some 30 ms of host time, for each new shape, so at every step
+    of a growing cache; and its backward pass can give NaN for fully masked rows, as left padding has (pytorch#196678).
+    For training on rows of one length without a mask it is the fastest, so it stays enabled there.
 
-    The switch is torch's own for the whole process: set it around the process's work rather than around a call of it.
+    The switch is torch's and process-wide: set it around all of the process's work, not around single calls.
     """
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

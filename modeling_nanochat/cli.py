@@ -1,4 +1,4 @@
-"""One idiom for every script: dataclasses, filled from `--config file.yaml`, each key overridable on the command line."""
+"""Script arguments: dataclasses filled from `--config file.yaml`, each key overridable on the command line."""
 
 import argparse
 import difflib
@@ -13,12 +13,12 @@ VERBOSE = "NANOCHAT_VERBOSE"
 
 
 def is_verbose() -> bool:
-    """Whether scripts print all they know: hyperparameters, every evaluation, tables; `run.py --verbose true` asks for it."""
+    """Whether scripts print everything: hyperparameters, every evaluation, tables; set by `run.py --verbose true`."""
     return os.environ.get(VERBOSE, "") not in ("", "0")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaints are [`UserError`]s instead of the usage and exit code 2."""
+    """A parser that raises [`UserError`] instead of printing its usage and exiting with code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; run with --help to see every option")
@@ -28,8 +28,8 @@ def parse(*dataclass_types: type, args: Sequence[str] | None = None) -> tuple[An
     """Instances of `dataclass_types` from the command line, read by TRL's `TrlParser`.
 
     Raises:
-        UserError: The configuration file is missing or not YAML, or it or the command line lacks a required key or has
-            an unknown or badly typed one.
+        UserError: The configuration file is missing or not YAML; or a key, there or on the command line, is missing,
+            unknown or badly typed.
     """
     from trl import TrlParser
 
@@ -50,9 +50,9 @@ def parse(*dataclass_types: type, args: Sequence[str] | None = None) -> tuple[An
 
 
 def check_keys(config: str, known: dict[str, argparse.Action]) -> None:
-    """Raise [`UserError`] unless the file is a YAML mapping of known keys, lists where lists belong.
+    """Raise [`UserError`] unless the file is a YAML mapping of known keys, with lists where lists are expected.
 
-    The parser would name what is missing first, and take the letters of a lone string for a list.
+    `TrlParser` would report missing keys first, and would split a single string into a list of letters.
     """
     import yaml
 
@@ -74,12 +74,12 @@ def check_keys(config: str, known: dict[str, argparse.Action]) -> None:
         if not wants_list and isinstance(value, list):
             raise UserError(f"{config}: {key} must be a single value, not a list")
         choices = known[key].choices if key in known and value is not None else None
-        if choices and (wrong := [one for one in (value if wants_list else [value]) if one not in choices]):
-            raise UserError(f"{config}: {key} {wrong[0]!r} is none of {', '.join(map(str, choices))}")
+        if choices and (wrong := [item for item in (value if wants_list else [value]) if item not in choices]):
+            raise UserError(f"{config}: {key} {wrong[0]!r} is not one of {', '.join(map(str, choices))}")
 
 
 def config_path(args: list[str]) -> str | None:
-    """The value of `--config`, checked to be a file; `--config=file` is split in place, which `TrlParser` cannot read."""
+    """The value of `--config`, checked to be a file; splits `--config=file` in place, for `TrlParser`."""
     for position, word in enumerate(args):
         if word.startswith("--config="):
             args[position : position + 1] = ["--config", word.removeprefix("--config=")]
@@ -88,5 +88,5 @@ def config_path(args: list[str]) -> str | None:
     position = args.index("--config") + 1
     path = args[position] if position < len(args) else ""
     if not os.path.isfile(path):
-        raise UserError(f"--config {path}: no such file; recipes/<recipe>/<stage>.yaml holds the shipped ones")
+        raise UserError(f"--config {path}: no such file; the shipped ones are recipes/<recipe>/<stage>.yaml")
     return path

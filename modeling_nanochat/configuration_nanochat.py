@@ -1,4 +1,4 @@
-"""Configuration of the plain NanoChat architecture: every field of the class that transformers ships, nanochat's values as defaults."""
+"""Configuration of the plain NanoChat architecture: the fields of transformers' own class with nanochat's defaults."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -13,8 +13,8 @@ ASPECT_RATIO = 64
 class NanoChatConfig(PreTrainedConfig):
     """Sizes and constants of a NanoChat model.
 
-    `intermediate_size` defaults to 4 x `hidden_size`, `num_key_value_heads` to `num_attention_heads`, the rotary base to
-    10,000. A folder saved with this configuration opens with transformers' own `NanoChatConfig` as well.
+    `intermediate_size` defaults to 4 x `hidden_size`, `num_key_value_heads` to `num_attention_heads`, the rotary base
+    to 10,000. A folder saved with this configuration also opens with transformers' own `NanoChatConfig`.
 
     Raises:
         ValueError: Width, heads and head dimension do not fit together.
@@ -47,7 +47,7 @@ class NanoChatConfig(PreTrainedConfig):
     use_cache: bool = True
     final_logit_softcapping: float | None = 15.0
     attention_bias: bool = False
-    # Real ids come from the tokenizer; transformers' defaults (0, 1, 1) would freeze the embedding of token 1 as padding.
+    # Set from the tokenizer; transformers' defaults (0, 1, 1) would freeze the embedding of token 1 as padding.
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -74,14 +74,14 @@ class NanoChatConfig(PreTrainedConfig):
 
     @property
     def dim_of_heads(self) -> int:
-        """Width of one head; `head_dim` where somebody gave it."""
+        """Width of one head: `head_dim` if set, otherwise `hidden_size / num_attention_heads`."""
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_depth(
         cls, depth: int, *, aspect_ratio: int = ASPECT_RATIO, head_dim: int = HEAD_DIM, **overrides
     ) -> "NanoChatConfig":
-        """The one dial: width = depth x `aspect_ratio`, rounded up to whole heads of `head_dim`.
+        """The configuration for a depth: width = depth x `aspect_ratio`, rounded up to a multiple of `head_dim`.
 
         Args:
             depth: Number of layers.

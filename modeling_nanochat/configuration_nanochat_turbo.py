@@ -1,4 +1,4 @@
-"""Configuration of the turbo architecture: plain's fields, and what decides windows, value embeddings and scales."""
+"""Configuration of the turbo architecture: plain's fields, and those of windows, value embeddings and scales."""
 
 from huggingface_hub.dataclasses import strict
 
@@ -16,7 +16,7 @@ class NanoChatTurboConfig(NanoChatConfig):
 
     `window_pattern` is tiled over the layers: S sees a quarter of the context (rounded up to 128 tokens), L all of it;
     the last layer is always L. `layer_types` and `sliding_window` follow from it unless given. `sliding_window` counts
-    as transformers does, the token itself included.
+    as in transformers, including the token itself.
 
     Raises:
         ValueError: An unknown letter in the pattern, or sizes that do not fit together.
@@ -24,7 +24,7 @@ class NanoChatTurboConfig(NanoChatConfig):
 
     model_type = "nanochat_turbo"
 
-    base_model_tp_plan = None  # value embeddings and their gates are not cut by heads
+    base_model_tp_plan = None  # value embeddings and their gates are not split by heads
 
     vocab_size: int = 32768
     window_pattern: str = "SSSL"
@@ -52,7 +52,7 @@ class NanoChatTurboConfig(NanoChatConfig):
                 f"the head dimension {self.dim_of_heads} must be at least {SMALLEST_HEAD} for smear's memory"
             )
         if unknown := sorted(set(self.layer_types) - set(LAYER_TYPES.values())):
-            raise ValueError(f"layer_types: {unknown[0]} is none of {', '.join(LAYER_TYPES.values())}")
+            raise ValueError(f"layer_types: {unknown[0]} is not one of {', '.join(LAYER_TYPES.values())}")
 
     def layer_types_of_pattern(self) -> list[str]:
         pattern = self.window_pattern.upper()
@@ -63,27 +63,27 @@ class NanoChatTurboConfig(NanoChatConfig):
 
     @property
     def value_embedding_layers(self) -> list[int]:
-        """Every second layer, counted so that the last one is among them."""
+        """Every second layer, counted back from the last."""
         return list(range((self.num_hidden_layers - 1) % 2, self.num_hidden_layers, 2))
 
     @property
     def smear_layer_type(self) -> str:
-        """Kind of cache that remembers the token before: a window suffices where the model has one."""
+        """Type of the cache layer that keeps the previous token: sliding if the model has any sliding layer."""
         return LAYER_TYPES["S" if LAYER_TYPES["S"] in self.__dict__["layer_types"] else "L"]
 
     def get_text_config(self, decoder=None, encoder=None) -> "NanoChatTurboConfig":
-        """What transformers builds its caches from: one layer more, the smear's memory.
+        """The configuration that transformers builds caches from: one more layer, for smear's memory.
 
-        Dynamic, static and paged caches all ask here how many layers they need and of which kind; so each of
-        them carries the memory, and reorders, crops and shares it like any other layer.
+        Dynamic, static and paged caches all read the number and types of their layers here, so each of them holds
+        the memory, and reorders, crops and shares it like any other layer.
         """
         view = object.__new__(NanoChatTurboCacheConfig)
-        view.__dict__ = self.__dict__  # shared: what is written to the view is written here
+        view.__dict__ = self.__dict__  # shared: writes to the view change this configuration
         return view
 
 
 class NanoChatTurboCacheConfig(NanoChatTurboConfig):
-    """The same configuration, object for object, with one layer more: see [`NanoChatTurboConfig.get_text_config`]."""
+    """A view of the same configuration with one more layer: see [`NanoChatTurboConfig.get_text_config`]."""
 
     @property
     def num_hidden_layers(self) -> int:

@@ -1,7 +1,7 @@
-"""How a command ends: errors that the user can fix are one line, Ctrl-C and a closed output are no errors at all.
+"""How a command ends: errors the user can fix are reported in one line; Ctrl-C and a closed output are not errors.
 
-The imports of a command take seconds. While they run, Ctrl-C ends the process at once, without a traceback; scripts that are
-run by their path do the same in two lines of their own, before the first library is imported.
+A command's imports take seconds. During them Ctrl-C ends the process at once, without a traceback; scripts run by path
+do the same in two lines of their own, before they import the first library.
 """
 
 import os
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
-INTERRUPTED, PIPE_CLOSED = 128 + 2, 128 + 13  # what a shell reports of a process that ended by SIGINT or SIGPIPE
+INTERRUPTED, PIPE_CLOSED = 128 + 2, 128 + 13  # a shell's exit codes for SIGINT and SIGPIPE
 
 
 class UserError(Exception):
@@ -21,9 +21,9 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main`; a [`UserError`] becomes one line on stderr and exit code 1, without a traceback.
+    """Run `main`; report a [`UserError`] as one line on stderr and exit with code 1, without a traceback.
 
-    So do Ctrl-C (exit code 130) and an output that nobody reads any more, as of `command | head` (141), without the line.
+    Ctrl-C exits with 130, and a closed output, as after `command | head`, with 141; both print nothing.
     """
     with interruptible():
         try:
@@ -34,18 +34,18 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
-            if output_is_read(probe="\n"):  # it was another pipe
+            if output_is_read(probe="\n"):  # another pipe broke
                 raise
             sys.exit(PIPE_CLOSED)
         finally:
             if not output_is_read():
-                # At exit Python writes what is left in the buffer again, and would complain.
+                # At exit Python flushes the buffer again and would report the closed pipe.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block Ctrl-C raises KeyboardInterrupt, unless it is ignored; before and after it a command may simply end."""
+    """Make Ctrl-C raise KeyboardInterrupt within the block, unless SIGINT is ignored; outside it ends the process."""
     before = signal.getsignal(signal.SIGINT)
     if before != signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
         yield
@@ -58,9 +58,9 @@ def interruptible() -> Iterator[None]:
 
 
 def output_is_read(probe: str = "") -> bool:
-    """Whether standard output takes `probe` and what is buffered; without a buffer only a probe tells."""
+    """Whether standard output accepts `probe` and its buffer; with an empty buffer only a probe can fail."""
     try:
-        if sys.stdout is not None:  # as after `>&-`
+        if sys.stdout is not None:  # None after `>&-`
             sys.stdout.write(probe)
             sys.stdout.flush()
     except BrokenPipeError:
@@ -78,8 +78,8 @@ def end_on_interrupt() -> None:
 
 
 def is_imported_by_command(package: str) -> bool:
-    """Whether `package` is being imported to run `python -m package.module` or one of its commands, not by other code."""
+    """Whether `package` is imported by `python -m package.module` or one of its commands, not by other code."""
     program = sys.argv[0] if sys.argv else ""
-    if program == "-m":  # only until Python has found the module
+    if program == "-m":  # until Python has found the module
         return any(option == "-m" and name.split(".")[0] == package for option, name in pairwise(sys.orig_argv))
     return Path(program).stem in COMMANDS

@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: filled under another name, flushed to disk, renamed."""
+"""Atomic folders: written under a temporary name, flushed to disk, then renamed."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_directory(target: str | Path) -> Iterator[Path]:
-    """A fresh folder to fill, which takes the name `target` only when the block ends well and all of it is on disk."""
+    """A fresh folder to fill; renamed to `target` once the block has succeeded and everything is on disk."""
     target = Path(target)
     settle(target)
     unfinished, discarded = unfinished_and_discarded(target)
@@ -29,14 +29,14 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
 
 
 def settle(target: str | Path) -> bool:
-    """Clear up after a process that was killed within [`atomic_directory`].
+    """Clean up after a process that was killed inside [`atomic_directory`].
 
     Returns:
-        Whether the folder that was being filled, if any, is now the one at `target`; False if it had to be removed.
+        False if an incomplete folder was removed; True otherwise, also if a complete one was renamed to `target`.
     """
     target = Path(target)
     unfinished, discarded = unfinished_and_discarded(target)
-    if discarded.exists() and not target.exists():  # killed between the two renames: the new one is whole
+    if discarded.exists() and not target.exists():  # killed between the two renames: the new folder is complete
         (unfinished if unfinished.exists() else discarded).rename(target)
     settled = not unfinished.exists()
     remove(unfinished)
@@ -45,12 +45,12 @@ def settle(target: str | Path) -> bool:
 
 
 def unfinished_and_discarded(target: Path) -> tuple[Path, Path]:
-    """Where a folder is while it is filled, and where the one is that it has replaced."""
+    """Temporary names next to `target`: of the folder being filled, and of the folder it replaces."""
     return target.parent / f".{target.name}.unfinished", target.parent / f".{target.name}.old"
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, or a link to one, if it is there and can be removed."""
+    """Remove a folder or a link to one; a folder that is missing or cannot be removed is ignored."""
     if path.is_symlink():
         path.unlink()
     else:

@@ -1,6 +1,6 @@
-"""Opening a model folder or Hub id: checked first, so that what is wrong with it is told in one line.
+"""Open a model folder or Hub id, checked first so that a fault is reported in one line.
 
-Weights are read from safetensors inside the folder only, and no code that a checkpoint carries is run.
+Weights are read only from safetensors inside the folder, and code in a checkpoint is never run.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from . import registered  # noqa: F401  the auto classes then know both architectures
+from . import registered  # noqa: F401  registers both architectures
 from .errors import UserError
 from .hub import find_folder
 
@@ -24,14 +24,14 @@ MERGE = "AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().s
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one, then Apple's MPS, else the CPU."""
+    """CUDA if available, then Apple's MPS, otherwise the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype | str:
-    """float32 on a CPU; bfloat16 on CUDA devices that have it in hardware; elsewhere "auto", the checkpoint's own.
+    """float32 on a CPU; bfloat16 on CUDA devices with hardware support; elsewhere "auto", the checkpoint's dtype.
 
     Training saves float32, in which a GPU is several times slower and reads twice the bytes for each token.
     """
@@ -54,8 +54,8 @@ def load_model_and_tokenizer(
         device: Default: `pick_device()`.
 
     Raises:
-        UserError: No such folder or Hub id; config, safetensors or tokenizer are missing or do not fit together; a
-            weight is not finite.
+        UserError: No such folder or Hub id; config, safetensors or tokenizer are missing or do not match; a weight is
+            not finite.
     """
     device = torch.device(device) if device is not None else pick_device()
     dtype = default_dtype(device) if dtype is None else dtype
@@ -78,14 +78,14 @@ def load_model_and_tokenizer(
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Raise [`UserError`] for a folder that lacks a part, or that would have weights read from elsewhere or unpickled."""
+    """Raise [`UserError`] for a folder that is incomplete, or whose weights are elsewhere or pickled."""
     if (folder / "adapter_config.json").is_file():  # transformers would open the base model that it names
         raise UserError(
-            f"{name}: a PEFT adapter, not a whole model; merge it into its base model with peft's "
+            f"{name}: a PEFT adapter, not a full model; merge it into its base model with peft's "
             f"{MERGE.format(name=name)}, copy the tokenizer's files into `merged` and give that"
         )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{name}: has no config.json, so it is no model folder; did the training stage finish?")
+        raise UserError(f"{name}: has no config.json, so it is not a model folder; did the training stage finish?")
     config = read_json(folder / "config.json", name)
     if "transformers_weights" in config:  # transformers reads that file instead
         raise UserError(
@@ -102,9 +102,9 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def check_shards(folder: Path, name: str) -> None:
-    """Raise [`UserError`] unless the index names safetensors of this folder, all of which are there.
+    """Raise [`UserError`] unless the index names only safetensors that exist in this folder.
 
-    transformers would open whatever path it names, pickles too. Links are followed: the Hub's cache consists of them.
+    transformers would open any path it names, pickles included. Links are followed: the Hub's cache consists of them.
     """
     if not (folder / WEIGHTS_INDEX).is_file():
         pickled = " (pickled weights are not opened, convert them)" if list(folder.glob("*.bin")) else ""
@@ -130,9 +130,9 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, which errors call `name`."""
+    """The tokenizer in `folder`; errors refer to it as `name`."""
     try:
-        with errors_only():  # it looks into config.json and warns of what `load_model` refuses
+        with errors_only():  # it reads config.json and warns about what `load_model` refuses
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of any kind: tokenizers raises bare `Exception`s
         raise UserError(f"{name}: the tokenizer cannot be opened: {one_line(error)}") from error
@@ -140,24 +140,24 @@ def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
 
 def load_model(folder: Path, name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     try:
-        with errors_only():  # transformers' table of what does not fit; it says `OK` where random numbers fill in
+        with errors_only():  # hides transformers' table of mismatches, which calls random weights `OK`
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # told below
+                ignore_mismatched_sizes=True,  # reported below
                 output_loading_info=True,
             )
-    except Exception as error:  # of any kind: a configuration that no model can be built of fails wherever it is used
+    except Exception as error:  # of any kind: an invalid configuration fails wherever it is used
         raise UserError(f"{name}: the model cannot be opened: {one_line(error)}") from error
-    if misfit := weights_beside_config(loading):
-        raise UserError(f"{name}: the weights do not belong to config.json: {misfit}; copy both from one training")
+    if mismatch := weight_mismatch(loading):
+        raise UserError(f"{name}: the weights do not belong to config.json: {mismatch}; copy both from one training")
     return model
 
 
-def weights_beside_config(loading: dict[str, Any]) -> str | None:
-    """The first thing in which the weights and config.json disagree, from `from_pretrained`'s loading info."""
+def weight_mismatch(loading: dict[str, Any]) -> str | None:
+    """The first mismatch between the weights and config.json, from `from_pretrained`'s loading info."""
     for key, in_weights, by_config in sorted(loading["mismatched_keys"]):
         return f"{key} is {tuple(in_weights)}, config.json says {tuple(by_config)}"
     for keys, what in [("missing_keys", "they lack"), ("unexpected_keys", "config.json has no place for")]:
@@ -168,10 +168,10 @@ def weights_beside_config(loading: dict[str, Any]) -> str | None:
 
 @torch.no_grad()
 def first_not_finite(model: PreTrainedModel) -> str | None:
-    """Name of the first weight or buffer with NaN or infinity in it.
+    """Name of the first weight or buffer that contains NaN or infinity.
 
-    One number per tensor and a single transfer: a sum is not finite if any addend is not. One that is not, because the
-    addends are huge, is looked at again.
+    One number per tensor and a single transfer: a sum is not finite if any addend is not. A sum of huge addends
+    may not be finite either, so its tensor is checked again.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
     tensors = {name: tensor for name, tensor in named if tensor.is_floating_point() and tensor.itemsize > 1}
@@ -188,7 +188,7 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Within the block transformers logs no warnings."""
+    """Silence transformers' warnings within the block."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

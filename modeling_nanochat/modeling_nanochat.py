@@ -5,11 +5,11 @@ Notable features:
 - RMSNorm without parameters, also directly after the token embedding
 - ReLU squared in the MLP
 - grouped-query attention, untied head, no biases
-- logits squashed by a tanh softcap, in float32
+- logits softcapped by tanh, in float32
 
-Weight names and numbers are those of transformers' own `NanoChatForCausalLM`: a folder saved here opens there. What
-differs is the initialisation (the original's: zero output projections and head), the float32 softcap, and a training
-loss that never holds the logits of a whole batch.
+Weight names and values are those of transformers' own `NanoChatForCausalLM`: a folder saved here opens there. The
+differences are the initialisation (the original's: zero output projections and head), the float32 softcap, and a
+training loss that never materialises the logits of a full batch.
 """
 
 from collections.abc import Callable
@@ -38,20 +38,20 @@ from .linear import is_only_a_weight, linear
 from .softcapped_loss import IGNORED, softcapped_cross_entropy
 
 FLOAT16_REFUSED = (
-    "NanoChat does not run in float16: the squared ReLU leaves its range and the output becomes NaN; "
+    "NanoChat does not run in float16: the squared ReLU overflows and the output becomes NaN; "
     "load it with dtype=torch.bfloat16 or torch.float32"
 )
 
 
-# The name of the key-value cache in the calls that transformers makes and the outputs that it reads: `past_key_values`, and
-# from 5.24 on `cache`. A forward pass takes both.
+# Name of the key-value cache in transformers' calls and outputs: `past_key_values`, from 5.24 on `cache`. A forward
+# pass accepts both.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-# What a forward pass takes beside its own arguments. Any other keyword is an error, as in every function: an argument that
-# a newer transformers has renamed would else be dropped without a word.
+# Keywords that a forward pass accepts beside its own arguments. Any other is an error: an argument that a newer
+# transformers has renamed would otherwise be dropped silently.
 EXTRA_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     "cache",
-    # of the loss
+    # loss
     "ignore_index",
     "shift_labels",
     # servers that keep the cache in their attention functions
@@ -66,20 +66,20 @@ EXTRA_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
 
 
 def check_keywords(kwargs: dict[str, Any]) -> None:
-    """Raise TypeError for a keyword that no part of the model or of an attention function knows.
+    """Raise TypeError for a keyword that neither the model nor an attention function knows.
 
-    Those of continuous batching, whose cache is no `Cache`, are between it and its attention functions.
+    Not checked in continuous batching, whose cache is not a `Cache`: its own attention functions take keywords.
     """
-    unknown = [name for name in kwargs if name not in EXTRA_KEYWORDS]  # no set: torch 2.11 does not compile its operators
+    unknown = [name for name in kwargs if name not in EXTRA_KEYWORDS]  # torch 2.11 cannot compile set operators
     if unknown and isinstance(kwargs.get("cache"), Cache | None):
         raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
 
 
 def pop_cache(past_key_values: Cache | None, kwargs: dict[str, Any]) -> Cache | None:
-    """The key-value cache under either name, taken out of `kwargs`.
+    """The key-value cache under either name, removed from `kwargs`.
 
-    Up to transformers 5.23 a `cache` that is no `Cache` is continuous batching's. There the attention functions update it,
-    so it stays in `kwargs`.
+    Up to transformers 5.23 a `cache` that is not a `Cache` is continuous batching's. Its attention functions update
+    it, so it stays in `kwargs`.
     """
     if CACHE != "cache" and not isinstance(kwargs.get("cache"), Cache):
         return past_key_values
@@ -95,19 +95,19 @@ def only_causal(
     position_ids: torch.Tensor | None,
     cache: Cache | None,
 ) -> bool:
-    """Whether a full layer needs no mask beside sdpa's `is_causal=True`: no padding, documents or cache.
+    """Whether a full-attention layer needs no mask beyond sdpa's `is_causal=True`: no padding, documents or cache.
 
-    transformers finds this out in eager passes. While torch.compile traces one, it depends on the versions of both: some
-    make a dense mask, with which attention takes twice the FLOPs and a slower kernel. Positions, if given, may hold
-    packed documents; finding out would wait for the device in eager passes and is impossible in compiled ones.
+    transformers detects this in eager passes. Under torch.compile some versions of both build a dense mask instead,
+    with which attention takes twice the FLOPs and a slower kernel. Given positions may hold packed documents:
+    detecting them would synchronise with the device in eager passes and is impossible in compiled ones.
     """
     nothing_given = attention_mask is None and position_ids is None and cache is None
-    maskless = config._attn_implementation in ("sdpa", "flex_attention")  # the latter by sdpa, see `attend`
+    maskless = config._attn_implementation in ("sdpa", "flex_attention")  # which falls back to sdpa, see `attend`
     return nothing_given and maskless and getattr(config, "is_causal", True)
 
 
 def by_blocks(config: NanoChatConfig, attention_mask: torch.Tensor | None, cache: Cache | None) -> bool:
-    """Whether [`block_mask`] has all that is to be masked: FlexAttention without padding and cache."""
+    """Whether [`block_mask`] covers everything to be masked: FlexAttention without padding and cache."""
     flexible = config._attn_implementation == "flex_attention" and getattr(config, "is_causal", True)
     return flexible and attention_mask is None and cache is None
 
@@ -115,16 +115,16 @@ def by_blocks(config: NanoChatConfig, attention_mask: torch.Tensor | None, cache
 def block_mask(
     inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None, window: int | None = None
 ) -> BlockMask:
-    """FlexAttention's mask: the last `window` tokens before and with each one, of its own document.
+    """FlexAttention's mask: each token sees its own document up to itself, at most the last `window` tokens.
 
-    transformers' own functions end the graph of a compiled pass, at torch's warning of an argument that they set.
+    transformers' own mask functions break a compiled graph: they set an argument that torch warns about.
 
     Args:
         inputs_embeds: (B, T, C).
-        position_ids: (1 or B, T), beginning anew with each packed document; None: there is one in each row.
+        position_ids: (1 or B, T), restarting at each packed document; None: one document per row.
     """
     rows, length = inputs_embeds.shape[:2]
-    begins = None  # of each token's document
+    begins = None  # (B, T): start of each token's document
     if position_ids is not None:
         begins = (torch.arange(length, device=position_ids.device) - position_ids).expand(rows, -1)
 
@@ -145,25 +145,25 @@ def document_bounds(
     inputs_embeds: torch.Tensor,
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Keywords that tell flash attention, which has no masks for it, where packed documents begin; none for others.
+    """Keywords with the bounds of packed documents for flash attention, which takes no mask; empty for other kernels.
 
-    transformers itself finds documents in a batch of one row only, and anew in every layer.
+    transformers itself detects documents only in a batch of one row, and again in every layer.
     """
     packed = position_ids is not None and attention_mask is None and cache is None and "cu_seq_lens_q" not in kwargs
     if not packed or not is_flash_attention_requested(config):
         return {}
     rows, length = inputs_embeds.shape[:2]
     bounds = cumulative_lengths(position_ids.expand(rows, -1))
-    # The longest document would have to be read from the device; the row's length is as good a bound.
+    # The longest document would have to be read from the device; the row's length is an upper bound.
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
 
 
 @torch.compiler.disable
 def cumulative_lengths(position_ids: torch.Tensor) -> torch.Tensor:
-    """Positions (B, T) -> where documents begin in the rows one after another, and B x T; int32 (documents + 1,)."""
+    """Positions (B, T) -> starts of the documents in the flattened rows, then B x T; int32 (documents + 1,)."""
     begins = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
     bounds = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).int()
-    torch._dynamo.mark_dynamic(bounds, 0)  # otherwise each number of documents would compile the layers anew
+    torch._dynamo.mark_dynamic(bounds, 0)  # otherwise each number of documents would recompile the layers
     return bounds
 
 
@@ -182,7 +182,7 @@ class NanoChatRMSNorm(nn.Module):
 
 
 class NanoChatRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary angles (arXiv 2104.09864), computed in float32 for the positions asked for."""
+    """Cosines and sines of the rotary angles (arXiv 2104.09864), computed in float32 for the given positions."""
 
     def __init__(self, config: NanoChatConfig):
         super().__init__()
@@ -235,7 +235,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: (B, H, T, D) queries on (B, KV, S, D) keys and values -> (B, T, H, D) and the weights."""
+    """Eager attention: (B, H, T, D) queries on (B, KV, S, D) keys and values -> (B, T, H, D) and the weights."""
     key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -265,7 +265,7 @@ class NanoChatAttention(nn.Module):
         self.qk_norm = NanoChatRMSNorm(config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states` (B, T, C) -> (B, T, C) and the attention weights, where the backend has them."""
+        """`hidden_states` (B, T, C) -> (B, T, C) and the attention weights, if the backend returns them."""
         return self.attend(*self.project(hidden_states), **kwargs)
 
     def project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
@@ -288,12 +288,12 @@ class NanoChatAttention(nn.Module):
         query = self.qk_norm(apply_rotary(query, *position_embeddings))
         key = self.qk_norm(apply_rotary(key, *position_embeddings))
         cache = pop_cache(past_key_values, kwargs)
-        if cache is not None:  # a paged cache also writes into `kwargs` what its attention functions need
+        if cache is not None:  # a paged cache also adds its attention functions' arguments to `kwargs`
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
         implementation = self.config._attn_implementation
         if implementation == "flex_attention" and attention_mask is None:
-            implementation = "sdpa"  # causal and no more, where its kernels are faster; FlexAttention would see all keys
+            implementation = "sdpa"  # purely causal, where sdpa is faster; FlexAttention would see all keys
         backend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = backend(
@@ -313,12 +313,12 @@ class NanoChatMLP(nn.Module):
         self.fc2.init_kind = "zeros"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., C). Of the inner width training saves what `fc1` gives, and computes the activation again."""
+        """(..., C) -> (..., C). Of the inner width training saves only `fc1`'s output; it recomputes the rest."""
         inner = linear(self.fc1, hidden_states)
-        learning = self.training and torch.is_grad_enabled()
-        if learning and torch.compiler.is_compiling():  # not `fc2`, whose product a compiler need not stop before
+        needs_gradient = self.training and torch.is_grad_enabled()
+        if needs_gradient and torch.compiler.is_compiling():  # not `fc2`: a compiler might recompute its product too
             return self.fc2(checkpoint(self.activation_fn, inner, use_reentrant=False))
-        if learning and type(self.fc2) is nn.Linear:  # computing again stops before its product, which saves its input first
+        if needs_gradient and type(self.fc2) is nn.Linear:  # recomputation stops once `fc2` has saved its input
             return checkpoint(self.contract, inner, use_reentrant=False)
         return self.contract(inner)
 
@@ -344,7 +344,7 @@ class NanoChatDecoderLayer(GradientCheckpointingLayer):
 
 
 class NanoChatPreTrainedModel(PreTrainedModel):
-    """What both model classes share: capabilities, and the original's initialisation."""
+    """Base of both model classes: capabilities, and the original's initialisation."""
 
     config: NanoChatConfig
     base_model_prefix = "model"
@@ -364,7 +364,7 @@ class NanoChatPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The original's scheme. Marked at the leaves: transformers skips modules that own no parameter themselves."""
+        """The original's scheme. `init_kind` is on leaves: transformers skips modules without own parameters."""
         if isinstance(module, nn.Linear):
             if getattr(module, "init_kind", None) == "zeros":
                 init.zeros_(module.weight)
@@ -375,14 +375,14 @@ class NanoChatPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
-        elif isinstance(module, NanoChatRotaryEmbedding):  # buffers vanish when a model is built on the meta device
+        elif isinstance(module, NanoChatRotaryEmbedding):  # buffers are lost when a model is built on the meta device
             inv_freq, module.attention_scaling = module.frequencies()
             init.copy_(module.inv_freq, inv_freq)
             init.copy_(module.original_inv_freq, inv_freq)
 
 
 class NanoChatModel(NanoChatPreTrainedModel):
-    """Everything between token ids and the head."""
+    """The decoder without the head: token ids to hidden states."""
 
     layer_class: type[NanoChatDecoderLayer] = NanoChatDecoderLayer
 
@@ -414,14 +414,14 @@ class NanoChatModel(NanoChatPreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids; or `inputs_embeds` (B, T, C) in their place.
-            attention_mask: (B, S) ones and zeros for padding, a ready mask, or None.
+            attention_mask: (B, S) with 0 for padding, a prepared mask, or None.
             position_ids: (B, T). Restarting at 0 inside a row separates packed documents; needs `attention_mask=None`
                 and `use_cache=False`.
-            kwargs: `cache`, the newer name of `past_key_values`; what [`EXTRA_KEYWORDS`] lists.
+            kwargs: `cache`, the newer name of `past_key_values`; and [`EXTRA_KEYWORDS`].
 
         Raises:
-            TypeError: A keyword that is unknown.
-            ValueError: Both or none of `input_ids` and `inputs_embeds`, or two caches.
+            TypeError: An unknown keyword.
+            ValueError: Both or neither of `input_ids` and `inputs_embeds`, or two caches.
         """
         check_keywords(kwargs)
         cache = pop_cache(past_key_values, kwargs)
@@ -441,7 +441,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                position_ids=position_ids,  # None unless given: transformers searches positions for packed documents
+                position_ids=position_ids,  # only if given: transformers searches them for packed documents
                 **{CACHE: cache},
             )
         kwargs |= document_bounds(self.config, attention_mask, position_ids, cache, inputs_embeds, kwargs)
@@ -461,7 +461,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """(B, T) -> (B, T, C); under autocast in its dtype, as in the original, so that the whole stream is."""
+        """(B, T) -> (B, T, C); under autocast in its dtype, as in the original, and so is the residual stream."""
         embedded = self.embed_tokens(input_ids)
         if torch.is_autocast_enabled(embedded.device.type):
             embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))
@@ -508,14 +508,14 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
 
         Args:
             logits_to_keep: Only the last n positions, or the positions in this index tensor; 0 keeps all.
-            skip_logits: Make the loss only, in chunks, and return no logits. Default: when training with labels.
-            kwargs: `shift_labels` (B, T) in place of `labels`: the target of each position, so that all T positions are
-                learnt (no argument by name, or transformers' Trainer would look for it in every batch).
-                `num_items_in_batch` divides the summed loss instead of the number of labels here.
+            skip_logits: Compute only the loss, in chunks, and return no logits. Default: when training with labels.
+            kwargs: `shift_labels` (B, T) in place of `labels`: the target of each position, so that all T positions
+                are trained on (not a named argument, or transformers' Trainer would expect it in every batch).
+                `num_items_in_batch` divides the summed loss in place of the number of labels in this batch.
         """
         cache = pop_cache(past_key_values, kwargs)
         shift_labels = kwargs.pop("shift_labels", None)
-        shift_labels = None if shift_labels is None else shift_labels.contiguous()  # a slice may come; the loss views it
+        shift_labels = None if shift_labels is None else shift_labels.contiguous()  # slices too; the loss views it
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -529,12 +529,12 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept, :]
         loss = logits = None
-        learning = labels is not None or shift_labels is not None
-        if learning and (self.training if skip_logits is None else skip_logits) and is_only_a_weight(self.lm_head):
+        has_labels = labels is not None or shift_labels is not None
+        if has_labels and (self.training if skip_logits is None else skip_logits) and is_only_a_weight(self.lm_head):
             loss = self.chunked_loss(hidden_states, labels, shift_labels, **kwargs)
         else:
             logits = self.softcap(linear(self.lm_head, hidden_states))
-            if learning:
+            if has_labels:
                 loss = self.loss_function(logits, labels, self.vocab_size, shift_labels=shift_labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -553,7 +553,7 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
         ignore_index: int = IGNORED,
         **kwargs,
     ) -> torch.Tensor:
-        """What `loss_function` gives, without the logits."""
+        """The loss of `loss_function`, without materialising the logits."""
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         shift_labels = shift_labels.to(hidden_states.device)

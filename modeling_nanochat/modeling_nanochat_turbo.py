@@ -2,13 +2,13 @@
 
 Notable features, beside those of the plain architecture:
 - sliding windows on a tiled pattern (short, short, short, long)
-- value embeddings: every second layer adds a table's row to its values, behind a gate that reads the input
-- each layer sees the residual stream and the embedding, both scaled by learnt numbers
-- smear: a token's embedding takes in a little of the embedding before it
-- backout: the last norm sees the stream less a share of what it was half-way up
+- value embeddings: every second layer adds an embedding of the token to its values, gated by the layer's input
+- each layer's input is the residual stream plus the token embedding, both with learned scales
+- smear: each token's embedding mixes in a little of the previous token's
+- backout: a share of the residual stream at half depth is subtracted before the last norm
 - sharper attention (queries and keys scaled by 1.2), rotary base 100,000
 
-Ideas from the modded-nanogpt speedrun, in the form that nanochat settled on.
+Ideas from the modded-nanogpt speedrun, in nanochat's form.
 """
 
 import torch
@@ -44,7 +44,7 @@ VALUE_GATE_RANGE = 3.0
 SMEAR_GATE_CHANNELS = 24
 DIGIT_BITS = 8  # integers up to 2^8 are exact in bfloat16
 DIGITS = 3
-OUTSIDE_CACHES = ("attention_instances", "forward_batch")  # what vLLM and SGLang pass to their attention functions
+OUTSIDE_CACHES = ("attention_instances", "forward_batch")  # arguments of vLLM's and SGLang's attention functions
 
 
 class NanoChatTurboAttention(NanoChatAttention):
@@ -52,7 +52,7 @@ class NanoChatTurboAttention(NanoChatAttention):
 
     def __init__(self, config: NanoChatTurboConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.scaling = config.qk_scale**2 / self.head_dim**0.5  # queries and keys, each scaled
+        self.scaling = config.qk_scale**2 / self.head_dim**0.5  # queries and keys are both scaled
         self.layer_type = config.layer_types[layer_idx]
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
         if layer_idx in config.value_embedding_layers:
@@ -75,12 +75,12 @@ class NanoChatTurboDecoderLayer(NanoChatDecoderLayer):
 
 
 class NanoChatTurboMemory(nn.Module):
-    """Recalls the token before each token, from the cache: an attention head that looks one position back.
+    """Recalls the previous token of each token from the cache: an attention head that looks one position back.
 
-    Smear needs the previous token, which in cached decoding is not among the inputs. As keys this head writes points
-    on a clock with many hands, one per position; its query is the point one position back, so sharp that the softmax is
-    exactly one-hot; its values are the token ids in three digits. It is one more layer of whatever cache is in use, so
-    padding, beams, chunks, static and paged caches need nothing of their own. No parameters.
+    Smear needs the previous token, which in cached decoding is not among the inputs. The keys are sinusoidal codes of
+    the positions; the query is the code of the previous position, scaled so that the softmax is exactly one-hot; the
+    values are the token ids in three digits. It is one more layer of whatever cache is in use, so padding, beams,
+    chunks, static and paged caches need no code of their own. No parameters.
     """
 
     def __init__(self, config: NanoChatTurboConfig):
@@ -93,18 +93,18 @@ class NanoChatTurboMemory(nn.Module):
         self.is_causal = True
         self.heads = config.num_key_value_heads
         self.head_dim = config.dim_of_heads
-        # The nearest other position scores 1.2 % (head_dim 8), 14 % (16), 35 % and more (from 32) below the one sought.
+        # The runner-up scores 1.2 % (head_dim 8), 14 % (16), at least 35 % (from 32) below the previous position.
         self.scaling = 8192 / (self.head_dim // 2)
 
-    def points(self, positions: torch.Tensor) -> torch.Tensor:
-        """Positions (B, T) -> (B, T, head_dim), of equal length and far apart from each other."""
-        hands = self.head_dim // 2
-        slowest = 0.5 if hands >= 16 else 0.001
-        exponents = torch.arange(hands, device=positions.device, dtype=torch.float32) / max(hands - 1, 1)
+    def position_codes(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions (B, T) -> sinusoidal codes (B, T, head_dim) of equal length, far apart from each other."""
+        waves = self.head_dim // 2
+        slowest = 0.5 if waves >= 16 else 0.001
+        exponents = torch.arange(waves, device=positions.device, dtype=torch.float32) / max(waves - 1, 1)
         angles = positions[..., None].float() * 3.0 * (slowest / 3.0) ** exponents
         return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
-    def spread(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def expand_to_heads(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(B, T, head_dim) -> (B, heads, T, head_dim), the same for every head."""
         return rows.to(dtype).unsqueeze(1).expand(-1, self.heads, -1, -1)
 
@@ -118,7 +118,7 @@ class NanoChatTurboMemory(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Token ids and positions (B, T) -> the ids one position back (B, T); anything where there is none.
+        """Token ids and positions (B, T) -> the previous tokens' ids (B, T); arbitrary for a first token.
 
         Raises:
             ValueError: A quantized cache, which would round the ids.
@@ -130,10 +130,10 @@ class NanoChatTurboMemory(nn.Module):
             )
         shifts = DIGIT_BITS * torch.arange(DIGITS, device=input_ids.device)
         digits = (input_ids[..., None] >> shifts) & (2**DIGIT_BITS - 1)
-        value = self.spread(F.pad(digits, (0, self.head_dim - DIGITS)), dtype)
+        value = self.expand_to_heads(F.pad(digits, (0, self.head_dim - DIGITS)), dtype)
         position_ids = position_ids.expand_as(input_ids)
-        query = self.spread(self.points(position_ids - 1), dtype)
-        key = self.spread(self.points(position_ids), dtype)
+        query = self.expand_to_heads(self.position_codes(position_ids - 1), dtype)
+        key = self.expand_to_heads(self.position_codes(position_ids), dtype)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -144,7 +144,7 @@ class NanoChatTurboMemory(nn.Module):
 
 
 class NanoChatTurboPreTrainedModel(NanoChatPreTrainedModel):
-    """Capabilities as in the plain architecture; the initialisation is the original's for this one."""
+    """Capabilities as in the plain architecture; the original's initialisation of turbo."""
 
     config: NanoChatTurboConfig
     _no_split_modules = ["NanoChatTurboDecoderLayer"]
@@ -174,12 +174,12 @@ class NanoChatTurboPreTrainedModel(NanoChatPreTrainedModel):
             init.zeros_(module.bias)
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """As everywhere; `auto_map` also names the model without head, which vLLM looks for."""
+        """Save as usual; `auto_map` also names the model without head, which vLLM looks for."""
         self.config.auto_map = {"AutoModel": "modeling_nanochat_turbo.NanoChatTurboModel"}
         super().save_pretrained(*args, **kwargs)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As everywhere; the value embeddings have a row for every token too."""
+        """Resize as usual; the value embeddings have a row per token too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.base_model.resize_value_embeddings(embeddings.num_embeddings)
         return embeddings
@@ -195,7 +195,7 @@ class NanoChatTurboPreTrainedModel(NanoChatPreTrainedModel):
 
 
 class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
-    """Everything between token ids and the head."""
+    """The decoder without the head: token ids to hidden states."""
 
     layer_class = NanoChatTurboDecoderLayer
 
@@ -241,19 +241,19 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         """Hidden states (B, T, C) after the last norm; arguments as in [`NanoChatModel.forward`].
 
         Raises:
-            TypeError: A keyword that is unknown.
-            ValueError: `inputs_embeds` alone: value embeddings and smear read token ids; drafting by early exit; or an engine
-                that keeps the cache outside of the model.
+            TypeError: An unknown keyword.
+            ValueError: `inputs_embeds` alone (value embeddings and smear read token ids), drafting by early exit, or
+                an engine that keeps the cache outside the model.
         """
         check_keywords(kwargs)
         if any(name in kwargs for name in OUTSIDE_CACHES):
             raise ValueError(
-                "turbo remembers the token before each token in the model's own cache, and an engine that keeps the cache in "
-                "its attention functions would hand it another request's: serve it with transformers, or train plain"
+                "turbo keeps previous tokens in the model's own cache, and an engine that keeps the cache in its "
+                "attention functions would return another request's: serve it with transformers, or train plain"
             )
         cache = pop_cache(past_key_values, kwargs)
         if self.config.num_hidden_layers != len(self.layers):
-            raise ValueError("turbo cannot draft by early exit: its last layers take out what the middle ones put in")
+            raise ValueError("turbo cannot draft by early exit: its last layers subtract what the middle ones added")
         if input_ids is None:
             raise ValueError("give input_ids: value embeddings and smear read token ids, not inputs_embeds")
         if inputs_embeds is None:
@@ -283,7 +283,7 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
             )
             if i == len(self.layers) // 2:
                 halfway = hidden_states
-        # A tensor of shape (1,), unlike one of the scalars above, would lift the stream to its own dtype.
+        # A tensor of shape (1,), unlike the scalars above, would promote the stream to its own dtype.
         backout = self.backout_lambda.to(hidden_states.dtype)
         hidden_states = self.norm(hidden_states - backout * halfway)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
@@ -292,7 +292,7 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
     def positions(
         inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
     ) -> torch.Tensor:
-        """Positions (B, T) counted from the first token that is no padding, which smear must know."""
+        """Positions (B, T) counted from the first token after padding, which smear treats as a document's first."""
         seen = cache.get_seq_length() if cache is not None else 0
         columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
         if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
@@ -306,9 +306,9 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         cache: Cache | None,
         position_ids: torch.Tensor | None,
     ) -> dict[str, torch.Tensor | None]:
-        """One mask per kind of layer; `generate` with a static cache and continuous batching bring them ready.
+        """One mask per layer type; `generate` with a static cache and continuous batching pass prepared masks.
 
-        `position_ids` as the caller gave them, or None, see [`only_causal`].
+        `position_ids` as given by the caller, or None: see [`only_causal`].
         """
         if isinstance(attention_mask, dict):
             return attention_mask
@@ -326,7 +326,7 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         masks = {}
         for kind in dict.fromkeys(self.config.layer_types):
             window = windows[kind]
-            # Lengths are asked for in training only: what is exported or compiled for any would be bound by the answer.
+            # Compare lengths in training only: it would specialise an exported or dynamically compiled model to one.
             if causal and (window is None or (self.training and inputs_embeds.shape[1] <= window)):
                 masks[kind] = None
             elif blocks:
@@ -343,15 +343,15 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         position_ids: torch.Tensor,
         **kwargs,
     ) -> torch.Tensor:
-        """Normed embeddings (B, T, C) of the tokens one position back: shifted, or recalled where there is a cache."""
-        if kwargs.get(CACHE) is None and kwargs.get("cache") is None:  # `cache`: continuous batching's, of old
+        """Normed embeddings (B, T, C) of the previous tokens: shifted, or recalled from the cache if there is one."""
+        if kwargs.get(CACHE) is None and kwargs.get("cache") is None:  # up to 5.23 continuous batching's
             return F.pad(normed[:, :-1], (0, 0, 1, 0))
         mask = masks[self.memory.layer_type]
         ids = self.memory(input_ids, position_ids, normed.dtype, mask, **kwargs)
         return self.norm(self.embed(ids))
 
     def smear(self, normed: torch.Tensor, previous: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """x_t + scale * sigmoid(gate(x_t)) * x_(t-1); the first token of a document stays as it is."""
+        """x_t + scale * sigmoid(gate(x_t)) * x_(t-1); the first token of a document is unchanged."""
         gate = torch.sigmoid(self.smear_gate(normed[..., :SMEAR_GATE_CHANNELS])) * (position_ids > 0)[..., None]
         return normed + (self.smear_lambda * gate).to(normed.dtype) * previous
 

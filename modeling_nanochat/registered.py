@@ -1,6 +1,6 @@
 """The two architectures, registered with transformers' auto classes.
 
-For plain over the classes of transformers with the same `model_type`: same weights, same logits, nanochat's initialisation.
+Plain replaces transformers' own classes of that `model_type`: same weights, same logits, nanochat's initialisation.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -21,12 +21,12 @@ AutoModelForCausalLM.register(NanoChatConfig, NanoChatForCausalLM, exist_ok=True
 AutoConfig.register("nanochat_turbo", NanoChatTurboConfig)
 AutoModel.register(NanoChatTurboConfig, NanoChatTurboModel)
 AutoModelForCausalLM.register(NanoChatTurboConfig, NanoChatTurboForCausalLM)
-# No library ships turbo: its folders carry these files, and load with `trust_remote_code` where the package is absent.
+# transformers does not ship turbo: its folders carry this code and load with `trust_remote_code` without the package.
 NanoChatTurboConfig.register_for_auto_class()
 NanoChatTurboModel.register_for_auto_class("AutoModel")
 NanoChatTurboForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-# The names that people give the two architectures.
+# Short names of the two architectures.
 ARCHITECTURES = {
     "plain": (NanoChatConfig, NanoChatForCausalLM),
     "turbo": (NanoChatTurboConfig, NanoChatTurboForCausalLM),

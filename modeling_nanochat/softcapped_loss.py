@@ -1,13 +1,13 @@
-"""Cross-entropy of a softcapped language-model head, without ever holding the logits of a whole batch.
+"""Cross-entropy of a softcapped language-model head that never materialises the logits of a full batch.
 
-The logits of a large vocabulary are the memory peak of training: 4 x 1,024 tokens of 32,768 logits are half a gigabyte,
-several times over. Here rows go through the head in chunks, and the gradients are made in the same pass, so that no
-logit is kept or computed twice. Compiled in bfloat16, what happens between a chunk's products is a single kernel.
+The logits of a large vocabulary are the memory peak of training: 4 x 1,024 tokens of 32,768 logits are half a
+gigabyte, several times over. Here rows go through the head in chunks, with the gradients computed in the same pass, so
+no logit is stored or computed twice. Compiled in bfloat16, everything between a chunk's products is a single kernel.
 
 One pass over a chunk suffices because the cap bounds its logits: their exponentials need no maximum subtracted first,
 and the division by their sum moves from the chunk to the rows around it (before one product, after the other).
 
-What else there is does not serve: torch's `linear_cross_entropy` and its chunked form have no softcap (2.13), TRL's
+Existing implementations do not fit: torch's `linear_cross_entropy` and its chunked form have no softcap (2.13), TRL's
 fused head belongs to its trainers, Liger's has the cap but needs Triton and reads each chunk twice.
 """
 
@@ -15,17 +15,17 @@ import torch
 from torch.compiler import assume_constant_result
 
 IGNORED = -100
-SAFE_SOFTCAP = 60.0  # the exponentials of a vocabulary within this bound still add up in float32
-CPU_CHUNK = 2**24  # what the caches hold
-ACCELERATOR_CHUNKS = (2**27, 2**29)  # the least for little memory, the most that is of use: 8,192 rows of 65,536
-MEMORY_PER_LOGIT = 128  # bytes of an accelerator for each logit of a chunk, which takes 4 to 12 of them
+SAFE_SOFTCAP = 60.0  # up to this bound the sum of a vocabulary's exponentials fits float32
+CPU_CHUNK = 2**24  # fits the CPU's caches
+ACCELERATOR_CHUNKS = (2**27, 2**29)  # minimum; and the largest that still helps: 8,192 rows of 65,536
+MEMORY_PER_LOGIT = 128  # bytes of an accelerator per logit of a chunk, which itself takes 4 to 12
 
 
 @assume_constant_result
 def chunk_logits(device: torch.device) -> int:
-    """Logits of one chunk on `device`.
+    """Logits per chunk on `device`.
 
-    By the whole memory, a power of two: chunks by what is free would round differently in every run, and compile anew.
+    A power of two by total memory: chunks sized by free memory would round differently in every run, and recompile.
     """
     if device.type == "cpu":
         return CPU_CHUNK
@@ -34,7 +34,7 @@ def chunk_logits(device: torch.device) -> int:
 
 
 def affordable_chunk(memory: int) -> int:
-    """Logits of one chunk on an accelerator with `memory` bytes."""
+    """Logits per chunk on an accelerator with `memory` bytes."""
     least, most = ACCELERATOR_CHUNKS
     return max(least, min(most, 2 ** (max(1, memory // MEMORY_PER_LOGIT).bit_length() - 1)))
 
@@ -55,12 +55,12 @@ def softcapped_cross_entropy(
         hidden_states: (..., C).
         head_weight: (V, C).
         targets: (...) token ids.
-        softcap: Bound of the logits, or None for none.
-        ignore_index: The target that counts for nothing.
-        chunk_rows: Rows per chunk; default: by the vocabulary's size and the device.
+        softcap: Bound of the logits, or None.
+        ignore_index: Target that is excluded from the loss.
+        chunk_rows: Rows per chunk; default: from the vocabulary's size and the device.
 
     Raises:
-        ValueError: There is not one target for each row.
+        ValueError: `targets` does not have one target per row.
         RuntimeError: In a backward pass with `create_graph=True`.
     """
     if hidden_states.shape[:-1] != targets.shape:
@@ -74,7 +74,7 @@ def softcapped_cross_entropy(
 
 
 def product_dtype(rows: torch.Tensor) -> torch.dtype:
-    """Autocast's dtype, else the rows' own; never float16, whose range the exponentials leave."""
+    """Autocast's dtype, otherwise the rows' own; never float16, in which the exponentials overflow."""
     device = rows.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
     return torch.float32 if dtype == torch.float16 else dtype
@@ -84,13 +84,13 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
     """Loss and unit gradients in the forward pass; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, rows, weight, targets, softcap, ignore_index, chunk_rows, dtype, learning):
-        row_gradients = torch.empty_like(rows) if learning and rows.requires_grad else None
+    def forward(ctx, rows, weight, targets, softcap, ignore_index, chunk_rows, dtype, needs_gradient):
+        row_gradients = torch.empty_like(rows) if needs_gradient and rows.requires_grad else None
         weight_gradient = None
-        if learning and weight.requires_grad:
+        if needs_gradient and weight.requires_grad:
             weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
-        with torch.autocast(rows.device.type, enabled=False):  # `dtype` has its choice already
-            loss = over_chunks(
+        with torch.autocast(rows.device.type, enabled=False):  # `dtype` already includes its choice
+            loss = loss_over_chunks(
                 rows, weight.to(dtype), targets, softcap, ignore_index, chunk_rows, row_gradients, weight_gradient
             )
         ctx.save_for_backward(row_gradients, weight_gradient)
@@ -99,9 +99,7 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if (
-            torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        ):  # create_graph: second derivatives are wanted
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # called with create_graph=True
             raise RuntimeError(
                 "the chunked loss is differentiable once; pass skip_logits=False for second derivatives"
             )
@@ -113,7 +111,7 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
         return row_gradients, weight_gradient, *[None] * 6
 
 
-def over_chunks(
+def loss_over_chunks(
     rows: torch.Tensor,
     head: torch.Tensor,
     targets: torch.Tensor,
@@ -123,39 +121,39 @@ def over_chunks(
     row_gradients: torch.Tensor | None,
     weight_gradient: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The summed loss of rows (N, C); fills in the gradients of rows (N, C) and head (V, C) that are not None."""
+    """The summed loss of rows (N, C); fills the gradient buffers of rows (N, C) and head (V, C) that are not None."""
     loss = torch.zeros((), dtype=torch.float32, device=rows.device)
-    learning = row_gradients is not None or weight_gradient is not None
+    needs_gradient = row_gradients is not None or weight_gradient is not None
     for start in range(0, rows.shape[0], chunk_rows):
         chunk, target = rows[start : start + chunk_rows].to(head.dtype), targets[start : start + chunk_rows]
-        summed, pull, per_row = loss_and_pull(chunk, head, target, softcap, ignore_index, learning)
-        loss = loss + summed
+        chunk_loss, gradient, per_row = loss_and_gradient(chunk, head, target, softcap, ignore_index, needs_gradient)
+        loss = loss + chunk_loss
         if row_gradients is not None:
-            row_gradients[start : start + chunk_rows] = (pull @ head) * per_row
+            row_gradients[start : start + chunk_rows] = (gradient @ head) * per_row
         if weight_gradient is not None:
-            accumulate(weight_gradient, pull, (chunk * per_row).to(head.dtype))
+            accumulate(weight_gradient, gradient, (chunk * per_row).to(head.dtype))
     return loss
 
 
-def loss_and_pull(
+def loss_and_gradient(
     chunk: torch.Tensor,
     head: torch.Tensor,
     target: torch.Tensor,
     softcap: float | None,
     ignore_index: int,
-    learning: bool,
+    needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The summed loss of a chunk (n, C) under the head (V, C), and its gradient before the cap as two factors.
+    """The summed loss of a chunk (n, C) under the head (V, C), and its gradient by the uncapped logits as two factors.
 
     Returns:
         The loss, 0-d in float32; (n, V) in the head's dtype and (n, 1) in float32, to be multiplied, or None, None.
     """
     valid = (target != ignore_index).unsqueeze(1)
     target = torch.where(valid, target.unsqueeze(1), 0)
-    exponentials, squares, chosen, offset = exponentiate(chunk, head, target, softcap)
+    exponentials, squares, target_logits, offset = exponentiate(chunk, head, target, softcap)
     total = exponentials.sum(-1, keepdim=True)
-    loss = ((total.log() + offset - chosen) * valid).sum()
-    if not learning:
+    loss = ((total.log() + offset - target_logits) * valid).sum()
+    if not needs_gradient:
         return loss, None, None
     slope = 1.0
     if squares is not None:  # tanh' = 1 - tanh^2
@@ -167,27 +165,27 @@ def loss_and_pull(
 def exponentiate(
     chunk: torch.Tensor, head: torch.Tensor, target: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | float]:
-    """Exponentials (n, V), squares of tanh (n, V) or None, the targets' logits (n, 1), what was subtracted (n, 1)."""
+    """Exponentials (n, V), squares of tanh (n, V) or None, target logits (n, 1), maximum subtracted (n, 1) or 0."""
     if softcap is None:
         logits = (chunk @ head.t()).float()
         peak = logits.amax(-1, keepdim=True)
         return (logits - peak).exp_(), None, logits.gather(1, target), peak
     squashed = ((chunk / softcap) @ head.t()).float().tanh_()
     logits = softcap * squashed
-    chosen = logits.gather(1, target)
+    target_logits = logits.gather(1, target)
     peak = 0.0
     if softcap > SAFE_SOFTCAP:
         peak = logits.amax(-1, keepdim=True)
         logits -= peak
-    return logits.exp_(), squashed.square_(), chosen, peak
+    return logits.exp_(), squashed.square_(), target_logits, peak
 
 
 def subtract_one_hot(
     rows: torch.Tensor, target: torch.Tensor, amount: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`rows` (n, V), changed in place, less `amount` (n, 1) in each row's column `target` (n, 1), as `dtype`.
+    """`rows` (n, V) minus `amount` (n, 1) in each row's column `target` (n, 1), as `dtype`; may overwrite `rows`.
 
-    A compiled scatter needs `rows` written out in float32 and read again for the cast; a comparison is part of the kernel.
+    A compiled scatter writes `rows` in float32 and reads it again for the cast; a comparison fuses into the kernel.
     """
     if torch.compiler.is_compiling() and dtype != rows.dtype:
         columns = torch.arange(rows.shape[1], device=rows.device)
@@ -195,9 +193,9 @@ def subtract_one_hot(
     return rows.scatter_add_(1, target, -amount).to(dtype)
 
 
-def accumulate(total: torch.Tensor, pull: torch.Tensor, rows: torch.Tensor) -> None:
-    """total += pull.T @ rows, in float32."""
-    if pull.dtype == total.dtype:
-        total.addmm_(pull.t(), rows)
+def accumulate(total: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor) -> None:
+    """total += gradient.T @ rows, in float32."""
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.t(), rows)
     else:
-        total += pull.t() @ rows
+        total += gradient.t() @ rows

@@ -1,7 +1,7 @@
-"""The tokenizer's rules: split pattern, special tokens, chat template, and how a vocabulary becomes an ordinary fast tokenizer.
+"""The tokenizer: split patterns, special tokens, chat template, and building a standard fast tokenizer.
 
 Byte-level BPE. Ids 0-255 are the single bytes in numeric order, then the merges in training order, then the nine
-special tokens. The folder holds nothing of ours: `AutoTokenizer.from_pretrained` opens it anywhere.
+special tokens. A saved folder needs none of this code: `AutoTokenizer.from_pretrained` opens it anywhere.
 """
 
 import re
@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 from .errors import UserError
 
-if TYPE_CHECKING:  # it brings torch, which a tokenizer does not need
+if TYPE_CHECKING:  # it imports torch, which a tokenizer does not need
     from transformers import PreTrainedModel
 
-# How text is cut before merging. "nanochat" is GPT-4's with at most two digits a token: small vocabularies waste fewer
-# entries on numbers. "ideographs" is the same with each Chinese character by itself, as in BERT: without spaces between words,
-# a small vocabulary fills up with scraps of sentences. The others are cl100k_base's, Qwen2's and GPT-2's. All are in forms
-# that every regex engine reads alike.
+# How text is split before merging. "nanochat" is GPT-4's pattern with at most two digits per token: small vocabularies
+# waste fewer entries on numbers. "ideographs" also splits off each Chinese character, as BERT does: without spaces
+# between words, a small vocabulary fills up with fragments of sentences. The others are cl100k_base's, Qwen2's and
+# GPT-2's. All are written so that every regex engine reads them alike.
 SPLIT_PATTERNS = {
     "nanochat": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     "ideographs": r"[㐀-鿿]|'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+(?:(?![㐀-鿿])\p{L})+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
@@ -30,7 +30,7 @@ SPLIT_PATTERNS = {
 }
 SPLIT_PATTERN = SPLIT_PATTERNS["nanochat"]
 BOS, ASSISTANT_END, PYTHON_END = "<|bos|>", "<|assistant_end|>", "<|python_end|>"
-# Padding: a token that no model writes or learns, so that nobody who takes its label or its attention away takes content.
+# Padding: a token that no model writes or is trained on, so masking its label or attention never removes content.
 PAD = "<|output_start|>"
 SPECIAL_TOKENS = (
     BOS,
@@ -45,21 +45,21 @@ SPECIAL_TOKENS = (
 )
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
-# The chat template takes the sting out of a control token that is spelled out in somebody's text by a noncharacter of
-# Unicode, reserved for such internal use, behind its `<|`. Cutting takes it out again: the text stays what it was, to
-# the byte, but is no longer the token. In front of an own one of the text, the template writes one more.
+# The chat template escapes a control token spelled out in a message by inserting a Unicode noncharacter, reserved for
+# internal use, after its `<|`. The pre-tokenizer removes it again: the text is the same to the byte, but no longer the
+# token. Where the text itself has the noncharacter after `<|`, the template inserts another one.
 ESCAPE = "\ufdd0"
-PART_END = f"<|{ESCAPE}|>"  # between two text parts of a message, which are encoded apart
+PART_END = f"<|{ESCAPE}|>"  # between two text parts of a message, which are encoded separately
 ESCAPES = rf"<\|{ESCAPE}\|>|(?<=<\|){ESCAPE}"
 TO_ESCAPE = rf"<\|(?={ESCAPE}|(?:{'|'.join(token[2:-2] for token in SPECIAL_TOKENS)})\|>)"
 
-TOO_MANY_BLANKS = 8_000_000  # in a row: the fast tokenizer tries for a line break behind each, and dies of ten million
+TOO_MANY_BLANKS = 8_000_000  # in a row: the fast tokenizer looks for a line break after each; ten million crash it
 
-# How `parse_response` and TRL's tool loop read what the model wrote, in agreement with the engine. The anchor names both
-# places where an answer can begin: with the assistant's turn, and after a tool's output. A call is one only when it is
-# closed and has code in it; what is not closed is no text either. What follows the end of the turn is padding.
+# How `parse_response` and TRL's tool loop read the model's output, in agreement with the engine. The anchor matches
+# both places where an answer can begin: the start of the assistant's turn, the end of a tool's output. Only a closed
+# call with code is a call; an unclosed one is not text either. Everything after the end of the turn is padding.
 CONTROL = rf"<\|(?:{'|'.join(token[2:-2] for token in SPECIAL_TOKENS)})\|>"
-IN_CALL = r"(?:(?!<\|python_(?:start|end)\|>).)"  # a second start begins it anew
+IN_CALL = r"(?:(?!<\|python_(?:start|end)\|>).)"  # a second start restarts the call
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
     "start_anchor_pattern": r"(?:<\|assistant_start\|>|<\|output_end\|>)",
@@ -75,7 +75,7 @@ RESPONSE_TEMPLATE = {
             "open_pattern": rf"<\|(?:assistant_end|bos)\|>.*|<\|python_start\|>{IN_CALL}*|{CONTROL}",
             "close_pattern": "",
             "content": "text",
-            "transform": "",  # what is empty is no part of the message
+            "transform": "",  # empty fields are not part of the message
         },
         "content": {"repeats": True, "join": "", "content": "text", "content_args": {"strip": False}},
     },
@@ -83,7 +83,7 @@ RESPONSE_TEMPLATE = {
 
 
 def byte_symbols() -> list[str]:
-    """The printable character that byte-level BPE writes for each byte, in numeric order of the bytes."""
+    """The printable character that byte-level BPE uses for each byte, in byte order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -91,7 +91,7 @@ def byte_symbols() -> list[str]:
 
 
 def byte_level(model: models.BPE, split_pattern: str = "nanochat") -> Tokenizer:
-    """A byte-level `Tokenizer` around `model` that cuts text by the pattern of that name."""
+    """A byte-level `Tokenizer` around `model` that splits text by the named pattern."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -110,10 +110,10 @@ def build_tokenizer(
     model_max_length: int = 2048,
     split_pattern: str = "nanochat",
 ) -> PreTrainedTokenizerFast:
-    """An ordinary fast tokenizer with chat template from a byte-level vocabulary (symbol -> id) and its merges.
+    """A standard fast tokenizer with chat template, from a byte-level vocabulary (symbol -> id) and its merges.
 
-    Plain text begins with `<|bos|>`, as every document of the training did, so that a base model continues it well;
-    rows are padded on the left, where a generated reply does not follow the padding.
+    Plain text begins with `<|bos|>`, as every training document does, so that a base model continues it well; rows are
+    padded on the left, so that a generated reply does not follow padding.
     """
     tokenizer = byte_level(models.BPE(vocab=vocab, merges=list(merges)), split_pattern)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
@@ -133,9 +133,9 @@ def build_tokenizer(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
-    """Write the tokenizer's files into `folder`, the chat template where each library looks for it.
+    """Write the tokenizer's files into `folder`, with the chat template where each library looks for it.
 
-    That is `chat_template.jinja` for transformers, which would write nothing else, and the key `chat_template` of
+    That is `chat_template.jinja` for transformers, which would write only that, and the key `chat_template` of
     `tokenizer_config.json` for most others (transformers.js, servers in Rust and C++).
     """
     tokenizer.save_pretrained(folder, save_jinja_files=False)
@@ -146,7 +146,7 @@ def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Name -> id of the nine control tokens.
 
     Raises:
-        UserError: The tokenizer lacks one, so it is not a nanochat tokenizer.
+        UserError: One is missing, so it is not a nanochat tokenizer.
     """
     vocab = tokenizer.get_vocab()
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
@@ -156,24 +156,25 @@ def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def set_special_tokens(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerFast) -> None:
-    """The tokenizer's ids, in model and generation configuration.
+    """Copy the tokenizer's special ids into the model's configuration and generation configuration.
 
-    Generation stops at the end of a turn, of a call, where whoever generates runs the tool, and of a document. It stops at
-    padding too: transformers then does not take it for padding in a prompt that comes without a mask.
+    Generation stops at the end of a turn, of a call (the caller then runs the tool) and of a document. It also stops
+    at padding, because transformers then does not treat that id as padding in a prompt without a mask.
     """
     ids = special_token_ids(tokenizer)
     padding = ids[PAD] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for config in (model.config, model.generation_config):
-        config.bos_token_id, config.eos_token_id = ids[BOS], [ids[token] for token in (ASSISTANT_END, PYTHON_END, BOS, PAD)]
+        config.bos_token_id = ids[BOS]
+        config.eos_token_id = [ids[token] for token in (ASSISTANT_END, PYTHON_END, BOS, PAD)]
     model.generation_config.pad_token_id = padding
-    model.config.pad_token_id = None  # its embedding would never learn
+    model.config.pad_token_id = None  # its embedding would never be trained
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each document, `<|bos|>` in front; control tokens spelled out in the text stay ordinary characters.
+    """Ids of each document, starting with `<|bos|>`; control tokens spelled out in the text stay ordinary text.
 
-    Half a surrogate pair, which is no character and which the tokenizer refuses, is read as U+FFFD. For much text, or
-    documents of megabytes, see `bulk_encoding`.
+    Unpaired surrogates, which the tokenizer refuses, are read as U+FFFD. For much text, or documents of megabytes, see
+    `bulk_encoding`.
 
     Raises:
         UserError: Eight million blanks in a row.
@@ -183,22 +184,22 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -
     texts = [escaped(whole_characters(text), tokenizer.backend_tokenizer) for text in texts]
     for text in texts:
         check_blanks(text)
-    # The flag is state of the tokenizer, which other threads may be using: only where escapes are not enough.
+    # The flag is tokenizer state, and other threads may be using it: set only where escapes are not enough.
     split = not escapes_all(tokenizer.backend_tokenizer)
-    # not verbose: a document may well be longer than the context, it is packed into rows
+    # not verbose: a document may be longer than the context, because it is packed into rows
     encoded = tokenizer(texts, split_special_tokens=split, add_special_tokens=False, verbose=False)["input_ids"]
     return [[tokenizer.bos_token_id, *ids] for ids in encoded]
 
 
 def escaped(text: str, tokenizer: Tokenizer) -> str:
-    """`text` as it has to be given to a tokenizer that removes `ESCAPES`: no control token in it, and nothing gets lost."""
+    """`text` as input for a tokenizer that removes `ESCAPES`: without control tokens, and losing no characters."""
     if "<|" in text and removes_escapes(tokenizer):
         return re.sub(TO_ESCAPE, f"<|{ESCAPE}", text)
     return text
 
 
 def escapes_all(tokenizer: Tokenizer) -> bool:
-    """Whether no control token of this tokenizer is left in `escaped` text."""
+    """Whether `escaped` text contains none of this tokenizer's control tokens."""
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     return special <= set(SPECIAL_TOKENS) and removes_escapes(tokenizer)
 
@@ -209,7 +210,7 @@ def removes_escapes(tokenizer: Tokenizer) -> bool:
 
 
 def disable_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """`tokenizer`, now taking control tokens in text for text, and neither cutting nor padding it."""
+    """`tokenizer`, changed to encode control tokens in text as plain text, without truncation or padding."""
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -217,13 +218,14 @@ def disable_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def check_blanks(text: str) -> None:
-    """Raises [`UserError`] for more blanks in a row than the fast tokenizer's regular expressions live through."""
-    if len(text) >= TOO_MANY_BLANKS and any(len(run[0]) >= TOO_MANY_BLANKS for run in re.finditer(r"[^\S\r\n]+", text)):
+    """Raise [`UserError`] for more blanks in a row than the fast tokenizer's regular expressions can handle."""
+    runs = re.finditer(r"[^\S\r\n]+", text) if len(text) >= TOO_MANY_BLANKS else ()
+    if any(len(run[0]) >= TOO_MANY_BLANKS for run in runs):
         raise UserError(f"a document has {TOO_MANY_BLANKS:,} blanks in a row; leave it out, or pip install gigatoken")
 
 
 def whole_characters(text: str) -> str:
-    """`text`, surrogate pairs joined, half ones replaced by U+FFFD."""
+    """`text` with surrogate pairs joined and unpaired surrogates replaced by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -232,7 +234,7 @@ def whole_characters(text: str) -> str:
 
 
 def whole_messages(value: Any) -> Any:
-    """Messages or tools, all their texts by `whole_characters`: JSON can spell halves, which the tokenizer refuses."""
+    """Messages or tools, with `whole_characters` applied to every text: JSON can contain unpaired surrogates."""
     if isinstance(value, str):
         return whole_characters(value)
     if isinstance(value, dict):

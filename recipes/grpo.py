@@ -1,22 +1,22 @@
-"""Reinforcement learning with TRL's `GRPOTrainer`: questions with one right answer, the python tool, a reward for it.
+"""Reinforcement learning with TRL's `GRPOTrainer`: verifiable questions, the python tool, a reward for exact answers.
 
-    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/grpo.py --config recipes/pocket/grpo.yaml
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/grpo.py \\
+        --config recipes/pocket/grpo.yaml
 
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/grpo.py \\
         --config recipes/pocket/grpo.yaml --model_name_or_path me/my-sft
 
-Of the keys of `trl.GRPOConfig` those can be set beside the ones listed here that have an effect, see `training/trl/settings.py`.
-The pocket recipe takes the original's advantage, reward - mean of the group, on-policy, without clipping at work, but adds
-a KL term (`beta`), so that a tiny model keeps what the problems do not ask for. Its one micro-batch normalises by the tokens
-of all its problems together, where the original normalises the tokens of each problem on its own: that is
-`per_device_train_batch_size` equal to `num_generations`, and as many `gradient_accumulation_steps` as there are problems a
-step, with `loss_type: bnpo`.
+Keys of `trl.GRPOConfig` that have an effect can be set too, see `training/trl/settings.py`. The pocket recipe uses the
+original's advantage, reward - group mean, on-policy, so that clipping never applies, but adds a KL term (`beta`) that
+keeps a tiny model from forgetting what the problems do not ask for. It normalises the loss by the tokens of all the
+problems in its single micro-batch. The original normalises per problem; for that, set `per_device_train_batch_size` to
+`num_generations`, `gradient_accumulation_steps` to the number of problems per step, and `loss_type: bnpo`.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,30 +50,32 @@ from recipes.training.trl.stage import (
     start_log,
 )
 
-CHECKS = {"gsm8k": check_gsm8k, "match": check_match}  # the kinds of records whose replies a rule can grade
+CHECKS = {"gsm8k": check_gsm8k, "match": check_match}  # record kinds with verifiable replies
 
 
 @dataclass
 class GRPOArguments(CardArguments, RateArguments, AttentionArguments):
-    """What `trl.GRPOConfig` does not have."""
+    """Arguments that `trl.GRPOConfig` does not have."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Fine-tuned model: folder or Hub id."})
-    train_files: list[str] = field(default_factory=list, metadata={"help": "JSONL in the format of GSM8K, or with `answer` and `rivals`."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model there."})
+    train_files: list[str] = field(
+        default_factory=list, metadata={"help": "JSONL in GSM8K format, or with `answer` and `rivals`."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model in output_dir."})
 
 
 class NanoChatGRPOTrainer(MuonTrainer, GRPOTrainer):
     """`GRPOTrainer` with Muon.
 
     Raises:
-        UserError: The model does not decode with its cache what it computes without.
+        UserError: Decoding with the KV cache differs from the forward pass without it.
     """
 
     stage = "rl"
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        check_cached_decoding(self.model)  # as rollouts will call it: on its device, with TRL's forward
+        check_cached_decoding(self.model)  # on its device and with TRL's patched forward, as in rollouts
 
 
 def main() -> None:
@@ -107,13 +109,13 @@ def main() -> None:
 
 
 def read_problems(patterns: list[str]) -> Dataset:
-    """Columns `prompt` (the history, if there is one, and the question), and what decides whether a reply is right.
+    """Dataset of `prompt` (optional history and the question) and the columns that grade a reply.
 
-    These are `kind` ("gsm8k" or "match", see `evals.tasks.formats`), `answer` (the reference that ends in `#### n`, or the words
-    of a right reply) and `rivals` (words that none has).
+    These are `kind` ("gsm8k" or "match", see `evals.tasks.formats`), `answer` (the reference ending in `#### n`, or
+    the words a correct reply contains) and `rivals` (words it must not contain).
 
     Raises:
-        UserError: No file, or a line that is neither kind of record; names file and line.
+        UserError: No file, or a line of neither kind; names file and line.
     """
     problems = []
     for name in expand(patterns, "train_files"):
@@ -121,7 +123,8 @@ def read_problems(patterns: list[str]) -> Dataset:
             where, kind = f"{name}:{line}", kind_of(problem)
             if kind not in CHECKS:
                 raise UserError(
-                    f"{where}: expected `question` and an `answer` that ends in '#### number', or `question`, `answer` and `rivals`"
+                    f"{where}: expected `question` and an `answer` that ends in '#### number', "
+                    "or `question`, `answer` and `rivals`"
                 )
             CHECKS[kind](problem, where)
             answers = [problem["answer"]] if kind == "gsm8k" else match_answers(problem)
@@ -134,7 +137,8 @@ def read_problems(patterns: list[str]) -> Dataset:
                 }
             )
     if not problems:
-        raise UserError(f"train_files: no problem in {', '.join(patterns) or 'an empty list'}; give a file in GSM8K format")
+        listed = ", ".join(patterns) or "an empty list"
+        raise UserError(f"train_files: no problem in {listed}; give a file in GSM8K format")
     return Dataset.from_list(problems)
 
 
@@ -146,7 +150,7 @@ def exact_answer(
     rivals: list[list[str]],
     **kwargs,
 ) -> list[float]:
-    """1 where the assistant's turn ended and is right, as the evaluation grades it, else 0."""
+    """1.0 for completions that are finished and correct, graded as in the evaluation, else 0.0."""
     references = zip(completions, kind, answer, rivals, strict=True)
     return [float(is_right(*reference)) for reference in references]
 

@@ -1,23 +1,25 @@
-"""Midtraining: a base model learns conversations, multiple choice and the python tool, still at pretraining's pace.
+"""Midtraining: teaches a base model conversations, multiple choice and the python tool, at pretraining's rates.
 
-    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/midtrain.py --config recipes/pocket/midtrain.yaml
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/midtrain.py \\
+        --config recipes/pocket/midtrain.yaml
 
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/midtrain.py \\
         --config recipes/pocket/midtrain.yaml --model_name_or_path me/my-base
 
 Notable features:
-- whole conversations, best-fit packed and padded, never cut
-- optional replay of running text, so that what pretraining taught is not unlearnt
+- best-fit packing of conversations with padding; no conversation is truncated
+- optional replay of pretraining text against forgetting
 - the same loop, optimizer and log as pretraining
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from accelerate.utils import set_seed
@@ -40,24 +42,24 @@ from recipes.training.stage import OutputArguments, check_output
 
 @dataclass
 class MidtrainArguments(CardArguments):
-    """What only midtraining has."""
+    """Arguments specific to midtraining."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: folder or Hub id."})
     train_files: list[str] = field(metadata={"help": "JSONL: conversations, GSM8K, ARC or MMLU records."})
-    replay_files: list[str] | None = field(default=None, metadata={"help": "Running text to mix in, as in pretraining."})
+    replay_files: list[str] | None = field(default=None, metadata={"help": "Raw text to mix in, as in pretraining."})
     replay_every: int | None = field(
-        default=None, metadata={"help": "One row of replayed text after this many of conversations, 4."}
+        default=None, metadata={"help": "Conversation rows per row of replayed text, 4."}
     )
     assistant_only_loss: bool = field(
-        default=False, metadata={"help": "Learn only the assistant's tokens; the original learns all of them here."}
+        default=False, metadata={"help": "Loss on assistant tokens only; the original uses all tokens here."}
     )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the conversations if max_steps is -1."})
-    validation_share: float = field(default=0.02, metadata={"help": "Share of the conversations set aside."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs over conversations, if max_steps is -1."})
+    validation_share: float = field(default=0.02, metadata={"help": "Fraction of the conversations held out."})
 
     def __post_init__(self) -> None:
         """
         Raises:
-            UserError: A number that no run can have, or that would train nothing; a setting without effect.
+            UserError: A value is out of range or would train nothing, or a setting has no effect.
         """
         super().__post_init__()
         check_ranges(
@@ -90,7 +92,8 @@ def main() -> None:
     make_stream = ConversationStreams(train_set, tokenizer.bos_token_id, loop.max_length, loop.seed)
     if args.replay_files:
         texts = text_source(args.replay_files, what="replay_files")
-        make_stream = MixedStreams(make_stream, TextStreams(texts, tokenizer, loop.max_length, loop.seed), args.replay_every)
+        replay = TextStreams(texts, tokenizer, loop.max_length, loop.seed)
+        make_stream = MixedStreams(make_stream, replay, args.replay_every)
     plan = make_plan(model, train_set, args, loop)
     val_rows = conversation_rows(val_set, tokenizer.bos_token_id, loop.max_length)
     bits_per_byte = validation(accelerator, val_rows, tokenizer, max_rows=len(val_set))
@@ -102,13 +105,13 @@ def main() -> None:
 def split(
     rendered: list[Conversation], validation_share: float, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and validation conversations; the latter at least one.
+    """Random split into training and validation conversations, at least one for validation.
 
     Raises:
-        UserError: Fewer than two conversations, or all of them set aside.
+        UserError: Fewer than two conversations, or none left to train on.
     """
     if len(rendered) < 2:
-        raise UserError("midtraining needs at least two conversations, one of them for validation")
+        raise UserError("train_files: midtraining needs at least two conversations, one of them for validation")
     shuffled = random.Random(seed).sample(rendered, len(rendered))
     held_out = max(1, round(validation_share * len(shuffled)))
     if held_out == len(shuffled):
@@ -116,28 +119,32 @@ def split(
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def make_plan(model: PreTrainedModel, train_set: list[Conversation], args: MidtrainArguments, loop: LoopArguments) -> Plan:
-    """Steps from the number of epochs unless given; replayed text counts on top. No weight decay unless given.
+def make_plan(
+    model: PreTrainedModel, train_set: list[Conversation], args: MidtrainArguments, loop: LoopArguments
+) -> Plan:
+    """Hyperparameters, with max_steps from num_train_epochs unless given; replayed text adds to the tokens.
+
+    Weight decay is 0 unless given.
 
     Raises:
-        UserError: Less than half a step.
+        UserError: The epochs amount to less than half a step.
     """
+    resolve = partial(resolve_hyperparameters, model.config, loop.training_recipe, max_length=loop.max_length)
     rates = loop.rates() | {"weight_decay": loop.weight_decay or 0.0}
     if loop.max_steps >= 0:
-        return resolve_hyperparameters(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=loop.max_steps, **rates)
+        return resolve(max_steps=loop.max_steps, **rates)
     tokens = args.num_train_epochs * sum(len(ids) for ids, _ in train_set)
     if args.replay_files:
         tokens *= 1 + 1 / args.replay_every
     if rates["total_batch_size"] is None:
-        one_step = resolve_hyperparameters(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=1, **rates)
-        rates["total_batch_size"] = one_step.total_batch_size
+        rates["total_batch_size"] = resolve(max_steps=1, **rates).total_batch_size
     steps = round(tokens / rates["total_batch_size"])
     if steps < 1:
         raise UserError(
             f"num_train_epochs {args.num_train_epochs:g}: {tokens:,.0f} tokens are less than one step of "
             f"{rates['total_batch_size']:,}; raise num_train_epochs, lower total_batch_size, or give max_steps"
         )
-    return resolve_hyperparameters(model.config, loop.training_recipe, max_length=loop.max_length, max_steps=steps, **rates)
+    return resolve(max_steps=steps, **rates)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""Pretraining: a model from nothing, on running text.
+"""Pretraining: trains a model from scratch on raw text.
 
-    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py --config recipes/pocket/pretrain.yaml
+    accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/pretrain.py \\
+        --config recipes/pocket/pretrain.yaml
 
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/pretrain.py \\
-        --tokenizer me/my-tokenizer --train_files 'text/*.parquet' --val_files val.parquet --output_dir runs/d20/base \\
-        --depth 20 --max_length 2048 --total_batch_size 524288
+        --tokenizer me/my-tokenizer --train_files 'text/*.parquet' --val_files val.parquet \\
+        --output_dir runs/d20/base --depth 20 --max_length 2048 --total_batch_size 524288
 
 Notable features:
-- one dial, `depth`; what follows from it is printed and can be set by name
-- best-fit packing: every row begins with `<|bos|>`, nothing is padded
-- Muon for the matrices, AdamW for the rest; the work and its state shared between processes
-- at intervals bits per byte (comparable between tokenizers), CORE and samples
-- checkpoints that survive a kill at any instant; `--resume auto` goes on as if nothing had happened
+- one dial, `depth`; the hyperparameters derived from it are printed and can be overridden by name
+- best-fit packing: every row starts with `<|bos|>`, no padding
+- Muon for the matrices, AdamW for the rest; update and optimizer state are sharded across processes
+- periodic evaluation: bits per byte (comparable across tokenizers), CORE and samples
+- checkpoints that survive a kill at any time; `--resume auto` continues exactly where training stopped
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,43 +50,43 @@ CORE_DEFAULTS = {"core_steps": 2000, "core_max_per_task": 500}
 
 @dataclass
 class PretrainArguments:
-    """What only pretraining has."""
+    """Arguments specific to pretraining."""
 
     tokenizer: str = field(metadata={"help": "Tokenizer folder or Hub id."})
-    train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or patterns, or one Hub dataset."})
-    val_files: list[str] = field(metadata={"help": "The same, for validation."})
+    train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or globs, or one Hub dataset."})
+    val_files: list[str] = field(metadata={"help": "Validation text, same formats."})
     architecture: Literal["plain", "turbo"] = field(
-        default="plain", metadata={"help": "plain opens everywhere; turbo learns faster and carries its code."}
+        default="plain", metadata={"help": "plain loads without custom code; turbo learns faster and ships its code."}
     )
-    depth: int = field(default=20, metadata={"help": "Number of layers; sets the width."})
+    depth: int = field(default=20, metadata={"help": "Number of layers; also sets the width."})
     aspect_ratio: int = field(default=ASPECT_RATIO, metadata={"help": "Width per layer, before rounding up to heads."})
-    head_dim: int = field(default=HEAD_DIM, metadata={"help": "Width of an attention head."})
+    head_dim: int = field(default=HEAD_DIM, metadata={"help": "Dimension of an attention head."})
     num_key_value_heads: int | None = field(default=None, metadata={"help": "Fewer than heads: grouped queries."})
     max_position_embeddings: int | None = field(
-        default=None, metadata={"help": "Context of the model, where later stages train on longer rows than max_length."}
+        default=None, metadata={"help": "Context length, if later stages train on rows longer than max_length."}
     )
     window_pattern: str | None = field(
-        default=None, metadata={"help": "Of turbo's layers, S sees a quarter of the context, L all of it; SSSL, repeated."}
+        default=None, metadata={"help": "Windows of turbo's layers, repeated: S a quarter of the context, L all."}
     )
     target_param_data_ratio: float | None = field(
-        default=None, metadata={"help": "Training tokens per parameter, where neither max_steps nor target_flops is given."}
+        default=None, metadata={"help": "Training tokens per parameter, if max_steps and target_flops are unset."}
     )
-    target_flops: float | None = field(default=None, metadata={"help": "Arithmetic of the whole run, where max_steps is -1."})
-    eval_tokens: int = field(default=1048576, metadata={"help": "Tokens of one validation."})
-    core_dir: str | None = field(default=None, metadata={"help": "Folder of the CORE tasks; without it, no CORE."})
+    target_flops: float | None = field(default=None, metadata={"help": "FLOPs of the entire run, if max_steps is -1."})
+    eval_tokens: int = field(default=1048576, metadata={"help": "Tokens per validation."})
+    core_dir: str | None = field(default=None, metadata={"help": "Folder of the CORE tasks; no CORE if unset."})
     core_steps: int | None = field(
-        default=None, metadata={"help": "Steps between two CORE, 2000; the last step always has one."}
+        default=None, metadata={"help": "Steps between CORE evaluations, 2000; always run at the last step."}
     )
     core_max_per_task: int | None = field(default=None, metadata={"help": "Examples per CORE task, 500; -1: all."})
-    sample_steps: int = field(default=2000, metadata={"help": "Steps between two samples; the last step always has some."})
+    sample_steps: int = field(default=2000, metadata={"help": "Steps between samples; always run at the last step."})
     sample_prompts: list[str] = field(
-        default_factory=lambda: list(PROMPTS), metadata={"help": "Beginnings that the model continues; 16 tokens each."}
+        default_factory=lambda: list(PROMPTS), metadata={"help": "Prompts to complete with 16 tokens each."}
     )
 
     def __post_init__(self) -> None:
         """
         Raises:
-            UserError: A number that no run can have, or that would train nothing; a setting without effect.
+            UserError: A value is out of range or would train nothing, or a setting has no effect.
         """
         positive = ("depth", "aspect_ratio", "head_dim", "num_key_value_heads", "eval_tokens", "core_max_per_task")
         positive += ("max_position_embeddings", "target_param_data_ratio", "target_flops")
@@ -94,13 +95,13 @@ class PretrainArguments:
             not_negative={name: getattr(self, name) for name in ("core_steps", "sample_steps")},
             shares={},
         )
-        for name, usual in CORE_DEFAULTS.items():
+        for name, default in CORE_DEFAULTS.items():
             if getattr(self, name) is None and self.core_dir:
-                setattr(self, name, usual)
+                setattr(self, name, default)
             elif getattr(self, name) is not None and not self.core_dir:
                 raise UserError(f"{name} has no effect without core_dir; give --core_dir, or leave it out")
         if self.window_pattern and self.architecture != "turbo":
-            raise UserError("window_pattern is turbo's; add --architecture turbo, or make it empty: --window_pattern ''")
+            raise UserError("window_pattern needs turbo; add --architecture turbo, or clear it: --window_pattern ''")
 
 
 def main() -> None:
@@ -122,14 +123,14 @@ def main() -> None:
 
 
 def make_plan(model: NanoChatForCausalLM, args: PretrainArguments, loop: LoopArguments) -> Plan:
-    given = ("target_flops", "target_param_data_ratio")
+    targets = ("target_flops", "target_param_data_ratio")
     return resolve_hyperparameters(
         model.config,
         loop.training_recipe,
         max_length=loop.max_length,
         max_steps=loop.max_steps,
         aspect_ratio=args.aspect_ratio,
-        **{name: getattr(args, name) for name in given},
+        **{name: getattr(args, name) for name in targets},
         **loop.rates(),
     )
 
@@ -137,13 +138,13 @@ def make_plan(model: NanoChatForCausalLM, args: PretrainArguments, loop: LoopArg
 def make_evaluations(
     args: PretrainArguments, loop: LoopArguments, accelerator: Accelerator, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[Evaluation, ...]:
-    """Bits per byte, CORE and samples. All files are read now: a bad one is told before training, not after."""
+    """Bits per byte, CORE and samples. All files are read now, so that a bad one is reported before training."""
     rows = text_rows(args.val_files, tokenizer, loop.max_length, "val_files")
     bits_per_byte = validation(accelerator, rows, tokenizer, max(1, args.eval_tokens // loop.max_length))
     tasks = load_core(args.core_dir) if args.core_dir else []
 
-    # a model that FSDP has sharded is called by all processes alike, so each of them does all tasks
-    dealt_out = not accelerator.is_fsdp2
+    # Under FSDP every rank must run the same forward passes, so each rank evaluates all tasks.
+    split_tasks = not accelerator.is_fsdp2
 
     @without_cudnn_attention()
     def run_core(model: NanoChatForCausalLM) -> tuple[dict, list[str]]:
@@ -152,9 +153,9 @@ def make_evaluations(
             tokenizer,
             tasks,
             max_per_task=args.core_max_per_task,
-            process_index=accelerator.process_index if dealt_out else 0,
-            num_processes=accelerator.num_processes if dealt_out else 1,
-            gather=lambda counts: accelerator.reduce(counts, "sum") if dealt_out else counts,
+            process_index=accelerator.process_index if split_tasks else 0,
+            num_processes=accelerator.num_processes if split_tasks else 1,
+            gather=lambda counts: accelerator.reduce(counts, "sum") if split_tasks else counts,
         )
         return {"core": result.core, "core_tasks": result.tasks}, [f"CORE {result.core:.4f}"]
 
@@ -163,21 +164,21 @@ def make_evaluations(
         texts = samples(model, tokenizer, args.sample_prompts)
         return {"samples": texts}, [repr(text) for text in texts]
 
-    found = [bits_per_byte_evaluation(bits_per_byte, loop.eval_steps)]
-    found += [Evaluation(args.core_steps, run_core)] if tasks else []
-    found += [Evaluation(args.sample_steps, run_samples)] if args.sample_prompts else []
-    return tuple(found)
+    evaluations = [bits_per_byte_evaluation(bits_per_byte, loop.eval_steps)]
+    evaluations += [Evaluation(args.core_steps, run_core)] if tasks else []
+    evaluations += [Evaluation(args.sample_steps, run_samples)] if args.sample_prompts else []
+    return tuple(evaluations)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """A nanochat tokenizer.
+    """Load a nanochat tokenizer from a folder or the Hub.
 
     Raises:
-        UserError: There is none, or it lacks the control tokens.
+        UserError: No tokenizer was found, or it lacks the control tokens.
     """
     hint = f"{name_or_path}: no tokenizer there; train one with tokenizer_train/train.py --output_dir {name_or_path}"
     folder = Path(name_or_path)
-    if folder.parent.is_dir() and not folder.is_dir() and "/" in name_or_path:  # `runs/tokenizer` is no Hub id
+    if folder.parent.is_dir() and not folder.is_dir() and "/" in name_or_path:  # `runs/tokenizer` is not a Hub id
         raise UserError(hint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
@@ -187,12 +188,16 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(args: PretrainArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerFast) -> NanoChatForCausalLM:
-    """Random weights, sizes from the dial; the vocabulary is the tokenizer's."""
+def build_model(
+    args: PretrainArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerFast
+) -> NanoChatForCausalLM:
+    """A randomly initialised model, sized by `depth` and the tokenizer's vocabulary."""
     config_class, model_class = ARCHITECTURES[args.architecture]
     context = args.max_position_embeddings or loop.max_length
     if context < loop.max_length:
-        raise UserError(f"max_position_embeddings {context} is less than max_length {loop.max_length}; raise it, or leave it out")
+        raise UserError(
+            f"max_position_embeddings {context} is less than max_length {loop.max_length}; raise it, or leave it out"
+        )
     pattern = {"window_pattern": args.window_pattern} if args.window_pattern else {}
     try:
         config = config_class.from_depth(

@@ -1,24 +1,24 @@
-"""The whole ladder: data, tokenizer, pretrain, midtrain, SFT, GRPO, evaluation after each, report card.
+"""Runs the full ladder: data, tokenizer, pretrain, midtrain, SFT, GRPO, an evaluation after each, report card.
 
     python recipes/run.py pocket
 
-    python recipes/run.py pocket --from sft                      # redo from there
-    python recipes/run.py pocket --config my_data.yaml           # your files in place of the generated world
+    python recipes/run.py pocket --from sft                      # redo sft and later stages
+    python recipes/run.py pocket --config my_data.yaml           # your files instead of the generated world
     python recipes/run.py pocket --set base.depth=6 'base.sample_prompts=["Once upon a time, there", "One day"]'
 
 Notable features:
-- every stage is a process of its own, the same command that you would type
-- what is finished is found and skipped, and a stage that was stopped goes on from its last checkpoint
-- the log is short; `--verbose true` shows the commands, all settings, evaluations and tables, and the libraries' bars
-- a folder that this run did not make is never replaced, unless `--from` asks for it
-- settings and files of every stage are checked before the first one runs (`recipes/ladder/preflight.py`)
-- `--set stage.key=value` reaches any key of any stage
+- every stage runs in its own process, as the same command you would type
+- finished stages are skipped, and an interrupted stage resumes from its last checkpoint
+- the log is short; `--verbose true` shows the commands, all settings, evaluations, tables and progress bars
+- a folder that this run did not create is never replaced unless `--from` requests it
+- settings and files of all stages are checked before the first stage starts (`recipes/ladder/preflight.py`)
+- `--set stage.key=value` sets any key of any stage
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import os
 import sys
@@ -51,7 +51,7 @@ def main() -> None:
         ladder = {stage: of_stage for stage, of_stage in ladder.items() if of_stage}
         plan = make_plan(ladder, run_dir, first)
         os.environ.update(stage_environment(args.verbose))
-        check_before([step for step, todo, _ in plan if todo])
+        check_pending([step for step, todo, _ in plan if todo])
         print_skipped(plan, run_dir)
         run_plan(plan, list(ladder), run_dir, args.verbose, lock)
     print("\nnothing was left to do" if not any(todo for _, todo, _ in plan) else "")
@@ -60,12 +60,12 @@ def main() -> None:
 
 
 def run_plan(plan: list[tuple[Step, bool, bool]], stages: list[str], run_dir: Path, verbose: bool, lock: int) -> None:
-    """Run what is to be done, under a title for each stage."""
-    titled = None
+    """Run the pending steps, printing a title per stage."""
+    current_stage = None
     for step, _, redo in (entry for entry in plan if entry[1]):
-        if step.stage != titled:
-            titled = step.stage
-            print(f"\n[{stages.index(titled) + 1}/{len(stages)}] {title(step.name)}", flush=True)
+        if step.stage != current_stage:
+            current_stage = step.stage
+            print(f"\n[{stages.index(current_stage) + 1}/{len(stages)}] {title(step.name)}", flush=True)
         run_step(step, run_dir, redo, lock, verbose)
         if step.is_measurement and not verbose and (lines := outcome_lines(step.result)):
             print("\n".join(lines), flush=True)
@@ -74,13 +74,14 @@ def run_plan(plan: list[tuple[Step, bool, bool]], stages: list[str], run_dir: Pa
 def print_skipped(plan: list[tuple[Step, bool, bool]], run_dir: Path) -> None:
     skipped = [step.name for step, todo, _ in plan if not todo]
     own = [name for name in skipped if is_own(name, run_dir)]
-    for names, what in ((own, "finished before"), ([name for name in skipped if name not in own], "not made by this run, kept")):
+    others = [name for name in skipped if name not in own]
+    for names, what in ((own, "already finished"), (others, "not created by this run, kept")):
         if names:
             print(f"{what}: {', '.join(names)}")
 
 
 def chat_commands(ladder: dict[str, list[Step]], run_dir: str) -> str:
-    """How to talk to the last model that can; how to go on where there is none yet."""
+    """Commands to chat with the last model that can, or how to continue if there is none yet."""
     trained = [stage for stage in ("mid", "sft", "rl") if stage in ladder]
     if not trained:
         return "the same command without --to"
@@ -90,7 +91,7 @@ def chat_commands(ladder: dict[str, list[Step]], run_dir: str) -> str:
 
 
 def recipe_and_words(words: list[str]) -> tuple[str, list[str]]:
-    """The recipe's name and the rest of the command line, with the recipe's run.yaml as its configuration file."""
+    """Split off the recipe's name; the other words get the recipe's run.yaml as `--config` unless they name one."""
     known = sorted(path.parent.name for path in RECIPES.glob("*/run.yaml"))
     usage = f"python recipes/run.py {{{','.join(known)}}} [--from stage] [--to stage] [...]"
     if {"-h", "--help"} & set(words):
@@ -105,12 +106,12 @@ def recipe_and_words(words: list[str]) -> tuple[str, list[str]]:
     return recipe, rest
 
 
-def check_before(waiting: list[Step]) -> None:
-    """Check what the steps to come were given. Imports all of them, which a run with nothing left to do can save."""
-    if any(step.name != "report" for step in waiting):
+def check_pending(pending: list[Step]) -> None:
+    """Check settings and files of the pending steps. Imports all stages, so a run with nothing to do skips it."""
+    if any(step.name != "report" for step in pending):
         from recipes.ladder.preflight import check_steps
 
-        check = partial(check_steps, waiting)
+        check = partial(check_steps, pending)
         check_in_fork(check) if can_fork() else check()
 
 

@@ -1,17 +1,17 @@
-"""Supervised fine-tuning with TRL's `SFTTrainer`: the loss is on the assistant's tokens only.
+"""Supervised fine-tuning with TRL's `SFTTrainer`, with the loss on assistant tokens only.
 
     accelerate launch --quiet --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/pocket/sft.yaml
 
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/sft.py \\
         --config recipes/pocket/sft.yaml --model_name_or_path me/my-mid --push_to_hub true --hub_model_id me/my-sft
 
-Of the keys of `trl.SFTConfig` those can be set beside the ones listed here that have an effect, see `training/trl/settings.py`.
+Keys of `trl.SFTConfig` that have an effect can be set too, see `training/trl/settings.py`.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 from dataclasses import dataclass, field, replace
 
@@ -41,13 +41,13 @@ from recipes.training.trl.stage import (
 
 @dataclass
 class SFTArguments(CardArguments, RateArguments, AttentionArguments):
-    """What `trl.SFTConfig` does not have."""
+    """Arguments that `trl.SFTConfig` does not have."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Midtrained model: folder or Hub id."})
     train_files: list[str] = field(
         default_factory=list, metadata={"help": "JSONL: conversations, GSM8K, ARC or MMLU records."}
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model there."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model in output_dir."})
 
 
 class NanoChatSFTTrainer(MuonTrainer, SFTTrainer):
@@ -84,19 +84,19 @@ def main() -> None:
 
 
 def set_max_length(training: SFTSettings, context: int) -> None:
-    """Rows are as long as the model's context unless they are to be shorter.
+    """Default `max_length` to the model's context length.
 
     Raises:
-        UserError: They are to be longer.
+        UserError: `max_length` exceeds the context length.
     """
     if training.max_length is None:
         training.max_length = context
     if training.max_length > context:
-        raise UserError(f"max_length {training.max_length} is beyond the model's context of {context} tokens; lower it")
+        raise UserError(f"max_length {training.max_length} exceeds the model's context of {context} tokens; lower it")
 
 
 def token_dataset(rendered: list[Conversation]) -> Dataset:
-    """Columns `input_ids` and `assistant_masks`, which TRL takes as they are: one renderer, one length check."""
+    """Pretokenized `input_ids` and `assistant_masks`, which TRL uses as is: one renderer, one length check."""
     ids, masks = zip(*rendered, strict=True)
     return Dataset.from_dict({"input_ids": list(ids), "assistant_masks": list(masks)})
 

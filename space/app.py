@@ -1,16 +1,16 @@
-"""A chat page for a nanochat model, here or as a Hugging Face Space.
+"""A chat page for a nanochat model, local or as a Hugging Face Space.
 
 python space/app.py runs/pocket/sft
 NANOCHAT_MODEL=me/nanochat python space/app.py --port 7861
 
-The model is a folder that a training stage wrote, or a Hub id. Replies are streamed, and shown exactly as they were
-written; what the model has computed in Python is in boxes that open on a click. The examples are those of the model's card.
+The model is a folder written by a training stage, or a Hub id. Replies are streamed and shown verbatim; Python calls
+are in boxes that open on a click. The example questions are those of the model card.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import argparse
 import os
@@ -51,10 +51,10 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Turn:
-    """A question and what has come of it so far.
+    """A question and its reply so far.
 
-    `parts` are `{"text"}` and `{"code", "output"}`, the latter without output while the code runs; `note` is the page's own
-    word on the reply. The page gets this as it is, and only this side knows how the model is asked again.
+    `parts` are `{"text"}` and `{"code", "output"}`, the latter without output while the code runs; `note` is the
+    page's comment on the reply. The browser gets all of this; the messages for the model are built on the server only.
     """
 
     question: str
@@ -75,7 +75,7 @@ class Turn:
             self.note = closing(event, self.parts)
 
     def reply(self) -> list[dict[str, Any]]:
-        """The assistant's messages; a call that was stopped before its result is left out."""
+        """Return the assistant's messages; a call that was stopped before its result is omitted."""
         messages: list[dict[str, Any]] = []
         for part in self.parts:
             if "text" in part:
@@ -90,14 +90,14 @@ class Turn:
 
 
 def closing(event: Finished, parts: list[dict[str, str]]) -> str:
-    """A word on replies that end without saying anything, or in the middle."""
+    """Return a note on replies that are truncated or contain no text."""
     if event.finish_reason == "length":
         return "The reply reached its limit."
     return "" if parts and "text" in parts[-1] else "The model said nothing."
 
 
 def conversation(turns: Sequence[Turn], question: str) -> list[dict[str, Any]]:
-    """Messages for the model; questions that were refused or stopped before any reply are left out."""
+    """Return the messages for the model; questions refused or stopped before any reply are omitted."""
     messages = []
     for turn in turns:
         if reply := turn.reply():
@@ -106,15 +106,15 @@ def conversation(turns: Sequence[Turn], question: str) -> list[dict[str, Any]]:
 
 
 def shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """What the page draws."""
+    """Return the turns as the page draws them."""
     return [asdict(turn) for turn in turns]
 
 
 def build_demo(engine: Engine, title: str, examples: Sequence[str] = ()) -> gr.Blocks:
-    """The page, not yet launched; its API endpoint is `/chat`.
+    """Return the page, not yet launched; its API endpoint is `/chat`.
 
     Args:
-        title: Heading of the page, such as the model's name.
+        title: Heading of the page, for example the model's name.
         examples: Questions to click on while the conversation is empty.
     """
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True) as demo:
@@ -137,9 +137,9 @@ def heading(engine: Engine, title: str) -> str:
 
 
 def conversation_view(examples: Sequence[str]) -> gr.HTML:
-    """The conversation as page.js draws it: `gr.Chatbot` has HTML in a text for markup even without Markdown.
+    """Return the view that page.js draws: `gr.Chatbot` renders HTML in texts even without Markdown.
 
-    The template has no values in it: Gradio runs what is put into one as JavaScript.
+    The template contains no values, because Gradio executes them as JavaScript.
     """
     return gr.HTML(
         [],
@@ -154,7 +154,7 @@ def conversation_view(examples: Sequence[str]) -> gr.HTML:
 
 def question_box() -> gr.Textbox:
     return gr.Textbox(
-        placeholder="Ask something",
+        placeholder="Ask a question",
         max_length=MAX_CHARACTERS,
         show_label=False,
         submit_btn=True,
@@ -168,16 +168,16 @@ def settings(engine: Engine) -> list[gr.Slider]:
     longest = min(longest, engine.context)
     slider = partial(gr.Slider, step=1)
     return [
-        slider(coldest, hottest, 0.6, step=0.05, label="Temperature", info="0: the most likely reply each time"),
+        slider(coldest, hottest, 0.6, step=0.05, label="Temperature", info="0: always the most likely token"),
         slider(0, most, 50, label="Top-k", info="sample among the k most likely tokens; 0: among all"),
-        slider(1, longest, min(256, longest), label="Max tokens", info="limit of a reply"),
+        slider(1, longest, min(256, longest), label="Max tokens", info="maximum length of a reply"),
     ]
 
 
 def connect(answers: Callable, view: gr.HTML, question: gr.Textbox, options: list[gr.Slider], turns: gr.State) -> None:
-    """What happens on a click, and the endpoint of the API.
+    """Connect the page's events and the API endpoint.
 
-    `turns` is this side's memory: what the browser shows is never read back.
+    `turns` is kept on the server: what the browser shows is never read back.
     """
 
     def ask(text: str, turns: list[Turn], *options: float) -> Iterator[tuple]:
@@ -189,7 +189,7 @@ def connect(answers: Callable, view: gr.HTML, question: gr.Textbox, options: lis
             for grown in answers(text, turns, *options):
                 yield box, shown(grown), grown
                 box = gr.skip()
-        except UserError as error:  # not gr.Error: the question stays, to be edited
+        except UserError as error:  # not gr.Error, so that the question stays for editing
             grown = [*turns, Turn(text, note=f"⚠️ {error}", writing=False)]
             yield gr.Textbox(value=""), shown(grown), grown
 
@@ -203,7 +203,7 @@ def connect(answers: Callable, view: gr.HTML, question: gr.Textbox, options: lis
         return gr.Textbox(value=turns[-1].question if turns else ""), shown(turns[:-1]), turns[:-1]
 
     def rest(turns: list[Turn]) -> tuple:
-        """Whether the reply came to its end, was stopped or failed."""
+        """Reset the question box after a reply ended, was stopped or failed."""
         for turn in turns[-1:]:
             turn.writing = False
         return gr.Textbox(interactive=True, submit_btn=True, stop_btn=False), shown(turns), turns
@@ -242,7 +242,7 @@ def connect(answers: Callable, view: gr.HTML, question: gr.Textbox, options: lis
 
 
 def answers_of(engine: Engine) -> Callable:
-    """The function behind the page: everything that comes in is checked here, for the browser's checks bind no one."""
+    """Return the function behind the page, which checks all input, because the browser's checks can be bypassed."""
 
     @on_gpu
     def stream(messages: list[dict[str, Any]], options: dict[str, Any]) -> Iterator[Event]:
@@ -251,14 +251,14 @@ def answers_of(engine: Engine) -> Callable:
     def answers(
         question: str, turns: Sequence[Turn], temperature: float, top_k: int, max_new_tokens: int
     ) -> Iterator[list[Turn]]:
-        """The conversation with one more turn, again and again while its reply grows."""
+        """Yield the conversation with one more turn, repeatedly while its reply grows."""
         options = {"temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
         check_request(question, turns, options)
         options |= {"top_k": int(top_k), "max_new_tokens": int(max_new_tokens)}
         messages = conversation(turns, question)
         fitted = engine.fit(messages, options["max_new_tokens"])
         if len(fitted) < len(messages):
-            gr.Info("The oldest messages no longer fit into the model's context and were left out.", duration=5)
+            gr.Info("The oldest messages no longer fit into the model's context and were omitted.", duration=5)
         turn = Turn(question)
         turns = [*turns, turn]
         yield turns
@@ -277,11 +277,11 @@ def on_gpu(function: Callable) -> Callable:
 
 
 def check_request(message: Any, turns: Sequence[Turn], options: dict[str, Any]) -> None:
-    """Raise [`UserError`] for what no reply can be given to, or what would keep the machine from others too long."""
+    """Raise [`UserError`] for input that is invalid or would occupy the machine for too long."""
     if not isinstance(message, str) or not message.strip():
         raise UserError("the message is empty; write a question")
     if len(message) > MAX_CHARACTERS:
-        raise UserError(f"the message has {len(message)} characters; at most {MAX_CHARACTERS} are taken")
+        raise UserError(f"the message has {len(message)} characters; at most {MAX_CHARACTERS} are allowed")
     if len(turns) >= MAX_TURNS:
         raise UserError(f"the conversation has {MAX_TURNS} questions; start a new one")
     for name, (lowest, highest) in LIMITS.items():
@@ -293,7 +293,7 @@ def check_request(message: Any, turns: Sequence[Turn], options: dict[str, Any]) 
 
 
 def appearance() -> dict[str, Any]:
-    """Arguments of `launch` that make the page look as it should; fonts and scripts all come from this server."""
+    """Return the arguments of `launch` that style the page; fonts and scripts all come from this server."""
     theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=CODE_FONTS)
     css = (HERE / "page.css").read_text(encoding="utf-8")
     return {"theme": theme, "css": css, "ssr_mode": False, "footer_links": ["api", "gradio"]}
@@ -301,9 +301,9 @@ def appearance() -> dict[str, Any]:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description="A chat page for a nanochat model.")
-    parser.add_argument("model", nargs="?", help="model folder or Hub id; default: the variable NANOCHAT_MODEL")
-    parser.add_argument("--port", type=int, help="1 to 65535; default: the first free one from 7860 on")
-    parser.add_argument("--share", action="store_true", help="also open a temporary public address")
+    parser.add_argument("model", nargs="?", help="model folder or Hub id; default: the value of NANOCHAT_MODEL")
+    parser.add_argument("--port", type=int, help="1 to 65535; default: the first free port from 7860 on")
+    parser.add_argument("--share", action="store_true", help="also open a temporary public URL")
     options = parser.parse_args(arguments)
     if options.port is not None and not 1 <= options.port <= 65535:
         raise UserError(f"--port {options.port}: must be from 1 to 65535")

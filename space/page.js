@@ -1,9 +1,9 @@
-// Body of a function of Gradio's `gr.HTML`: draws the conversation in `props.value`, a list of turns as app.py has them.
-// Texts become text nodes and nothing else: no Markdown, no HTML, no LaTeX, and nothing is fetched.
+// `js_on_load` of Gradio's `gr.HTML`: draws the conversation in `props.value`, the list of turns from app.py.
+// Texts become text nodes only: no Markdown, HTML or LaTeX is rendered, and nothing is fetched.
 
 const log = element.querySelector(".log");
-const keys = new WeakMap(); // what each child of the log shows
-let count = 0; // of turns, when drawn last
+const keys = new WeakMap(); // content of each child of the log
+let count = 0; // of turns in the last draw
 let writing = false;
 
 function make(tag, name, text = "") {
@@ -20,7 +20,7 @@ function button(name, label, act) {
   return node;
 }
 
-// GSM8K's form of a final answer stands out, in the model's own words.
+// Highlight a final answer in GSM8K's format, `#### n`.
 function marked(text) {
   const pieces = text.split(/^(#### .+)$/m);
   return pieces.map((piece, i) => (i % 2 ? make("strong", "final", piece) : document.createTextNode(piece)));
@@ -95,7 +95,7 @@ function items(turns) {
   return found;
 }
 
-// Only what has changed is replaced: boxes stay open, and selections stay, while a reply grows.
+// Replace only what has changed, so that open boxes and selections persist while a reply grows.
 function draw() {
   const turns = props.value || [];
   const wanted = items(turns);
@@ -116,7 +116,7 @@ function draw() {
   if (wasWriting && !writing && matchMedia("(hover: hover)").matches) setTimeout(typeOn, 100);
 }
 
-// The box is disabled while a reply is written, and has lost the focus.
+// The box is disabled while a reply is written, and so has lost the focus.
 function typeOn() {
   if (document.activeElement === document.body) document.querySelector("#question textarea")?.focus();
 }

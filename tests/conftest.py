@@ -1,6 +1,6 @@
 import os
 
-# before the first import of a Hugging Face library: no test may reach the network
+# set before the first import of a Hugging Face library: no test may use the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -23,7 +23,7 @@ def toy_tokenizer():
 
 
 def toy_model(tokenizer, *, layers=2, width=32, context=256):
-    """Random weights, large enough that every next token is a clear choice."""
+    """A model with random weights, large enough for a clear argmax at every step."""
     ids = special_token_ids(tokenizer)
     config = NanoChatConfig(
         vocab_size=len(tokenizer),
@@ -43,7 +43,7 @@ def toy_model(tokenizer, *, layers=2, width=32, context=256):
 
 
 def random_model(architecture: str):
-    """A small model of the architecture with 500 tokens of vocabulary and large random weights."""
+    """A small model of the architecture with a vocabulary of 500 and large random weights."""
     sizes = {
         "vocab_size": 500,
         "hidden_size": 64,
@@ -54,7 +54,7 @@ def random_model(architecture: str):
     torch.manual_seed(0)
     if architecture == "plain":
         model = NanoChatForCausalLM(NanoChatConfig(num_hidden_layers=3, **sizes))
-    else:  # window 12, so that short texts leave it
+    else:  # a window of 12, so that short texts exceed it
         model = NanoChatTurboForCausalLM(NanoChatTurboConfig(num_hidden_layers=5, sliding_window=12, **sizes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=0.5 if parameter.dim() == 1 else 0.0, std=0.3)
@@ -74,14 +74,14 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def toy_model_and_tokenizer():
-    """A tiny random model with its tokenizer; tests that change either take a `toy_model_folder`."""
+    """A tiny random model with its tokenizer; tests that modify either use `toy_model_folder`."""
     tokenizer = toy_tokenizer()
     return toy_model(tokenizer), tokenizer
 
 
 @pytest.fixture
 def toy_model_folder(toy_model_and_tokenizer, tmp_path):
-    """The same in Hub layout, a fresh folder for each test."""
+    """The same in Hub layout, in a new folder for each test."""
     folder = tmp_path / "toy"
     for part in toy_model_and_tokenizer:
         part.save_pretrained(folder)

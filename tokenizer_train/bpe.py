@@ -1,7 +1,7 @@
-"""Byte-level BPE training: counts how often each piece of text occurs, then merges the most frequent pair, again and again.
+"""Byte-level BPE training: count the pieces of text, then repeatedly merge the most frequent pair.
 
-Two libraries do it, with the same merges to the last one: `rustbpe`, the original's, where it is installed, because it
-counts several times faster; else `tokenizers`. Ties go to the pair of the smallest ids, as in the original.
+Two libraries give identical merges: the original's `rustbpe`, if installed, because it counts several times faster;
+else `tokenizers`. Ties go to the pair with the smallest ids, as in the original.
 """
 
 import json
@@ -29,8 +29,8 @@ from modeling_nanochat.tokenization_nanochat import (
 Trainer = Literal["rustbpe", "tokenizers"]
 SplitPattern = Literal["nanochat", "ideographs", "cl100k", "qwen2", "gpt2"]  # the names in `SPLIT_PATTERNS`
 LONG = 100_000  # characters
-BREAK = re.compile(rf"\S(?= )|\s{{1000,{LONG}}}+")  # the end of a word, or a run of blanks that may be too long
-DOCUMENTS_AT_ONCE = 1024  # so many are in memory
+BREAK = re.compile(rf"\S(?= )|\s{{1000,{LONG}}}+")  # the end of a word, or white space that may be too long
+DOCUMENTS_AT_ONCE = 1024  # held in memory
 
 
 def train_tokenizer(
@@ -42,20 +42,20 @@ def train_tokenizer(
     length: int | None = None,
     trainer: Trainer | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE on `texts` and return it as a chat tokenizer of `vocab_size` entries, special tokens included.
+    """Train byte-level BPE on `texts`; return a chat tokenizer of `vocab_size` entries, special tokens included.
 
-    It has fewer entries where the text has no more pairs to merge.
+    It has fewer entries if the text has no more pairs to merge.
 
     Args:
-        texts: Documents; read once, and not kept.
-        vocab_size: Entries in all, at least 265 (256 bytes and 9 special tokens).
+        texts: Documents; read once and not kept in memory.
+        vocab_size: Entries in total, at least 265 (256 bytes and 9 special tokens).
         split_pattern: Name in `SPLIT_PATTERNS`.
         model_max_length: Written into the tokenizer; the context length of the models that will use it.
         length: Number of documents, for the progress bar of `tokenizers`.
-        trainer: Library that trains; None takes `rustbpe` where it is installed. The result is the same.
+        trainer: Library that trains; None uses `rustbpe` if installed. The result is the same.
 
     Raises:
-        UserError: `vocab_size` is too small, no such pattern or trainer, or the trainer is not installed.
+        UserError: `vocab_size` is too small, the pattern or trainer is unknown, or the trainer is not installed.
     """
     check_request(vocab_size, split_pattern)
     train = trained_by_rustbpe if choose_trainer(trainer) == "rustbpe" else trained_by_tokenizers
@@ -74,7 +74,7 @@ def check_request(vocab_size: int, split_pattern: str) -> None:
 
 
 def choose_trainer(name: str | None) -> Trainer:
-    """The trainer of that name; without a name, the faster one that is installed."""
+    """Return the trainer of that name; without a name, the fastest one installed."""
     if name not in (None, *get_args(Trainer)):
         raise UserError(f"trainer {name!r} is unknown; use one of {', '.join(get_args(Trainer))}")
     if name == "tokenizers":
@@ -84,12 +84,12 @@ def choose_trainer(name: str | None) -> Trainer:
     except ImportError as error:
         if name is None:
             return "tokenizers"
-        raise UserError("trainer rustbpe is not installed; pip install rustbpe, or leave --trainer out") from error
+        raise UserError("trainer rustbpe is not installed; pip install rustbpe, or omit --trainer") from error
     return "rustbpe"
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """`text` with whole characters, cut where encoding takes an escape out (see `tokenization_nanochat.ESCAPE`)."""
+    """Yield `text`, lone surrogates replaced, cut where encoding removes `tokenization_nanochat.ESCAPE`."""
     text, start = whole_characters(text), 0
     while (escape := text.find(f"<|{ESCAPE}", start)) >= 0:
         yield from parts_of(text[start : escape + 2])
@@ -98,10 +98,10 @@ def pieces_of(text: str) -> Iterator[str]:
 
 
 def parts_of(text: str) -> Iterator[str]:
-    """A long text in parts, so that all threads have work and memory stays small.
+    """Yield a long text in parts, so that all threads have work and memory stays small.
 
-    Every pattern cuts between a word and the blank after it, so that the same is counted. Only a run of over LONG blanks,
-    which `rustbpe` cannot read, counts as several runs.
+    Every pattern splits between a word and the space after it, so the counts do not change. Only a run of over LONG
+    white-space characters, which `rustbpe` cannot read, counts as several runs.
     """
     start = 0
     while len(text) - start > LONG:
@@ -115,10 +115,10 @@ def parts_of(text: str) -> Iterator[str]:
 def trained_by_tokenizers(
     texts: Iterable[str], vocab_size: int, split_pattern: str, length: int | None = None
 ) -> list[tuple[str, str]]:
-    """Merges, in order, as pairs of symbols.
+    """Return the merges, in order, as pairs of symbols.
 
-    The byte symbols are passed as special tokens: only so do ids and the order of ties come out as in the original's
-    trainer, and every byte can be encoded although training never saw it.
+    The byte symbols are passed as special tokens: only then do ids and the order of ties match the original's trainer,
+    and bytes that do not occur in training can be encoded.
     """
     tokenizer = byte_level(models.BPE(), split_pattern)
     trainer = trainers.BpeTrainer(
@@ -135,7 +135,7 @@ def trained_by_tokenizers(
 def trained_by_rustbpe(
     texts: Iterable[str], vocab_size: int, split_pattern: str, length: int | None = None
 ) -> list[tuple[str, str]]:
-    """The same from `rustbpe`, which gives only what was merged."""
+    """Return the same from `rustbpe`, which reports only the merged tokens."""
     import rustbpe
 
     tokenizer = rustbpe.Tokenizer()

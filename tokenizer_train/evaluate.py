@@ -1,4 +1,4 @@
-"""How well a tokenizer compresses, next to GPT-2's and GPT-4's, on text of several kinds; and what is in its vocabulary.
+"""Compare a tokenizer's compression with GPT-2's and GPT-4's on several kinds of text; describe its vocabulary.
 
     python tokenizer_train/evaluate.py --config recipes/pocket/tokenizer_eval.yaml
 
@@ -6,15 +6,15 @@
         --val_files val.parquet --baselines Qwen/Qwen3-0.6B --output_file runs/mine/results/tokenizer.json
 
 Notable features:
-- every text must come out of the tokenizer as it went in
+- checks that decoding restores every text
 - GPT-2's and GPT-4's vocabulary: from --vocabularies_dir, from tiktoken's cache, or downloaded by tiktoken
-- a vocabulary that cannot be had is named, and its columns are left out
+- unavailable vocabularies are reported, and their columns omitted
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import json
 import os
@@ -42,24 +42,26 @@ OURS = "ours"
 
 @dataclass
 class TokenizerEvaluateArguments:
-    """Which tokenizer, on which texts, next to which others."""
+    """The tokenizer, the texts, and the tokenizers to compare with."""
 
     tokenizer: str = field(metadata={"help": "Tokenizer or model folder, or Hub id."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the record, for the report card."})
     train_files: list[str] = field(
-        default_factory=list, metadata={"help": "What the tokenizer was trained on: parquet, JSONL or text files, or a Hub dataset."}
+        default_factory=list, metadata={"help": "Its training text: parquet, JSONL or text files, or a Hub dataset."}
     )
-    val_files: list[str] = field(default_factory=list, metadata={"help": "Text of the same kind that it was not trained on."})
-    texts: list[str] = field(default_factory=list, metadata={"help": "Further texts, each as name=file.txt."})
-    max_bytes: int = field(default=5_000_000, metadata={"help": "Bytes to take of train_files, and as many of val_files."})
+    val_files: list[str] = field(default_factory=list, metadata={"help": "Held-out text of the same kind."})
+    texts: list[str] = field(default_factory=list, metadata={"help": "Additional texts, each as name=file.txt."})
+    max_bytes: int = field(default=5_000_000, metadata={"help": "Bytes to read from train_files and from val_files."})
     vocabularies_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder with GPT-2's encoder.json and GPT-4's cl100k_base.tiktoken; else tiktoken downloads them."},
+        metadata={"help": "Folder with encoder.json (GPT-2) and cl100k_base.tiktoken (GPT-4); else downloaded."},
     )
-    baselines: list[str] = field(default_factory=list, metadata={"help": "Further tokenizers to compare with: folders or Hub ids, also as name=folder."})
+    baselines: list[str] = field(
+        default_factory=list, metadata={"help": "Other tokenizers to compare with: folder, Hub id or name=folder."}
+    )
 
     def check(self) -> None:
-        """Raise `UserError` on a setting that cannot be."""
+        """Raise `UserError` on an invalid setting."""
         if self.max_bytes < 1:
             raise UserError(f"max_bytes is {self.max_bytes}; it must be at least 1")
 
@@ -75,10 +77,10 @@ def main() -> None:
 
 
 def evaluate_tokenizer(args: TokenizerEvaluateArguments) -> dict[str, Any]:
-    """The record: {"tokenizer", "settings", "seconds", "vocabularies", "missing", "texts", "statistics"}.
+    """Return the record: {"tokenizer", "settings", "seconds", "vocabularies", "missing", "texts", "statistics"}.
 
     Raises:
-        UserError: A setting or a file is wrong, the tokenizer is none of ours, or a text does not come out as it went in.
+        UserError: A setting or file is invalid, the tokenizer is not one of ours, or decoding does not restore a text.
     """
     args.check()
     named = parse_baselines(args.baselines)
@@ -105,16 +107,16 @@ def evaluate_tokenizer(args: TokenizerEvaluateArguments) -> dict[str, Any]:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Raises [`UserError`] unless it is a byte-level tokenizer with nanochat's special tokens."""
+    """Load a tokenizer; raise [`UserError`] unless it is byte-level with nanochat's special tokens."""
     looks_local = name.startswith(("/", ".", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
     if looks_local and not Path(name, "tokenizer.json").is_file():
-        raise UserError(f"{name}: no tokenizer folder (no tokenizer.json in it); train one by tokenizer_train/train.py")
+        raise UserError(f"{name}: not a tokenizer folder (no tokenizer.json); train one with tokenizer_train/train.py")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the libraries raise many kinds for a broken file, an unknown id, no network
+    except Exception as error:  # many types, for a broken file, an unknown id or no network
         raise UserError(f"{name}: could not be opened as a tokenizer ({first_line(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"{name}: no fast tokenizer but a {type(tokenizer).__name__}; give it as one of --baselines")
+        raise UserError(f"{name}: a {type(tokenizer).__name__}, not a fast tokenizer; give it as one of --baselines")
     token_spellings(tokenizer)
     special_token_ids(tokenizer)
     return tokenizer
@@ -126,28 +128,28 @@ def load_texts(args: TokenizerEvaluateArguments) -> list[Text]:
         texts += [corpus_text(name, files, args.max_bytes)] if files else []
     names = [text.name for text in texts]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"texts: {twice[0]!r} is the name of two texts; give yours another")
+        raise UserError(f"texts: {twice[0]!r} is the name of two texts; rename yours")
     return texts
 
 
 def round_trip(text: Text, encoder: BulkEncoder, spellings: Sequence[bytes]) -> np.ndarray:
-    """Ids (n,) of all documents, without `<|bos|>`.
+    """Return the ids (n,) of all documents, without `<|bos|>`.
 
     Raises:
-        UserError: Decoding them gives something else.
+        UserError: Decoding does not restore a document.
     """
     encoded = [ids[1:] for ids in encoder.encode(text.documents)]
     for number, (document, ids) in enumerate(zip(text.documents, encoded, strict=True), start=1):
         if b"".join(spellings[index] for index in ids) != document.encode():
             raise UserError(
-                f"{text.name} ({text.source}): document {number} is not what it was after encoding and decoding; "
+                f"{text.name} ({text.source}): encoding and decoding changes document {number}; "
                 "this tokenizer loses text, do not train with it"
             )
     return np.concatenate(encoded)
 
 
 def compare(text: Text, tokens: int, baselines: Sequence[Vocabulary]) -> dict[str, Any]:
-    """The text's row: tokens of each vocabulary, and in per cent how many fewer ours needs than each other."""
+    """Return the text's row: tokens of each vocabulary, and how many percent fewer ours needs."""
     counts = {vocabulary.name: vocabulary.count(text.documents) for vocabulary in baselines} | {OURS: tokens}
     return {
         "name": text.name,
@@ -163,7 +165,7 @@ def compare(text: Text, tokens: int, baselines: Sequence[Vocabulary]) -> dict[st
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Beside `path` and renamed, so that no reader meets half a file."""
+    """Write a temporary file and rename it, so that readers never see a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.unfinished")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -171,7 +173,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def table_rows(record: dict[str, Any]) -> list[list[str]]:
-    """As in the original's report: tokens and bytes per token of each vocabulary, and ours against the others."""
+    """Return tokens and bytes per token of each vocabulary, and how ours compares, as in the original's report."""
     names = [vocabulary["name"] for vocabulary in record["vocabularies"]]
     heads = [f"{vocabulary['name']} ({vocabulary['entries']:,})" for vocabulary in record["vocabularies"]]
     others = names[:-1]
@@ -184,7 +186,7 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Names to the left, figures to the right."""
+    """Return the table as text, names left-aligned, figures right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
@@ -201,7 +203,7 @@ def statistics_lines(statistics: dict[str, Any]) -> list[str]:
         f"{sizes['min']}, max {sizes['max']}, mean {sizes['mean']:.2f}, std {sizes['std']:.2f}",
         "kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in statistics["kinds"].items()),
         "longest: " + "  ".join(json.dumps(token, ensure_ascii=False) for token in statistics["longest"][:5]),
-        f"never given by encoding their own bytes: {statistics['unreachable']['tokens']}",
+        f"never produced by encoding their own bytes: {statistics['unreachable']['tokens']}",
     ]
     used = [f"{name} {count:,} ({100 * count / entries:.1f} %)" for name, count in statistics["used"].items()]
     return lines + ([f"used by the text of: {', '.join(used)}"] if used else [])

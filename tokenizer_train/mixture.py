@@ -1,4 +1,4 @@
-"""What the tokenizer reads: sources one after the other or by weights, the beginning of each document, up to a limit."""
+"""The tokenizer's training text: sources in sequence or mixed by weight, documents truncated, up to a limit."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Source:
-    """Documents, and how much of them was read."""
+    """A source of documents, and how much of it was read."""
 
     name: str
     texts: Iterable[str]
     weight: float = 1.0
-    expected: float = math.inf  # characters there are, as far as that is known beforehand
+    expected: float = math.inf  # available characters, if known in advance
     characters: int = 0
     documents: int = 0
     documents_cut: int = 0
-    characters_left_out: int = 0  # of those
+    characters_left_out: int = 0  # of the cut documents
 
     def read(self, doc_cap: int) -> Iterator[str]:
-        """The beginning of each document, counted."""
+        """Yield the beginning of each document and count it."""
         for text in self.texts:
             beginning = capped(text, doc_cap)
             self.characters += len(beginning)
@@ -39,15 +39,15 @@ class Source:
 
 
 def capped(text: str, doc_cap: int) -> str:
-    """The first `doc_cap` characters; halves of surrogate pairs become characters, and then count."""
+    """Return the first `doc_cap` characters; surrogate pairs are joined before counting, lone ones replaced."""
     return whole_characters(text[: 2 * doc_cap])[:doc_cap]
 
 
 def open_sources(entries: Sequence[str], weights: Sequence[float] | None, doc_cap: int) -> list[Source]:
-    """A source for each entry; without weights, local files that follow each other are one.
+    """Return one source per entry; without weights, consecutive local files form one source.
 
     Raises:
-        UserError: The weights do not fit the entries, or an entry is not there or not readable as text.
+        UserError: The weights do not match the entries, or an entry is missing or not readable as text.
     """
     if weights is not None:
         check_weights(entries, weights)
@@ -59,10 +59,11 @@ def open_sources(entries: Sequence[str], weights: Sequence[float] | None, doc_ca
 
 def check_weights(entries: Sequence[str], weights: Sequence[float]) -> None:
     if len(weights) != len(entries):
-        raise UserError(f"train_weights: {len(weights)} weights for {len(entries)} entries of train_files; give one for each")
+        found = f"{len(weights)} weights for {len(entries)} entries of train_files"
+        raise UserError(f"train_weights: {found}; give one for each")
     wrong = [weight for weight in weights if not (math.isfinite(weight) and weight > 0)]
     if wrong:
-        raise UserError(f"train_weights: {wrong[0]} is no share; give positive numbers, or leave the source out")
+        raise UserError(f"train_weights: {wrong[0]} is not a share; give positive numbers, or remove the source")
 
 
 def open_source(entries: list[str], doc_cap: int, weight: float = 1.0) -> Source:
@@ -71,7 +72,7 @@ def open_source(entries: list[str], doc_cap: int, weight: float = 1.0) -> Source
 
 
 def characters_in(dataset: "Dataset | IterableDataset", doc_cap: int) -> float:
-    """Characters of the beginnings of all documents; infinite for a stream, which is not to be read twice."""
+    """Return the characters of all documents, truncated; infinite for a stream, which must not be read twice."""
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
@@ -83,7 +84,7 @@ def characters_in(dataset: "Dataset | IterableDataset", doc_cap: int) -> float:
 
 
 def one_after_the_other(sources: Sequence[Source], doc_cap: int, max_chars: int) -> Iterator[str]:
-    """All of each source, until over `max_chars` characters were given out."""
+    """Yield all documents of each source, until more than `max_chars` characters were read."""
     for text in chain.from_iterable(source.read(doc_cap) for source in sources):
         yield text
         if characters_read(sources) > max_chars:
@@ -91,14 +92,14 @@ def one_after_the_other(sources: Sequence[Source], doc_cap: int, max_chars: int)
 
 
 def by_weight(sources: Sequence[Source], doc_cap: int, max_chars: int) -> Iterator[str]:
-    """From the source that lags most behind its share of the characters, until one has no more or as above."""
+    """Yield from the source furthest behind its share, until a source ends or more than `max_chars` were read."""
     readers = [(source, source.read(doc_cap)) for source in sources]
     while characters_read(sources) <= max_chars:
-        last, reader = min(readers, key=lambda pair: pair[0].characters / pair[0].weight)
+        source, reader = min(readers, key=lambda pair: pair[0].characters / pair[0].weight)
         text = next(reader, None)
         if text is None:
-            read = f"{last.characters:,} characters of it, {characters_read(sources):,} in all"
-            print(f"{last.name}: no more text; to keep the shares, reading ends here with {read}", flush=True)
+            read = f"{source.characters:,} characters of it, {characters_read(sources):,} in all"
+            print(f"{source.name}: no more text; reading ends here to keep the shares, with {read}", flush=True)
             return
         yield text
 
@@ -108,7 +109,7 @@ def characters_read(sources: Iterable[Source]) -> int:
 
 
 def expected_characters(sources: Sequence[Source], max_chars: int, weighted: bool) -> float:
-    """How much will be read, at most."""
+    """Return the maximum number of characters that will be read."""
     if not weighted:
         return min(max_chars, sum(source.expected for source in sources))
     total = sum(source.weight for source in sources)

@@ -1,4 +1,4 @@
-"""How fast are tokenizers trained and texts encoded here? Every way there is, in turn, with the ids compared.
+"""Measure the speed of tokenizer training and encoding with every available library, and compare the results.
 
     python tokenizer_train/speed.py --train_files 'text/*.parquet' --vocab_size 32768
 """
@@ -6,7 +6,7 @@
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import platform
 import time
@@ -36,20 +36,20 @@ from tokenizer_train.bpe import SplitPattern, Trainer, choose_trainer, train_tok
 
 @dataclass
 class SpeedArguments:
-    """On which text to measure, and how often."""
+    """The text to measure on, and the number of repetitions."""
 
     train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or patterns, or one Hub dataset."})
-    vocab_size: int = field(default=32768, metadata={"help": "Entries of the tokenizer that is trained."})
-    split_pattern: SplitPattern = field(default="nanochat", metadata={"help": "How text is cut before merging."})
-    train_megabytes: float = field(default=75, metadata={"help": "Text to train on."})
-    encode_megabytes: float = field(default=20, metadata={"help": "Text to encode."})
-    train_rounds: int = field(default=1, metadata={"help": "How often to train by each library; the median counts."})
-    rounds: int = field(default=3, metadata={"help": "How often to encode in each way; the median counts."})
+    vocab_size: int = field(default=32768, metadata={"help": "Entries of the trained tokenizer."})
+    split_pattern: SplitPattern = field(default="nanochat", metadata={"help": "How text is split before merging."})
+    train_megabytes: float = field(default=75, metadata={"help": "Megabytes of text to train on."})
+    encode_megabytes: float = field(default=20, metadata={"help": "Megabytes of text to encode."})
+    train_rounds: int = field(default=1, metadata={"help": "Training runs per library; the median counts."})
+    rounds: int = field(default=3, metadata={"help": "Encoding runs in each way; the median counts."})
 
 
 @dataclass
 class Way:
-    """One way to do the same, and how long it took each time."""
+    """One way to train or encode, and the seconds of each run."""
 
     name: str
     run: Callable[[], Any]
@@ -60,25 +60,25 @@ def main() -> None:
     (args,) = parse(SpeedArguments)
     texts = [text for text in text_dataset(args.train_files, what="train_files")["text"] if text]
     print(f"{platform.machine()}, {available_threads()} threads, {args.split_pattern}, {args.vocab_size} entries")
-    share, size = beginning(texts, args.train_megabytes)
-    ways = training_ways(share, args)
+    documents, size = beginning(texts, args.train_megabytes)
+    ways = training_ways(documents, args)
     tokenizer = alternate(ways, args.train_rounds, lambda tokenizer: tokenizer.backend_tokenizer.to_str())
-    print(table(f"training on {len(share)} documents, {size:.1f} MB", ways, size))
-    share, size = beginning(texts, args.encode_megabytes)
-    ways = encoding_ways(tokenizer, share)
+    print(table(f"training on {len(documents)} documents, {size:.1f} MB", ways, size))
+    documents, size = beginning(texts, args.encode_megabytes)
+    ways = encoding_ways(tokenizer, documents)
     alternate(ways, args.rounds, lambda encoded: [list(ids) for ids in encoded])
-    print(table(f"encoding {len(share)} documents, {size:.1f} MB", ways, size))
+    print(table(f"encoding {len(documents)} documents, {size:.1f} MB", ways, size))
 
 
 def beginning(texts: Sequence[str], megabytes: float) -> tuple[list[str], float]:
-    """The first documents, until they have that many megabytes, and how many they really have."""
-    share, size = [], 0
+    """Return the first documents with at least `megabytes` in total, and their size in megabytes."""
+    documents, size = [], 0
     for text in texts:
         if size >= megabytes * 1e6:
             break
-        share.append(whole_characters(text))
-        size += len(share[-1].encode())
-    return share, size / 1e6
+        documents.append(whole_characters(text))
+        size += len(documents[-1].encode())
+    return documents, size / 1e6
 
 
 def training_ways(texts: list[str], args: SpeedArguments) -> list[Way]:
@@ -96,17 +96,17 @@ def installed(library: str) -> bool:
 
 
 def encoding_ways(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Way]:
-    plain = disable_special_tokens(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
-    inputs = [escaped(text, plain) for text in texts]
+    fast = disable_special_tokens(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    inputs, bare = [escaped(text, fast) for text in texts], {"add_special_tokens": False}
     ways = [
-        Way("fast tokenizer, one by one", lambda: [plain.encode(text, add_special_tokens=False).ids for text in inputs]),
-        Way("fast tokenizer, as a batch", lambda: [row.ids for row in plain.encode_batch(inputs, add_special_tokens=False)]),
+        Way("fast tokenizer, one by one", lambda: [fast.encode(text, **bare).ids for text in inputs]),
+        Way("fast tokenizer, as a batch", lambda: [row.ids for row in fast.encode_batch(inputs, **bare)]),
     ]
-    pattern = pattern_name(plain)
-    for library in (TiktokenEncoder, GigatokenEncoder) if exact_encoder(plain, pattern) else ():
-        for threads in (1, available_threads()) if encoder_by(library, plain, pattern) else ():
+    pattern = pattern_name(fast)
+    for library in (TiktokenEncoder, GigatokenEncoder) if exact_encoder(fast, pattern) else ():
+        for threads in (1, available_threads()) if encoder_by(library, fast, pattern) else ():
             encoder = BulkEncoder(tokenizer, threads)
-            encoder.exact = encoder_by(library, plain, pattern)  # of its own, so that none profits by what another has seen
+            encoder.exact = encoder_by(library, fast, pattern)  # not shared: no warm cache from another run
             ways.append(Way(f"{library.__name__}, {threads} thread(s)", bulk(encoder, texts)))
     return ways
 
@@ -119,7 +119,7 @@ def alternate(ways: list[Way], rounds: int, comparable: Callable[[Any], Any]) ->
     """Run all ways in turn, `rounds` times, and return the result.
 
     Raises:
-        UserError: The results are not the same.
+        UserError: The results differ.
     """
     expected = None
     for _ in range(rounds):
@@ -129,7 +129,7 @@ def alternate(ways: list[Way], rounds: int, comparable: Callable[[Any], Any]) ->
             if expected is None:
                 expected = comparable(result)
             elif comparable(result) != expected:
-                raise UserError(f"{way.name}: not the same result as {ways[0].name}; please report it with the versions installed")
+                raise UserError(f"{way.name}: not the same result as {ways[0].name}; report it with library versions")
     return result
 
 

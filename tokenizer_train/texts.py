@@ -1,4 +1,4 @@
-"""What tokenizers are compared on: five short texts of different kinds, some of a corpus, files of your own."""
+"""The texts that tokenizers are compared on: five short samples, an excerpt of a corpus, your own files."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "sample_texts"
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, which are encoded one by one, under the name of their row in the table."""
+    """Documents, encoded one by one; `name` is their row in the table."""
 
     name: str
     documents: list[str]
@@ -27,24 +27,24 @@ class Text:
 
     @property
     def words(self) -> int:
-        """Stretches without white space."""
+        """Number of whitespace-separated words."""
         return sum(len(document.split()) for document in self.documents)
 
 
 def sample_texts() -> list[Text]:
-    """The texts that come with this package, written for it."""
+    """Return the texts that come with this package, written for it."""
     return [Text(name, [read_text(FOLDER / f"{name}.txt")], f"sample_texts/{name}.txt") for name in SAMPLES]
 
 
 def given_text(argument: str) -> Text:
-    """`name=file` as one text.
+    """Return the text of a `name=file` argument.
 
     Raises:
-        UserError: No such form, no such file, nothing in it, or not UTF-8.
+        UserError: The argument has another form, or the file is missing, empty or not UTF-8.
     """
     name, equals, path = argument.partition("=")
     if not (name and equals and path):
-        raise UserError(f"texts: {argument!r} is not of the form name=file; write for instance poems=poems.txt")
+        raise UserError(f"texts: {argument!r} is not of the form name=file; write for example poems=poems.txt")
     return Text(name, [read_text(Path(path))], path)
 
 
@@ -56,14 +56,14 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
     if not text.strip():
-        raise UserError(f"{path}: no text in it; fill it or leave it out")
+        raise UserError(f"{path}: no text in it; fill it or remove it")
     return text
 
 
 def corpus_text(name: str, files: Sequence[str], max_bytes: int) -> Text:
-    """Documents of `files` (or of a Hub dataset), drawn by a fixed seed, up to the one that fills `max_bytes`.
+    """Return documents of `files` (or a Hub dataset), shuffled by a fixed seed, up to the one that fills `max_bytes`.
 
-    Of a stream it is the first ones, which costs no reading of the whole.
+    Of a stream it takes the first documents, to avoid reading all of it.
 
     Raises:
         UserError: The files cannot be read or hold no text.
@@ -74,7 +74,7 @@ def corpus_text(name: str, files: Sequence[str], max_bytes: int) -> Text:
         corpus = corpus.shuffle(seed=SEED)
     try:
         documents = list(up_to((whole_characters(row["text"]) for row in corpus if has_text(row)), max_bytes))
-    except (OSError, ValueError) as error:  # a stream that breaks off
+    except (OSError, ValueError) as error:  # an interrupted stream
         raise UserError(f"{name}_files: {source} cannot be read ({first_line(error)})") from error
     if not documents:
         raise UserError(f"{name}_files: no text in {source}; every document is empty")
@@ -86,7 +86,7 @@ def has_text(row: Mapping[str, str | None]) -> bool:
 
 
 def up_to(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
-    """Whole documents until there are `max_bytes` of them."""
+    """Yield whole documents until they have `max_bytes` in total."""
     size = 0
     for document in documents:
         yield document

@@ -1,4 +1,4 @@
-"""Train the tokenizer: byte-level BPE on the pretraining text, saved as an ordinary fast tokenizer with chat template.
+"""Train the tokenizer: byte-level BPE on the pretraining text, saved as a standard fast tokenizer with chat template.
 
     python tokenizer_train/train.py --config recipes/pocket/tokenizer.yaml
 
@@ -8,15 +8,15 @@
         --train_weights 0.8 0.2 --training_recipe classic --output_dir runs/mine/tokenizer
 
 Notable features:
-- reads any dataset, several by weights, and never holds the text: memory is that of the counts
-- the same merges as the original's trainer, whichever library does the work, and the same files at every run
-- nothing of ours in the folder: `AutoTokenizer.from_pretrained` opens it anywhere, ready for chats and generation
+- streams any dataset, or several by weight: memory holds only the counts
+- the same merges as the original's trainer with either library, and the same files on every run
+- no custom code in the folder: `AutoTokenizer.from_pretrained` loads it anywhere, ready for chats and generation
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import json
 import os
@@ -46,14 +46,14 @@ from tokenizer_train.mixture import (
     open_sources,
 )
 
-VOCABULARY_SIZES = {"classic": 65536, "current": 32768}  # of the original's launch, and of today's
-COUNTS = ("characters", "documents", "documents_cut", "characters_left_out")  # of a source, as recorded
-SAMPLE = 200  # documents whose bytes per token are told
+VOCABULARY_SIZES = {"classic": 65536, "current": 32768}  # the original's at launch, and today's
+COUNTS = ("characters", "documents", "documents_cut", "characters_left_out")  # recorded for each source
+SAMPLE = 200  # documents for the reported bytes per token
 
 
 @dataclass
 class TokenizerArguments:
-    """What the tokenizer is trained on, and how large it gets."""
+    """The training text, the size of the vocabulary, and the output folder."""
 
     train_files: list[str] = field(
         metadata={
@@ -64,24 +64,24 @@ class TokenizerArguments:
     output_dir: str = field(metadata={"help": "Tokenizer folder to write."})
     train_weights: list[float] | None = field(
         default=None,
-        metadata={"help": "A share of the characters for each entry of train_files; without, all of each in order."},
+        metadata={"help": "Share of the characters for each entry of train_files; if unset, all of each in order."},
     )
     training_recipe: Literal["current", "classic"] = field(
-        default="current", metadata={"help": "classic is nanochat's launch: sets the vocabulary size."}
+        default="current", metadata={"help": "Sets the default vocab_size; classic is nanochat's launch."}
     )
     vocab_size: int | None = field(
         default=None,
-        metadata={"help": "Entries, the 256 bytes and 9 special tokens included; current: 32768, classic: 65536."},
+        metadata={"help": "Entries, with the 256 bytes and 9 special tokens; current: 32768, classic: 65536."},
     )
-    split_pattern: SplitPattern = field(default="nanochat", metadata={"help": "How text is cut before merging."})
-    max_chars: int = field(default=2_000_000_000, metadata={"help": "Characters to read in all."})
-    doc_cap: int = field(default=10_000, metadata={"help": "Characters to read of one document."})
+    split_pattern: SplitPattern = field(default="nanochat", metadata={"help": "How text is split before merging."})
+    max_chars: int = field(default=2_000_000_000, metadata={"help": "Maximum characters to read in total."})
+    doc_cap: int = field(default=10_000, metadata={"help": "Maximum characters to read per document."})
     model_max_length: int = field(default=2048, metadata={"help": "Context length written into the tokenizer."})
     trainer: Trainer | None = field(
         default=None,
-        metadata={"help": "The library, with the same result; default: rustbpe, if installed: it is faster."},
+        metadata={"help": "Training library; the results are equal; default: rustbpe if installed, which is faster."},
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished tokenizer there."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an existing tokenizer."})
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def check(args: TokenizerArguments) -> None:
-    """Fill in what follows from other settings; raise [`UserError`] for what cannot be, before anything is read."""
+    """Resolve unset settings; raise [`UserError`] for invalid ones, before anything is read."""
     if args.vocab_size is None:
         args.vocab_size = VOCABULARY_SIZES[args.training_recipe]
     for name in ("max_chars", "doc_cap", "model_max_length"):
@@ -129,7 +129,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target} already exists; pass --overwrite_output_dir true or another --output_dir")
     existing = next(folder for folder in target.absolute().parents if folder.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise UserError(f"{target} cannot be written, {existing} is no folder open to you; pass another --output_dir")
+        raise UserError(f"{target} cannot be written: {existing} is not a writable folder; pass another --output_dir")
 
 
 def check_size(tokenizer: PreTrainedTokenizerFast, args: TokenizerArguments, reading: "Reading") -> None:
@@ -143,12 +143,12 @@ def check_size(tokenizer: PreTrainedTokenizerFast, args: TokenizerArguments, rea
 
 
 class Reading:
-    """The texts for the trainer, with a bar over their characters; keeps the first few."""
+    """Iterates over the training texts with a progress bar over characters; keeps the first few."""
 
     def __init__(self, args: TokenizerArguments, sources: list[Source]):
         self.args, self.sources = args, sources
-        mixed = by_weight if args.train_weights else one_after_the_other
-        self.texts = mixed(sources, args.doc_cap, args.max_chars)
+        mix = by_weight if args.train_weights else one_after_the_other
+        self.texts = mix(sources, args.doc_cap, args.max_chars)
         self.sample: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
@@ -170,13 +170,13 @@ class Reading:
 def cut_line(sources: list[Source], doc_cap: int) -> str:
     cut, left_out = (sum(getattr(source, key) for source in sources) for key in ("documents_cut", "characters_left_out"))
     return (
-        f"{cut:,} of them longer than {doc_cap:,} characters: {left_out:,} characters beyond were left out; raise --doc_cap "
-        "to read more of each, or separate what are several documents, in a .txt file by blank lines"
+        f"{cut:,} of them longer than {doc_cap:,} characters: {left_out:,} characters were skipped; raise --doc_cap "
+        "to read more of each, or separate the documents within, in a .txt file by blank lines"
     )
 
 
 def save(tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
-    """The folder, whole or not at all, with the bytes of each token (V,) int32 for bits per byte."""
+    """Write the folder atomically, with the bytes of each token (V,) int32 for bits per byte."""
     try:
         with atomic_directory(target) as folder:
             save_tokenizer(tokenizer, folder)
@@ -191,7 +191,7 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> flo
 
 
 def write_record(record: dict, target: Path) -> None:
-    """Beside the folder, as every stage does: `<run>/stages/tokenizer.json`."""
+    """Write `<run>/stages/tokenizer.json` beside the folder, as every stage does."""
     path = target.parent / "stages" / f"{target.name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,7 @@
-"""The vocabularies to compare with: GPT-2's and GPT-4's, from files or from the network, and any Hugging Face tokenizer.
+"""Vocabularies to compare with: GPT-2's and GPT-4's, from files or the network, and any Hugging Face tokenizer.
 
-GPT-2's is read from OpenAI's `encoder.json`, GPT-4's from `cl100k_base.tiktoken`. A folder that is given and tiktoken's
-cache are looked through before tiktoken is asked to download them. Files are known by their sha256, so that no column
-carries a name that is not its own.
+GPT-2's is read from OpenAI's `encoder.json`, GPT-4's from `cl100k_base.tiktoken`. The given folder and tiktoken's
+cache are searched before tiktoken downloads them. Files are identified by sha256, so that no column is mislabelled.
 """
 
 import base64
@@ -25,16 +24,16 @@ from modeling_nanochat.text.sources import first_line
 from modeling_nanochat.tokenization_nanochat import byte_symbols, disable_special_tokens
 
 DOWNLOAD_SECONDS = 8.0  # for 1.5 MB
-CHUNK_SIZE = 256  # documents that are encoded at a time
+CHUNK_SIZE = 256  # documents encoded at a time
 
 
 class MissingVocabulary(Exception):
-    """A vocabulary that cannot be had; the message says why and what would help."""
+    """A vocabulary is unavailable; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer to compare with: how many tokens it makes of documents, special tokens not counted."""
+    """A tokenizer to compare with; `count` returns the number of tokens of documents, without special tokens."""
 
     name: str
     entries: int
@@ -44,9 +43,9 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Published:
-    """A vocabulary of OpenAI's: tiktoken's name for it, its file, how it cuts text.
+    """A vocabulary of OpenAI: tiktoken's name for it, its file, its split pattern.
 
-    The patterns are tiktoken's, written so that the regular expressions of `tokenizers` read them alike.
+    The patterns are tiktoken's, written so that the regex engine of `tokenizers` gives the same matches.
     """
 
     name: str
@@ -84,19 +83,20 @@ PUBLISHED = (
 def load_baselines(
     folder: str | None = None, named: Mapping[str, str] | None = None
 ) -> tuple[list[Vocabulary], dict[str, str]]:
-    """GPT-2, GPT-4, and the Hugging Face tokenizers `named`; and for each that cannot be had, why not.
+    """Return GPT-2, GPT-4 and the `named` Hugging Face tokenizers, and for each unavailable one the reason.
 
     Args:
-        folder: With `encoder.json` and `cl100k_base.tiktoken`, in it or in a folder of it.
+        folder: Contains `encoder.json` and `cl100k_base.tiktoken`, directly or in a subfolder.
         named: Name of the column -> folder or Hub id.
 
     Raises:
-        UserError: `folder` is none, or a file in it is not the vocabulary whose name it has.
+        UserError: `folder` does not exist, or a file in it is not the vocabulary that its name says.
     """
     if folder is not None and not Path(folder).is_dir():
         raise UserError(f"vocabularies_dir {folder}: no such folder; give one with encoder.json and cl100k_base.tiktoken")
     loaders = {published.name: lambda p=published: read_published(p, folder) for published in PUBLISHED}
-    loaders |= {name: lambda name=name, where=where: hugging_face_vocabulary(name, where) for name, where in (named or {}).items()}
+    for name, where in (named or {}).items():
+        loaders[name] = lambda name=name, where=where: hugging_face_vocabulary(name, where)
     loaded, missing = [], {}
     for name, load in loaders.items():
         try:
@@ -118,19 +118,19 @@ def read_published(published: Published, folder: str | None) -> Vocabulary:
 
 
 def find_file(published: Published, folder: str | None) -> Path | None:
-    """The vocabulary's file in `folder` or in tiktoken's cache, checked to be that file."""
+    """Return the vocabulary's file in `folder` or in tiktoken's cache, verified by its sha256; None if not found."""
     given = [Path(folder, published.file), *sorted(Path(folder).glob(f"*/{published.file}"))] if folder else []
     for path in given:
         if path.is_file():
             if not has_digest(path, published.sha256):
-                raise UserError(f"{path}: not {published.name}'s vocabulary (another sha256); replace or remove the file")
+                raise UserError(f"{path}: not {published.name}'s vocabulary (sha256 differs); replace or remove it")
             return path
     cached = Path(cache_folder(), published.cached_as)
     return cached if cached.is_file() and has_digest(cached, published.sha256) else None
 
 
 def cache_folder() -> str:
-    """tiktoken's."""
+    """Return tiktoken's cache folder."""
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     return os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
 
@@ -140,9 +140,9 @@ def has_digest(path: Path, sha256: str) -> bool:
 
 
 def download(published: Published) -> None:
-    """Have tiktoken put the file into its cache.
+    """Download the file into tiktoken's cache.
 
-    It knows no timeout. So the wait is for a thread, which may go on behind our back until this process ends.
+    tiktoken has no timeout, so this waits for a thread, which may keep running until the process ends.
     """
     if is_offline_mode():
         raise MissingVocabulary(f"offline, and it is not in tiktoken's cache; {help_with(published)}")
@@ -156,7 +156,7 @@ def download(published: Published) -> None:
         try:
             tiktoken.get_encoding(published.encoding)
             outcome.append(None)
-        except Exception as error:  # no network, a bad file, a cache that cannot be written: there is none
+        except Exception as error:  # no network, a bad file, a read-only cache
             outcome.append(error)
 
     thread = threading.Thread(target=fetch, daemon=True)
@@ -173,7 +173,7 @@ def help_with(published: Published) -> str:
 
 
 def read_ranks(content: bytes, published: Published) -> dict[bytes, int]:
-    """Bytes of each token -> its id, which is also the order of the merges; special tokens left out."""
+    """Return bytes of each token -> its id; ids are also the order of merges. Special tokens are excluded."""
     if published.file.endswith(".tiktoken"):
         lines = (line.split() for line in content.splitlines())
         return {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -183,7 +183,7 @@ def read_ranks(content: bytes, published: Published) -> dict[bytes, int]:
 
 
 def counter(ranks: dict[bytes, int], pattern: str) -> Callable[[Sequence[str]], int]:
-    """By tiktoken where it is installed, which is several times faster, else by `tokenizers`."""
+    """Return a function that counts tokens, with tiktoken if installed (several times faster), else `tokenizers`."""
     try:
         import tiktoken
     except ImportError:
@@ -193,7 +193,7 @@ def counter(ranks: dict[bytes, int], pattern: str) -> Callable[[Sequence[str]], 
     def tokens(document: str) -> int:
         try:
             return len(encoding.encode_to_numpy(document, disallowed_special=()))
-        except ValueError:  # a megabyte of blanks is too much for its regular expressions
+        except ValueError:  # its regex engine fails on a megabyte of spaces
             return fast_counter(fast_tokenizer(ranks, pattern))([document])
 
     return lambda documents: sum(map(tokens, documents))
@@ -201,30 +201,30 @@ def counter(ranks: dict[bytes, int], pattern: str) -> Callable[[Sequence[str]], 
 
 def fast_counter(tokenizer: Tokenizer) -> Callable[[Sequence[str]], int]:
     def count(documents: Sequence[str]) -> int:
-        portions = (documents[i : i + CHUNK_SIZE] for i in range(0, len(documents), CHUNK_SIZE))
-        encoded = (tokenizer.encode_batch_fast(chunk_size, add_special_tokens=False) for chunk_size in portions)
-        return sum(len(encoding) for chunk_size in encoded for encoding in chunk_size)
+        chunks = (documents[i : i + CHUNK_SIZE] for i in range(0, len(documents), CHUNK_SIZE))
+        encoded = (tokenizer.encode_batch_fast(chunk, add_special_tokens=False) for chunk in chunks)
+        return sum(len(encoding) for encodings in encoded for encoding in encodings)
 
     return count
 
 
 def fast_tokenizer(ranks: dict[bytes, int], pattern: str) -> Tokenizer:
-    """The same tokens by `tokenizers`. A piece of text that is a token is taken whole, as tiktoken does."""
+    """Return a `tokenizers` tokenizer with the same tokens. Pieces that are tokens are not merged, as in tiktoken."""
     symbols = byte_symbols()
     vocabulary = {"".join(symbols[byte] for byte in token): rank for token, rank in ranks.items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges_of(ranks), ignore_merges=True))
-    cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     return tokenizer
 
 
 def parse_baselines(arguments: Sequence[str]) -> dict[str, str]:
-    """Name of the column -> folder or Hub id, from `name=where`, or from `where` alone, whose last part is the name then.
+    """Return column name -> folder or Hub id, from `name=where`, or from `where`, whose last part is then the name.
 
     Raises:
-        UserError: Two columns would have one name.
+        UserError: Two columns would have the same name.
     """
     taken, named = {"ours", *(published.name for published in PUBLISHED)}, {}
     for argument in arguments:
@@ -232,19 +232,19 @@ def parse_baselines(arguments: Sequence[str]) -> dict[str, str]:
         if not equals:
             name, where = Path(argument).name, argument
         if not name or not where or name in taken:
-            raise UserError(f"baselines: {argument} needs a name of its own in the table; write name={where or 'folder'}")
+            raise UserError(f"baselines: {argument} needs a unique name in the table; write name={where or 'folder'}")
         taken.add(name)
         named[name] = where
     return named
 
 
 def hugging_face_vocabulary(name: str, where: str) -> Vocabulary:
-    """A tokenizer folder or Hub id. Control tokens spelled out in a text are taken as text."""
+    """Return the vocabulary of a tokenizer folder or Hub id. Control tokens in a text are encoded as text."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:  # no such id, no network, broken files, code that would have to be trusted
         raise MissingVocabulary(f"could not be opened ({first_line(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise MissingVocabulary(f"is no fast tokenizer but a {type(tokenizer).__name__}")
+        raise MissingVocabulary(f"is a {type(tokenizer).__name__}, not a fast tokenizer")
     backend = disable_special_tokens(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     return Vocabulary(name, len(tokenizer), where, fast_counter(backend))

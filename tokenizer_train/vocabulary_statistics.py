@@ -1,4 +1,4 @@
-"""What is in a vocabulary: how long its tokens are, of what kind, how many a text uses, and whether all can be reached."""
+"""Vocabulary statistics: length and kind of the tokens, how many a text uses, and which cannot be reached."""
 
 import statistics
 from collections import Counter
@@ -21,18 +21,18 @@ KINDS = (
     "white space",
     "letters and other signs",
     "beyond ASCII",
-    "part of a character",  # no UTF-8 by themselves
+    "part of a character",  # not valid UTF-8 alone
 )
 
 
 def vocabulary_statistics(
     tokenizer: PreTrainedTokenizerFast, counts: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, Any]:
-    """Figures about the tokens; those about bytes leave special tokens out.
+    """Return statistics of the tokens; those about bytes exclude special tokens.
 
     Args:
-        tokenizer: Byte-level.
-        counts: Text -> how often each token id occurs in it (V,).
+        tokenizer: A byte-level tokenizer.
+        counts: Text -> number of occurrences of each token id in it (V,).
 
     Raises:
         UserError: The tokenizer is not byte-level.
@@ -62,7 +62,7 @@ def vocabulary_statistics(
 
 
 def kind_of(spelling: bytes) -> str:
-    """One of `KINDS`."""
+    """Return the kind of a token, one of `KINDS`."""
     if len(spelling) == 1:
         return "single bytes"
     try:
@@ -82,9 +82,9 @@ def kind_of(spelling: bytes) -> str:
 
 
 def unreachable_tokens(tokenizer: PreTrainedTokenizerFast, spellings: Sequence[bytes]) -> list[int]:
-    """Ids that encoding their own bytes does not give: the split pattern cuts them, or earlier merges come between.
+    """Return ids that encoding their own bytes does not produce: the split pattern or earlier merges prevent it.
 
-    Tokens that are no text by themselves are only merged, not cut.
+    Tokens that are not valid UTF-8 alone are only merged, not split.
     """
     texts = {index: text for index, spelling in enumerate(spellings) if (text := decoded(spelling))}
     encoded = BulkEncoder(tokenizer).encode(list(texts.values()))
@@ -102,5 +102,5 @@ def decoded(spelling: bytes) -> str:
 
 
 def readable(spelling: bytes) -> str:
-    """The token's text; bytes that are none as `\\xe2`."""
+    """Return the token's text, with invalid bytes as `\\xe2`."""
     return spelling.decode(errors="backslashreplace")

@@ -1,14 +1,14 @@
-"""CORE (DCLM, arXiv 2406.11794): one figure for a base model, the mean centered accuracy over in-context tasks.
+"""CORE (DCLM, arXiv 2406.11794): the mean centered accuracy of a base model over in-context tasks.
 
     result = core(model, tokenizer, load_core("data/core"), max_per_task=500)
     result.core, result.tasks["copa"]["accuracy"]
 
-A choice or a schema is right if its right option has the lowest mean loss per token, a continuation if each of its
-tokens is the likeliest. Centered: 0 is guessing, 1 is all right. Everything that decides the figure is the original's
-(see `core_prompts`), but for one thing: prompts are cut to the model's context, as the original does for models that
-are not its own. Those read on beyond the length they were trained on; a large `max_length` does so here.
+A multiple-choice or schema example is right if the right option has the lowest mean loss per token, a continuation if
+each token is the most likely one. Centered: 0 is guessing, 1 is perfect. Everything that affects the figure matches
+the original (see `prompts`), with one exception: prompts are cropped to the model's context, as the original does only
+for models other than its own. To exceed the training length, as its own models do, set a large `max_length`.
 
-lm-eval scores such tasks too, but neither with CORE's prompts nor with its draw of examples.
+lm-eval scores these tasks too, but with other prompts and another choice of examples.
 """
 
 import math
@@ -28,14 +28,14 @@ from .tasks import LANGUAGE_MODELING, CoreTask, load_core
 
 __all__ = ["CoreResult", "CoreTask", "core", "load_core"]
 
-# Examples dealt out together. Batches are made within a block, and so hold the same rows for any number of processes:
-# no rounding, and no tie between two options, hangs on how many there are.
+# Examples assigned to a process together. Batches are formed within a block, so they hold the same rows for any number
+# of processes: rounding and ties between options do not depend on it.
 EXAMPLES_PER_BLOCK = 32
 
 
 @dataclass(frozen=True)
 class CoreResult:
-    """`core` with its standard error, and by label of the task {"accuracy", "standard_error", "centered", "n"}."""
+    """`core` with its standard error, and for each task label {"accuracy", "standard_error", "centered", "n"}."""
 
     core: float
     standard_error: float
@@ -44,7 +44,7 @@ class CoreResult:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss in nats of a row's scored tokens, and the likeliest token in place of each."""
+    """Mean loss in nats of a row's scored tokens, and the most likely token at each of them."""
 
     loss: float
     predicted: list[int]
@@ -62,22 +62,22 @@ def core(
     num_processes: int = 1,
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> CoreResult:
-    """CORE of `model`; the same whatever the number of processes.
+    """Return CORE of `model`; the result does not depend on the number of processes.
 
     Args:
-        model: A causal language model, not compiled: shapes change from batch to batch. Is left in the mode it was in.
+        model: A causal language model, not compiled: shapes change from batch to batch; its mode is restored.
         tokenizer: Its tokenizer, with a bos token.
         tasks: See `load_core`.
-        max_per_task: Examples per task; all if not positive. Figures of different values do not compare, see
-            `core_prompts.fewshot_indices`.
-        batch_size: Most prompts in a forward pass; fewer where they are long.
-        max_length: Most tokens of a prompt, of which the end is kept; the model's context if None.
-        process_index, num_processes: This process scores every `num_processes`-th block of examples. A model whose
-            forward pass needs all processes (FSDP) wants the same calls in each: leave both alone there.
-        gather: Sums a tensor over all processes; needed where there are several.
+        max_per_task: Examples per task; all if not positive. Figures for different values are not comparable, see
+            `prompts.fewshot_indices`.
+        batch_size: Maximum number of prompts in a forward pass; fewer if they are long.
+        max_length: Maximum tokens of a prompt, whose end is kept; the model's context if None.
+        process_index, num_processes: This process scores every `num_processes`-th block of examples. Under FSDP every
+            rank must run the same forward passes: keep the defaults there.
+        gather: Sums a tensor over all processes; required if there are several.
 
     Raises:
-        ValueError: Several processes, but no `gather`.
+        ValueError: There are several processes but no `gather`.
     """
     if num_processes > 1 and gather is None:
         raise ValueError(f"{num_processes} processes need `gather`, which sums their counts")
@@ -88,7 +88,7 @@ def core(
     was_training = model.training
     model.eval()
     try:
-        for number, indices in with_progress(blocks, tasks, quiet=process_index > 0):
+        for number, indices in with_progress_bar(blocks, tasks, quiet=process_index > 0):
             rows = block_rows(tasks[number], tokenizer, examples[number], indices, max_length)
             right = count_right(model, tasks[number], [examples[number][i] for i in indices], rows, batch_size)
             counts[number] += torch.tensor([right, len(indices)])
@@ -99,16 +99,16 @@ def core(
 
 
 def blocks_of(sizes: Sequence[int]) -> Iterator[tuple[int, range]]:
-    """Pairs of a task's number and the indices of some of its examples, over all tasks."""
+    """Yield pairs of a task's number and the indices of some of its examples, over all tasks."""
     for number, size in enumerate(sizes):
         for start in range(0, size, EXAMPLES_PER_BLOCK):
             yield number, range(start, min(start + EXAMPLES_PER_BLOCK, size))
 
 
-def with_progress(
+def with_progress_bar(
     blocks: Sequence[tuple[int, range]], tasks: Sequence[CoreTask], quiet: bool
 ) -> Iterator[tuple[int, range]]:
-    """The blocks, under a progress bar that counts this process's examples and names the task."""
+    """Yield the blocks, with a progress bar that counts this process's examples and names the task."""
     total = sum(len(indices) for _, indices in blocks)
     with tqdm(total=total, desc="CORE", unit="example", leave=False, disable=quiet or None) as bar:
         for number, indices in blocks:
@@ -120,10 +120,10 @@ def with_progress(
 def count_right(
     model, task: CoreTask, examples: Sequence[dict[str, Any]], rows: Sequence[list[Row]], batch_size: int
 ) -> int:
-    scores = iter(score_rows(model, [row for of_one in rows for row in of_one], batch_size))
+    scores = iter(score_rows(model, [row for group in rows for row in group], batch_size))
     return sum(
-        is_right(task, example, of_one, [next(scores) for _ in of_one])
-        for example, of_one in zip(examples, rows, strict=True)
+        is_right(task, example, group, [next(scores) for _ in group])
+        for example, group in zip(examples, rows, strict=True)
     )
 
 
@@ -134,17 +134,17 @@ def is_right(task: CoreTask, example: dict[str, Any], rows: Sequence[Row], score
 
 
 def chosen(scores: Sequence[Score]) -> int:
-    """The option with the lowest loss, the first on ties.
+    """Return the option with the lowest loss, the first on ties.
 
-    An option that another one begins with has no token to score, and NaN as its loss. As in the original it is
-    chosen if it is the first and else never, since no comparison with NaN holds; published tasks have no such option.
+    An option that is a prefix of another has no token to score, and its loss is NaN. As in the original it is chosen
+    only if it is the first, because comparisons with NaN are false; published tasks have no such option.
     """
     losses = [score.loss for score in scores]
     return losses.index(min(losses))
 
 
 def score_rows(model, rows: Sequence[Row], batch_size: int = 32) -> list[Score]:
-    """The score of each row, rows of similar length batched together."""
+    """Return the score of each row; rows of similar length are batched together."""
     scores: list[Score] = [Score(math.nan, [])] * len(rows)
     for batch in batches_by_length([len(row.ids) for row in rows], batch_size):
         for part in within_memory(batch, rows, model.config.vocab_size):
@@ -154,7 +154,7 @@ def score_rows(model, rows: Sequence[Row], batch_size: int = 32) -> list[Score]:
 
 
 def within_memory(batch: list[int], rows: Sequence[Row], vocab_size: int) -> list[list[int]]:
-    """The batch in halves until the logits of each part are within MAX_LOGITS, or it is a single row."""
+    """Return the batch, halved until the logits of each part fit into MAX_LOGITS or it is a single row."""
     kept = len(predicting([rows[i] for i in batch]))
     if len(batch) == 1 or len(batch) * kept * vocab_size <= MAX_LOGITS:
         return [batch]
@@ -163,20 +163,20 @@ def within_memory(batch: list[int], rows: Sequence[Row], vocab_size: int) -> lis
 
 
 def predicting(rows: Sequence[Row]) -> list[int]:
-    """The positions, in order, whose logits predict a scored token of any row: p predicts token p + 1."""
+    """Return the sorted positions whose logits predict a scored token of any row: p predicts token p + 1."""
     return sorted({position - 1 for row in rows for position in range(row.start, len(row.ids))})
 
 
 @torch.no_grad()
 def score_batch(model, rows: Sequence[Row]) -> list[Score]:
-    """One forward pass. Padding stands on the right, where causal attention keeps it out of all that is scored."""
+    """Score rows in one forward pass. Padding is on the right, where causal attention hides it from scored tokens."""
     kept, device = predicting(rows), device_of(model)
     if not kept:
         return [Score(math.nan, []) for _ in rows]
     ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(device)
     logits = model(input_ids=ids, logits_to_keep=torch.tensor(kept, device=device), use_cache=False).logits
     losses, predicted = [], []
-    for row, row_ids, row_logits in zip(rows, ids, logits, strict=True):  # one by one: no float32 copy of them all
+    for row, row_ids, row_logits in zip(rows, ids, logits, strict=True):  # by row, to avoid a float32 copy of all
         first = kept.index(row.start - 1) if row.target else 0
         scored = row_logits[first : first + len(row.target)].float()
         losses.append(F.cross_entropy(scored, row_ids[row.start : len(row.ids)]))  # NaN where nothing is scored
@@ -191,7 +191,7 @@ def device_of(model) -> torch.device:
 
 
 def combine(tasks: Sequence[CoreTask], counts: Sequence[Sequence[int]]) -> CoreResult:
-    """The result from [right, all] of each task."""
+    """Return the result from [right, all] of each task."""
     figures, errors = {}, []
     for task, (right, n) in zip(tasks, counts, strict=True):
         accuracy, span = right / n, 1.0 - task.baseline

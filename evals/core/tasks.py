@@ -1,11 +1,11 @@
-"""The tasks of the CORE metric from a folder: what to ask, how, and how often guessing is right.
+"""Load the tasks of the CORE metric from a folder: examples, prompt settings, and the accuracy of guessing.
 
-Two layouts are read. With `core.json`: {"tasks": [{"label", "dataset", "icl_task_type", "num_fewshot",
-"continuation_delimiter" (a space if left out), "random_baseline_percent"}, ...]}, each dataset a JSONL file named
-relative to the folder. With `core.yaml`: the unpacked bundle that DCLM's task list comes in, `eval_data/` holding the
-files and `eval_meta_data.csv` the baselines.
+Two layouts are supported. `core.json`: {"tasks": [{"label", "dataset", "icl_task_type", "num_fewshot",
+"continuation_delimiter" (a space if left out), "random_baseline_percent"}, ...]}, each dataset a JSONL file, relative
+to the folder. `core.yaml`: DCLM's unpacked evaluation bundle, with the files in `eval_data/` and the baselines in
+`eval_meta_data.csv`.
 
-A line of a task file is, by the task's type,
+Fields of a line in a task file, by the type of the task:
 multiple_choice     {"query", "choices", "gold"}
 schema              {"context_options", "continuation", "gold"}
 language_modeling   {"context", "continuation"}
@@ -32,7 +32,7 @@ ENTRY_TYPES = {"label": str, "dataset": str, "num_fewshot": int, "continuation_d
 
 @dataclass(frozen=True)
 class CoreTask:
-    """One task.
+    """A task of the CORE metric.
 
     `task_type` is "multiple_choice", "schema" or "language_modeling"; `examples` are the lines of its file, in order;
     `baseline` is the accuracy of guessing, in [0, 1).
@@ -54,16 +54,16 @@ def load_core(folder: str | Path) -> list[CoreTask]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the one with CORE's task table, from {Path.cwd()}")
+        raise UserError(f"{folder}: no such folder; give the folder with CORE's task table, relative to {Path.cwd()}")
     if (folder / "core.json").is_file():
         table, entries = folder / "core.json", json_entries(folder / "core.json")
     elif (folder / "core.yaml").is_file():
         table, entries = folder / "core.yaml", bundle_entries(folder)
     else:
         raise UserError(f"{folder}: holds neither core.json nor core.yaml; give the folder with CORE's task table")
-    tasks = [load_task(folder, entry, f"{table}: task {number}") for number, entry in enumerate(entries, start=1)]
+    tasks = [entry_task(folder, entry, f"{table}: task {number}") for number, entry in enumerate(entries, start=1)]
     if twice := {task.label for task in tasks if sum(task.label == other.label for other in tasks) > 1}:
-        raise UserError(f"{table}: label {min(twice)!r} occurs twice; give each task its own")
+        raise UserError(f"{table}: label {min(twice)!r} occurs twice; give each task its own label")
     return tasks
 
 
@@ -76,7 +76,7 @@ def json_entries(path: Path) -> list[Any]:
 
 
 def bundle_entries(folder: Path) -> list[Any]:
-    """The bundle's table as entries of `core.json`."""
+    """Return the bundle's table as entries of `core.json`."""
     path = folder / "core.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -87,7 +87,7 @@ def bundle_entries(folder: Path) -> list[Any]:
 
 
 def bundle_entry(entry: Any, baselines: dict[str, float]) -> Any:
-    """What is missing or malformed in it stays so, for `load_task` to name."""
+    """Convert one entry; missing or malformed fields are left for `entry_task` to report."""
     if not isinstance(entry, dict):
         return entry
     found = {"random_baseline_percent": baselines.get(entry.get("label"))}
@@ -106,9 +106,9 @@ def listed(content: Any, key: str, path: Path) -> list[Any]:
 
 
 def read_baselines(path: Path) -> dict[str, float]:
-    """Percent of right guesses by label."""
+    """Return the percentage of right guesses by label."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; the bundle's baselines are in it")
+        raise UserError(f"{path}: no such file; take it from the bundle, it holds the baselines")
     baselines = {}
     with open(path, encoding="utf-8", newline="") as lines:
         rows = csv.DictReader(lines)
@@ -122,8 +122,8 @@ def read_baselines(path: Path) -> dict[str, float]:
     return baselines
 
 
-def load_task(folder: Path, entry: Any, where: str) -> CoreTask:
-    """The task of one entry of the table, with the lines of its file."""
+def entry_task(folder: Path, entry: Any, where: str) -> CoreTask:
+    """Return the task of one entry of the table, with the lines of its file."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected an object, found {type(entry).__name__}; correct the table")
     entry = {"continuation_delimiter": " "} | entry
@@ -153,7 +153,7 @@ def read_examples(path: Path, task_type: str) -> list[dict[str, Any]]:
         check_example(record, task_type, f"{path}:{number}")
         examples.append(record)
     if not examples:
-        raise UserError(f"{path}: no examples; fill the file or take its task out of the table")
+        raise UserError(f"{path}: no examples; fill the file or remove its task from the table")
     return examples
 
 

@@ -1,4 +1,4 @@
-"""The report's pictures: what a run logged, step by step, one panel per stage."""
+"""The report's pictures: logged values over steps, one panel per stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from .run_folder import RunFolder
 
-# Okabe and Ito's palette: told apart with every kind of colour vision.
+# Okabe and Ito's palette, distinguishable with all types of colour vision.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 STYLE = {
     "svg.hashsalt": "nanochat",  # the same run gives the same file
@@ -24,7 +24,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One curve: `smooth` draws the values thin and their running mean thick."""
+    """One curve; `smooth` draws the values thin and their running mean thick."""
 
     title: str
     label: str
@@ -34,7 +34,7 @@ class Panel:
 
 
 def draw_curves(run: RunFolder, folder: Path) -> dict[str, str]:
-    """Write the pictures that the logs allow into `folder`; title of each -> file name."""
+    """Write the pictures that the logs have data for into `folder`; return name -> file name."""
     panels = {
         "loss": [
             Panel("Pretraining", "loss (nats per token)", *run.series("base", "loss")),
@@ -62,7 +62,7 @@ def draw_curves(run: RunFolder, folder: Path) -> dict[str, str]:
 
 
 def draw_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Panels side by side; those with the same label share their scale, so that stages can be compared."""
+    """Draw panels side by side; if all have the same label, they share the y axis, so that stages can be compared."""
     shared = len({panel.label for panel in panels}) == 1
     with matplotlib.rc_context(STYLE):
         width = 3.4 * max(2, len(panels))
@@ -71,9 +71,9 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
         for axis, panel in zip(axes[0], panels, strict=True):
             draw_panel(axis, panel)
             axis.tick_params(labelleft=True)
-        for axis, panel in zip(axes[0], panels, strict=True):  # after the last curve, or the first would set the scale
+        for axis, panel in zip(axes[0], panels, strict=True):  # after all curves, otherwise the first sets the scale
             highest = max(max(p.values) for p in (panels if shared else [panel]))
-            axis.set_ylim(0, 1.05 * highest or 1)  # all zero: a reward that was never earned
+            axis.set_ylim(0, 1.05 * highest or 1)  # 1 if all values are 0, as without any reward
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None}, facecolor="white")
 
@@ -96,7 +96,7 @@ def draw_panel(axis, panel: Panel) -> None:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each place, of fewer at the start."""
+    """Return the mean of the last `window` values at each position, of fewer at the start."""
     means = []
     for end in range(1, len(values) + 1):
         recent = values[max(0, end - window) : end]

@@ -1,4 +1,4 @@
-"""Evaluation results: one JSON record per figure, written whole or not at all, printed with n and standard error."""
+"""Evaluation results: one JSON record per figure, written atomically, printed with n and standard error."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from typing import Any
 def make_record(
     task: str, metric: str, value: float, standard_error: float | None, n: int, settings: dict[str, Any], model: str
 ) -> dict[str, Any]:
-    """One figure. What is not a finite number becomes None, which is what JSON can hold."""
+    """Return the record of one figure. Non-finite numbers become None, because JSON cannot hold them."""
     value, standard_error = (x if x is not None and math.isfinite(x) else None for x in (value, standard_error))
     return {
         "task": task,
@@ -26,12 +26,12 @@ def make_record(
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write beside `path` and rename, so that no reader ever meets half a file."""
+    """Write a temporary file beside `path` and rename it, so that readers never see a partial file."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One object a line, written like `write_json`."""
+    """Write one object per line, atomically as in `write_json`."""
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
@@ -52,7 +52,7 @@ def write_whole(path: str | Path, text: str) -> None:
 
 
 def format_value(record: dict[str, Any]) -> str:
-    """`84.0 % ± 2.6` for an accuracy, `1.234 ± 0.012` for bits per byte: value and standard error."""
+    """Return value and standard error: `84.0 % ± 2.6` for an accuracy, `1.234 ± 0.012` for bits per byte."""
     value, error = record["value"], record["standard_error"]
     if value is None:
         return "not finite"
@@ -62,12 +62,12 @@ def format_value(record: dict[str, Any]) -> str:
 
 
 def format_count(record: dict[str, Any]) -> str:
-    """`200`, or `52,310 bytes`: what the figure is a mean over."""
+    """Return what the figure is a mean over: `200`, or `52,310 bytes`."""
     return f"{record['n']:,} bytes" if record["metric"] == "bits_per_byte" else f"{record['n']:,}"
 
 
 def summary_line(records: Sequence[dict[str, Any]]) -> str:
-    """`facts 99.6 %, problems 69 % ± 3, text 0.317 bits per byte`: all figures in a line, CORE's tasks left out."""
+    """Return all figures but CORE's tasks in a line: `facts 99.6 %, problems 69 % ± 3, text 0.317 bits per byte`."""
     has_core = any(record["task"] == "core" for record in records)
     shown = [r for r in records if not (has_core and r["task"].startswith("core_"))]
     shown.sort(key=lambda record: record["metric"] == "bits_per_byte")
@@ -75,7 +75,7 @@ def summary_line(records: Sequence[dict[str, Any]]) -> str:
 
 
 def short_value(record: dict[str, Any]) -> str:
-    """Whole percent with a standard error of at least one; a decimal where rounding would say all or none."""
+    """Return whole percent, ± the error if it rounds to at least 1; one decimal where rounding would give 0 or 100."""
     value, error = record["value"], record["standard_error"]
     if value is None:
         return "not finite"
@@ -88,7 +88,7 @@ def short_value(record: dict[str, Any]) -> str:
 
 
 def aligned_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text with aligned columns, a rule under the first row."""
+    """Return rows of cells as text with aligned columns and a rule under the first row."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
     return "\n".join(

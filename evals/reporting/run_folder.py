@@ -1,4 +1,4 @@
-"""What a recipe run left in its folder: logs, stage records, evaluation results, and the world it was made from."""
+"""Read a recipe's run folder: logs, stage records, evaluation results, and the description of its synthetic world."""
 
 import json
 from dataclasses import dataclass, field
@@ -14,9 +14,10 @@ STAGES = {"tokenizer": "Tokenizer"} | MODELS
 
 @dataclass
 class RunFolder:
-    """Each dictionary is keyed by stage and lacks the stages that are missing; nothing here depends on the clock.
+    """The files of a run. Dictionaries are keyed by stage, without the missing stages; nothing depends on the clock.
 
-    `results` are those of models; `tokenizer` is what results/tokenizer.json says of the tokenizer's compression. `steps` is keyed by the runner's steps, among them "data" and "<stage>.eval".
+    `results` are those of models; `tokenizer` is results/tokenizer.json, the evaluation of the tokenizer. `steps` is
+    keyed by the runner's steps, which include "data" and "<stage>.eval".
     """
 
     path: Path
@@ -28,7 +29,7 @@ class RunFolder:
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def wall_seconds(self, stage: str) -> float | None:
-        """From start to end of the stage's process where the runner timed it, else what the stage itself counted."""
+        """Return the duration of the stage's process if the runner timed it, else the stage's own count."""
         timed = self.steps.get(stage, {}).get("seconds")
         return timed if timed is not None else self.stages.get(stage, {}).get("seconds")
 
@@ -38,31 +39,31 @@ class RunFolder:
         return timed if timed is not None else result.get("seconds")
 
     def series(self, stage: str, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the log rows that have `key`."""
+        """Return steps and values of the log rows that have `key`."""
         rows = [row for row in self.logs.get(stage, []) if row.get(key) is not None]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
     def record(self, stage: str, task: str, metric: str) -> dict[str, Any] | None:
-        """The stage's evaluation record of one figure."""
+        """Return the stage's evaluation record of one figure."""
         records = self.results.get(stage, {}).get("records", [])
         return next((r for r in records if (r["task"], r["metric"]) == (task, metric)), None)
 
     def figures(self) -> list[tuple[str, str]]:
-        """All (task, metric) of any stage, bits per byte first, then in the order of evaluation."""
+        """Return all (task, metric) pairs of any stage, bits per byte first, then in the order of evaluation."""
         records = [record for result in self.results.values() for record in result["records"]]
         pairs = dict.fromkeys((record["task"], record["metric"]) for record in records)
         return sorted(pairs, key=lambda pair: pair[1] != "bits_per_byte")
 
 
 def read_run(path: str | Path) -> RunFolder:
-    """Read a run folder, whatever part of it there is.
+    """Read a run folder, which may be incomplete.
 
     Raises:
-        UserError: No such folder, nothing of a run in it, or a file in it is not what a run writes.
+        UserError: The folder is missing or holds no run, or a file in it is not what a run writes.
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give the folder of a run, for instance runs/pocket")
+        raise UserError(f"{path}: no such folder; give a run folder, for example runs/pocket")
     run = RunFolder(path)
     for stage in STAGES:
         if (file := path / "stages" / f"{stage}.json").is_file():
@@ -76,7 +77,7 @@ def read_run(path: str | Path) -> RunFolder:
     for file in sorted((path / "finished").glob("*.json")):
         run.steps[file.stem] = read_object(file, ())
     if not (run.stages or run.results or run.logs or run.tokenizer):
-        raise UserError(f"{path}: holds no stages/, results/ or logs/ of a run; train first, or give another folder")
+        raise UserError(f"{path}: holds no stages/, results/ or logs/; train first, or give another folder")
     if (file := path / "data" / "world.json").is_file():
         run.world = read_object(file, ())
     return run

@@ -1,4 +1,4 @@
-"""The report's one table: a row per figure, a column per model, each with n and standard error."""
+"""The report's summary table: one row per figure, one column per model, with n and standard errors."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ NOTHING = "-"
 
 
 def summary_rows(run: RunFolder) -> list[list[str]]:
-    """Header and rows; the n of a row stands once, or in the cell where it differs. "-" where there is no figure."""
+    """Return header and rows; n is shown once per row, and again in cells where it differs. "-" means no figure."""
     rows = [["task, metric", "n", *MODELS.values()]]
     for task, metric in run.figures():
         records = [run.record(stage, task, metric) for stage in MODELS]
@@ -27,14 +27,14 @@ def cell(record: dict[str, Any], common: int) -> str:
 
 
 def label(record: dict[str, Any]) -> str:
-    """`text, bits per byte`, `letters, accuracy (guessing 25 %)`."""
+    """Return `text, bits per byte` or `letters, accuracy (guessing 25 %)`."""
     baseline = record.get("settings", {}).get("baseline") or 0
     guessing = f" (guessing {100 * baseline:.0f} %)" if baseline else ""
     return f"{record['task']}, {record['metric']}".replace("_", " ") + guessing
 
 
 def in_short(records: Sequence[dict[str, Any]]) -> str:
-    """`facts 98 %, problems 69 % ± 3, 0.346 bits per byte`: standard errors from one point on, CORE without its tasks."""
+    """Return `facts 98 %, problems 69 % ± 3, text 0.346 bits per byte`, without errors below 1 and CORE's tasks."""
     parts = [short_figure(record) for record in records if not record["task"].startswith("core_")]
     bits = [part for part in parts if part.endswith("per byte")]
     return ", ".join([part for part in parts if part not in bits] + bits)
@@ -51,18 +51,18 @@ def short_figure(record: dict[str, Any]) -> str:
 
 
 def warnings(run: RunFolder) -> list[str]:
-    """What the stages' records say of having learned nothing, see `recipes/training/learning.py`."""
+    """Return the stages' warnings of failed training, see `recipes/training/learning.py`."""
     return [f"{name}: {text}" for stage, name in MODELS.items() for text in run.stages.get(stage, {}).get("warnings", ())]
 
 
 def evaluation_notes(run: RunFolder) -> list[str]:
-    """What the evaluations' records note of their figures."""
+    """Return the notes in the evaluation records."""
     records = [(name, record) for stage, name in MODELS.items() for record in run.results.get(stage, {}).get("records", ())]
     return [f"{name}, {record['task'].replace('_', ' ')}: {record['note']}" for name, record in records if "note" in record]
 
 
 def comparisons(run: RunFolder, before: str = "sft", after: str = "rl") -> list[str]:
-    """One line per figure that both models have: the difference, its standard error, and whether it exceeds that."""
+    """Return one line per figure of both models: the difference, its standard error, and whether it exceeds that."""
     lines = []
     for task, metric in run.figures():
         old, new = run.record(before, task, metric), run.record(after, task, metric)

@@ -1,4 +1,4 @@
-"""The report's section on the tokenizer: the launch post's table, a picture of it, what is in the vocabulary."""
+"""The report's tokenizer section: the launch post's compression table, its plot, and vocabulary statistics."""
 
 import json
 from pathlib import Path
@@ -12,15 +12,15 @@ from .run_folder import RunFolder
 
 PICTURE = "compression"
 GREEN, PURPLE, SKY = "#009E73", "#CC79A7", "#56B4E9"
-OTHERS = (GREY, ORANGE, GREEN, PURPLE, SKY)  # of Okabe and Ito's palette too
+OTHERS = (GREY, ORANGE, GREEN, PURPLE, SKY)  # also from Okabe and Ito's palette
 TABLE_NOTE = (
-    "Tokens, and bytes per token (higher is better); `vs`: by how many per cent ours needs fewer tokens. `per word`: our "
-    "tokens per stretch without white space."
+    "Tokens, and bytes per token (higher is better); `vs`: how many percent fewer tokens ours needs. `per word`: our "
+    "tokens per whitespace-separated word."
 )
 
 
 def draw_compression(run: RunFolder, folder: Path) -> dict[str, str]:
-    """Write the bars of bytes per token into `folder`, where the tokenizer was evaluated; name -> file name."""
+    """Draw bytes per token into `folder` if the tokenizer was evaluated; return name -> file name."""
     if run.tokenizer is None:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def draw_compression(run: RunFolder, folder: Path) -> dict[str, str]:
 
 
 def draw_bars(record: dict[str, Any], path: Path) -> None:
-    """A group of bars per text, a bar per vocabulary, ours last."""
+    """Draw a group of bars per text, one bar per vocabulary, ours last."""
     texts, vocabularies = record["texts"], record["vocabularies"]
     colours = [*(OTHERS[i % len(OTHERS)] for i in range(len(vocabularies) - 1)), BLUE]
     width = 0.84 / len(vocabularies)
@@ -38,9 +38,9 @@ def draw_bars(record: dict[str, Any], path: Path) -> None:
         figure = Figure(figsize=(max(7.0, inches), 3.4))
         axis = figure.subplots()
         for number, (vocabulary, colour) in enumerate(zip(vocabularies, colours, strict=True)):
-            places = [group + (number - (len(vocabularies) - 1) / 2) * width for group in range(len(texts))]
+            positions = [group + (number - (len(vocabularies) - 1) / 2) * width for group in range(len(texts))]
             heights = [text["bytes_per_token"][vocabulary["name"]] for text in texts]
-            bars = axis.bar(places, heights, 0.94 * width, color=colour, label=label(vocabulary), zorder=2)
+            bars = axis.bar(positions, heights, 0.94 * width, color=colour, label=label(vocabulary), zorder=2)
             axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
         axis.set_xticks(range(len(texts)), [text["name"] for text in texts])
         axis.set_ylabel("bytes per token")
@@ -56,7 +56,7 @@ def label(vocabulary: dict[str, Any]) -> str:
 
 
 def table_rows(record: dict[str, Any]) -> list[list[str]]:
-    """A row per text: bytes, tokens and bytes per token of each vocabulary, how ours compares."""
+    """Return one row per text: bytes, tokens and bytes per token of each vocabulary, the comparison with ours."""
     vocabularies = record["vocabularies"]
     names = [vocabulary["name"] for vocabulary in vocabularies]
     heads = [cell for vocabulary in vocabularies for cell in (label(vocabulary), "ratio")]
@@ -69,20 +69,20 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(record: dict[str, Any]) -> list[str]:
-    """Where the texts are from, and what could not be had."""
+    """Return the sources of the corpora, and the unavailable vocabularies."""
     corpora = [text for text in record["texts"] if text["documents"] > 1]
     lines = [f"{text['name']}: {text['documents']:,} documents of {shortened(text['source'])}" for text in corpora]
     return lines + [f"left out: {name}, {reason}" for name, reason in record["missing"].items()]
 
 
 def shortened(source: str, most: int = 3) -> str:
-    """A list of files, of a long one the first and their number."""
+    """Return a list of files; if it is long, only the first file and the number of the others."""
     files = source.split(", ")
     return source if len(files) <= most else f"{files[0]} and {len(files) - 1} more files"
 
 
 def statistics_rows(statistics: dict[str, Any]) -> list[list[str]]:
-    """What is in the vocabulary, a line per figure; shares are of the tokens that are not special."""
+    """Return the vocabulary statistics, one row per figure; percentages are of the non-special tokens."""
     sizes, ordinary = statistics["token_bytes"], statistics["entries"] - statistics["special_tokens"]
     shares = {f"of these {kind}": count for kind, count in statistics["kinds"].items()}
     shares |= {f"used by {name}": count for name, count in statistics["used"].items()}
@@ -95,11 +95,11 @@ def statistics_rows(statistics: dict[str, Any]) -> list[list[str]]:
         ["bytes of a token: mean ± std", f"{sizes['mean']:.2f} ± {sizes['std']:.2f}"],
         ["other tokens", f"{ordinary:,}"],
         *([name, f"{count:,} ({100 * count / ordinary:.1f} %)"] for name, count in shares.items()),
-        ["never given by encoding their own bytes", f"{unreachable['tokens']:,}"],
+        ["never produced by encoding their own bytes", f"{unreachable['tokens']:,}"],
     ]
 
 
 def code(token: str) -> str:
-    """A token in quotes as a Markdown code span."""
+    """Return a token in quotes as a Markdown code span."""
     fence = "``" if "`" in token else "`"
     return f"{fence}{json.dumps(token, ensure_ascii=False)}{fence}"

@@ -1,4 +1,4 @@
-"""Sample conversations as plain text, with the calls of the tool and what it answered."""
+"""Sample conversations as plain text, with tool calls and their results."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ INDENT = 11
 
 
 def transcript(messages: Sequence[dict[str, Any]]) -> str:
-    """One block per message, the speaker in front; a call is the line `python`, its result the line `result`."""
+    """Return one block per message, prefixed with the speaker: `python` for a tool call, `result` for its result."""
     blocks = []
     for message in messages:
         if message["role"] == "tool":
@@ -27,12 +27,12 @@ def block(speaker: str, text: str) -> str:
 
 
 def title(sample: dict[str, Any]) -> str:
-    """`facts: right`; nothing for a sample that no task asked."""
+    """Return `facts: right`; empty for a sample without a task."""
     return f"{sample['task']}: {'right' if sample['correct'] else 'wrong'}" if "task" in sample else ""
 
 
 def fenced(text: str) -> str:
-    """A Markdown code block, with a fence longer than any run of backticks in `text`."""
+    """Return a Markdown code block with a fence longer than any run of backticks in `text`."""
     fence = "```"
     while fence in text:
         fence += "`"

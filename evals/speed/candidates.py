@@ -1,6 +1,6 @@
-"""What `evals/speed/throughput.py` lets run against each other: transformers' own NanoChat, and plain and turbo of this package.
+"""The candidates of `evals/speed/throughput.py`: transformers' own NanoChat, and this package's plain and turbo.
 
-Equal names have equal weights, so transformers' model and plain must agree; a candidate is `<architecture> <way>`.
+Equal names have equal weights, so transformers' model and plain must agree; a candidate is `<architecture> <mode>`.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Decode = Callable[[torch.Tensor, int], list[list[int]]]
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of the models, and where and how they run."""
+    """Sizes of the models, and their device, dtype and threads."""
 
     depth: int
     vocab_size: int
@@ -31,12 +31,12 @@ class Setting:
     threads: int
 
     def config(self, architecture: str) -> NanoChatConfig:
-        kind = NanoChatTurboConfig if architecture == "turbo" else NanoChatConfig
-        return kind.from_depth(self.depth, vocab_size=self.vocab_size, max_position_embeddings=self.context)
+        config_class = NanoChatTurboConfig if architecture == "turbo" else NanoChatConfig
+        return config_class.from_depth(self.depth, vocab_size=self.vocab_size, max_position_embeddings=self.context)
 
 
 def build_model(architecture: str, setting: Setting) -> PreTrainedModel:
-    """A model with random weights, the same for the same names; float32."""
+    """Return a float32 model with random weights, equal for equal parameter names."""
     config = setting.config(architecture)
     if architecture == "transformers":
         model = BuiltInModel(BuiltInConfig.from_dict(config.to_dict()))
@@ -48,22 +48,22 @@ def build_model(architecture: str, setting: Setting) -> PreTrainedModel:
 
 @torch.no_grad()
 def fill_weights(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Normal weights in place of the initialisation, whose zero head would make all tokens equally likely."""
+    """Fill the weights with normal noise: the initial zero head would make all tokens equally likely."""
     generator = torch.Generator(model.device).manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):
         if weight.ndim == 2:
-            scale = 3.0 if name.startswith("lm_head") else 1.0  # wide logits: no greedy choice hangs on the last digit
+            scale = 3.0 if name.startswith("lm_head") else 1.0  # large logits, so that rounding decides no argmax
             weight.normal_(std=scale * weight.shape[1] ** -0.5, generator=generator)
     return model
 
 
 def training_step(model: PreTrainedModel, setting: Setting, compiled: bool) -> Callable[[torch.Tensor], float]:
-    """Forward and backward over ids (B, T), -> the loss; as the training loop does it: autocast, float32 weights."""
+    """Return a step, ids (B, T) -> loss, that runs forward and backward as in training: autocast, float32 weights."""
     module = torch.compile(model.train(), fullgraph=True) if compiled else model.train()
-    lower = setting.dtype != torch.float32
+    use_autocast = setting.dtype != torch.float32
 
     def step(ids: torch.Tensor) -> float:
-        with torch.autocast(setting.device, setting.dtype, enabled=lower):
+        with torch.autocast(setting.device, setting.dtype, enabled=use_autocast):
             loss = module(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -73,7 +73,7 @@ def training_step(model: PreTrainedModel, setting: Setting, compiled: bool) -> C
 
 
 def training_steps(models: dict[str, PreTrainedModel], setting: Setting, compiled: bool) -> dict[str, Callable]:
-    """The candidates of training; transformers' class only as it is usually run, uncompiled."""
+    """Return the training candidates; transformers' class only uncompiled, as it is usually run."""
     steps = {}
     for architecture, model in models.items():
         steps[f"{architecture} eager"] = training_step(model, setting, compiled=False)
@@ -83,7 +83,7 @@ def training_steps(models: dict[str, PreTrainedModel], setting: Setting, compile
 
 
 def decoders(models: dict[str, PreTrainedModel], setting: Setting, compiled: bool) -> dict[str, Decode]:
-    """The candidates of greedy decoding, in the setting's dtype: prompt ids (B, P) and n -> rows of P + n ids."""
+    """Return the greedy decoding candidates, in the setting's dtype: prompt ids (B, P) and n -> rows of P + n ids."""
     calls = {}
     for architecture, model in models.items():
         model.eval().to(setting.dtype)

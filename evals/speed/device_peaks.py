@@ -1,8 +1,8 @@
-"""What accelerators can do at most, by name: dense bfloat16 FLOP/s and memory bandwidth, from the makers' data sheets."""
+"""Peak dense bfloat16 FLOP/s and memory bandwidth of accelerators by name, from the vendors' data sheets."""
 
 import re
 
-# Every word of the first column must be a word of the device's name; the first row that fits counts, so variants come
+# Every word of the first column must be a word of the device's name; the first matching row counts, so variants come
 # first. FLOP/s, bytes/s.
 PEAKS = (
     ("gb200", 2.5e15, 8.0e12),
@@ -33,11 +33,11 @@ PEAKS = (
     ("4090", 165.2e12, 1.01e12),
     ("3090", 71e12, 936e9),
 )
-ANOTHER_DEVICE = {"laptop", "max", "d", "ti", "mig"}  # a smaller or larger relative of the same name, or a part of one
+ANOTHER_DEVICE = {"laptop", "max", "d", "ti", "mig"}  # a smaller or larger variant of the same name, or a MIG slice
 
 
 def device_peaks(name: str) -> tuple[float | None, float | None]:
-    """Dense bfloat16 FLOP/s and bytes/s of the device called `name`; None where not known, rather than a guess."""
+    """Return dense bfloat16 FLOP/s and bytes/s of the device called `name`; None if unknown, rather than a guess."""
     words = set(re.findall("[a-z0-9]+", name.lower()))
     for row, flops, bandwidth in PEAKS:
         if words.issuperset(row.split()) and not words & ANOTHER_DEVICE:

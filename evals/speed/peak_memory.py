@@ -1,6 +1,6 @@
-"""The most memory that training a candidate needs, measured in a process of its own: a peak outlives its cause.
+"""Peak memory of training a candidate, measured in a new process, because a peak outlives its cause.
 
-A part of `evals/speed/throughput.py`, not a command.
+Part of `evals/speed/throughput.py`, not a command.
 """
 
 import contextlib
@@ -19,21 +19,21 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_memory(name: str, setting: Setting, ids: torch.Tensor) -> tuple[int, int]:
-    """Bytes in use before the first training step of candidate `name` on ids (B, T), and the most during two steps.
+    """Return the bytes in use before candidate `name` trains on ids (B, T), and the peak during two steps.
 
-    On a CPU resident memory, on CUDA what torch allocated. A compiled candidate's compiler is loaded before.
+    Resident memory on a CPU, memory allocated by torch on CUDA. A compiled candidate's compiler is loaded before.
     """
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent is the one to end
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; only the parent handles it
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=signal.signal, initargs=ignore) as pool:
         return pool.submit(measure, name, setting, ids.cpu()).result()
 
 
 def measure(name: str, setting: Setting, ids: torch.Tensor) -> tuple[int, int]:
     torch.set_num_threads(setting.threads)
-    architecture, way = name.split()
-    step = training_step(build_model(architecture, setting), setting, compiled=way == "compiled")
-    if way == "compiled":
-        torch.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
+    architecture, mode = name.split()
+    step = training_step(build_model(architecture, setting), setting, compiled=mode == "compiled")
+    if mode == "compiled":
+        torch.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()  # loads the compiler
     ids = ids.to(setting.device)
     before = memory_in_use(setting.device)
     for _ in range(2):
@@ -42,11 +42,11 @@ def measure(name: str, setting: Setting, ids: torch.Tensor) -> tuple[int, int]:
 
 
 def memory_in_use(device: str) -> int:
-    """Bytes in use now; the peak is counted from here on."""
+    """Return the bytes in use and reset the peak."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with contextlib.suppress(OSError):  # Linux starts its high-water mark anew, where that is allowed
+    with contextlib.suppress(OSError):  # resets Linux's high-water mark, where permitted
         Path("/proc/self/clear_refs").write_text("5")
     return resident_bytes("VmRSS")
 
@@ -56,9 +56,9 @@ def memory_peak(device: str) -> int:
 
 
 def resident_bytes(key: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (peak) of this process; without /proc, as on macOS, the peak for both.
+    """Return `VmRSS` (now) or `VmHWM` (peak) of this process; without /proc, as on macOS, the peak for both.
 
-    Linux's `ru_maxrss` would not do: a new process inherits the peak of the one that started it.
+    Linux's `ru_maxrss` does not work here: a new process inherits the peak of its parent.
     """
     if STATUS.exists():
         return next(int(line.split()[1]) * 2**10 for line in STATUS.read_text().splitlines() if line.startswith(key))

@@ -1,19 +1,18 @@
-"""How fast the models train and generate, and the memory that takes: transformers' own NanoChat against this package's.
+"""Measure training and decoding speed and training memory of transformers' own NanoChat and this package's models.
 
     python evals/speed/throughput.py
     python evals/speed/throughput.py --depths 12 20 24 --train_batch_size 16 --sequence_length 2048 --architectures plain turbo
 
-Contenders take turns in one process, so that what disturbs the machine disturbs all of them; a figure is the median.
-Those with equal weights must agree, or the command fails; not in bfloat16, whose rounding decides close choices. Memory
-is that of training, each candidate in a new process: the most in use, and how much that is over what was in use before
-the first step. The last line is JSON with everything. The first command takes about ten minutes on two CPU cores,
-the second is for a GPU.
+Candidates alternate in one process, so that disturbances affect all of them alike; figures are medians. Candidates
+with equal weights must agree, or the command fails; not in bfloat16, where rounding decides close choices. Memory is
+that of training, each candidate in a new process: the peak, and its increase since before the first step. The last
+line is JSON with all results. The first command takes about ten minutes on two CPU cores, the second is for a GPU.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import json
 import os
@@ -39,49 +38,49 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sizes import decode_bytes_per_step, training_flops_per_token
 
-WARM_UP = 2  # calls before the clock starts; the first one compiles
+WARM_UP = 2  # untimed calls; the first one compiles
 LOSS_TOLERANCE = 1e-4
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 
 @dataclass
 class ThroughputArguments:
-    """What to measure, and at which sizes."""
+    """The candidates to measure, and the sizes."""
 
     depths: list[int] = field(default_factory=lambda: [4], metadata={"help": "Layers of the models, each measured."})
     architectures: list[str] = field(
-        default_factory=lambda: list(ARCHITECTURES), metadata={"help": "Which of transformers, plain, turbo."}
+        default_factory=lambda: list(ARCHITECTURES), metadata={"help": "Any of transformers, plain, turbo."}
     )
-    torch_compile: bool = field(default=True, metadata={"help": "Also measure what is compiled."})
+    torch_compile: bool = field(default=True, metadata={"help": "Also measure compiled candidates."})
     vocab_size: int = field(default=32768, metadata={"help": "Tokens in the vocabulary."})
-    train_batch_size: int = field(default=4, metadata={"help": "Rows in a training step; 0 leaves training out."})
-    sequence_length: int = field(default=1024, metadata={"help": "Tokens in a row of training."})
+    train_batch_size: int = field(default=4, metadata={"help": "Rows per training step; 0 skips training."})
+    sequence_length: int = field(default=1024, metadata={"help": "Tokens per training row."})
     decode_batch_sizes: list[int] = field(
-        default_factory=lambda: [1, 16], metadata={"help": "Rows that generate at once, each measured; 0 for none."}
+        default_factory=lambda: [1, 16], metadata={"help": "Rows per decoding batch, each measured; 0 for none."}
     )
-    prompt_length: int = field(default=64, metadata={"help": "Tokens in a prompt."})
-    new_tokens: int = field(default=128, metadata={"help": "Tokens generated in each row, greedily."})
-    repeats: int = field(default=7, metadata={"help": "Timed calls of each candidate."})
+    prompt_length: int = field(default=64, metadata={"help": "Tokens per prompt."})
+    new_tokens: int = field(default=128, metadata={"help": "Tokens generated per row, greedily."})
+    repeats: int = field(default=7, metadata={"help": "Timed calls per candidate."})
     memory: bool = field(
         default=True,
         metadata={"help": "Measure training's peak memory (CPU: resident; CUDA: allocated), a new process for each."},
     )
-    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "auto: CUDA where there is one."})
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "auto: CUDA if available."})
     dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "auto: bfloat16 on CUDA."})
 
     def check(self) -> None:
-        """Fill in what is `auto`; raise [`UserError`] on a setting that cannot be."""
+        """Resolve `auto`; raise [`UserError`] on an invalid setting."""
         cuda = torch.cuda.is_available()
         self.device = self.device.replace("auto", "cuda" if cuda else "cpu")
         self.dtype = self.dtype.replace("auto", "bfloat16" if self.device == "cuda" else "float32")
         if unknown := sorted(set(self.architectures) - set(ARCHITECTURES)):
-            raise UserError(f"architectures: {unknown[0]!r} is none of {', '.join(ARCHITECTURES)}")
+            raise UserError(f"architectures: {unknown[0]!r} is not one of {', '.join(ARCHITECTURES)}")
         if self.device == "cuda" and not cuda:
-            raise UserError("device cuda: torch sees no GPU; take cpu")
+            raise UserError("device cuda: torch sees no GPU; use cpu")
         least = {"train_batch_size": 0, "decode_batch_sizes": 0, "sequence_length": 2}
         for name, value in asdict(self).items():
             values = value if isinstance(value, list) else [value]
-            if any(type(one) is int and one < least.get(name, 1) for one in values):
+            if any(type(item) is int and item < least.get(name, 1) for item in values):
                 raise UserError(f"{name} is {value}; it must be at least {least.get(name, 1)}")
 
     def setting(self, depth: int) -> Setting:
@@ -104,11 +103,11 @@ def main() -> None:
     print(f"\n{json.dumps(results)}")
     wrong = [row["candidate"] for row in results["training"] + results["decode"] if not row["agrees"]]
     if wrong and args.dtype == "float32":
-        raise UserError(f"{', '.join(wrong)}: other results than the first with equal weights; the speeds say nothing")
+        raise UserError(f"{', '.join(wrong)}: results differ although the weights are equal; do not compare speeds")
 
 
 def measure_depth(args: ThroughputArguments, setting: Setting, results: dict[str, Any]) -> None:
-    """Measure models of one depth, print the tables, add their rows to `results`."""
+    """Measure the models of one depth, print the tables, add their rows to `results`."""
     models = {name: build_model(name, setting) for name in args.architectures}
     if args.train_batch_size:
         rows = measure_training(args, setting, models)
@@ -120,9 +119,11 @@ def measure_depth(args: ThroughputArguments, setting: Setting, results: dict[str
         print_table(f"decode, {batch_size} x ({args.prompt_length} + {args.new_tokens}) tokens", rows)
 
 
-def measure_training(args: ThroughputArguments, setting: Setting, models: dict[str, PreTrainedModel]) -> list[Row]:
-    """A row for each candidate: tokens/s of forward and backward, MFU, loss, peak memory."""
-    torch.compiler.reset()  # code compiled for other measurements counts against the limit of versions
+def measure_training(
+    args: ThroughputArguments, setting: Setting, models: dict[str, PreTrainedModel]
+) -> list[ResultRow]:
+    """Return a row per candidate: tokens/s of forward and backward, MFU, loss, peak memory."""
+    torch.compiler.reset()  # code compiled earlier counts towards the recompile limit
     ids = token_ids(args.train_batch_size, args.sequence_length, setting)
     steps = training_steps(models, setting, args.torch_compile)
     losses, seconds = take_turns({name: partial(step, ids) for name, step in steps.items()}, args.repeats)
@@ -142,8 +143,8 @@ def measure_training(args: ThroughputArguments, setting: Setting, models: dict[s
 
 def measure_decode(
     args: ThroughputArguments, setting: Setting, models: dict[str, PreTrainedModel], batch_size: int
-) -> list[Row]:
-    """A row for each candidate: new tokens/s, the prompt's pass included; share of the memory bandwidth."""
+) -> list[ResultRow]:
+    """Return a row per candidate: new tokens/s, prefill included; percentage of the memory bandwidth."""
     torch.compiler.reset()
     ids = token_ids(batch_size, args.prompt_length, setting)
     candidates = decoders(models, setting, args.torch_compile)
@@ -162,9 +163,9 @@ def measure_decode(
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Warm up, then call all in turn, `repeats` times: what each returned, and the seconds of each call.
+    """Warm up, then run all calls in turn, `repeats` times; return each call's result and its times in seconds.
 
-    A call returns Python values, so that a GPU has finished when it returns.
+    Calls must return Python values, so that the GPU has finished when they return.
     """
     returned = {name: [call() for _ in range(WARM_UP)][-1] for name, call in calls.items()}
     seconds = {name: [] for name in calls}
@@ -176,8 +177,8 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[di
     return returned, seconds
 
 
-def speeds(depth: int, seconds: Mapping[str, Sequence[float]], tokens: int) -> list[Row]:
-    """Median speed of each candidate, its spread, and its ratio to the first candidate's median."""
+def speeds(depth: int, seconds: Mapping[str, Sequence[float]], tokens: int) -> list[ResultRow]:
+    """Return each candidate's median speed, its spread, and its ratio to the first candidate's median."""
     medians = {name: tokens / statistics.median(times) for name, times in seconds.items()}
     first = next(iter(medians.values()))
     return [
@@ -194,7 +195,7 @@ def speeds(depth: int, seconds: Mapping[str, Sequence[float]], tokens: int) -> l
 
 
 def same_weights(name: str, names: Mapping[str, Any]) -> str:
-    """The first of `names` whose model has the same weights: turbo's are its own."""
+    """Return the first of `names` whose model has the same weights; only turbo's differ."""
     return next(other for other in names if other.startswith("turbo") == name.startswith("turbo"))
 
 
@@ -204,7 +205,7 @@ def token_ids(rows: int, length: int, setting: Setting) -> torch.Tensor:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's."""
+    """Return the name of the GPU or of the processor."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -213,12 +214,12 @@ def device_name(device: str) -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def machine(device: str) -> Row:
+def machine(device: str) -> ResultRow:
     versions = {name: version(name) for name in ("torch", "transformers")}
     return {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
 
 
-def print_table(title: str, rows: Sequence[Row]) -> None:
+def print_table(title: str, rows: Sequence[ResultRow]) -> None:
     cells = [[cell(value) for value in row.values()] for row in rows]
     print(f"\n{title}\n{aligned_table([list(rows[0]), *cells])}")
     print("equal weights give equal results:", cell(all(row["agrees"] for row in rows)), flush=True)

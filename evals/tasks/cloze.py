@@ -1,6 +1,6 @@
-"""Multiple choice by continuation, as CORE scores its "mc" tasks: the choice with the lowest mean loss. Zero-shot.
+"""Zero-shot multiple choice by continuation, scored like CORE's "mc" tasks: the choice with the lowest mean loss.
 
-Needs no chat tokens, so it is the one kind of question that a base model can answer.
+Needs no chat tokens, so it is the only kind of task file that a base model can be evaluated on.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 from evals.batching import batches_by_length, with_progress
 from modeling_nanochat.tokenization_nanochat import encode_documents
 
-DELIMITER = " "  # between query and choice, where the record has no other
+DELIMITER = " "  # between query and choice, unless the record has another
 
 
 def predict_choices(
     model, tokenizer, examples: Sequence[dict], *, batch_size: int = 32, progress: Callable[[int], Any] | None = None
 ) -> list[int]:
-    """For each {"query", "choices", ...} the index of the choice whose continuation is most likely (the first on ties).
+    """Return for each {"query", "choices", ...} the index of the choice with the lowest mean loss (the first on ties).
 
     `progress` is called with the number of choices scored, like `tqdm.update`.
     """
@@ -36,11 +36,11 @@ def predict_choices(
 
 
 def continuation_rows(tokenizer, prompts: Sequence[str]) -> list[tuple[list[int], int]]:
-    """Token ids of each prompt, bos in front, with the position where they stop being the same for all prompts."""
+    """Return the token ids of each prompt, prefixed with bos, and the first position where the prompts differ."""
     rows = encode_documents(tokenizer, prompts)
     shortest = min(map(len, rows))
     same = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
-    # A choice that is a prefix of another would have nothing to score; its last token then stands for it.
+    # A choice that is a prefix of another would have no tokens to score; its last token is scored instead.
     return [(row, min(same, shortest - 1)) for row in rows]
 
 
@@ -50,7 +50,7 @@ def mean_losses(
     batch_size: int = 32,
     progress: Callable[[int], Any] | None = None,
 ) -> list[float]:
-    """Mean loss in nats over the tokens from `start` on, for each row (ids, start)."""
+    """Return the mean loss in nats over the tokens from `start` on, for each row (ids, start)."""
     losses = [0.0] * len(rows)
     for batch in with_progress(batches_by_length([len(ids) for ids, _ in rows], batch_size), progress):
         for index, loss in zip(batch, batch_mean_losses(model, [rows[i] for i in batch]), strict=True):

@@ -1,16 +1,16 @@
-"""The records of the usual data sets: which kind one is, whether it is well formed, how it reads as a conversation.
+"""Records of common datasets: detect the kind, check the fields, convert to conversations.
 
-Fields are those of the data sets on the Hub:
-conversation    {"messages": [...]}, optionally with "tools"; nanochat's own parts `python`, `python_output` are converted
+Fields are those of the datasets on the Hub:
+conversation    {"messages": [...]}, optionally "tools"; nanochat's own parts `python`, `python_output` are converted
 gsm8k           {"question", "answer", "history"?}, the answer with `<<12+7=19>>` marks and `#### 19` at the end
 arc             {"question", "choices": {"text": [...], "label": [...]}, "answerKey"}
 mmlu            {"question", "choices": [...], "answer": index}, often with "subject"
 match           {"question", "answer", "rivals": [...], "history"?}: a reply is right if it has `answer` and no rival;
                 `answer` may be a list of strings, all of which must occur
-cloze           {"query", "choices": [...], "gold": index, "continuation_delimiter"?}, CORE's multiple choice; the delimiter is a
-                space if left out
+cloze           {"query", "choices": [...], "gold": index, "continuation_delimiter"?}, CORE's multiple choice; the
+                delimiter defaults to a space
 
-`history` is a list of messages, as in a conversation, after which the question is the user's next turn; an empty one is none.
+`history` is a list of messages that precede the question, as in a conversation; it may be empty.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def kind_of(record: dict[str, Any]) -> str | None:
-    """Kind of a record by its fields, as the module lists them; None if it is none of these."""
+    """Return the kind of a record, detected by its fields as listed above; None if it is none of these."""
     fields = record.keys()
     if "messages" in fields:
         return "conversation"
@@ -42,14 +42,14 @@ def kind_of(record: dict[str, Any]) -> str | None:
 
 
 def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]:
-    """A training record as {"messages": [...], "tools"?: [...]}: a conversation as it is, GSM8K with calls, ARC and MMLU by letter.
+    """Return a training record as {"messages": [...], "tools"?: [...]}: GSM8K with tool calls, ARC and MMLU by letter.
 
     Args:
         record: One object of a JSONL file.
         where: File and line, for errors.
 
     Raises:
-        UserError: The record is of no such kind, or is malformed.
+        UserError: The record is malformed or of another kind.
     """
     kind, tools = kind_of(record), {}
     if kind == "conversation":
@@ -67,19 +67,19 @@ def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]
         messages = [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": question.answer}]
     else:
         raise UserError(
-            f"{where}: no `messages`, and no GSM8K, ARC or MMLU record; fields are {', '.join(record) or 'none'}"
+            f"{where}: no `messages`, and not a GSM8K, ARC or MMLU record; fields are {', '.join(record) or 'none'}"
         )
     check_messages(messages, where)
     return {"messages": messages} | tools
 
 
 def history(record: dict[str, Any]) -> list[dict]:
-    """The messages before a record's question; none if it has no `history`."""
+    """Return the messages before a record's question; empty if it has no `history`."""
     return record.get("history") or []
 
 
 def question_messages(record: dict[str, Any]) -> list[dict]:
-    """The conversation to be answered: the history, then the question as the user's turn."""
+    """Return the conversation to answer: the history, then the question as the user's turn."""
     return [*history(record), {"role": "user", "content": record["question"]}]
 
 
@@ -101,7 +101,7 @@ def check_gsm8k(record: dict[str, Any], where: str) -> None:
     require_strings(record, ("question", "answer"), where)
     check_history(record, where)
     if gsm8k.extract_answer(record["answer"]) is None:
-        raise UserError(f"{where}: `answer` has no final '#### <number>'; add it, as GSM8K writes it")
+        raise UserError(f"{where}: `answer` has no final '#### <number>'; add it, as in GSM8K")
 
 
 def check_match(record: dict[str, Any], where: str) -> None:
@@ -116,7 +116,7 @@ def check_match(record: dict[str, Any], where: str) -> None:
 
 
 def match_answers(record: dict[str, Any]) -> Any:
-    """What a right reply to a match record contains: its `answer`, or all of them where it is a list."""
+    """Return the strings that a right reply to a match record contains."""
     return [record["answer"]] if isinstance(record["answer"], str) else record["answer"]
 
 
@@ -128,10 +128,10 @@ def check_cloze(record: dict[str, Any], where: str) -> None:
 
 
 def multiple_choice_question(record: dict[str, Any], where: str) -> MultipleChoiceQuestion:
-    """An ARC or MMLU record as a question; MMLU's choices get the letters A, B, C, ...
+    """Return an ARC or MMLU record as a question; MMLU's choices get the letters A, B, C, ...
 
     Raises:
-        UserError: A field has the wrong type, or the answer is none of the choices.
+        UserError: A field has the wrong type, or the answer is not one of the choices.
     """
     require_strings(record, ("question",), where)
     require_no_history(record, where)

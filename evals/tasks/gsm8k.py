@@ -13,10 +13,10 @@ FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
 
 def to_messages(question: str, answer: str) -> list[dict]:
-    """The worked answer as a conversation: user, then assistant and tool messages in turn, ending with assistant.
+    """Return the worked answer as a conversation: user, then alternating assistant and tool messages, then assistant.
 
     `12 + 7 = <<12+7=19>>19 apples.` becomes assistant("12 + 7 = ", call "12+7"), tool("19"), assistant("19 apples.").
-    A mark is split at its last "="; one without "=" has an empty result. The result stays in the text that follows.
+    A mark is split at its last "="; without "=", its result is empty. The result stays in the text that follows.
     """
     messages = [{"role": "user", "content": question}]
     *pieces, rest = CALCULATION.split(answer)
@@ -28,21 +28,21 @@ def to_messages(question: str, answer: str) -> list[dict]:
 
 
 def extract_answer(text: str) -> str | None:
-    """The number behind the first `#### ` (exactly one space), commas removed; None where there is none."""
+    """Return the number after the first `#### ` (exactly one space), commas removed; None if there is none."""
     match = FINAL_ANSWER.search(text)
     return match.group(1).replace(",", "") if match else None
 
 
 def is_correct(reply: str, reference: str) -> bool:
-    """Whether both texts end in the same `#### n`, compared as strings, as nanochat does: "17." is not "17"."""
+    """Return whether both texts have the same `#### n`, compared as strings, as in nanochat: "17." is not "17"."""
     expected = extract_answer(reference)
     return expected is not None and extract_answer(reply) == expected
 
 
 def last_words(reply: Sequence[dict]) -> str:
-    """What the assistant itself said last; nothing if its turn did not come to an end.
+    """Return the assistant's last text; empty if its turn is unfinished.
 
-    What it let the tool print does not count: a printed answer would need no answer of its own.
+    The tool's output does not count, otherwise printing an answer would be enough.
     """
     last = reply[-1] if reply else {}
     return (last.get("content") or "") if last.get("role") == "assistant" else ""

@@ -13,10 +13,10 @@ from modeling_nanochat.tokenization_nanochat import whole_characters
 
 
 def multiple_choice_prompt(question: str, choices: Sequence[str], letters: Sequence[str]) -> str:
-    """The user message of a multiple-choice question.
+    """Return the user message of a multiple-choice question.
 
-    The letter stands after its choice, without a space around "=", so that it is the same token in the prompt and
-    as the bare answer; a small model depends on that.
+    The letter follows its choice without a space around "=", so that it is the same token in the prompt and as the
+    bare answer; small models depend on that.
     """
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
@@ -24,7 +24,7 @@ def multiple_choice_prompt(question: str, choices: Sequence[str], letters: Seque
 
 @dataclass(frozen=True)
 class MultipleChoiceQuestion:
-    """A question, its choices, one letter per choice, and the letter of the right one."""
+    """A question, its choices, one letter per choice, and the letter of the right choice."""
 
     question: str
     choices: tuple[str, ...]
@@ -44,7 +44,7 @@ def predict_letters(
     batch_size: int = 32,
     progress: Callable[[int], Any] | None = None,
 ) -> list[str]:
-    """For each question the letter whose token has the highest logit after the prompt (the first on ties).
+    """Return for each question the letter whose token has the highest logit after the prompt (the first on ties).
 
     `progress` is called with the number of questions answered, like `tqdm.update`.
 
@@ -72,17 +72,17 @@ def letter_id(tokenizer, letter: str) -> int:
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """Ids of the conversation up to the place where the assistant's first token stands."""
+    """Return the ids of the conversation up to the position of the assistant's first token."""
     messages = [{"role": "user", "content": whole_characters(prompt)}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 @torch.no_grad()
 def last_logits(model, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits (B, V) at the last token of each prompt.
+    """Return the logits (B, V) at the last token of each prompt.
 
-    Padding stands on the right, where causal attention keeps it out of every position before it; no mask is needed,
-    and the head runs only at positions where some prompt ends.
+    Padding is on the right, where causal attention hides it from all earlier positions, so no mask is needed; the head
+    runs only at positions where a prompt ends.
     """
     input_ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(model.device)
     ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)

@@ -1,4 +1,4 @@
-"""Evaluation tasks from JSONL files; the kind of a task is recognised from the fields of its first record."""
+"""Evaluation tasks from JSONL files; the kind of a task is detected from the fields of its first record."""
 
 import random
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ class Task:
 
 
 def parse_task_argument(argument: str) -> tuple[str, str]:
-    """Name and path of `name=path`; a bare path is named after its file."""
+    """Return name and path of `name=path`; a bare path is named after its file."""
     name, equals, path = argument.partition("=")
     if not equals:
         return Path(argument).stem, argument
     if not name or not path:
-        raise UserError(f"eval_files: {argument!r} is not name=path, for instance facts=data/eval/facts.jsonl")
+        raise UserError(f"eval_files: {argument!r} is not name=path; write for example facts=data/eval/facts.jsonl")
     return name, path
 
 
@@ -41,10 +41,10 @@ def load_task(name: str, path: str | Path, max_examples: int | None = None, seed
     """Read and check a task file.
 
     Args:
-        name: How results call the task.
+        name: Name of the task in the results.
         path: JSONL file.
-        max_examples: Use that many, drawn with `seed` and kept in file order: files are often sorted by subject.
-        seed: Of that draw.
+        max_examples: Size of a random sample, because files are often sorted by subject; it keeps the file order.
+        seed: Seed of the sample.
 
     Raises:
         UserError: The file is missing or empty, or a record is malformed or unlike the first; names the line.
@@ -57,10 +57,10 @@ def load_task(name: str, path: str | Path, max_examples: int | None = None, seed
             raise UserError(f"{path}:{number}: a record of kind {found} among records of kind {kind}; split the file")
         examples.append(checked_example(record, kind, f"{path}:{number}"))
     if not examples:
-        raise UserError(f"{path}: no examples; fill the file or leave task {name!r} out")
+        raise UserError(f"{path}: no examples; fill the file or remove task {name!r}")
     if max_examples is not None and max_examples < len(examples):
-        chosen = sorted(random.Random(seed).sample(range(len(examples)), max_examples))
-        examples = [examples[i] for i in chosen]
+        sample = sorted(random.Random(seed).sample(range(len(examples)), max_examples))
+        examples = [examples[i] for i in sample]
     return Task(name, "multiple_choice" if kind in ("arc", "mmlu") else kind, examples)
 
 

@@ -1,9 +1,9 @@
-"""Talk to a model in the terminal.
+"""Chat with a model in the terminal.
 
 python -m modeling_nanochat.chat runs/pocket/sft
 python -m modeling_nanochat.chat runs/pocket/sft --prompt "Who are you?" --temperature 0
 
-The model is a folder that a training stage wrote, or a Hub id. Piped questions, one a line, are answered in turn.
+The model is a folder written by a training stage, or a Hub id. Piped questions, one per line, are answered in order.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from .examples import example_questions
 from .sampling import check_setting, describe
 from .stages import stage_note
 
-HELP = """/temperature X   0 is the most likely reply each time, 1 plain sampling, 2 the highest (now {temperature})
+HELP = """/temperature X   0 takes the most likely token, 1 is plain sampling, at most 2 (now {temperature})
 /top_k N         sample among the N most likely tokens, 0 among all (now {top_k})
-/clear           begin a new conversation
-/exit            leave, as does Ctrl-D; Ctrl-C stops a reply"""
+/clear           start a new conversation
+/exit            quit, as does Ctrl-D; Ctrl-C stops a reply"""
 SHOWN_EXAMPLES = 3
 DIM, CYAN, RED, RESET = "\033[2m", "\033[36m", "\033[31m", "\033[0m"
 
@@ -46,10 +46,10 @@ class Chat:
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def ask(self, question: str) -> None:
-        """Stream the reply to `question` and keep both in the conversation; Ctrl-C keeps what was said until then.
+        """Stream the reply to `question` and keep both in the conversation; Ctrl-C keeps the text so far.
 
         Raises:
-            UserError: The question does not fit the model's context; the conversation is as it was before.
+            UserError: The question does not fit the model's context; the conversation is unchanged.
         """
         asked = self.messages + [{"role": "user", "content": question}]
         fitted = self.engine.fit(asked, self.max_new_tokens)
@@ -65,7 +65,7 @@ class Chat:
         self.messages = fitted + reply
 
     def stream(self, messages: list[dict[str, Any]], said: list[str]) -> list[dict[str, Any]]:
-        """Print events as they come; the texts go into `said`, so that they outlive an interruption."""
+        """Print events as they arrive; texts are appended to `said`, so that they survive an interruption."""
         settings = {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed}
         for event in self.engine.stream(messages, max_new_tokens=self.max_new_tokens, **settings):
             if isinstance(event, TextDelta):
@@ -75,7 +75,7 @@ class Chat:
                 self.note(f"{new_line(said)}[python] {event.code}\n", CYAN)
             elif isinstance(event, ToolResult):
                 self.note(f"[result] {event.output}\n", CYAN)
-                said.append("\n")  # whatever comes next begins a line
+                said.append("\n")  # the next text begins a line
         return self.finish(event, said)
 
     def finish(self, event: Finished, said: list[str]) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ class Chat:
         return event.messages
 
     def command(self, line: str) -> bool:
-        """Obey `/name value`; False when the person wants to leave."""
+        """Run the command `/name value`; False if the user wants to quit."""
         name, _, value = line[1:].partition(" ")
         if name in ("exit", "quit"):
             return False
@@ -96,7 +96,7 @@ class Chat:
         elif name in ("temperature", "top_k"):
             self.set(name, value.strip())
         else:
-            unknown = "" if name == "help" else f"there is no /{name}\n"
+            unknown = "" if name == "help" else f"unknown command /{name}\n"
             self.note(unknown + HELP.format(temperature=self.temperature, top_k=self.top_k) + "\n")
         return True
 
@@ -111,12 +111,12 @@ class Chat:
             self.note(f"[{name} {number}]\n")
 
     def note(self, text: str, color: str = DIM) -> None:
-        """Print what is not the model's own text."""
+        """Print text that is not the model's own."""
         text = printable(text)
         print(f"{color}{text}{RESET}" if self.color else text, end="", flush=True)
 
     def run(self, lines: Iterator[str]) -> None:
-        """Answer questions and obey commands until they end."""
+        """Answer questions and run commands until the input ends or asks to quit."""
         for line in lines:
             if line.startswith("/"):
                 if not self.command(line):
@@ -129,7 +129,7 @@ class Chat:
 
 
 def read_number(text: str) -> int | float | str:
-    """`5` as an integer, `0.5` and `nan` as floats, and what is no number as it is."""
+    """`5` as an integer, `0.5` and `nan` as floats, anything else unchanged."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -144,7 +144,7 @@ def new_line(said: list[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without the control characters by which a model could repaint the terminal."""
+    """`text` without control characters, with which a model could repaint the terminal."""
     return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
 
 
@@ -158,7 +158,7 @@ def typed_lines() -> Iterator[str]:
         try:
             yield input("> ").strip()
         except KeyboardInterrupt:
-            print("\n[Ctrl-D or /exit leaves]")
+            print("\n[Ctrl-D or /exit quits]")
         except EOFError:
             print()
             return
@@ -171,24 +171,24 @@ def piped_lines() -> Iterator[str]:
 
 
 def greeting(name: str, engine: Engine, examples: Sequence[str]) -> str:
-    """What model this is, questions to try it with, if its card has any, and how to get help."""
+    """The model's name and size, example questions if its card has any, and how to get help."""
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     size = f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
-    lines = [f"{name}, {size} parameters, on {engine.model.device}. /help lists the commands, Ctrl-D leaves."]
+    lines = [f"{name}, {size} parameters, on {engine.model.device}. /help lists the commands, Ctrl-D quits."]
     if examples:
         lines += ["Ask something, for instance:", *(f"  {example}" for example in examples[:SHOWN_EXAMPLES])]
     return "\n".join(lines) + "\n"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(prog="nanochat-chat", description="Talk to a model in the terminal.")
+    parser = OneLineParser(prog="nanochat-chat", description="Chat with a model in the terminal.")
     parser.add_argument("model", help="model folder or Hub id")
-    parser.add_argument("--prompt", help="ask this one question and leave")
+    parser.add_argument("--prompt", help="ask this question and exit")
     settings = {
-        "temperature": (0.6, "0 takes the most likely token each time"),
-        "top_k": (50, "sample among that many tokens, 0: among all"),
-        "max_new_tokens": (256, "limit of a reply"),
-        "seed": (None, "makes the replies repeatable"),
+        "temperature": (0.6, "0 always takes the most likely token"),
+        "top_k": (50, "sample among the most likely tokens, 0: among all"),
+        "max_new_tokens": (256, "maximum tokens of a reply"),
+        "seed": (None, "makes replies reproducible"),
     }
     for name, (default, what) in settings.items():
         shown = "" if default is None else f"; default {default}"

@@ -1,7 +1,7 @@
-"""Feeding a model token by token: prompts first, then one token per row and step.
+"""Decoding of a batch: prompts first, then one token per row and step.
 
-[`Decoder`] has a cache that grows, and lets finished rows leave. [`CompiledDecoder`] has one of fixed size and a compiled
-step: it starts half a minute later and then runs faster, so it is for long chats, many questions, measurements.
+[`Decoder`] has a growing cache and drops finished rows. [`CompiledDecoder`] has a fixed-size cache and a compiled
+step: it starts half a minute later and then runs faster, so it suits long chats, many questions and measurements.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..modeling_nanochat import CACHE
 
 SMALLEST_STEP = 64
-# A step takes a few milliseconds, so what Python does around its kernels counts; on a CPU so do Inductor's own kernels for
-# narrow products, which it compares with the BLAS library's while it compiles.
+# A step takes a few milliseconds, so Python's overhead around kernels matters; on a CPU so do the kernels for narrow
+# products, for which Inductor's are benchmarked against the BLAS library's at compile time.
 CUDA_OPTIONS = {"triton.cudagraphs": True}
 CPU_OPTIONS = {
     "cpp_wrapper": True,
@@ -25,15 +25,15 @@ CPU_OPTIONS = {
     "autotune_num_choices_displayed": 0,
     "max_autotune_report_choices_stats": False,
 }
-SHAPES = 64  # torch gives up on a function after eight compilations unless told otherwise
+SHAPES = 64  # torch's default limit is eight compilations of a function
 
 
 class Decoder:
-    """A batch of rows being continued.
+    """Continues a batch of rows.
 
     Args:
         model: A causal language model in evaluation mode.
-        pad: Any token id, to fill shorter prompts up with.
+        pad: Any token id, to pad shorter prompts with.
     """
 
     def __init__(self, model: PreTrainedModel, pad: int = 0):
@@ -49,7 +49,7 @@ class Decoder:
 
         Args:
             prompts: Token ids of each row.
-            max_new_tokens: Most steps to come.
+            max_new_tokens: Maximum number of steps that follow.
         """
         device, longest = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (longest - len(row)) + list(row) for row in prompts], device=device)
@@ -72,7 +72,7 @@ class Decoder:
         return logits
 
     def select(self, rows: list[int]) -> bool:
-        """Keep only `rows`; False where the rows cannot be changed."""
+        """Keep only `rows`; False if this decoder cannot drop rows."""
         indices = torch.tensor(rows, device=self.position_ids.device)
         self.cache.batch_select_indices(indices)
         self.position_ids = self.position_ids[indices]
@@ -100,10 +100,10 @@ class Decoder:
 
 
 class CompiledDecoder(Decoder):
-    """Decoding in a static cache, the step compiled as one graph: once per number of rows and length of the cache.
+    """Decodes with a static cache and a step compiled to one graph per number of rows and cache length.
 
-    Lengths are rounded up to an eighth of a power of two, and a cache that is there is used again while it is at most
-    twice too long, so a chat that grows compiles a handful of times. On CUDA the step is also captured as a CUDA graph.
+    Lengths are rounded up to an eighth of a power of two, and an existing cache is reused while at most twice too
+    long, so a growing chat compiles a handful of times. On CUDA the step is also captured as a CUDA graph.
     """
 
     def __init__(self, model: PreTrainedModel, pad: int = 0):
@@ -115,13 +115,13 @@ class CompiledDecoder(Decoder):
 
     def new_cache(self, rows: int, length: int) -> Cache:
         if self.shape is not None and self.shape[0] == rows and length <= self.shape[1] <= 2 * length:
-            self.cache.reset()  # the same memory again, which captured graphs count on
+            self.cache.reset()  # keeps its memory, which captured graphs require
             return self.cache
         step = max(SMALLEST_STEP, (1 << (length - 1).bit_length()) // 8)
         length = -(-length // step) * step
         self.shape = (rows, length)
-        # Full length in every layer: transformers' static windows count in Python integers, so each step would be
-        # another graph. The masks still cut the windows out.
+        # Full length in every layer: transformers' static windows count in Python integers, so each step would
+        # recompile. The masks still apply the windows.
         layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
         return Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(layers)])
 
@@ -129,7 +129,7 @@ class CompiledDecoder(Decoder):
         return False
 
     def widen_mask(self, ids: torch.Tensor) -> None:
-        """Once, to the cache's full length; batches without padding have a mask too, lest they be another graph."""
+        """Once, to the cache's length; batches without padding get one too, or they would compile another graph."""
         rows, length = self.shape
         if self.attention_mask is None and rows > 1:
             self.attention_mask = torch.ones((rows, 1), dtype=torch.long, device=ids.device)

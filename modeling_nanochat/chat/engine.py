@@ -1,11 +1,11 @@
-"""Generation with a KV cache and the python tool: one turn streamed, or many conversations at once.
+"""Generation with a KV cache and the python tool: one streamed turn, or many conversations at once.
 
-Both run the same loop. Every row of the batch has its own [`Turn`], which watches the row's tokens: between
+Both run the same loop. Every row of the batch has a [`Turn`], which watches the row's tokens: between
 `<|python_start|>` and `<|python_end|>` it collects code, runs it, and forces `<|output_start|>`result`<|output_end|>`
-into the row in place of what was sampled. A row ends with `<|assistant_end|>` or `<|bos|>`.
+into the row in place of sampled tokens. A row ends with `<|assistant_end|>` or `<|bos|>`.
 
-Unlike the original's engine, prompts of one batch differ (left padding), code that fails has its error as result, and
-finished rows leave the batch.
+Unlike in the original's engine, prompts of a batch may differ (left padding), code that fails has its error as result,
+and finished rows leave the batch.
 """
 
 import copy
@@ -32,12 +32,12 @@ from .sampling import Sampler, check_setting
 from .self_check import check_cached_decoding, warn_of_untested_versions
 
 MAX_TOOL_CALLS = 8
-HALF_A_CHARACTER = "\ufffd"
+REPLACEMENT_CHARACTER = "\ufffd"  # what an incomplete UTF-8 sequence is decoded to
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of the reply's text; whole characters only."""
+    """More of the reply's text; complete characters only."""
 
     text: str
 
@@ -56,7 +56,7 @@ class ToolResult:
 
 @dataclass(frozen=True)
 class Finished:
-    """The turn's new messages, `[assistant(tool_calls), tool, ..., assistant]`; `finish_reason` is `stop` or `length`."""
+    """The turn's messages, `[assistant(tool_calls), tool, ..., assistant]`; `finish_reason` is `stop` or `length`."""
 
     messages: list[dict[str, Any]]
     finish_reason: str
@@ -66,7 +66,7 @@ Event = TextDelta | ToolCall | ToolResult | Finished
 
 
 class ChatCodec:
-    """Text to ids and back, so that no text, neither a person's nor a tool's, turns into a control token."""
+    """Converts text to ids and back; no text, neither a user's nor a tool's, becomes a control token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         ids = special_token_ids(tokenizer)
@@ -74,18 +74,19 @@ class ChatCodec:
         self.output_start, self.output_end = ids["<|output_start|>"], ids["<|output_end|>"]
         self.stop = {ids["<|assistant_end|>"], ids["<|bos|>"]}
         self.tokenizer = tokenizer
-        # A copy of its own: the flag is the tokenizer's state, and several threads may render prompts meanwhile.
-        self.plain = disable_special_tokens(copy.deepcopy(tokenizer.backend_tokenizer))
+        # A copy, because the flag is tokenizer state and other threads may render prompts meanwhile.
+        self.text_tokenizer = disable_special_tokens(copy.deepcopy(tokenizer.backend_tokenizer))
 
     def encode(self, text: str) -> list[int]:
-        return self.plain.encode(escaped(whole_characters(text), self.plain), add_special_tokens=False).ids
+        text = escaped(whole_characters(text), self.text_tokenizer)
+        return self.text_tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], control_tokens: bool = False) -> str:
-        """The text of `ids`; control tokens among them are left out, or with `control_tokens` spelled."""
-        return self.plain.decode(ids, skip_special_tokens=not control_tokens)
+        """The text of `ids`; control tokens are left out, or spelled out with `control_tokens`."""
+        return self.text_tokenizer.decode(ids, skip_special_tokens=not control_tokens)
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        quiet = {"verbose": False}  # the engine itself looks at the length
+        quiet = {"verbose": False}  # the engine itself checks the length
         render = self.tokenizer.apply_chat_template
         messages = whole_messages(messages)
         return render(messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=quiet)
@@ -103,16 +104,16 @@ def chat_codec(tokenizer: PreTrainedTokenizerBase) -> ChatCodec:
 
 @dataclass
 class Turn:
-    """One reply being written: what was said, which code is open, which tokens are still to be forced.
+    """State of one reply: its messages so far, the open code, the tokens still to be forced.
 
-    `ids` holds the reply's tokens and `sampled` tells for each whether the model chose it (False: forced).
+    `ids` holds the reply's tokens, and `sampled` whether the model chose each one (False: forced).
     """
 
     codec: ChatCodec
     tool: Callable[[str], str] | None
     max_length: int
     max_tool_calls: int = MAX_TOOL_CALLS
-    live: bool = False  # decode text token by token, for a reader who waits
+    live: bool = False  # decode text token by token, for streaming
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -124,7 +125,7 @@ class Turn:
     tool_calls: int = 0
 
     def advance(self, sampled: int) -> Iterator[Event]:
-        """Take the next token, `sampled` unless one is to be forced, and tell what came of it."""
+        """Append the next token, `sampled` unless one is forced, and yield the resulting events."""
         forced = bool(self.forced)
         token = self.forced.popleft() if forced else sampled
         self.ids.append(token)
@@ -140,7 +141,7 @@ class Turn:
             yield Finished(self.messages, self.finish_reason)
 
     def read(self, token: int) -> Iterator[Event]:
-        """What a token that the model chose means at this place."""
+        """Process a token that the model chose."""
         if token in self.codec.stop:
             self.finish_reason = "stop"
         elif token == self.codec.python_end:
@@ -153,7 +154,7 @@ class Turn:
             self.unread.append(token)
 
     def close_call(self) -> Iterator[Event]:
-        """Run the open call and queue its result; without one, or without code in it, nothing happens."""
+        """Run the open call and queue its result; do nothing without an open call or without code."""
         code, self.code = self.codec.decode(self.code or [], control_tokens=True), None
         if not code:
             return
@@ -170,9 +171,9 @@ class Turn:
         yield ToolResult(output)
 
     def new_text(self, final: bool) -> Iterator[TextDelta]:
-        """Decode the text read since the last time; unless `final`, hold it back while its last character is incomplete."""
+        """Decode the text read since the last call; unless `final`, wait while its last character is incomplete."""
         delta = self.codec.decode(self.unread) if self.unread else ""
-        if not delta or (delta.endswith(HALF_A_CHARACTER) and not final):
+        if not delta or (delta.endswith(REPLACEMENT_CHARACTER) and not final):
             return
         self.unread.clear()
         self.text += delta
@@ -185,13 +186,13 @@ class Engine:
     Args:
         model: A causal language model; put into evaluation mode.
         tokenizer: Its tokenizer, with nanochat's control tokens and a chat template.
-        tool: Runs code and returns what it shows; None: nothing is run, and code is text like any other.
-        max_tool_calls: Calls in one turn after which it ends.
-        compile: Compile the decoding step: slower to the first token, faster ever after. One turn or batch at a time.
+        tool: Runs code and returns its output; None: nothing is run, and code is treated as text.
+        max_tool_calls: Maximum calls in a turn; one more ends it.
+        compile: Compile the decoding step: slower to the first token, faster afterwards. One turn or batch at a time.
 
     Raises:
-        UserError: The tokenizer is no chat tokenizer, the sandbox of the python tool is missing, or the model does not decode
-            with its cache what it computes without.
+        UserError: The tokenizer is not a chat tokenizer, the python tool's sandbox is missing, or the model computes
+            other logits with its cache than without.
     """
 
     def __init__(
@@ -224,14 +225,14 @@ class Engine:
         top_k: int | None = 50,
         seed: int | None = None,
     ) -> Iterator[Event]:
-        """Write the assistant's next turn; the last event is [`Finished`].
+        """Generate the assistant's next turn; the last event is [`Finished`].
 
         Args:
             messages: The conversation, ending with the user's message.
-            max_new_tokens: Most tokens of the turn, tool results included; at least 1.
-            temperature: From 0, which takes the most likely token each time, to 2.
-            top_k: Samples among that many; 0 or None: among all.
-            seed: Same seed, same reply; None: a new one each time.
+            max_new_tokens: Maximum tokens of the turn, tool results included; at least 1.
+            temperature: From 0, which always takes the most likely token, to 2.
+            top_k: Sample among this many most likely tokens; 0 or None: among all.
+            seed: Same seed, same reply; None: random.
 
         Raises:
             UserError: The conversation does not fit the model's context, or a setting is out of its range.
@@ -256,7 +257,7 @@ class Engine:
         """The new messages of each conversation, as in [`Finished`]; other arguments as in `stream`.
 
         Args:
-            batch_size: Conversations in the cache at a time; those of similar length go together.
+            batch_size: Conversations decoded at a time, grouped by length.
             progress: Called with 1 for each finished conversation, like `tqdm.update`.
         """
         sampler = self.sampler(temperature, top_k, seed)
@@ -271,7 +272,7 @@ class Engine:
         batch_size: int,
         progress: Callable[[int], Any] | None = None,
     ) -> list[list[dict[str, Any]]]:
-        """`generate_batch` for conversations that `codec.prompt` has rendered."""
+        """`generate_batch` for prompts rendered by `codec.prompt`."""
         turns = [self.turn(prompt, max_new_tokens) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), batch_size):
@@ -282,7 +283,7 @@ class Engine:
         return [turn.messages for turn in turns]
 
     def fit(self, messages: list[dict[str, Any]], max_new_tokens: int = 256) -> list[dict[str, Any]]:
-        """`messages` without as many of the oldest turns as needed to leave room for a reply; system messages stay.
+        """`messages` without the oldest turns, where needed to leave room for a reply; system messages stay.
 
         Raises:
             UserError: The last question alone leaves no room for a reply.
@@ -320,7 +321,7 @@ class Engine:
     # The decorator enters inference mode only while the generator itself runs, not while its consumer does.
     @torch.inference_mode()
     def decode(self, prompts: list[list[int]], turns: list[Turn], sampler: Sampler) -> Iterator[tuple[int, Event]]:
-        """The core loop: feed the prompts once, then a token per row and step; yields (row, event)."""
+        """The core loop: feed the prompts once, then one token per row and step; yields (row, event)."""
         decoder = self.decoder()
         logits = decoder.prefill(prompts, max(turn.max_length for turn in turns))
         rows = list(range(len(turns)))  # row of the batch -> index of its turn
@@ -332,13 +333,13 @@ class Engine:
             alive = [row for row, index in enumerate(rows) if turns[index].finish_reason is None]
             if not alive:
                 return
-            # Copying the cache costs about a step: only when it saves half of every step to come.
+            # Copying the cache costs about one step, so do it only if it halves all later steps.
             if len(alive) <= len(rows) // 2 and decoder.select(alive):
                 rows = [rows[row] for row in alive]
             logits = decoder.step([turns[index].ids[-1] for index in rows])
 
     def decoder(self) -> Decoder:
-        """A new one for each batch; the compiled one is kept, with what it compiled."""
+        """A new decoder for each batch; the compiled one is kept, with its graphs."""
         pad = next(iter(self.codec.stop))
         if not self.compile:
             return Decoder(self.model, pad)

@@ -1,11 +1,11 @@
-"""Questions to try a model with: the `widget` of its model card, as the Hub's own pages show it.
+"""Example questions for a model: the `widget` of its model card, which the Hub's pages also show.
 
     widget:
     - messages:
       - role: user
         content: Who are you?
 
-A card is anybody's text. What is no such question is passed over, and of the others few and short ones are taken.
+A card is untrusted text: anything but a question is skipped, and only a few short questions are returned.
 """
 
 import unicodedata
@@ -18,18 +18,18 @@ from huggingface_hub import metadata_load
 from ..errors import UserError
 
 MAX_EXAMPLES, MAX_CHARACTERS = 6, 200
-MAX_CARD_BYTES = 2**20  # beyond any card of a person's; its YAML would take seconds
+MAX_CARD_BYTES = 2**20  # more than any hand-written card; its YAML would take seconds
 
 
 def example_questions(folder: str | Path | None) -> list[str]:
-    """The questions in the card of the model in `folder`; none where there is no card, or none in it."""
+    """The questions in the model card of `folder`; empty without a card or questions."""
     widget = card_metadata(folder).get("widget")
     found = (question_of(entry) for entry in (widget if isinstance(widget, list) else []))
     return list(dict.fromkeys(question for question in found if question))[:MAX_EXAMPLES]
 
 
 def card_metadata(folder: str | Path | None) -> dict[str, Any]:
-    """The front matter of `folder`'s README.md; empty if there is none that can be read."""
+    """The front matter of `folder`'s README.md; empty if there is none or it cannot be read."""
     card = Path(folder or ".") / "README.md"
     try:
         readable = folder and card.is_file() and card.stat().st_size <= MAX_CARD_BYTES
@@ -40,7 +40,7 @@ def card_metadata(folder: str | Path | None) -> dict[str, Any]:
 
 
 def question_of(entry: Any) -> str | None:
-    """The question of a widget's entry, unless it is something else, such as a longer conversation or an image."""
+    """The question of a widget's entry; None for anything else, such as a longer conversation or an image."""
     if not isinstance(entry, dict):
         return None
     text = entry.get("text")
@@ -51,23 +51,22 @@ def question_of(entry: Any) -> str | None:
 
 
 def is_short_line(text: str) -> bool:
-    """Whether `text` is one line that can be shown anywhere: no control characters, none that reverse what follows."""
+    """Whether `text` is one line that is safe to show: no control characters and no bidirectional overrides."""
     printable = all(c.isprintable() or unicodedata.category(c) == "Zs" for c in text)
     return 0 < len(text) <= MAX_CHARACTERS and printable
 
 
 def widget(questions: Iterable[str]) -> list[dict[str, Any]]:
-    """What a card has under `widget` for these questions."""
+    """The `widget` field of a card for these questions."""
     return [{"messages": [{"role": "user", "content": question}]} for question in questions]
 
 
 def check_examples(questions: list[str] | None) -> None:
-    """Raise [`UserError`] for questions that no reader of the card would show."""
+    """Raise [`UserError`] for questions that [`example_questions`] would not return."""
     questions = questions or []
     if len(questions) > MAX_EXAMPLES:
         raise UserError(f"examples: {len(questions)} questions, at most {MAX_EXAMPLES} are shown; leave some out")
     for question in questions:
         if not is_short_line(question.strip()):
-            raise UserError(
-                f"examples: {question[:60]!r} must be one line of 1 to {MAX_CHARACTERS} printable characters; shorten it"
-            )
+            limit = f"1 to {MAX_CHARACTERS} printable characters"
+            raise UserError(f"examples: {question[:60]!r} must be one line of {limit}; shorten it")

@@ -1,7 +1,7 @@
-"""The python tool: runs code that a model wrote in an isolated interpreter and returns what a person would see.
+"""The python tool: runs model-written code in an isolated interpreter and returns its visible output.
 
-The interpreter is pydantic-monty: worker processes without file system, network or environment, with limits on time and
-memory. There is no fallback: where it is missing the tool refuses to run.
+The interpreter is pydantic-monty: worker processes without file system, network or environment, with limits on time
+and memory. There is no fallback: if it is missing, the tool refuses to run.
 """
 
 import functools
@@ -21,7 +21,7 @@ def check_sandbox() -> None:
 
 
 def sandbox_has_started() -> bool:
-    """Whether this process has interpreters, whose threads a fork would lack."""
+    """Whether this process has started interpreters, whose threads would be missing in a fork."""
     return sandbox_pool.cache_info().currsize > 0
 
 
@@ -35,16 +35,16 @@ def python(code: str) -> str:
 
 
 def run_python(code: str, *, timeout: float = 1.0, max_memory: int = 64 * 2**20) -> str:
-    """Run `code` in the isolated interpreter.
+    """Run `code` in the isolated interpreter and return its output.
 
     Args:
-        code: Python source. The value of a trailing expression is shown, as a notebook does.
-        timeout: Seconds of computing; `time.sleep` returns at once.
+        code: Python source. The value of a trailing expression is shown, as in a notebook.
+        timeout: Seconds of computation; `time.sleep` returns at once.
         max_memory: Heap in bytes.
 
     Returns:
-        Printed text and the `str` of the last value: `19`, `5.0`. An error is one line after what was printed before it:
-        `ZeroDivisionError: division by zero`. At most 1,000 characters; nothing at all for code that shows nothing.
+        Printed text and the `str` of the last value: `19`, `5.0`. An error is one line after the printed text:
+        `ZeroDivisionError: division by zero`. At most 1,000 characters; empty for code that shows nothing.
 
     Raises:
         UserError: pydantic-monty is not installed or cannot start.
@@ -62,23 +62,23 @@ def run_python(code: str, *, timeout: float = 1.0, max_memory: int = 64 * 2**20)
             print_value(session, session.feed_run(code, print_callback=printed), printed)
     except MontyError as raised:
         error = error_line(raised, timeout, max_memory)
-    return shown(printed.output, error)
+    return truncated_output(printed.output, error)
 
 
 def print_value(session: Any, value: Any, printed: Any) -> None:
-    """Print the last value inside the sandbox: on this side `str` of a value that contains itself many times never ends."""
+    """Print the last value inside the sandbox: here, `str` of a value that contains itself many times never ends."""
     from pydantic_monty import MontyClassProxy
 
     if value is None:
         return
-    if isinstance(value, MontyClassProxy):  # an instance of the code's own class, which cannot be sent back
+    if isinstance(value, MontyClassProxy):  # an instance of a class in the code, which cannot be sent back
         value = f"<{value.name} object>"
     new_line = "print()\n" if printed.output and not printed.output.endswith("\n") else ""
     session.feed_run(new_line + "print(value)", inputs={"value": value}, print_callback=printed)
 
 
 def error_line(error: Exception, timeout: float, max_memory: int) -> str:
-    """`Type: message` in one line; the limits say how much was allowed, and text cut off is no error."""
+    """`Type: message` in one line; limits are stated with their values, and truncated output is not an error."""
     text = error.display("type-msg") if hasattr(error, "display") else f"RuntimeError: {error}"
     if "time limit exceeded" in text or getattr(error, "timed_out", False):
         return f"TimeoutError: stopped after {timeout:g} s"
@@ -89,7 +89,7 @@ def error_line(error: Exception, timeout: float, max_memory: int) -> str:
     return " ".join(text.split())
 
 
-def shown(printed: str, error: str) -> str:
+def truncated_output(printed: str, error: str) -> str:
     room = MAX_OUTPUT_CHARACTERS - len(error) - 1
     text = printed.rstrip("\n")
     if len(text) > room:
@@ -99,14 +99,14 @@ def shown(printed: str, error: str) -> str:
 
 @functools.cache
 def sandbox_pool(process_id: int) -> Any:
-    """The pool of interpreter processes, one per process of ours: a forked child must not share its parent's workers."""
+    """The pool of interpreters, one per process, because a forked child must not share its parent's workers."""
     try:
         from pydantic_monty import Monty
     except ImportError as error:
         raise UserError("the python tool needs pydantic-monty: pip install pydantic-monty") from error
     try:
         return Monty().__enter__()
-    except Exception as error:  # IndexError where it is installed two folders below the root; whatever it is, no sandbox
+    except Exception as error:  # for instance IndexError, if it is installed two folders below the root
         raise UserError(
             f"the python tool cannot start pydantic-monty ({error!r}): install it into a virtual environment"
         ) from error

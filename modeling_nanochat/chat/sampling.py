@@ -1,4 +1,4 @@
-"""How the next token is chosen, and the range of each setting, which is the same for the commands, the page and Python."""
+"""Token sampling, and the range of each setting, which the commands, the page and Python share."""
 
 import math
 from dataclasses import dataclass
@@ -8,29 +8,29 @@ import torch
 
 from ..errors import UserError
 
-# name: (lowest, highest, whole numbers only, None allowed)
+# name: (lowest, highest, integers only, None allowed)
 SETTINGS = {
     "temperature": (0, 2, False, False),
     "top_k": (0, math.inf, True, True),
     "max_new_tokens": (1, math.inf, True, False),
     "seed": (0, 2**63 - 1, True, True),
 }
-GREEDY_BELOW = 1e-5  # no two tokens are both likely there, and smaller divisors make logits infinite
+GREEDY_BELOW = 1e-5  # only one token is likely there, and smaller divisors make logits infinite
 
 
 def check_setting(name: str, value: object) -> None:
-    """Raise [`UserError`] unless `value` is of the setting's kind and within its range."""
-    lowest, highest, whole, optional = SETTINGS[name]
+    """Raise [`UserError`] unless `value` has the setting's type and is within its range."""
+    lowest, highest, is_integer, optional = SETTINGS[name]
     if value is None and optional:
         return
-    kind = Integral if whole else Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value <= highest:  # NaN is in no range
+    kind = Integral if is_integer else Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value <= highest:  # NaN fails too
         raise UserError(f"{name} must be {describe(name)}, not {value!r:.60}")
 
 
 def describe(name: str) -> str:
-    lowest, highest, whole, _ = SETTINGS[name]
-    number = "a whole number" if whole else "a number"
+    lowest, highest, is_integer, _ = SETTINGS[name]
+    number = "a whole number" if is_integer else "a number"
     return f"{number} of at least {lowest}" if highest == math.inf else f"{number} from {lowest} to {highest}"
 
 

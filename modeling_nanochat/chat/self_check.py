@@ -1,8 +1,8 @@
-"""Checks of a model and its tokenizer at work, made before they are relied on.
+"""Checks of a model and its tokenizer with the installed libraries, made before they are used.
 
-Libraries change, and a cache that a model ignores raises no error: replies become gibberish, rewards 0. So the thing
-itself is looked at, on the installed versions: [`check_cached_decoding`] before rollouts, chat and serving,
-[`check_renderings`] wherever conversations become ids.
+Libraries change, and a cache that a model ignores raises no error: replies become gibberish, rewards 0. So the actual
+behaviour is tested: [`check_cached_decoding`] runs before rollouts, chat and serving, [`check_renderings`] wherever
+conversations become ids.
 """
 
 import sys
@@ -18,10 +18,10 @@ from .decoding import Decoder
 
 PACKAGE = "modeling-nanochat"
 PROMPT_LENGTHS, STEPS = (16, 11), 4  # two rows, so that one is padded
-FLOAT32_LIMIT = 1e-3  # of the largest difference of two logits
-# Of the root mean square over the vocabulary at any position, in standard deviations of the logits there. Rounding to
-# bfloat16 gives 0.9 % at 4 layers and 1.6 % at 20, an ignored cache 42 % and more. (The largest difference of any single
-# logit would not do: it is 4 times as large, and grows with the vocabulary.)
+FLOAT32_LIMIT = 1e-3  # on the largest difference between two logits
+# On the root mean square over the vocabulary at any position, in standard deviations of the logits there. Rounding to
+# bfloat16 gives 0.9 % at 4 layers and 1.6 % at 20, an ignored cache at least 42 %. (The largest difference of a single
+# logit is unsuitable: it is 4 times as large, and grows with the vocabulary.)
 REDUCED_LIMIT = 0.05
 
 CALL = {"type": "function", "function": {"name": "python", "arguments": {"code": "12*7"}}}
@@ -34,7 +34,7 @@ CONVERSATION = [
 
 
 class Forced(LogitsProcessor):
-    """Makes `generate` write the tokens that come next in `rows`, whatever the model would choose."""
+    """Makes `generate` emit the next tokens of `rows`, whatever the model would choose."""
 
     def __init__(self, rows: list[list[int]]):
         self.remaining = [list(row) for row in rows]
@@ -46,12 +46,12 @@ class Forced(LogitsProcessor):
 
 @torch.inference_mode()
 def check_cached_decoding(model: PreTrainedModel) -> None:
-    """Compare the logits of teacher-forced steps with a cache, by `generate` and by our decoder, with those of one pass.
+    """Compare teacher-forced logits of cached decoding, by `generate` and by our decoder, with those of one pass.
 
     Takes ten forward passes of a few tokens.
 
     Raises:
-        UserError: They differ by more than rounding explains; names the installed versions.
+        UserError: They differ by more than rounding explains; the message names the installed versions.
     """
     training = model.training
     model.eval()
@@ -60,11 +60,10 @@ def check_cached_decoding(model: PreTrainedModel) -> None:
         expected = without_cache(model, rows)
         ways: dict[str, Callable] = {"generate": by_generate, "the chat engine": by_decoder}
         for name, way in ways.items():
-            if problem := disagreement(way(model, rows), expected, computes_reduced(model)):
+            if problem := disagreement(way(model, rows), expected, has_reduced_precision(model)):
                 raise UserError(
-                    f"{name} does not get from the model's cache what the model computes without it ({problem}): "
-                    f"its text would be wrong. Installed are {installed_versions()}; install the tested versions "
-                    f"(constraints.txt)"
+                    f"{name} computes other logits with the model's cache than without it ({problem}): its text would "
+                    f"be wrong. Installed: {installed_versions()}; install the tested versions (constraints.txt)"
                 )
     finally:
         model.train(training)
@@ -80,7 +79,7 @@ def probe(model: PreTrainedModel) -> list[list[int]]:
 
 
 def without_cache(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
-    """Logits (rows, STEPS, V) of the positions before the forced tokens, each row alone."""
+    """Logits (rows, STEPS, V) of the positions before the forced tokens, one row at a time."""
     passes = [model(torch.tensor([row], device=model.device), use_cache=False).logits for row in rows]
     return torch.cat([logits[:, -STEPS - 1 : -1] for logits in passes]).float()
 
@@ -111,62 +110,62 @@ def by_decoder(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
     return torch.stack(logits, dim=1).float()
 
 
-def computes_reduced(model: PreTrainedModel) -> bool:
-    """Whether products are rounded to less than float32: a smaller dtype, autocast, or TF32."""
+def has_reduced_precision(model: PreTrainedModel) -> bool:
+    """Whether products have less than float32's precision: a smaller dtype, autocast, or TF32."""
     device = model.device.type
     tf32 = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return model.dtype != torch.float32 or torch.is_autocast_enabled(device) or tf32
 
 
 def disagreement(logits: torch.Tensor, expected: torch.Tensor, reduced: bool) -> str | None:
-    """By how much (rows, STEPS, V) logits are further apart than allowed; None if they are not."""
+    """How far apart (rows, STEPS, V) logits are, if further than allowed; otherwise None."""
     if logits.shape != expected.shape:
         return f"{tuple(logits.shape)} logits instead of {tuple(expected.shape)}"
     difference = logits - expected
     if not reduced:
         largest = difference.abs().max().item()
-        return None if largest <= FLOAT32_LIMIT else f"logits {largest:.2g} apart, allowed are {FLOAT32_LIMIT:g}"
+        return None if largest <= FLOAT32_LIMIT else f"logits {largest:.2g} apart, the limit is {FLOAT32_LIMIT:g}"
     error, spread = difference.pow(2).mean(-1).sqrt(), expected.std(-1)
     if (error <= REDUCED_LIMIT * spread).all():
         return None
     share = (error / spread).max().item()
-    return f"logits {100 * share:.0f} % of their standard deviation apart, allowed are {100 * REDUCED_LIMIT:.0f} %"
+    return f"logits {100 * share:.0f} % of their standard deviation apart, the limit is {100 * REDUCED_LIMIT:.0f} %"
 
 
 def check_renderings(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Compare what training marks as the assistant's with the prompts that the assistant is given when it generates.
+    """Compare the tokens that training marks as the assistant's with the assistant's generation prompts.
 
     Raises:
-        UserError: A prompt is not what stands in front of the tokens that were learnt behind it.
+        UserError: A generation prompt differs from the tokens before those that are trained on.
     """
     render = tokenizer.apply_chat_template
     options = {"tokenize": True, "return_dict": True}
     trained = render(CONVERSATION, return_assistant_tokens_mask=True, **options)
     ids, mask = list(trained["input_ids"]), list(trained["assistant_masks"])
     prompts = [list(render(CONVERSATION[:n], add_generation_prompt=True, **options)["input_ids"]) for n in (1, 3)]
-    starts = [i for i, learnt in enumerate(mask) if learnt and not mask[i - 1]]
+    starts = [i for i, is_trained in enumerate(mask) if is_trained and not mask[i - 1]]
     if starts != [len(prompt) for prompt in prompts] or any(ids[: len(prompt)] != prompt for prompt in prompts):
         raise UserError(
-            f"{tokenizer.name_or_path or 'this tokenizer'}: its chat template marks other tokens for training than the "
-            f"assistant writes behind a generation prompt. Installed are {installed_versions()}; install the tested versions "
-            "(constraints.txt), or take the chat template of this project's tokenizers"
+            f"{tokenizer.name_or_path or 'this tokenizer'}: its chat template marks other tokens for training than "
+            f"the assistant writes after a generation prompt. Installed: {installed_versions()}; install the tested "
+            "versions (constraints.txt), or use the chat template of this project's tokenizers"
         )
 
 
 def warn_of_untested_versions() -> None:
-    """A line on stderr for each; what they do to a model is for the checks above to find out."""
+    """Print a warning for each to stderr; the checks above find out whether they break a model."""
     for warning in untested_versions():
         print(f"warning: {warning}", file=sys.stderr)
 
 
 def untested_versions() -> list[str]:
-    """A line for each installed library that is older or newer than what this package was tested with."""
+    """A line for each installed library that is older or newer than the tested versions."""
     lines = [
         f"{need.name} {installed} is not among the tested versions ({need.specifier})"
         for need in requirements()
         if (installed := version(need.name)) and not need.specifier.contains(installed, prereleases=True)
     ]
-    return list(dict.fromkeys(lines))  # extras repeat what they ask for
+    return list(dict.fromkeys(lines))  # extras repeat requirements
 
 
 def installed_versions() -> str:
@@ -175,7 +174,7 @@ def installed_versions() -> str:
 
 
 def requirements() -> list[Requirement]:
-    """What this package asks for, its extras included; empty where it is used without having been installed."""
+    """This package's requirements, extras included; empty if it is used without being installed."""
     try:
         return [Requirement(line) for line in metadata.requires(PACKAGE) or ()]
     except metadata.PackageNotFoundError:

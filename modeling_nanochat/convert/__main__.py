@@ -1,4 +1,4 @@
-"""Checkpoints of the original nanochat to model folders, and back.
+"""Convert checkpoints of the original nanochat to model folders, and back.
 
     nanochat-convert --input ~/.cache/nanochat/chatsft_checkpoints/d20 --output_dir d20 \\
         --tokenizer ~/.cache/nanochat/tokenizer --allow_pickle
@@ -7,8 +7,8 @@
 
     nanochat-convert --input runs/d20/sft --to original --output_dir back/d20
 
-The layout of a checkpoint, launch or current, is told from its tensors: launch becomes plain, current becomes turbo.
-Logits stay the same; what neither architecture computes, and what would lose a tensor, is refused.
+The layout of a checkpoint, launch or current, is detected from its tensors: launch becomes plain, current turbo.
+Logits stay the same; models that neither architecture can compute, and conversions that lose a tensor, are refused.
 """
 
 import json
@@ -48,7 +48,7 @@ original [nanochat](https://github.com/karpathy/nanochat); the weights are in {d
 
 @dataclass
 class ConvertArguments:
-    """What is converted, into what."""
+    """What to convert, and to what."""
 
     input: str = field(
         metadata={
@@ -59,40 +59,40 @@ class ConvertArguments:
     to: Literal["hub", "plain", "original", "launch"] = field(
         default="hub",
         metadata={
-            "help": "hub: model folder of the checkpoint's own architecture; plain: the same, plain or nothing; "
-            "original: checkpoint in the original's layout; launch: the same, launch layout or nothing."
+            "help": "hub: model folder in the checkpoint's architecture; plain: the same, but refuse turbo; "
+            "original: checkpoint in the original's layout; launch: the same, but refuse turbo."
         },
     )
     step: int | None = field(
         default=None,
-        metadata={"help": "Step to read, by default the largest; to the original: to write, by default 0."},
+        metadata={"help": "Step to read (default: the largest), or with --to original to write (default: 0)."},
     )
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "Tokenizer folder or Hub id, by default the input; tokenizer.pkl is known too."},
+        metadata={"help": "Tokenizer folder or Hub id (default: the input); tokenizer.pkl is supported."},
     )
     allow_pickle: bool = field(
-        default=False, metadata={"help": "Open a pickled tokenizer; only from people you trust."}
+        default=False, metadata={"help": "Open a pickled tokenizer; only from sources you trust."}
     )
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "float32 or bfloat16, of a model folder; auto: float32, unless all is bfloat16: loses nothing."
+            "help": "dtype of a model folder, float32 or bfloat16; auto: bfloat16 if all tensors are, else float32."
         },
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is there."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an existing output_dir."})
 
 
 def convert(args: ConvertArguments) -> None:
-    """Do what the command line asks for.
+    """Run the conversion that the arguments describe.
 
     Raises:
-        UserError: Input, tokenizer or settings do not fit; nothing is written then.
+        UserError: Input, tokenizer or settings do not match; nothing is written.
     """
     if Path(args.output_dir).exists() and not args.overwrite_output_dir:
         raise UserError(f"{args.output_dir} already exists; pass --overwrite_output_dir true or another --output_dir")
     if Path(args.input).expanduser().resolve().is_relative_to(Path(args.output_dir).resolve()):
-        raise UserError(f"{args.output_dir} holds the input, which would be replaced; give another --output_dir")
+        raise UserError(f"{args.output_dir} contains the input, which would be replaced; give another --output_dir")
     if args.step is not None and args.step < 0:
         raise UserError(f"--step {args.step}: steps count from 0")
     if args.dtype not in ("auto", "float32", "bfloat16"):
@@ -117,7 +117,7 @@ def to_hub(args: ConvertArguments) -> None:
     if args.to == "plain" and architecture == "turbo":
         refuse_loss(turbo_places(sizes))
     if architecture == "turbo" and sizes.window_pattern is None:
-        print("note: the meta file has no window_pattern; as in the original, every layer sees the whole context")
+        print("note: the meta file has no window_pattern; as in the original, every layer sees the full context")
     tokenizer = open_tokenizer(args, folder, sizes)
     dtype = pick_dtype(args.dtype, state_dict)
     model = build_model(config, {name: tensor.to(dtype) for name, tensor in state_dict.items()}, tokenizer)
@@ -125,16 +125,15 @@ def to_hub(args: ConvertArguments) -> None:
         model.save_pretrained(target)
         save_tokenizer(tokenizer, target)
         (target / "README.md").write_text(model_card(args, model, architecture, step), encoding="utf-8")
-    print(
-        f"{args.output_dir}: {architecture}, step {step}, {model.num_parameters():,} parameters in {dtype_name(model.dtype)}"
-    )
+    size = f"{model.num_parameters():,} parameters in {dtype_name(model.dtype)}"
+    print(f"{args.output_dir}: {architecture}, step {step}, {size}")
 
 
 def to_original(args: ConvertArguments) -> None:
     """Model folder -> `model_<step>.pt` and `meta_<step>.json`: launch layout for plain, current layout for turbo."""
     folder = find_folder(args.input, "config.json", "*.safetensors", "*.safetensors.index.json")
     if not (folder / "config.json").is_file():
-        what = "a checkpoint of the original already" if steps(folder) else "no model folder, it has no config.json"
+        what = "already a checkpoint of the original" if steps(folder) else "not a model folder, it has no config.json"
         raise UserError(f"{args.input}: {what}; --to {args.to} takes a model folder")
     try:
         sizes, architecture = config_to_original(read_config(folder))
@@ -162,11 +161,11 @@ def refuse_model_folder(args: ConvertArguments, folder: Path) -> None:
         raise UserError(f"{args.input}: {error}") from error
     if args.to == "plain" and architecture == "turbo":
         refuse_loss(place.name for place in turbo_places(sizes).values())
-    raise UserError(f"{args.input}: a model folder already ({architecture}); --to original makes a checkpoint of it")
+    raise UserError(f"{args.input}: already a model folder ({architecture}); --to original makes it a checkpoint")
 
 
 def open_tokenizer(args: ConvertArguments, folder: Path, sizes: OriginalConfig) -> PreTrainedTokenizerFast:
-    """The model's tokenizer, with the chat template if it has none; checked against the model's vocabulary."""
+    """The model's tokenizer, given the chat template if it has none; checked against the model's vocabulary."""
     name = args.tokenizer or str(folder)
     place = Path(name).expanduser()
     pickled = place / "tokenizer.pkl"
@@ -181,7 +180,7 @@ def open_tokenizer(args: ConvertArguments, folder: Path, sizes: OriginalConfig) 
     if len(tokenizer) != sizes.vocab_size:
         raise UserError(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {sizes.vocab_size}; "
-            "they are not from the same training, give the right one by --tokenizer"
+            "they are not from the same training, give the right one with --tokenizer"
         )
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE.read_text(encoding="utf-8")
     return tokenizer
@@ -190,20 +189,20 @@ def open_tokenizer(args: ConvertArguments, folder: Path, sizes: OriginalConfig) 
 def unpickle_tokenizer(path: Path, allowed: bool, model_max_length: int) -> PreTrainedTokenizerFast:
     if not path.is_file():
         raise UserError(
-            f"{path.parent}: no tokenizer.json or tokenizer.pkl; give the model's tokenizer by --tokenizer, a model "
-            "without it is of no use"
+            f"{path.parent}: no tokenizer.json or tokenizer.pkl; give the model's tokenizer with --tokenizer, a model "
+            "is useless without it"
         )
     if not allowed:
         raise UserError(
-            f"{path}: unpickling can run code; pass --allow_pickle true if you trust where it is from, or give a "
-            "tokenizer with tokenizer.json by --tokenizer"
+            f"{path}: unpickling can run code; pass --allow_pickle true if you trust its source, or give a folder "
+            "with tokenizer.json with --tokenizer"
         )
     print(f"warning: opening the pickle {path}; unpickling can run code, do so only if you trust it", file=sys.stderr)
     return load_pickled_tokenizer(path, model_max_length)
 
 
 def pick_dtype(name: str, state_dict: dict[str, torch.Tensor]) -> torch.dtype:
-    """float32 by default, which holds the original's float32 matrices and its bfloat16 embeddings both exactly."""
+    """float32 by default, which represents the original's float32 matrices and bfloat16 embeddings exactly."""
     if name != "auto":
         return getattr(torch, name)
     only_bfloat16 = all(tensor.dtype == torch.bfloat16 for tensor in state_dict.values())
@@ -213,7 +212,7 @@ def pick_dtype(name: str, state_dict: dict[str, torch.Tensor]) -> torch.dtype:
 def build_model(
     config: NanoChatConfig, state_dict: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast
 ) -> PreTrainedModel:
-    """The model around the given tensors, which are not copied."""
+    """A model that uses the given tensors without copying them."""
     model_class = NanoChatForCausalLM if config.model_type == "nanochat" else NanoChatTurboForCausalLM
     with torch.device("meta"):
         model = model_class(config)

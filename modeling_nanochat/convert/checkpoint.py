@@ -1,8 +1,8 @@
-"""The original's state dicts to ours and back: names, shapes, vocabulary padding.
+"""Conversion of the original's state dicts to ours and back: names, shapes, vocabulary padding.
 
-Two layouts have an architecture here: the one of its launch is plain, the current one is turbo. A layout between the two
+Two layouts have an architecture here: the launch layout is plain, the current one is turbo. A layout between the two
 (residual scales without smear, windows on launch weights) has none, and is refused rather than converted to something
-with other logits. Everything here works on dictionaries; `convert.py` reads and writes the files.
+with other logits. Everything here works on dictionaries; `files.py` and `__main__.py` read and write the files.
 """
 
 import re
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..errors import UserError
 from ..modeling_nanochat_turbo import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
-from .config import Architecture, OriginalConfig, listed
+from .config import Architecture, OriginalConfig, join_names
 
 VOCABULARY_MULTIPLE = 64
 COMPILED_PREFIX = "_orig_mod."
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Place(NamedTuple):
-    """Where a tensor of the original lives here: our name, its shape without padding, whether rows are the vocabulary's."""
+    """Our counterpart of an original tensor: name, shape without padding, whether its rows are the vocabulary."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 def plain_places(sizes: OriginalConfig) -> dict[str, Place]:
-    """Name in the original -> place, for the tensors that both layouts have. Nothing is transposed."""
+    """Original name -> place, for the tensors of both layouts. Nothing is transposed."""
     width, values = sizes.n_embd, sizes.n_embd // sizes.n_head * sizes.n_kv_head
     places = {
         "transformer.wte.weight": Place("model.embed_tokens.weight", (sizes.vocab_size, width), True),
@@ -50,7 +50,7 @@ def plain_places(sizes: OriginalConfig) -> dict[str, Place]:
 
 
 def turbo_places(sizes: OriginalConfig) -> dict[str, Place]:
-    """The same for the tensors that only the current layout has."""
+    """Original name -> place, for the tensors of the current layout alone."""
     values = sizes.n_embd // sizes.n_head * sizes.n_kv_head
     places = {
         "resid_lambdas": Place("model.resid_lambdas", (sizes.n_layer,)),
@@ -72,7 +72,7 @@ def all_places(sizes: OriginalConfig, architecture: Architecture) -> dict[str, P
 
 
 def without_compiled_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The names of the model itself, where the compiled one was saved."""
+    """The state dict without the name prefix of a compiled model."""
     stripped = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in state_dict.items()}
     if len(stripped) < len(state_dict):
         raise UserError(f"holds tensors twice, with and without {COMPILED_PREFIX}; save one of them")
@@ -80,14 +80,14 @@ def without_compiled_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str,
 
 
 def recognise(names: Iterable[str], sizes: OriginalConfig) -> Architecture:
-    """The architecture of an original state dict, told from the names of its tensors.
+    """The architecture of an original state dict, detected from its tensors' names.
 
     Raises:
-        UserError: It is neither the launch nor the current layout; the message has the names that do not fit.
+        UserError: It is neither the launch nor the current layout; the message lists the names that do not fit.
     """
     names = set(names)
     layers = {match[1] for name in names if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
-    if len(layers) != sizes.n_layer:  # first of all, so that no number from the meta file alone sizes the tables below
+    if len(layers) != sizes.n_layer:  # first, so that the meta file alone never sizes the tables below
         raise UserError(f"the weights have {len(layers)} layers, model_config says {sizes.n_layer}")
     plain, turbo = set(plain_places(sizes)), set(turbo_places(sizes))
     misfits = {"unknown": names - plain - turbo, "missing": plain - names}
@@ -96,9 +96,9 @@ def recognise(names: Iterable[str], sizes: OriginalConfig) -> Architecture:
     if found and misfits["missing"] & turbo:
         misfits["found beside"] = found
     if any(misfits.values()):
-        told = "; ".join(f"{what}: {listed(sorted(which))}" for what, which in misfits.items() if which)
+        details = "; ".join(f"{what}: {join_names(sorted(which))}" for what, which in misfits.items() if which)
         raise UserError(
-            f"neither the launch nor the current layout, so no architecture here gives its logits ({told})"
+            f"neither the launch nor the current layout, so no architecture here gives its logits ({details})"
         )
     return "turbo" if found else "plain"
 
@@ -106,7 +106,7 @@ def recognise(names: Iterable[str], sizes: OriginalConfig) -> Architecture:
 def state_dict_from_original(
     state_dict: Mapping[str, torch.Tensor], sizes: OriginalConfig
 ) -> tuple[dict[str, torch.Tensor], Architecture]:
-    """An original state dict under our names, without the rows that pad its vocabulary; and which architecture it is.
+    """An original state dict under our names, without vocabulary padding; and its architecture.
 
     The tensors are the given ones or views of them, in their own dtype.
 
@@ -128,7 +128,7 @@ def check_tensor(name: str, tensor: torch.Tensor, place: Place, padded_rows: int
         shapes.append((padded_rows, *place.shape[1:]))
     if tuple(tensor.shape) not in shapes:
         wanted = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
-        raise UserError(f"{name} has shape {tuple(tensor.shape)}, the sizes ask for {wanted}")
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}, the sizes require {wanted}")
     if tensor.dtype not in DTYPES:
         raise UserError(f"{name} is {dtype_name(tensor.dtype)}, expected float32 or bfloat16")
 
@@ -138,7 +138,7 @@ def state_dict_to_original(
 ) -> dict[str, torch.Tensor]:
     """Our state dict under the original's names: launch layout for plain, current layout for turbo.
 
-    In the current layout zero rows pad the vocabulary to a multiple of 64, as that code expects; it never reads them.
+    The current layout is padded with zero rows to a multiple of 64, as that code expects; it never reads them.
     The launch layout has no padding.
 
     Raises:
@@ -147,7 +147,7 @@ def state_dict_to_original(
     places = all_places(sizes, architecture)
     names = {place.name for place in places.values()}
     if misfits := sorted(names ^ set(state_dict)):
-        raise UserError(f"the weights do not fit config.json: {listed(misfits)} missing or not expected")
+        raise UserError(f"the weights do not fit config.json: {join_names(misfits)} missing or unexpected")
     converted = {}
     for name, place in places.items():
         check_tensor(place.name, state_dict[place.name], place)
@@ -157,7 +157,7 @@ def state_dict_to_original(
 
 
 def bfloat16_tables(state_dict: dict[str, torch.Tensor], places: Mapping[str, Place]) -> dict[str, torch.Tensor]:
-    """Embedding tables in bfloat16 if that loses nothing: so the original stores them, and so they come back equal."""
+    """Embedding tables in bfloat16 if that is lossless: the original stores them so, and a round trip is identical."""
     tables = [name for name, place in places.items() if place.by_vocabulary and name != "lm_head.weight"]
     rounded = {name: state_dict[name].bfloat16() for name in tables}
     exact = all(torch.equal(rounded[name].to(state_dict[name].dtype), state_dict[name]) for name in tables)
@@ -165,12 +165,12 @@ def bfloat16_tables(state_dict: dict[str, torch.Tensor], places: Mapping[str, Pl
 
 
 def padded(vocab_size: int) -> int:
-    """Rows that the original gives a table of `vocab_size` entries."""
+    """Rows of the original's padded table for `vocab_size` entries."""
     return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def refuse_loss(names: Iterable[str]) -> None:
-    """Raise [`UserError`] that lists the tensors of turbo, all of them, for which plain has no place."""
+    """Raise [`UserError`] that lists all tensors of turbo for which plain has no place."""
     raise UserError(
         "turbo cannot become plain: windows, q/k scale and rotary base differ, and these tensors would be lost: "
         + ", ".join(names)

@@ -1,4 +1,4 @@
-"""The original's `model_config` to our configurations and back."""
+"""Conversion of the original's `model_config` to our configurations and back."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -11,8 +11,8 @@ from ..errors import UserError
 
 Architecture = Literal["plain", "turbo"]
 
-# What decides a model's logits beside its sizes and weights. `differences` looks at three more.
-DECISIVE = (
+# Fields that determine a model's logits beside its sizes and weights. `differences` compares three more.
+LOGIT_FIELDS = (
     "intermediate_size",
     "hidden_act",
     "attention_bias",
@@ -38,16 +38,16 @@ class OriginalConfig:
 
     @classmethod
     def from_dict(cls, values: Any) -> "OriginalConfig":
-        """Check and take over a `model_config`.
+        """Validate a `model_config` and return it.
 
         Raises:
             UserError: An entry is missing, unknown, or not a positive whole number; heads do not divide the width.
         """
         if not isinstance(values, dict):
-            raise UserError("model_config is missing or no mapping; it must hold the model's sizes")
+            raise UserError("model_config is missing or not a mapping; it must hold the model's sizes")
         names = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(names)):
-            raise UserError(f"model_config has unknown entries {listed(unknown)}; no architecture here knows them")
+            raise UserError(f"model_config has unknown entries {join_names(unknown)}; no architecture here knows them")
         for name in names[:-1]:
             if not isinstance(values.get(name), int) or isinstance(values[name], bool) or values[name] < 1:
                 raise UserError(f"model_config.{name} is {values.get(name)!r}, expected a positive whole number")
@@ -62,17 +62,17 @@ class OriginalConfig:
         return sizes
 
     def to_dict(self) -> dict[str, Any]:
-        """As the original writes it; the launch code accepts no `window_pattern`, so None is left out."""
+        """The mapping as the original writes it, without None: the launch code accepts no `window_pattern`."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def config_from_original(sizes: OriginalConfig, architecture: Architecture) -> NanoChatConfig:
     """Our configuration of an original model.
 
-    A current model without `window_pattern` sees the whole context in every layer: so the original opens it.
+    A current model without `window_pattern` sees the full context in every layer, as in the original.
 
     Raises:
-        UserError: Launch weights with sliding windows, which belong to neither architecture; unfit sizes.
+        UserError: Launch weights with sliding windows, which fit neither architecture; invalid sizes.
     """
     common = {
         "vocab_size": sizes.vocab_size,
@@ -85,7 +85,7 @@ def config_from_original(sizes: OriginalConfig, architecture: Architecture) -> N
     pattern = sizes.window_pattern or "L"
     if architecture == "plain" and set(pattern.upper()) != {"L"}:
         raise UserError(
-            f"launch weights with window_pattern {pattern!r}: no architecture here has windows and no more"
+            f"launch weights with window_pattern {pattern!r}: no architecture here adds only windows to plain"
         )
     try:
         return (
@@ -98,10 +98,10 @@ def config_from_original(sizes: OriginalConfig, architecture: Architecture) -> N
 
 
 def config_to_original(config: NanoChatConfig) -> tuple[OriginalConfig, Architecture]:
-    """The original's `model_config`, and the architecture.
+    """The original's `model_config` of a configuration, and its architecture.
 
     Raises:
-        UserError: A setting that decides the logits has another value than the original's code has.
+        UserError: A setting that determines the logits differs from the value fixed in the original's code.
     """
     architecture = architecture_of(config)
     sizes = OriginalConfig(
@@ -114,19 +114,19 @@ def config_to_original(config: NanoChatConfig) -> tuple[OriginalConfig, Architec
         window_pattern=config.window_pattern if architecture == "turbo" else None,
     )
     if different := differences(config, config_from_original(sizes, architecture)):
-        told = ", ".join(f"{name} {getattr(config, name, None)!r}" for name in different)
-        raise UserError(f"the original's code is fixed to other values than {told}; its logits would differ")
+        details = ", ".join(f"{name} {getattr(config, name, None)!r}" for name in different)
+        raise UserError(f"the original's code has fixed values other than {details}; its logits would differ")
     return sizes, architecture
 
 
 def differences(config: NanoChatConfig, theirs: NanoChatConfig) -> list[str]:
-    """Fields by which the logits of `config` differ from those of the original's code, with its sizes `theirs`."""
-    different = [name for name in DECISIVE if getattr(config, name, None) != getattr(theirs, name, None)]
+    """Fields that make the logits of `config` differ from those of the original's code at the same sizes, `theirs`."""
+    different = [name for name in LOGIT_FIELDS if getattr(config, name, None) != getattr(theirs, name, None)]
     head_dim = theirs.hidden_size // theirs.num_attention_heads
     fits = {
         "head_dim": (getattr(config, "head_dim", None) or head_dim) == head_dim,
         "rope_parameters": rope(config) == rope(theirs),
-        # 1e-6 is the default of transformers' own class: a conversion that kept it is 5e-6 off in logits; put right here
+        # 1e-6 is transformers' default: a conversion that kept it is off by 5e-6 in logits, which is corrected here
         "rms_norm_eps": config.rms_norm_eps in (FLOAT32_EPSILON, 1e-6),
     }
     return different + [name for name, fit in fits.items() if not fit]
@@ -141,14 +141,14 @@ def architecture_of(config: Any) -> Architecture:
     """Architecture of a model folder's configuration.
 
     Raises:
-        UserError: It is neither of the two.
+        UserError: It is neither plain nor turbo.
     """
     known = {"nanochat": "plain", "nanochat_turbo": "turbo"}
     if config.model_type not in known:
-        raise UserError(f"model_type is {config.model_type!r}; only {listed(list(known))} can be converted")
+        raise UserError(f"model_type is {config.model_type!r}; only {join_names(list(known))} can be converted")
     return known[config.model_type]
 
 
-def listed(names: list[str], most: int = 8) -> str:
+def join_names(names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

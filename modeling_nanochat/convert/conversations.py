@@ -1,17 +1,17 @@
-"""Conversations in nanochat's own form, brought into the ecosystem's.
+"""Conversion of conversations in nanochat's own format to the Hugging Face format.
 
-There, an assistant's content may be a list of parts {"type", "text"}; a part `python` is a call of the tool and a part
-`python_output` what came back. Here, a call belongs to a message and its result is a message of its own:
+There, an assistant's content may be a list of parts {"type", "text"}; a part `python` is a tool call and a part
+`python_output` its result. Here, a call belongs to a message and its result is a separate message:
 
 | nanochat | here |
 | --- | --- |
-| `text` | `content` of an assistant message; several in a row become its text parts, each of which is encoded apart |
+| `text` | `content` of an assistant message; several in a row become text parts, each encoded separately |
 | `python` | one of that message's `tool_calls`: {"name": "python", "arguments": {"code": text}} |
 | `python_output` | a message {"role": "tool", "name": "python", "content": text} |
-| end of the list | end of the last assistant message, which is an empty one where the list ends with a result |
+| end of the list | end of the last assistant message, which is empty if the list ends with a result |
 
-Everything else is the same in both. The chat template writes the converted messages with the ids and the mask that
-nanochat gives the original ones.
+Everything else is the same in both. The chat template renders the converted messages to the same ids and mask as
+nanochat the original ones.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ CALL, RESULT = "python", "python_output"
 
 
 def has_call_parts(messages: Any) -> bool:
-    """Whether these are nanochat's own messages, told by a `python` or `python_output` part."""
+    """Whether these are nanochat's own messages, recognised by a `python` or `python_output` part."""
     found = messages if isinstance(messages, list) else []
     contents = [message.get("content") for message in found if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
@@ -30,7 +30,7 @@ def has_call_parts(messages: Any) -> bool:
 
 
 def from_original(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The messages, with every assistant message that has calls among its parts written as the several it is here.
+    """The messages, with every assistant message that has calls among its parts split into several messages.
 
     Raises:
         UserError: A part is malformed or of an unknown type, text follows a call, or a result follows no call.
@@ -39,7 +39,7 @@ def from_original(messages: list[dict[str, Any]], where: str) -> list[dict[str, 
     for number, message in enumerate(messages, start=1):
         if has_call_parts([message]):
             if message.get("tool_calls"):
-                raise UserError(f"{where}, message {number}: calls are either `{CALL}` parts or `tool_calls`, not both")
+                raise UserError(f"{where}, message {number}: write calls as `{CALL}` parts or `tool_calls`, not both")
             if message.get("role") != "assistant":
                 raise UserError(f"{where}, message {number}: only an assistant message can have `{CALL}` parts")
             converted += from_parts(message["content"], f"{where}, message {number}")
@@ -71,7 +71,7 @@ def from_parts(parts: list[Any], where: str) -> list[dict[str, Any]]:
         raise UserError(f"{where}: the last `{CALL}` has no `{RESULT}`")
     if turn[-1]["role"] == "tool":
         turn.append(assistant())
-    return [message | {"content": simplest(message["content"])} for message in turn]
+    return [message | {"content": unwrap_single_text(message["content"])} for message in turn]
 
 
 def assistant() -> dict[str, Any]:
@@ -86,6 +86,6 @@ def kind_and_text(part: Any, where: str) -> tuple[str, str]:
     return part["type"], part["text"]
 
 
-def simplest(content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
-    """A list of one text part, or of none, as a string."""
+def unwrap_single_text(content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
+    """The content as a string, if it is a list of at most one text part."""
     return "".join(part["text"] for part in content) if isinstance(content, list) and len(content) < 2 else content

@@ -1,7 +1,7 @@
-"""The original's `tokenizer.pkl`, a pickled tiktoken encoder, as an ordinary fast tokenizer. Needs no tiktoken.
+"""The original's `tokenizer.pkl`, a pickled tiktoken encoder, as a standard fast tokenizer. Needs no tiktoken.
 
-Unpickling may run whatever code a file names. This reader knows one name, tiktoken's `Encoding`, and puts a bare
-container in its place; any other name ends the reading. What is left are numbers, strings, bytes and dictionaries.
+Unpickling may run any code that a file names. This reader allows one name, tiktoken's `Encoding`, and replaces it by a
+bare container; any other name is an error. The rest are numbers, strings, bytes and dictionaries.
 """
 
 import pickle
@@ -16,7 +16,7 @@ from ..tokenization_nanochat import SPECIAL_TOKENS, SPLIT_PATTERN, build_tokeniz
 
 
 class PickledEncoding:
-    """What was pickled of a tiktoken `Encoding`."""
+    """Container for the pickled state of a tiktoken `Encoding`."""
 
     state: Any = None
 
@@ -34,7 +34,7 @@ class EncodingUnpickler(pickle.Unpickler):
 
 
 def load_pickled_tokenizer(path: str | Path, model_max_length: int = 2048) -> PreTrainedTokenizerFast:
-    """The fast tokenizer, with chat template, that gives every text the ids of the encoder pickled in `path`.
+    """The fast tokenizer, with chat template, whose ids are those of the encoder pickled in `path`.
 
     Args:
         path: `tokenizer.pkl` of the original.
@@ -50,11 +50,11 @@ def load_pickled_tokenizer(path: str | Path, model_max_length: int = 2048) -> Pr
 
 
 def read_encoding(path: str | Path) -> dict[str, Any]:
-    """`pat_str`, `mergeable_ranks` and `special_tokens` of the pickled encoder, of the right types."""
+    """`pat_str`, `mergeable_ranks` and `special_tokens` of the pickled encoder, with their types checked."""
     try:
         with open(path, "rb") as file:
             state = getattr(EncodingUnpickler(file).load(), "state", None)
-    except Exception as error:  # a damaged or hostile stream can make the machine fail in any way
+    except Exception as error:  # a damaged or hostile pickle can fail in any way
         reason = str(error) or type(error).__name__
         raise UserError(f"not a pickled tiktoken encoder: {reason}") from error
     if not isinstance(state, dict):
@@ -66,12 +66,12 @@ def read_encoding(path: str | Path) -> dict[str, Any]:
 
 
 def is_mapping(value: Any, kind: type) -> bool:
-    """A dictionary from `kind` to whole numbers."""
+    """Whether `value` is a dictionary from `kind` to integers."""
     return isinstance(value, dict) and all(isinstance(k, kind) and isinstance(v, int) for k, v in value.items())
 
 
 def tokenizer_from_encoding(encoding: dict[str, Any], model_max_length: int = 2048) -> PreTrainedTokenizerFast:
-    """The same from the encoder's parts.
+    """The fast tokenizer of [`load_pickled_tokenizer`] from the encoder's parts.
 
     Args:
         encoding: `pat_str` (str), `mergeable_ranks` (bytes -> id) and `special_tokens` (str -> id).

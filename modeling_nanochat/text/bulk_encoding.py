@@ -1,8 +1,8 @@
-"""Encoding whole corpora: the fast tokenizer's ids, many times faster.
+"""Encoding of large corpora: the fast tokenizer's ids, many times faster.
 
-gigatoken or tiktoken does the work where it is installed and its ids are provably the same (`exact_encoders`), the fast
-tokenizer itself elsewhere. Long documents are cut where nothing of their ids depends on it, so that all threads have
-their share of one and its ids take little memory on the way.
+gigatoken or tiktoken does the work if it is installed and its ids are provably the same (`exact_encoders`), otherwise
+the fast tokenizer itself. Long documents are split where that cannot change their ids, so that all threads work on one
+document and encoding needs little memory.
 """
 
 import os
@@ -18,21 +18,21 @@ from transformers import PreTrainedTokenizerFast
 from ..tokenization_nanochat import check_blanks, disable_special_tokens, escaped, whole_characters
 from .exact_encoders import code_points, exact_encoder, pattern_name, unassigned
 
-MOST_THREADS = 4
-WORTH_A_THREAD = 32768  # characters; less text is encoded sooner than threads are started
-PART = 2**18  # characters of a long document that are encoded at once, up to the next place to cut at
+MAX_THREADS = 4
+CHARACTERS_PER_THREAD = 32768  # less text is encoded faster than a thread starts
+PART = 2**18  # characters of a long document that are encoded at once, up to the next place to split
 
-# Where every one of our patterns cuts, whatever stands before and after, so that text may be cut there beforehand:
-# - In front of a blank or tab that stands behind no blank. Patterns take one only as the first of a piece or in a run.
-# - Behind a line break between two characters that are no blanks. It ends the signs that it follows (`[\r\n]*`) or is
-#   taken alone (`\s*[\r\n]`, and `\s+` in GPT-2's); no alternative takes a line break together with what follows.
-# Nothing in the patterns looks back, and no escape (`<|` and a noncharacter) has either place inside. What Python calls
-# no blank is none to the regular expressions that cut: its blanks are theirs and \x1c-\x1f.
+# Places where each of our patterns splits in any context, so that text may be split there in advance:
+# - Before a blank or tab that follows a non-blank. Patterns match a blank only at the start of a piece or in a run.
+# - After a line break between two non-blanks. It ends the signs before it (`[\r\n]*`) or is matched alone
+#   (`\s*[\r\n]`, and `\s+` in GPT-2's); no alternative matches a line break together with what follows.
+# No pattern looks behind, and no escape (`<|` and a noncharacter) contains such a place. Python's non-blanks are also
+# non-blanks of the tokenizer's regular expressions: Python's blanks are theirs and \x1c-\x1f.
 PLACE_TO_CUT = re.compile(r"(?<=\S)(?=[ \t])|(?<=\S\n)(?=\S)")
 
 
 class BulkEncoder:
-    """Ids of many documents, those of `encode_documents` to the last one, as arrays."""
+    """Encodes many documents to arrays, with exactly the ids of `encode_documents`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, threads: int | None = None):
         self.bos_token_id = tokenizer.bos_token_id
@@ -45,24 +45,24 @@ class BulkEncoder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        disable_special_tokens(self.tokenizer)  # a serialised one forgets
+        disable_special_tokens(self.tokenizer)  # serialisation loses these settings
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids (n,) uint32 of each document, `<|bos|>` in front; control tokens spelled out stay ordinary characters.
+        """Ids (n,) uint32 of each document, starting with `<|bos|>`; control tokens spelled out stay ordinary text.
 
-        Half a surrogate pair is read as U+FFFD. A document without a place to cut at, neither blanks nor line breaks between
-        words, is encoded as a whole, which takes 25 bytes of memory a character by gigatoken, 50 by tiktoken and up to
-        150 by the fast tokenizer, and time that grows somewhat faster than its length, but not with its square.
+        Unpaired surrogates are read as U+FFFD. A document without a place to split, neither blanks nor line breaks
+        between words, is encoded in one piece. This takes 25 bytes of memory per character with gigatoken, 50 with
+        tiktoken and up to 150 with the fast tokenizer, and slightly more than linear but not quadratic time.
 
         Raises:
-            UserError: Eight million blanks in a row, where only the fast tokenizer is there to encode them.
+            UserError: Eight million blanks in a row, if only the fast tokenizer can encode them.
         """
         parts = [list(self.parts(whole_characters(text))) for text in texts]
         encoded = iter(self.encode_parts([part for document in parts for part in document]))
-        return [self.joined([next(encoded) for _ in document]) for document in parts]
+        return [self.concatenated([next(encoded) for _ in document]) for document in parts]
 
     def parts(self, text: str) -> Iterator[str]:
-        """`text` in parts of about `PART` characters whose ids one after the other are its own."""
+        """Split `text` into parts of about `PART` characters whose concatenated ids are those of `text`."""
         start = 0
         while self.may_be_cut and len(text) - start > PART:
             place = PLACE_TO_CUT.search(text, start + PART)
@@ -73,17 +73,17 @@ class BulkEncoder:
         yield text[start:]
 
     def encode_parts(self, parts: list[str]) -> list[np.ndarray]:
-        threads = min(self.threads, len(parts), 1 + sum(map(len, parts)) // WORTH_A_THREAD)
+        threads = min(self.threads, len(parts), 1 + sum(map(len, parts)) // CHARACTERS_PER_THREAD)
         if threads <= 1:
             return [self.text_ids(part) for part in parts]
         encoded: list = [None] * len(parts)
         with ThreadPoolExecutor(threads) as pool:
-            shares = pool.map(lambda share: [self.text_ids(part) for part in share], [parts[i::threads] for i in range(threads)])
-            for i, share in enumerate(shares):
-                encoded[i::threads] = share
+            slices = [parts[i::threads] for i in range(threads)]
+            for i, ids in enumerate(pool.map(lambda texts: [self.text_ids(text) for text in texts], slices)):
+                encoded[i::threads] = ids
         return encoded
 
-    def joined(self, parts: list[np.ndarray]) -> np.ndarray:
+    def concatenated(self, parts: list[np.ndarray]) -> np.ndarray:
         document = np.empty(1 + sum(map(len, parts)), dtype=np.uint32)
         document[0] = self.bos_token_id
         np.concatenate(parts, out=document[1:])
@@ -104,6 +104,6 @@ class BulkEncoder:
 
 
 def available_threads() -> int:
-    """Cores of this process, shared with the other processes of the machine; no more than tokenization is worth."""
+    """This process's cores, divided among the machine's local ranks; at most `MAX_THREADS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(MAX_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

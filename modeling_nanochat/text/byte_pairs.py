@@ -1,4 +1,4 @@
-"""Which two tokens each token was merged from, where only the tokens and their order are known."""
+"""Reconstruction of BPE merges from the tokens and their ranks alone."""
 
 from itertools import pairwise
 
@@ -7,16 +7,16 @@ from ..tokenization_nanochat import byte_symbols
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
-    """The two parts of each token of several bytes, in byte symbols, by rank.
+    """The two parts of each multi-byte token, in byte symbols, by rank.
 
-    Encoding applies the earliest merge that is possible, again and again. No merge crosses the edges of what ends up as
-    one token, so its parts are the same in every text: those that are left when all earlier merges are done.
+    Encoding repeatedly applies the earliest possible merge. No merge crosses the edges of what becomes one token,
+    so its two parts are the same in every text: those that remain after all earlier merges.
 
     Args:
-        ranks: Token -> its place in the order of merging, the 256 single bytes first.
+        ranks: Token -> its rank in the order of merges, the 256 single bytes first.
 
     Raises:
-        UserError: A token does not come from merging two others.
+        UserError: A token is not a merge of two others.
     """
     symbols, merges = byte_symbols(), []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -31,7 +31,7 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
 
 
 def merged(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """`token` cut into bytes, after every merge that ranks before it."""
+    """The parts of `token` after every merge that ranks before it, starting from single bytes."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while True:
         pairs = ((ranks.get(left + right, len(ranks)), i) for i, (left, right) in enumerate(pairwise(parts)))

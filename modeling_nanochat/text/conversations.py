@@ -1,12 +1,12 @@
-"""What a well-formed conversation is: `{"messages": [{"role", "content", "tool_calls"?}], "tools"?}`, in the order that the template renders."""
+"""Validation of conversations: `{"messages": [{"role", "content", "tool_calls"?}], "tools"?}`."""
 
 from keyword import iskeyword
 from typing import Any
 
 from ..errors import UserError
 
-# A tool result may only answer a call, and an assistant that called a tool goes on after the result. A conversation may
-# end anywhere, also with a call or its result: then nothing is learnt of the turn's end.
+# Roles that may follow each state. A tool result must answer a call, and the assistant continues after the result. A
+# conversation may also end with a call or its result: then the turn's end is not trained on.
 FOLLOWERS = {
     "start": {"system", "user"},
     "system": {"user"},
@@ -27,8 +27,8 @@ def call_message(text: str, code: str) -> dict[str, Any]:
 def check_messages(messages: Any, where: str) -> None:
     """Raise [`UserError`] naming `where` unless `messages` is a conversation that the chat template can render.
 
-    Roles: an optional leading system message, then user and assistant in turn; between an assistant message with
-    `tool_calls` and the assistant message that continues the turn stand one or more tool messages.
+    Roles: an optional leading system message, then user and assistant alternating; an assistant message with
+    `tool_calls` is followed by one or more tool messages and the assistant message that continues the turn.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: `messages` must be a non-empty list of {{role, content}} objects")
@@ -42,7 +42,7 @@ def check_messages(messages: Any, where: str) -> None:
 
 
 def check_message(message: Any, where: str) -> str:
-    """The role of one message, after its own fields were checked."""
+    """Check the fields of one message and return its role."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f"{where}: expected an object with `role` and `content`")
     role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
@@ -51,18 +51,18 @@ def check_message(message: Any, where: str) -> str:
     if not is_text(content) and not (content is None and role == "assistant" and calls):
         raise UserError(f"{where}: `content` must be a string or a list of text parts {{type: text, text}}")
     if message.get("function_call") is not None:
-        raise UserError(f"{where}: `function_call` is not read; write it as one of `tool_calls`")
+        raise UserError(f"{where}: `function_call` is not supported; write it as one of `tool_calls`")
     if calls is not None and not isinstance(calls, list):
         raise UserError(f"{where}: `tool_calls` must be a list")
     if calls and role != "assistant":
-        raise UserError(f"{where}: only a message of the assistant has `tool_calls`, not one of {role!r}")
+        raise UserError(f"{where}: only an assistant message can have `tool_calls`, not role {role!r}")
     for call in calls or []:
         check_call(call, where)
     return "system" if role in INSTRUCTIONS else role
 
 
 def check_call(call: Any, where: str) -> None:
-    """A call of python has its code and nothing else; one of another function can be written as a call in Python."""
+    """Raise [`UserError`] unless a call of python has only `code`, and another function's can be written in Python."""
     function = (call.get("function") or call) if isinstance(call, dict) else {}
     name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
     if not isinstance(name, str) or not isinstance(arguments, dict):
@@ -74,7 +74,7 @@ def check_call(call: Any, where: str) -> None:
         return
     for word in (*name.split("."), *arguments):
         if not word.isidentifier() or iskeyword(word):
-            raise UserError(f"{where}: {word!r} is no name in Python, which {name!r} is called in; rename it")
+            raise UserError(f"{where}: {word!r} is not a Python name, which a call of {name!r} needs; rename it")
 
 
 def is_text(content: Any) -> bool:
@@ -90,4 +90,6 @@ def check_tools(tools: Any, where: str) -> None:
     listed = tools if isinstance(tools, list) else [None]
     functions = [(tool.get("function") or tool) if isinstance(tool, dict) else {} for tool in listed]
     if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
-        raise UserError(f"{where}: `tools` must be a list of {{type: function, function: {{name, description, parameters}}}}")
+        raise UserError(
+            f"{where}: `tools` must be a list of {{type: function, function: {{name, description, parameters}}}}"
+        )

@@ -1,4 +1,4 @@
-"""What each token stands for in bytes: for bits per byte, for statistics of a vocabulary, for text that is no UTF-8."""
+"""Bytes of each token: for bits per byte, vocabulary statistics, and text that is not UTF-8."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from ..tokenization_nanochat import byte_symbols
 
 
 def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
-    """Bytes of every token by id; empty for special tokens and for ids without a token.
+    """Bytes of every token by id; empty for special tokens and unused ids.
 
     Raises:
         UserError: The tokenizer is not byte-level.
@@ -24,12 +24,14 @@ def token_spellings(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
         elif byte_of.keys() >= set(token):
             spellings[index] = bytes(byte_of[symbol] for symbol in token)
         else:
-            raise UserError(f"token {token!r} is not spelled in byte symbols; bytes are counted for byte-level tokenizers only")
+            raise UserError(
+                f"token {token!r} is not spelled in byte symbols; bytes are counted for byte-level tokenizers only"
+            )
     return spellings
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Number of bytes that each token id stands for (V,) int32, 0 for special tokens.
+    """Number of bytes of each token id (V,) int32, 0 for special tokens.
 
     Counted on the tokens' own bytes: decoded to text, a token that is part of a character would count as three.
 
@@ -40,12 +42,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
 
 
 def decode_bytes(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> bytes:
-    """The bytes that `ids` spell, whether or not they are UTF-8; special tokens spell none."""
+    """The bytes of `ids`, whether or not they are UTF-8; special tokens have none."""
     spellings = token_spellings(tokenizer)
     return b"".join(spellings[index] for index in ids)
 
 
 def encode_bytes(tokenizer: PreTrainedTokenizerFast, data: bytes) -> list[int]:
-    """Ids whose `decode_bytes` is `data`, which need not be UTF-8. It is merged as one piece, without cutting."""
+    """Ids whose `decode_bytes` is `data`, which need not be UTF-8. It is merged as one piece, without splitting."""
     symbols = byte_symbols()
     return [token.id for token in tokenizer.backend_tokenizer.model.tokenize("".join(symbols[byte] for byte in data))]

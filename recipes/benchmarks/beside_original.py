@@ -1,19 +1,19 @@
-"""A compiled training step on a CPU beside the original's own compiled step, in one process, with and without optimizer.
+"""Compares compiled training steps with the original's on a CPU, in one process, with and without optimizer.
 
     python recipes/benchmarks/beside_original.py --original DIR --version classic
     python recipes/benchmarks/beside_original.py --original DIR --version current --depth 6 --rows 2
 
-DIR is a checkout of that version of the original nanochat, or a folder with checkouts called `classic` (the launch
-version, beside plain) and `current` (beside turbo). Same shapes, full attention in all layers, float32; both take turns,
-and a figure is the median. "pass" is forward and backward alone. Muon of the launch version works in bfloat16, which most
-CPUs emulate: its "step" then says nothing about a GPU, and the pass is the fair figure. The last line is JSON. Some
-minutes on two cores; `gpu_check.py` compares the same on a GPU.
+DIR is a checkout of that version of the original nanochat, or a folder with checkouts named `classic` (the launch
+version, compared with plain) and `current` (compared with turbo). Both sides use the same shapes, full attention and
+float32, and alternate; figures are medians. "pass" is forward and backward only. The launch version's Muon uses
+bfloat16, which most CPUs emulate, so its "step" says nothing about a GPU; compare passes instead. The last line is
+JSON. Takes a few minutes on two cores; `gpu_check.py` makes the same comparison on a GPU.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import json
 import os
@@ -43,13 +43,13 @@ WHAT = ("pass", "step")
 class BesideOriginalArguments:
     """Versions and shapes."""
 
-    original: str = field(metadata={"help": "Folder of the original."})
-    version: Literal["classic", "current"] = field(metadata={"help": "classic beside plain, or current beside turbo."})
-    depth: int = field(default=4, metadata={"help": "Layers; 64 channels for each."})
-    vocab_size: int = field(default=32768, metadata={"help": "Tokens in the vocabulary."})
-    rows: int = field(default=4, metadata={"help": "Rows in a step."})
-    length: int = field(default=1024, metadata={"help": "Tokens in a row."})
-    turns: int = field(default=7, metadata={"help": "Timed steps of each side."})
+    original: str = field(metadata={"help": "Folder with the original nanochat."})
+    version: Literal["classic", "current"] = field(metadata={"help": "classic (against plain) or current (turbo)."})
+    depth: int = field(default=4, metadata={"help": "Number of layers; the width is 64 per layer."})
+    vocab_size: int = field(default=32768, metadata={"help": "Vocabulary size."})
+    rows: int = field(default=4, metadata={"help": "Rows per step."})
+    length: int = field(default=1024, metadata={"help": "Tokens per row."})
+    turns: int = field(default=7, metadata={"help": "Timed steps per implementation."})
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(args: BesideOriginalArguments, setting: Setting) -> dict[str, list[float]]:
-    """Seconds of each step of both sides."""
+    """Seconds of each timed pass and step of both implementations."""
     try:
         sys.path.insert(0, str(find_checkout(setting, args.version)))
     except Skipped as error:
@@ -79,7 +79,8 @@ def measure(args: BesideOriginalArguments, setting: Setting) -> dict[str, list[f
     ours = make_run(setting, config, args.rows, args.length, compiled=True)
     original = OriginalRun(setting, config, ours.batch)
     original.module = torch.compile(original.model, dynamic=False)
-    calls = {f"{name} {what}": call for name, run in (("ours", ours), ("original", original)) for what, call in run_parts(run)}
+    runs = {"ours": ours, "original": original}
+    calls = {f"{name} {what}": call for name, run in runs.items() for what, call in run_parts(run)}
     seconds = {name: [] for name in calls}
     for turn in range(WARM_UP + args.turns):
         for name, call in calls.items():

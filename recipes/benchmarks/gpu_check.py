@@ -1,25 +1,25 @@
-"""Whether everything works, and how fast, on one GPU: kernels, gradients, training, decoding, every stage.
+"""Checks correctness and speed on one GPU: kernels, gradients, training, decoding, every stage.
 
     python recipes/benchmarks/gpu_check.py
     python recipes/benchmarks/gpu_check.py --only g0 g2 g3 --output check.jsonl
     python recipes/benchmarks/gpu_check.py --only g4 --original ../nanochat
 
-Made for one H100. Each check runs in a process of its own with a time limit, and its result is printed and appended to
-`--output` as one line of JSON as soon as it ends, so a run that is cut off has told what it found. Figures describe; gates
-must hold, or the command fails. What the checks print themselves goes to a log beside the output.
+Made for one H100. Each check runs in its own process with a time limit. Its result is printed and appended to
+`--output` as one JSON line as soon as it ends, so that an interrupted run keeps its results. Figures are informative;
+gates must pass, or the command fails. Output of the checks themselves goes to a log next to `--output`.
 
-Most of the time is torch.compile's. What it makes is kept in torch's cache (TORCHINDUCTOR_CACHE_DIR, if set), so a check that
-is run again measures at once, and while a check runs that measures no time, another process compiles for those that
-follow. `--help` has the seconds of each check with nothing compiled. With that the eight minutes suffice for about the first
-seven checks; what is left is named as skipped, for a second command with `--only`.
+Most of the time is torch.compile. Its output stays in torch's cache (TORCHINDUCTOR_CACHE_DIR, if set), so that a
+repeated check measures immediately. While a check runs that measures no time, another process compiles for the next.
+`--help` lists the seconds of each check with a cold cache. Eight minutes then suffice for about the first seven
+checks; the rest are reported as skipped, for a second command with `--only`.
 
-With `--device cpu` the same code runs at toy sizes in float32, where only gates about results hold, none about speed.
+With `--device cpu` the same code runs at toy sizes in float32, with gates on results only, not on speed.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import contextlib
 import importlib.util
@@ -46,7 +46,7 @@ from recipes.benchmarks.gpu_checks import CHECKS, MARK, ROOT, Setting, environme
 from recipes.training.attention import check_attention
 
 CHILD = "import sys; from recipes.benchmarks.gpu_checks import child; child.{function}(*sys.argv[1:])"
-MOST_WAIT = 60  # seconds for what is being compiled beside a check, once that has ended
+MOST_WAIT = 60  # seconds to wait for background compilation after a check has ended
 Result = dict[str, Any]
 
 
@@ -56,49 +56,49 @@ def seconds_of_checks() -> str:
 
 @dataclass
 class GPUCheckArguments:
-    """What to check."""
+    """Which checks to run, and how."""
 
     only: list[str] = field(
         default_factory=list,
-        metadata={"help": f"Checks to run; g3 stands for all g3_… too. With their seconds: {seconds_of_checks()}."},
+        metadata={"help": f"Checks to run; g3 includes all g3_…. With their seconds: {seconds_of_checks()}."},
     )
-    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "cpu: everything at toy size."})
-    output: str = field(default="runs/gpu_check.jsonl", metadata={"help": "Results, one JSON line per check; begun anew."})
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "cpu: toy sizes."})
+    output: str = field(default="runs/gpu_check.jsonl", metadata={"help": "Results, one JSON line per check."})
     original: str | None = field(
-        default=None, metadata={"help": "A checkout of the original nanochat, to measure beside ours (g4)."}
+        default=None, metadata={"help": "Checkout of the original nanochat, to compare with (g4)."}
     )
-    rows: int | None = field(default=None, metadata={"help": "Rows of a training step; default: 32 plain, 16 turbo."})
-    window_pattern: str | None = field(default=None, metadata={"help": "Of turbo's layers in training; L: no windows."})
+    rows: int | None = field(default=None, metadata={"help": "Rows per training step; default: 32 plain, 16 turbo."})
+    window_pattern: str | None = field(default=None, metadata={"help": "Turbo's windows in training; L: none."})
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "Of training, as in the recipes; default: what they take on this GPU."}
+        default=None, metadata={"help": "Attention in training; default: the recipes' choice on this GPU."}
     )
-    limit: int | None = field(default=None, metadata={"help": "Most seconds of a check; default: each has its own."})
-    total: int = field(default=480, metadata={"help": "Seconds after which no check begins and the running one ends."})
+    limit: int | None = field(default=None, metadata={"help": "Time limit per check in seconds; default: its own."})
+    total: int = field(default=480, metadata={"help": "Time limit for all checks in seconds."})
 
     def check(self) -> None:
-        """Fill in what is `auto`; raise [`UserError`] on a setting that cannot be."""
+        """Resolve `auto`; raise [`UserError`] on an invalid setting."""
         cuda = torch.cuda.is_available()
         self.device = self.device.replace("auto", "cuda" if cuda else "cpu")
         if self.device == "cuda" and not cuda:
-            raise UserError("device cuda: torch sees no GPU; take cpu")
+            raise UserError("device cuda: torch sees no GPU; use cpu")
         for name in self.only:
             if not selected(name):
-                raise UserError(f"only: {name!r} is none of {', '.join(CHECKS)}")
+                raise UserError(f"only: {name!r} is not one of {', '.join(CHECKS)}")
         check_attention(self.attn_implementation)
         if self.original and not Path(self.original).is_dir():
-            raise UserError(f"original: {self.original} is no folder; give a checkout of the original nanochat")
+            raise UserError(f"original: {self.original} is not a folder; give a checkout of the original nanochat")
         for name in ("limit", "total", "rows"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
 
     def names(self) -> list[str]:
         """The checks to run, in the order of [`CHECKS`]."""
-        asked = {name for only in self.only for name in selected(only)}
-        return [name for name in CHECKS if not asked or name in asked]
+        requested = {name for only in self.only for name in selected(only)}
+        return [name for name in CHECKS if not requested or name in requested]
 
 
 def parse_arguments() -> tuple[GPUCheckArguments]:
-    """As in every script; where TRL is missing, whose parser that is, by transformers' own, of which it is a kind."""
+    """Parse the command line with our usual `TrlParser`, or with its base class if TRL is not installed."""
     if importlib.util.find_spec("trl") and importlib.util.find_spec("datasets"):
         return parse(GPUCheckArguments)
     return HfArgumentParser(GPUCheckArguments).parse_args_into_dataclasses()
@@ -118,8 +118,9 @@ def main() -> None:
         log_path = output.with_suffix(".log")
         log = log_path.open("w", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"output: {error.filename or output} cannot be written ({error.strerror}); give another") from error
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # `finally` ends the running check
+        path = error.filename or output
+        raise UserError(f"output: {path} cannot be written ({error.strerror}); give another") from error
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs `finally`, which kills the check
     end, results = time.monotonic() + args.total, []
     with log, tempfile.TemporaryDirectory(prefix="gpu_check_") as work_dir:
         original = str(Path(args.original).resolve()) if args.original else None
@@ -133,12 +134,12 @@ def main() -> None:
                 with output.open("a", encoding="utf-8") as file:
                     file.write(f"{line}\n")
     print(summary(results), flush=True)
-    if wrong := [result["check"] for result in results if result["status"] in ("failed", "error", "timed out")]:
-        raise UserError(f"{', '.join(wrong)}: not as it should be; {output} has the figures, {log_path} the output")
+    if failed := [result["check"] for result in results if result["status"] in ("failed", "error", "timed out")]:
+        raise UserError(f"{', '.join(failed)}: failed; {output} has the figures, {log_path} the output")
 
 
 def with_following(names: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each check with those to be made ready while it runs: all after it up to the next one that does as much."""
+    """Each check with those to compile while it runs: the timed checks up to the next untimed one."""
     for number, name in enumerate(names):
         following = []
         if not CHECKS[name].timed:
@@ -148,7 +149,7 @@ def with_following(names: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 @contextlib.contextmanager
 def preparing(names: list[str], setting: Setting, log: Any) -> Iterator[None]:
-    """In this block a process compiles for the checks `names`; it has a while to finish, and fails unnoticed."""
+    """Compile for the checks `names` in a background process during this block; its failures are ignored."""
     if not names:
         yield
         return
@@ -160,11 +161,11 @@ def preparing(names: list[str], setting: Setting, log: Any) -> Iterator[None]:
 
 
 def run_check(name: str, setting: Setting, limit: float, log: Any) -> Result:
-    """Run one check in a new process; its result, whatever becomes of the process."""
+    """Run one check in a new process and return its result, even if the process crashes or is killed."""
     check = CHECKS[name]
     result: Result = {"check": name, "title": check.title, "status": "passed", "reason": None, "seconds": 0.0}
     result |= {"figures": {}, "gates": []}
-    if reason := why_not(name, setting, limit):
+    if reason := skip_reason(name, setting, limit):
         return result | {"status": "skipped", "reason": reason}
     log.write(f"\n===== {name} {check.title}\n")
     started = time.monotonic()
@@ -175,7 +176,7 @@ def run_check(name: str, setting: Setting, limit: float, log: Any) -> Result:
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            result |= {"status": "timed out", "reason": f"stopped after {limit:.0f} s; the figures are those found so far"}
+            result |= {"status": "timed out", "reason": f"stopped after {limit:.0f} s; figures are incomplete"}
             code = 0
     reader.join(10)
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -187,8 +188,8 @@ def run_check(name: str, setting: Setting, limit: float, log: Any) -> Result:
     return result
 
 
-def why_not(name: str, setting: Setting, limit: float) -> str | None:
-    """Why a check is not even begun, if it is not."""
+def skip_reason(name: str, setting: Setting, limit: float) -> str | None:
+    """The reason to skip a check, or None."""
     check = CHECKS[name]
     if limit < 1:
         return "no time left"
@@ -205,7 +206,7 @@ def missing(name: str) -> list[str]:
 
 @contextlib.contextmanager
 def own_group(command: list[str], setting: Setting, output: Any) -> Iterator[subprocess.Popen]:
-    """A process with its descendants in a session of their own, all of which end with this block."""
+    """A process in its own session; it and its descendants are killed at the end of the block."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(setting), stdout=output, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
@@ -219,12 +220,12 @@ def own_group(command: list[str], setting: Setting, output: Any) -> Iterator[sub
 
 
 def listen(process: subprocess.Popen, result: Result, log: Any) -> None:
-    """Sort a check's output into its result and the log."""
+    """Write a check's output to the log and its messages into `result`."""
     for line in process.stdout:
         log.write(line)
         if not line.startswith(MARK):
             continue
-        with contextlib.suppress(ValueError):  # half a line of a process that was killed
+        with contextlib.suppress(ValueError):  # a truncated line of a killed process
             message = json.loads(line.removeprefix(MARK))
             kind, content = message["kind"], message["content"]
             if kind == "figure":
@@ -236,7 +237,7 @@ def listen(process: subprocess.Popen, result: Result, log: Any) -> None:
 
 
 def summary(results: list[Result]) -> str:
-    """A table: a row for each check, and one for each of its gates."""
+    """A table with one row per check and one per gate."""
     rows = [["check", "", "value", "limit", "result"]]
     for result in results:
         status = result["status"] + (f": {result['reason']}" if result["reason"] else "")

@@ -1,18 +1,18 @@
-"""Runs a recipe's ladder for several seeds, evaluates every stage on all questions, and writes the table of it.
+"""Runs a recipe's ladder for several seeds, evaluates every stage on all questions, and writes a table.
 
     python recipes/benchmarks/ladder_seeds.py --recipe pocket --seeds 0 1 2 3 4 --run_dir runs/seeds
 
 Notable features:
-- a seed is that of the generated world and of every training stage
-- leaves `<run_dir>/<seed>/evaluation/` with every prediction, and `<run_dir>/table.md` with mean and standard deviation
-- RL against SFT question by question: how many were gained and lost, and the exact test of McNemar
-- the same command goes on where an earlier one was stopped
+- each seed applies to the generated world and to every training stage
+- writes all predictions to `<run_dir>/<seed>/evaluation/`, means and standard deviations to `<run_dir>/table.md`
+- compares RL with SFT question by question: gained, lost, and McNemar's exact test
+- an interrupted run continues with the same command
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import math
 import statistics
@@ -35,47 +35,47 @@ from recipes.ladder.commands import RECIPES
 from recipes.ladder.step import read_yaml
 
 SEEDED = ("data", "base", "mid", "sft", "rl")
-UNKNOWN = "unknown"  # the task that asks what the world does not hold
+UNKNOWN = "unknown"  # the task that asks about things outside the world
 SAMPLED = "sampled"
 PREDICTIONS = "predictions.jsonl"
-PAGE = {"temperature": 0.6, "top_k": 50}  # how the page samples its replies
+PAGE = {"temperature": 0.6, "top_k": 50}  # the page's sampling settings
 
 
 @dataclass
 class LadderSeedsArguments:
-    """Which recipe, which seeds, where to."""
+    """Recipe, seeds and output folder."""
 
-    run_dir: str = field(metadata={"help": "Folder for the runs, one folder per seed, and for table.md."})
-    recipe: str = field(default="pocket", metadata={"help": "Recipe with a generated world."})
+    run_dir: str = field(metadata={"help": "Folder for table.md and the runs, one folder per seed."})
+    recipe: str = field(default="pocket", metadata={"help": "A recipe with a generated world."})
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of the world and of training."}
     )
     set: list[str] = field(
-        default_factory=list, metadata={"help": "Further settings of stages for run.py, each stage.key=value."}
+        default_factory=list, metadata={"help": "Further stage settings for run.py, each stage.key=value."}
     )
     in_world_tasks: list[str] = field(
         default_factory=list,
-        metadata={"help": "Tasks that the world answers; if unset all that are answered in words, without unknown."},
+        metadata={"help": "Tasks about the world; default: all generative tasks except unknown."},
     )
-    refusal: str = field(default="I do not know that", metadata={"help": "What a reply says that answers nothing."})
+    refusal: str = field(default="I do not know that", metadata={"help": "Phrase that identifies a refusal."})
     sampled_files: list[str] = field(
         default_factory=list,
-        metadata={"help": "Tasks for the page's settings besides those in data/eval/shown, each name=file.jsonl."},
+        metadata={"help": "Tasks for the page's settings, in addition to data/eval/shown, each name=file.jsonl."},
     )
 
     def check(self) -> None:
-        """Raise `UserError` on a setting that cannot be."""
+        """Raise [`UserError`] on an invalid setting."""
         if not (RECIPES / self.recipe / "run.yaml").is_file():
-            raise UserError(f"recipe: {self.recipe!r} is none; recipes/ holds a folder for each")
+            raise UserError(f"recipe: {self.recipe!r} does not exist; recipes/ has a folder for each")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise UserError("seeds: give at least one, and each once, for instance 0 1 2 3 4")
+            raise UserError("seeds: give at least one, without duplicates, for instance 0 1 2 3 4")
         if not self.refusal.strip():
-            raise UserError("refusal is empty, which every reply contains; give the words of a refusal")
+            raise UserError("refusal is empty, so every reply would match; give the words of a refusal")
 
 
 @dataclass
 class SeedResults:
-    """What one seed left: records and predictions of each evaluation, and what its ladder cost."""
+    """Results of one seed: records and predictions of each evaluation, and the cost of its ladder."""
 
     records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -105,22 +105,22 @@ def main() -> None:
 
 
 def run_ladder(run: Path, seed: int, args: LadderSeedsArguments) -> None:
-    """Run the recipe into `run` unless it is finished there.
+    """Run the recipe into `run` unless it is already finished.
 
     Raises:
-        UserError: The ladder failed or was stopped.
+        UserError: The ladder failed or was interrupted.
     """
     if (run / "finished" / "report.json").is_file():
-        print(f"seed {seed}: finished before, skipped")
+        print(f"seed {seed}: already finished, skipped")
         return
     settings = [*args.set, *(f"{stage}.seed={seed}" for stage in SEEDED)]
     command = [sys.executable, str(RECIPES / "run.py"), args.recipe, "--run_dir", str(run), "--set", *settings]
     if code := subprocess.run(command, check=False).returncode:
-        raise UserError(f"seed {seed}: the ladder stopped with exit code {code}; the same command goes on from there")
+        raise UserError(f"seed {seed}: the ladder stopped with exit code {code}; the same command continues")
 
 
 def evaluate_stages(run: Path, args: LadderSeedsArguments) -> None:
-    """Every stage on every file of data/eval, greedily, then the last one at the page's settings."""
+    """Evaluate every stage on all files of data/eval with greedy decoding, then RL at the page's sampling settings."""
     files = task_files(run / "data" / "eval")
     text = [str(path) for path in [run / "data" / "pretrain" / "val.parquet"] if path.is_file()]
     for stage in MODELS:
@@ -134,15 +134,15 @@ def task_files(folder: Path) -> list[str]:
 
 
 def evaluate_once(run: Path, stage: str, name: str, args: LadderSeedsArguments, **settings: Any) -> None:
-    """Evaluate the model of `stage` into evaluation/<name>, unless that was done with this model and these settings.
+    """Evaluate the model of `stage` into evaluation/<name>, unless done already with this model and settings.
 
-    done.json, written last, says with what the results beside it were made.
+    done.json, written last, records which model and settings produced the results.
     """
     folder, done = run / "evaluation" / name, run / "evaluation" / name / "done.json"
     recipe = read_yaml(RECIPES / args.recipe / "eval.yaml")
     settings |= {key: recipe[key] for key in ("batch_size", "max_new_tokens") if key in recipe}
-    made = read_object(run / "stages" / f"{stage}.json", ("finished",))["finished"]
-    wanted = {"model_finished": made, "settings": settings}
+    finished = read_object(run / "stages" / f"{stage}.json", ("finished",))["finished"]
+    wanted = {"model_finished": finished, "settings": settings}
     if done.is_file() and read_object(done, ()) == wanted:
         return
     outputs = {"output_file": str(folder / "results.json"), "output_predictions": str(folder / PREDICTIONS)}
@@ -152,7 +152,7 @@ def evaluate_once(run: Path, stage: str, name: str, args: LadderSeedsArguments, 
 
 
 def read_results(run: Path) -> SeedResults:
-    """What the evaluations and the ladder's own records in `run` say."""
+    """Read the evaluations and the ladder's own records in `run`."""
     results, ladder = SeedResults(), read_run(run)
     for done in sorted((run / "evaluation").glob("*/done.json")):
         name = done.parent.name
@@ -165,17 +165,17 @@ def read_results(run: Path) -> SeedResults:
 
 
 def mcnemar_p(gained: int, lost: int) -> float:
-    """Two-sided exact p of McNemar's test: of the questions that changed, as many would be gained as lost by chance."""
+    """Two-sided p of McNemar's exact test; under the null hypothesis gains and losses are equally likely."""
     changed = gained + lost
     tail = sum(math.comb(changed, i) for i in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**changed)
 
 
 def gained_and_lost(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """How many questions only `after` and only `before` has right.
+    """The numbers of questions that only `after` and only `before` answers correctly.
 
     Raises:
-        UserError: They are not predictions for the same questions.
+        UserError: The predictions are not for the same questions.
     """
     if [row["index"] for row in before] != [row["index"] for row in after]:
         raise UserError("two models were not asked the same questions; delete evaluation/ and evaluate again")
@@ -184,12 +184,12 @@ def gained_and_lost(before: Sequence[dict[str, Any]], after: Sequence[dict[str, 
 
 
 def refused(rows: Iterable[dict[str, Any]], refusal: str) -> float:
-    """Share of the replies that contain `refusal`."""
+    """Fraction of the replies that contain `refusal`."""
     return statistics.fmean(refusal in row["reply"] for row in rows)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation (of the sample, n - 1); no deviation of a single value."""
+    """Mean and sample standard deviation (n - 1), which is None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -198,7 +198,7 @@ def percent(values: Sequence[float]) -> str:
 
 
 def figure(values: Sequence[float], digits: str, unit: str = "") -> str:
-    """`98.0 % ± 0.6`: mean and spread; nothing for no values."""
+    """Mean and standard deviation as `98.0 % ± 0.6`; a dash for no values."""
     if not values:
         return NOTHING
     mean, spread = mean_and_spread(values)
@@ -206,7 +206,7 @@ def figure(values: Sequence[float], digits: str, unit: str = "") -> str:
 
 
 def table(results: dict[int, SeedResults], args: LadderSeedsArguments) -> str:
-    """The Markdown of all sections."""
+    """All sections as Markdown."""
     seeds = ", ".join(map(str, results))
     parts = [f"`{args.recipe}`, seeds {seeds}: mean ± standard deviation over the seeds. n is per seed."]
     parts += ["## Held-out questions", markdown_table(figures_rows(results, args))]
@@ -232,13 +232,13 @@ def figures_rows(results: dict[int, SeedResults], args: LadderSeedsArguments) ->
 
 
 def figures_of(results: dict[int, SeedResults], stages: Iterable[str]) -> list[tuple[str, str]]:
-    """All (task, metric) of any seed and stage, in the order of evaluation."""
+    """All (task, metric) pairs of any seed and stage, in order of evaluation."""
     records = [r for of_seed in results.values() for stage in stages for r in of_seed.records.get(stage, [])]
     return list(dict.fromkeys((record["task"], record["metric"]) for record in records))
 
 
 def found(results: dict[int, SeedResults], stage: str, task: str, metric: str) -> list[dict[str, Any]]:
-    """The finite records of one figure, of the seeds that have it."""
+    """The records of one figure, for seeds that have it with a finite value."""
     records = [of_seed.record(stage, task, metric) for of_seed in results.values()]
     return [record for record in records if record and record["value"] is not None]
 
@@ -248,7 +248,7 @@ def value_cell(values: Sequence[float], metric: str) -> str:
 
 
 def counts(sizes: Sequence[int]) -> str:
-    """`1,000`, or `960-1,000` where seeds differ."""
+    """`1,000`, or `960-1,000` if seeds differ."""
     if not sizes:
         return NOTHING
     least, most = min(sizes), max(sizes)
@@ -256,10 +256,10 @@ def counts(sizes: Sequence[int]) -> str:
 
 
 def in_world_tasks(results: dict[int, SeedResults], args: LadderSeedsArguments) -> list[str]:
-    """The tasks that count as asking what the world holds.
+    """The tasks that ask about the world.
 
     Raises:
-        UserError: A task that was asked for is not among those that are answered in words.
+        UserError: A requested task is not a generative task.
     """
     records = [r for of_seed in results.values() for stage in MODELS for r in of_seed.records.get(stage, [])]
     in_words = dict.fromkeys(r["task"] for r in records if r["settings"].get("kind") in GENERATIVE)
@@ -269,7 +269,7 @@ def in_world_tasks(results: dict[int, SeedResults], args: LadderSeedsArguments) 
 
 
 def replies(results: dict[int, SeedResults], stage: str, tasks: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """The predictions for `tasks` of each seed that has some."""
+    """The predictions for `tasks`, per seed that has any."""
     of_seeds = [[row for task in tasks for row in of_seed.rows(stage, task)] for of_seed in results.values()]
     return [rows for rows in of_seeds if rows]
 

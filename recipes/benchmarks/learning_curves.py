@@ -1,18 +1,18 @@
-"""Which way to a given loss is the shortest: bits per byte of several trainings, against tokens and against seconds.
+"""Compares the learning curves of several variants: bits per byte against tokens and against seconds.
 
     python recipes/benchmarks/learning_curves.py --output_dir runs/curves --tokenizer runs/tokenizer \\
         --train_files 'text/*.parquet' --val_files val.parquet
 
 Notable features:
-- runs `recipes/pretrain.py` once per variant, one after the other, the same rows in the same order
-- seconds are those of training, without validation and checkpoints
-- leaves `table.md`, `curves.svg` and each variant's log
+- runs `recipes/pretrain.py` once per variant, sequentially, on the same rows in the same order
+- counts training time only, without validation and checkpoints
+- writes `table.md`, `curves.svg` and each variant's log
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import json
 import os
@@ -33,9 +33,10 @@ from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.benchmarks.training_speed import PRETRAIN, environment, words
 
 GREEN = "#009E73"
+# Each recipe's rates for 524,288 tokens per step, set explicitly so that neither is scaled to the batch size.
 CLASSIC = {"training_recipe": "classic", "matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004}
-CURRENT = {"training_recipe": "current", "matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008, "scalar_lr": 0.5}
-# Each recipe's rates for half a million tokens a step, given by name, so that no factor for the batch applies to either.
+CURRENT = {"training_recipe": "current", "matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008}
+CURRENT |= {"scalar_lr": 0.5}
 VARIANTS = {
     "plain + classic": ({"architecture": "plain"} | CLASSIC, BLUE),
     "plain + current": ({"architecture": "plain"} | CURRENT, ORANGE),
@@ -45,27 +46,27 @@ VARIANTS = {
 
 @dataclass
 class LearningCurvesArguments:
-    """What all variants have in common."""
+    """Settings shared by all variants."""
 
-    output_dir: str = field(metadata={"help": "Folder for the runs, the table and the picture."})
+    output_dir: str = field(metadata={"help": "Folder for the runs, the table and the plot."})
     tokenizer: str = field(metadata={"help": "Tokenizer folder or Hub id."})
-    train_files: list[str] = field(metadata={"help": "Running text."})
-    val_files: list[str] = field(metadata={"help": "Running text set aside."})
+    train_files: list[str] = field(metadata={"help": "Raw text."})
+    val_files: list[str] = field(metadata={"help": "Held-out raw text."})
     depth: int = field(default=4, metadata={"help": "Number of layers."})
     aspect_ratio: int = field(default=32, metadata={"help": "Width per layer."})
-    head_dim: int = field(default=32, metadata={"help": "Width of a head."})
-    max_length: int = field(default=256, metadata={"help": "Tokens in a row."})
+    head_dim: int = field(default=32, metadata={"help": "Dimension of an attention head."})
+    max_length: int = field(default=256, metadata={"help": "Tokens per row."})
     total_batch_size: int = field(default=8192, metadata={"help": "Tokens per step."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows in a pass."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per forward pass."})
     max_steps: int = field(default=300, metadata={"help": "Optimizer steps."})
-    warmup_steps: int = field(default=10, metadata={"help": "Steps of rising learning rate."})
+    warmup_steps: int = field(default=10, metadata={"help": "Learning rate warm-up steps."})
     eval_steps: int = field(default=25, metadata={"help": "Steps between validations."})
-    eval_tokens: int = field(default=131072, metadata={"help": "Tokens of one validation."})
+    eval_tokens: int = field(default=131072, metadata={"help": "Tokens per validation."})
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One variant's validations: tokens, seconds of training and bits per byte at each."""
+    """One variant's curve: tokens, training seconds and bits per byte at each validation."""
 
     name: str
     tokens: list[int]
@@ -88,19 +89,19 @@ def main() -> None:
 
 
 def train(args: LearningCurvesArguments, settings: dict[str, object], run: Path) -> None:
-    """Train a variant, or go on with it; one that is finished with these settings stays, with others it is an error."""
+    """Train a variant, or resume it; does nothing if finished with these settings, and fails if with others."""
     common = {key: value for key, value in vars(args).items() if key != "output_dir"}
     fixed = {"output_dir": run, "sample_steps": 0, "torch_compile": "false", "resume": "auto"}
     command = [sys.executable, str(PRETRAIN), *words(common | settings | fixed)]
     if subprocess.run(command, check=False, env=environment()).returncode:
-        raise UserError(f"{run} failed; what it said is above. The same command goes on with what is missing")
+        raise UserError(f"{run} failed; fix the error above, then the same command continues")
 
 
 def read_curve(name: str, run: Path) -> Curve:
     lines = (run.parent / "logs" / f"{run.name}.jsonl").read_text(encoding="utf-8").splitlines()
     seconds, logged_at, curve = 0.0, 0, Curve(name, [], [], [])
     for row in map(json.loads, lines):
-        if "seconds_training" in row:  # per step, since the entry before
+        if "seconds_training" in row:  # mean per step since the previous entry
             seconds += row["seconds_training"] * (row["step"] - logged_at)
             logged_at = row["step"]
         if "bits_per_byte" in row:
@@ -111,7 +112,7 @@ def read_curve(name: str, run: Path) -> Curve:
 
 
 def cost_of(curve: Curve, bits_per_byte: float, costs: list[float]) -> float | None:
-    """What it cost to reach `bits_per_byte`, interpolated between validations; None if it was not reached."""
+    """Cost of reaching `bits_per_byte`, interpolated between validations; None if not reached."""
     points = list(zip(curve.bits_per_byte, costs, strict=True))
     for (before, cost_before), (after, cost_after) in pairwise(points):
         if after <= bits_per_byte < before:
@@ -120,23 +121,25 @@ def cost_of(curve: Curve, bits_per_byte: float, costs: list[float]) -> float | N
 
 
 def table(curves: list[Curve], args: LearningCurvesArguments) -> str:
-    """Final figures, and what each needed to reach the end of the first."""
+    """Final figures of each curve, and its cost of reaching the first curve's final value."""
     first = curves[0]
     goal = first.bits_per_byte[-1]
     lines = [
-        f"d{args.depth}, {args.depth * args.aspect_ratio} wide, {args.max_steps} steps of {args.total_batch_size:,} tokens; "
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32, uncompiled\n",
+        f"d{args.depth}, {args.depth * args.aspect_ratio} wide, "
+        f"{args.max_steps} steps of {args.total_batch_size:,} tokens; {platform.machine()}, "
+        f"{os.cpu_count()} cores, torch {torch.__version__}, float32, uncompiled\n",
         f"| | bits per byte at the end | seconds | tokens/s | tokens to {goal:.4f} | seconds to {goal:.4f} |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for curve in curves:
         tokens, seconds = (cost_of(curve, goal, costs) for costs in (curve.tokens, curve.seconds))
-        reached = [f"{one:,.0f}" if one is not None else "not reached" for one in (tokens, seconds)]
+        reached = [f"{cost:,.0f}" if cost is not None else "not reached" for cost in (tokens, seconds)]
         lines.append(
             f"| {curve.name} | {curve.bits_per_byte[-1]:.4f} | {curve.seconds[-1]:,.0f} | "
             f"{curve.tokens[-1] / curve.seconds[-1]:,.0f} | {' | '.join(reached)} |"
         )
-    lines += ["", "| tokens | " + " | ".join(curve.name for curve in curves) + " |", "| ---: " * (1 + len(curves)) + "|"]
+    lines += ["", "| tokens | " + " | ".join(curve.name for curve in curves) + " |"]
+    lines += ["| ---: " * (1 + len(curves)) + "|"]
     for number, tokens in enumerate(first.tokens):
         lines.append(f"| {tokens:,} | " + " | ".join(f"{curve.bits_per_byte[number]:.4f}" for curve in curves) + " |")
     return "\n".join(lines) + "\n"
@@ -148,14 +151,15 @@ def draw(curves: list[Curve], path: Path) -> None:
         by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
         for curve in curves:
             color = VARIANTS[curve.name][1]
-            by_tokens.plot([one / 1e6 for one in curve.tokens], curve.bits_per_byte, color=color, label=curve.name)
+            millions = [tokens / 1e6 for tokens in curve.tokens]
+            by_tokens.plot(millions, curve.bits_per_byte, color=color, label=curve.name)
             by_seconds.plot(curve.seconds, curve.bits_per_byte, color=color, label=curve.name)
         by_tokens.set_xlabel("million tokens")
         by_seconds.set_xlabel("seconds of training")
         by_tokens.set_ylabel("bits per byte, held-out text")
-        # the first validations, before anything is learnt, would hide the differences
-        shown = [value for curve in curves for value in curve.bits_per_byte[2:]] or [1.0]
-        by_tokens.set_ylim(0.97 * min(shown), 1.03 * max(shown))
+        # Scale without the first two validations, which would flatten the differences.
+        visible = [value for curve in curves for value in curve.bits_per_byte[2:]] or [1.0]
+        by_tokens.set_ylim(0.97 * min(visible), 1.03 * max(visible))
         by_tokens.legend(frameon=False)
         figure.tight_layout()
         path.parent.mkdir(parents=True, exist_ok=True)

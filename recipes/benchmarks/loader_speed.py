@@ -1,12 +1,12 @@
-"""How fast is my data? The loader alone: tokens and megabytes of text a second, with no model to wait for.
+"""Measures the data loader alone: tokens/s and MB/s of text, without a model.
 
-    python recipes/benchmarks/loader_speed.py --tokenizer runs/tokenizer --train_files 'text/*.parquet' --max_length 2048
+    python recipes/benchmarks/loader_speed.py --tokenizer runs/tokenizer --train_files 'text/*.parquet'
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import time
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ from recipes.training.data.streams import TextStreams
 
 @dataclass
 class LoaderSpeedArguments:
-    """As in pretraining, and for how long."""
+    """Data arguments of pretraining, and the duration."""
 
     tokenizer: str = field(metadata={"help": "Tokenizer folder or Hub id."})
-    train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or patterns, or one Hub dataset."})
-    max_length: int = field(default=2048, metadata={"help": "Tokens in a row."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows in a batch."})
-    seconds: float = field(default=10, metadata={"help": "How long to measure, after the first batch."})
+    train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or globs, or one Hub dataset."})
+    max_length: int = field(default=2048, metadata={"help": "Tokens per row."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per batch."})
+    seconds: float = field(default=10, metadata={"help": "Duration of the measurement, after the first batch."})
 
 
 def main() -> None:
@@ -43,8 +43,8 @@ def main() -> None:
     loader.close()
     size = len(tokenizer.decode(first.flatten().tolist()).encode()) / first.numel()
     print(
-        f"first batch after {waited:.1f} s, then {tokens / seconds:,.0f} tokens/s = {tokens * size / seconds / 1e6:.1f} MB/s of "
-        f"packed text ({size:.2f} bytes a token)"
+        f"first batch after {waited:.1f} s, then {tokens / seconds:,.0f} tokens/s = "
+        f"{tokens * size / seconds / 1e6:.1f} MB/s of packed text ({size:.2f} bytes per token)"
     )
 
 

@@ -1,15 +1,15 @@
-"""Writes how many rows fit into a GPU, what memory they take, and how long a run would last, by size and card.
+"""Writes a table of the rows that fit on a GPU, their memory, and the training time, by model size and card.
 
     python recipes/benchmarks/memory_table.py --output recipes/benchmarks/memory.md
 
-Everything is computed, by the formulas of `modeling_nanochat/sizes.py`; no GPU is needed. Speed comes from the figures of
-`gpu_check` in `--speeds`.
+All figures are computed with the formulas in `modeling_nanochat/sizes.py`; no GPU is needed. Speeds come from the
+results of `gpu_check` given by `--speeds`.
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import json
 from dataclasses import dataclass, field
@@ -25,30 +25,31 @@ from modeling_nanochat.sizes import parameter_counts, training_bytes, training_f
 from recipes.training.batch_size import ACCELERATOR_TOKENS, divisors
 from recipes.training.optim.hyperparameters import Plan, resolve_hyperparameters
 
-LENGTH = 2048  # tokens of a row
+LENGTH = 2048  # tokens per row
 VOCABULARIES = {"plain": 65536, "turbo": 32768}
-CARDS = {"24 GB": 23.6, "48 GB": 44.4, "80 GB": 79.2, "141 GB": 139.8}  # GiB that torch sees: RTX 4090, L40S, H100, H200
-CONTEXT = 0.6  # GiB that CUDA itself takes
-SPARE = 1.04  # what the allocator held on the H100, relative to what was allocated: at most 1.033
+# GiB that torch reports for an RTX 4090, L40S, H100 and H200.
+CARDS = {"24 GB": 23.6, "48 GB": 44.4, "80 GB": 79.2, "141 GB": 139.8}
+CONTEXT = 0.6  # GiB used by the CUDA context
+SPARE = 1.04  # reserved / allocated memory; at most 1.033 was measured on the H100
 COUNTS = (1, 8)
-MEASURED = {"plain": ("g3", 20), "turbo": ("g3_turbo", 24)}  # check and depth
+MEASURED = {"plain": ("g3", 20), "turbo": ("g3_turbo", 24)}  # check of gpu_check and the depth it extrapolates to
 GIB = 2**30
 
 
 @dataclass
 class MemoryTableArguments:
-    """Where to."""
+    """Output and input files."""
 
-    output: str | None = field(default=None, metadata={"help": "Markdown file to write; printed if left out."})
+    output: str | None = field(default=None, metadata={"help": "Markdown file to write; prints if unset."})
     speeds: str = field(
         default=str(Path(__file__).parent / "results" / "h100-2026-11-26.jsonl"),
-        metadata={"help": "Results of gpu_check, with g3 and g3_turbo."},
+        metadata={"help": "Results of gpu_check, including g3 and g3_turbo."},
     )
 
 
 @dataclass(frozen=True)
 class Size:
-    """A size of model and how it is trained."""
+    """A model size and its training recipe."""
 
     architecture: str
     depth: int
@@ -104,13 +105,13 @@ def memory_table() -> str:
 
 
 def cell(size: Size, gib: float, processes: int) -> str:
-    """Rows of a pass and what it takes, as `32: 61.3`."""
+    """Rows per forward pass and GiB, as `32: 61.3`."""
     rows = rows_that_fit(size.config, size.plan, gib, processes)
     return f"{rows}: {step_bytes(size.config, size.plan, rows, gib, processes) / GIB:.1f}" if rows else "–"
 
 
 def rows_that_fit(config: NanoChatConfig, plan: Plan, gib: float, processes: int) -> int:
-    """The most rows that divide a process's part of a step and fit into a card of `gib`; 0 if none do."""
+    """The most rows that divide a rank's share of a step and fit on a card of `gib`; 0 if none do."""
     budget = (gib - CONTEXT) / SPARE * GIB
     sizes = divisors(plan.total_batch_size // LENGTH // processes)
     fitting = (rows for rows in sizes if step_bytes(config, plan, rows, gib, processes) <= budget)
@@ -118,7 +119,7 @@ def rows_that_fit(config: NanoChatConfig, plan: Plan, gib: float, processes: int
 
 
 def step_bytes(config: NanoChatConfig, plan: Plan, rows: int, gib: float, processes: int) -> int:
-    """Bytes at the peak of a step of one or several passes of `rows`."""
+    """Peak bytes of a step with passes of `rows`, with gradient accumulation if the step needs several."""
     several, memory = rows * LENGTH * processes < plan.total_batch_size, int(gib * GIB)
     return training_bytes(config, rows, LENGTH, processes=processes, accumulates=several, memory=memory)["total"]
 
@@ -133,7 +134,7 @@ def time_table(speeds: dict[str, dict[str, float]]) -> str:
 
 
 def tokens_per_second(size: Size, speeds: dict[str, dict[str, float]]) -> float:
-    """Of forward and backward pass on one card, at the share of its peak that the measured depth reaches."""
+    """Tokens/s of forward and backward on one card, assuming the MFU of the measured depth."""
     depth = MEASURED[size.architecture][1]
     measured = Size(size.architecture, depth, size.recipe).config
     work = training_flops_per_token(measured, LENGTH) / training_flops_per_token(size.config, LENGTH)
@@ -141,7 +142,7 @@ def tokens_per_second(size: Size, speeds: dict[str, dict[str, float]]) -> float:
 
 
 def seconds_of_run(size: Size, speeds: dict[str, dict[str, float]], cards: int) -> float:
-    """Steps of passes and one update each; the update is divided among the cards, its messages are not counted."""
+    """Seconds of a run: passes and updates, both divided by the number of cards; communication is not counted."""
     found, plan = speeds[size.architecture], size.plan
     measured = Size(size.architecture, MEASURED[size.architecture][1], size.recipe).config
     update = (found["step_ms"] - found["pass_ms"]) / 1e3 * update_work(size.config) / update_work(measured)
@@ -150,15 +151,15 @@ def seconds_of_run(size: Size, speeds: dict[str, dict[str, float]], cards: int) 
 
 
 def update_work(config: NanoChatConfig) -> int:
-    """Muon's products grow as parameters times width."""
+    """Relative cost of Muon's matrix products, which grows as parameters times width."""
     return parameter_counts(config)["transformer_matrices"] * config.hidden_size
 
 
 def read_speeds(path: Path) -> dict[str, dict[str, float]]:
-    """What `gpu_check` has extrapolated to whole depths, by architecture.
+    """Speeds that `gpu_check` extrapolated to full depth, by architecture.
 
     Raises:
-        UserError: The file cannot be read, or lacks one of them.
+        UserError: The file cannot be read, or lacks an architecture.
     """
     try:
         results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -180,18 +181,19 @@ Written by `python recipes/benchmarks/memory_table.py --output recipes/benchmark
 
 ## Memory
 
-Rows of {length:,} tokens in a pass of one card, and GiB that torch allocates there, compiled, bfloat16 over float32 weights;
-– where not one row fits (there, share the model by `accelerate_configs/fsdp2.yaml`). The most rows that divide a step's
-evenly, at most 131,072 tokens. On eight cards each holds all weights and gradients and an eighth of the optimizer's state.
+Rows of {length:,} tokens per forward pass on one card, and GiB that torch allocates (compiled, bfloat16 autocast,
+float32 weights); – where not even one row fits (shard the model with `accelerate_configs/fsdp2.yaml`). The number of
+rows is the largest that divides a step evenly, up to 131,072 tokens. With eight cards, each holds all weights and
+gradients and an eighth of the optimizer state.
 
 {memory}
 
 ## Time
 
-Of whole runs on H100s. Nothing of this was measured as a whole: a pass of d20 plain and d24 turbo is extrapolated from 4 and 8
-layers on one H100 (`results/h100-2026-11-26.jsonl`, dense masks in turbo's windows), other depths take the same share of the
-card's peak, and eight cards are eight times one, without the time that gradients and weights travel, data, evaluation and
-checkpoints. An H200 computes as fast as an H100. Others were not measured.
+Entire runs on H100s. None was measured end to end: a pass of d20 plain and d24 turbo is extrapolated from 4 and 8
+layers on one H100 (`results/h100-2026-11-26.jsonl`, dense masks for turbo's windows), other depths are assumed to
+reach the same MFU, and eight cards to be eight times as fast as one. Communication, data, evaluation and checkpoints
+are not included. An H200 computes as fast as an H100. Other cards were not measured.
 
 {time}
 """

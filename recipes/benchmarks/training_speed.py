@@ -1,20 +1,21 @@
-"""What the training loop costs beside the model's own arithmetic: overhead, optimizer, data, checkpoints, two processes.
+"""Measures the cost of the training loop beyond the model: overhead, optimizer, data, checkpoints, two processes.
 
-    python recipes/benchmarks/training_speed.py --train_files 'text/*.parquet' --val_files val.parquet --tokenizer runs/tokenizer
+    python recipes/benchmarks/training_speed.py --tokenizer runs/tokenizer \\
+        --train_files 'text/*.parquet' --val_files val.parquet
 
     python recipes/benchmarks/training_speed.py ... --depth 6 --aspect_ratio 64 --total_batch_size 16384 --processes 2
 
 Notable features:
-- runs `recipes/pretrain.py` as a user does and reads its log; the bare step (forward and backward of the same model on one
-  fixed batch, nothing else) runs in turns with it; medians over `repeats`
-- with `--processes 2`, also one training on two processes against two trainings side by side, one thread each
-- the table says machine and shapes, the last line is JSON with everything
+- runs `recipes/pretrain.py` as a user would and reads its log, alternating with the bare step (forward and backward of
+  the same model on one fixed batch); reports medians over `repeats`
+- with `--processes 2`, also compares one run on two processes with two concurrent runs, one thread each
+- the table states machine and shapes; the last line is JSON with all results
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import json
 import os
@@ -42,19 +43,19 @@ class TrainingSpeedArguments:
     """Shapes and repeats."""
 
     tokenizer: str = field(metadata={"help": "Tokenizer folder or Hub id."})
-    train_files: list[str] = field(metadata={"help": "Running text."})
-    val_files: list[str] = field(metadata={"help": "Running text."})
-    architecture: Literal["plain", "turbo"] = field(default="plain", metadata={"help": "Which of the two."})
+    train_files: list[str] = field(metadata={"help": "Raw text."})
+    val_files: list[str] = field(metadata={"help": "Raw text for validation."})
+    architecture: Literal["plain", "turbo"] = field(default="plain", metadata={"help": "Model architecture."})
     depth: int = field(default=4, metadata={"help": "Number of layers."})
     aspect_ratio: int = field(default=32, metadata={"help": "Width per layer."})
-    head_dim: int = field(default=32, metadata={"help": "Width of a head."})
-    max_length: int = field(default=256, metadata={"help": "Tokens in a row."})
+    head_dim: int = field(default=32, metadata={"help": "Dimension of an attention head."})
+    max_length: int = field(default=256, metadata={"help": "Tokens per row."})
     total_batch_size: int = field(default=4096, metadata={"help": "Tokens per step."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows in a pass."})
-    steps: int = field(default=40, metadata={"help": "Steps of one run; the first quarter warms up."})
-    repeats: int = field(default=3, metadata={"help": "Runs of each kind, in turns."})
-    processes: int = field(default=1, metadata={"help": "2: compare two processes with two runs side by side."})
-    bare: bool = field(default=False, metadata={"help": "Only print the seconds of the bare step (used by itself)."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per forward pass."})
+    steps: int = field(default=40, metadata={"help": "Steps per run; the first quarter is warm-up."})
+    repeats: int = field(default=3, metadata={"help": "Alternating runs of each kind."})
+    processes: int = field(default=1, metadata={"help": "2: compare two processes with two concurrent runs."})
+    bare: bool = field(default=False, metadata={"help": "Only print the seconds of the bare step (internal)."})
 
 
 def main() -> None:
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def bare_seconds(args: TrainingSpeedArguments) -> list[float]:
-    """Seconds of each forward and backward pass over a step's worth of one fixed batch, after two to warm up."""
+    """Seconds of each step's forward and backward passes on one fixed batch, without two warm-up steps."""
     from transformers import AutoTokenizer
 
     config_class, model_class = ARCHITECTURES[args.architecture]
@@ -96,7 +97,7 @@ def bare_seconds(args: TrainingSpeedArguments) -> list[float]:
 
 
 def measure_loop(args: TrainingSpeedArguments, folder: Path) -> dict[str, float]:
-    """Medians over runs in turns: seconds of a step by what they go into, and of the bare step."""
+    """Medians over alternating runs: seconds per step by component, and of the bare step."""
     bare, runs = [], []
     for repeat in range(args.repeats):
         bare.append(statistics.median(run_bare(args)))
@@ -105,22 +106,23 @@ def measure_loop(args: TrainingSpeedArguments, folder: Path) -> dict[str, float]
         runs.append(read_log(output, args.steps))
     medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     medians["bare"] = statistics.median(bare)
-    # The optimizer belongs to the bare step: a step without it trains nothing. It is timed where it runs.
-    ideal = [plain + run["optimizer"] for plain, run in zip(bare, runs, strict=True)]
-    medians["loop_over_bare"] = statistics.median(best / run["training"] for best, run in zip(ideal, runs, strict=True))
+    # The optimizer counts as part of the bare step, because training needs it; its time comes from the loop's log.
+    ideal = [seconds + run["optimizer"] for seconds, run in zip(bare, runs, strict=True)]
+    ratios = (seconds / run["training"] for seconds, run in zip(ideal, runs, strict=True))
+    medians["loop_over_bare"] = statistics.median(ratios)
     return medians
 
 
 def measure_processes(args: TrainingSpeedArguments, folder: Path) -> dict[str, float]:
-    """Tokens/s of one training on `processes` processes, and of as many trainings side by side, one thread each."""
+    """Tokens/s of one run on `processes` processes, and of as many concurrent runs, one thread each."""
     together, alone = [], []
     for repeat in range(args.repeats):
         output = folder / f"together{repeat}" / "base"
         wait([start_training(args, output, processes=args.processes)])
         together.append(args.total_batch_size / read_log(output, args.steps)["training"])
         outputs = [folder / f"alone{repeat}-{n}" / "base" for n in range(args.processes)]
-        wait([start_training(args, one, threads=1) for one in outputs])
-        alone.append(sum(args.total_batch_size / read_log(one, args.steps)["training"] for one in outputs))
+        wait([start_training(args, output, threads=1) for output in outputs])
+        alone.append(sum(args.total_batch_size / read_log(output, args.steps)["training"] for output in outputs))
     ratios = [a / b for a, b in zip(together, alone, strict=True)]
     return {
         "together_tokens_per_second": statistics.median(together),
@@ -144,9 +146,9 @@ def start_training(
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         threads = 1
-    rows = max(1, args.per_device_train_batch_size // processes)  # the step stays the same
-    own = ("steps", "repeats", "processes", "bare")
-    settings = {key: value for key, value in asdict(args).items() if key not in own}
+    rows = max(1, args.per_device_train_batch_size // processes)  # the batch per step stays the same
+    not_pretraining = ("steps", "repeats", "processes", "bare")
+    settings = {key: value for key, value in asdict(args).items() if key not in not_pretraining}
     settings |= {
         "per_device_train_batch_size": rows,
         "output_dir": output_dir,
@@ -159,14 +161,15 @@ def start_training(
         "torch_compile": "false",
     }
     command = [*launcher, str(PRETRAIN), *words(settings)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(threads))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **pipes, env=environment(threads))
 
 
 def words(settings: dict[str, object]) -> list[str]:
-    """Settings as a command line."""
+    """Command-line arguments for settings."""
     line = []
     for key, value in settings.items():
-        line += [f"--{key}", *([str(one) for one in value] if isinstance(value, list) else [str(value)])]
+        line += [f"--{key}", *([str(item) for item in value] if isinstance(value, list) else [str(value)])]
     return line
 
 
@@ -179,12 +182,13 @@ def wait(processes: list[subprocess.Popen]) -> None:
     for process in processes:
         output = process.communicate()[0]
         if process.returncode:
-            said = output.strip().splitlines()
-            raise UserError(f"training failed: {next((line for line in said if line.startswith('error: ')), said[-1:])}")
+            lines = output.strip().splitlines()
+            errors = [line for line in lines if line.startswith("error: ")]
+            raise UserError(f"training failed: {errors[0] if errors else lines[-1:]}")
 
 
 def read_log(output_dir: Path, steps: int) -> dict[str, float]:
-    """Median seconds per step by kind after the warm-up; `checkpoint` is the median save."""
+    """Median seconds per step by component after the warm-up; `checkpoint` is the median seconds per save."""
     lines = (output_dir.parent / "logs" / f"{output_dir.name}.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row and row["step"] > steps // 4]
     kinds = ("training", "data", "model", "optimizer", "rest")
@@ -198,8 +202,9 @@ def print_tables(args: TrainingSpeedArguments, results: dict[str, dict[str, floa
     loop = results["loop"]
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, uncompiled")
     print(
-        f"{args.architecture} d{args.depth}, width per layer {args.aspect_ratio}, {args.total_batch_size} tokens a step in "
-        f"passes of {args.per_device_train_batch_size} x {args.max_length}; medians of {args.repeats} runs in turns\n"
+        f"{args.architecture} d{args.depth}, width per layer {args.aspect_ratio}, "
+        f"{args.total_batch_size} tokens per step in passes of "
+        f"{args.per_device_train_batch_size} x {args.max_length}; medians of {args.repeats} runs\n"
     )
     print("| | measured |\n| --- | ---: |")
     print(f"| tokens/s of the loop | {args.total_batch_size / loop['training']:,.0f} |")
@@ -208,7 +213,8 @@ def print_tables(args: TrainingSpeedArguments, results: dict[str, dict[str, floa
     print(f"| waiting for data, share of all steps | {loop['data_share']:.2%} |")
     print(f"| one checkpoint, share of 100 steps | {loop['checkpoint'] / (100 * loop['training']):.2%} |")
     if "processes" in results:
-        print(f"| {args.processes} processes over {args.processes} runs side by side | {results['processes']['ratio']:.3f} |")
+        ratio = results["processes"]["ratio"]
+        print(f"| {args.processes} processes over {args.processes} concurrent runs | {ratio:.3f} |")
     print(json.dumps({"settings": asdict(args), **results}))
 
 

@@ -1,4 +1,4 @@
-"""What a run of the ladder is told: its stages by name, its files, and settings of single stages."""
+"""Arguments of a ladder run: its stages, its files, and settings of single stages."""
 
 from dataclasses import dataclass, field
 
@@ -13,38 +13,38 @@ ALIASES = {"pretrain": "base", "midtrain": "mid", "grpo": "rl"}
 
 @dataclass
 class RunArguments:
-    """One run of a recipe. Files that are not given come from the recipe's generated world."""
+    """One run of a recipe. Files not given default to the recipe's generated world."""
 
-    run_dir: str = field(metadata={"help": "Folder for everything that the run leaves."})
+    run_dir: str = field(metadata={"help": "Folder for everything the run writes."})
     accelerate_config: str = field(metadata={"help": "File for `accelerate launch --config_file`."})
-    pretrain_files: list[str] | None = field(default=None, metadata={"help": "Running text: parquet, JSONL, text."})
-    val_files: list[str] | None = field(default=None, metadata={"help": "Running text for bits per byte."})
+    pretrain_files: list[str] | None = field(default=None, metadata={"help": "Raw text: parquet, JSONL, text."})
+    val_files: list[str] | None = field(default=None, metadata={"help": "Raw text for bits per byte."})
     midtrain_files: list[str] | None = field(default=None, metadata={"help": "Conversations for midtraining, JSONL."})
     sft_files: list[str] | None = field(default=None, metadata={"help": "Conversations for SFT, JSONL."})
-    grpo_files: list[str] | None = field(default=None, metadata={"help": "Word problems as in GSM8K, JSONL."})
-    eval_files: list[str] | None = field(default=None, metadata={"help": "Tasks, each name=file.jsonl."})
+    grpo_files: list[str] | None = field(default=None, metadata={"help": "Word problems in GSM8K format, JSONL."})
+    eval_files: list[str] | None = field(default=None, metadata={"help": "Evaluation tasks, each name=file.jsonl."})
     examples: list[str] = field(
         default_factory=list,
-        metadata={"help": "Questions shown in the chat and on the page; written into the model folders."},
+        metadata={"help": "Example questions for the chat and the page; written into the model folders."},
     )
     verbose: bool = field(
-        default=False, metadata={"help": "Print commands, all settings and evaluations, tables, and the libraries' bars."}
+        default=False, metadata={"help": "Print commands, all settings, evaluations, tables and progress bars."}
     )
     next: str | None = field(
-        default=None, metadata={"help": "What the last line says to type next; default: the commands of chat and page."}
+        default=None, metadata={"help": "Commands suggested in the last line; default: those for chat and page."}
     )
     set: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Settings of stages, each stage.key=value, for instance base.depth=6. Commas separate the values of a "
-            "list; for a value with a comma in it write YAML: 'base.sample_prompts=[\"Once upon a time, there\"]'."
+            "help": "Stage settings, each stage.key=value, e.g. base.depth=6. Commas separate the values of a list; "
+            "write values that contain a comma as YAML: 'base.sample_prompts=[\"Once upon a time, there\"]'."
         },
     )
     from_stage: str | None = field(
         default=None,
         metadata={
             "aliases": ["--from"],
-            "help": f"Redo this stage and the later ones, those before it as they are: {', '.join(STAGES)}.",
+            "help": f"Redo this and all later stages, keeping earlier ones: {', '.join(STAGES)}.",
         },
     )
     to_stage: str = field(default="report", metadata={"aliases": ["--to"], "help": "Stop after this stage."})
@@ -58,26 +58,27 @@ def stage_number(name: str) -> int:
 
 
 def parse_overrides(words: list[str]) -> dict[str, list[str]]:
-    """`["base.depth=6"]` -> `{"base": ["--depth", "6"]}`; "eval" and "tokenizer_eval" are stages here too."""
+    """`["base.depth=6"]` -> `{"base": ["--depth", "6"]}`; also accepts the stages "eval" and "tokenizer_eval"."""
     overrides: dict[str, list[str]] = {stage: [] for stage in (*STAGES, "eval", "tokenizer_eval")}
     for word in words:
         key, equals, value = word.partition("=")
         stage, dot, name = key.partition(".")
         stage = ALIASES.get(stage, stage)
         if not equals or not dot or not name or stage not in overrides:
-            raise UserError(f"--set {word}: expected stage.key=value, with a stage of {', '.join(overrides)}")
+            raise UserError(f"--set {word}: expected stage.key=value, where stage is one of {', '.join(overrides)}")
         overrides[stage] += [f"--{name}", *override_values(word, value)]
     return overrides
 
 
 def override_values(word: str, value: str) -> list[str]:
-    """`a,b` -> `["a", "b"]`; what begins with a bracket or a quote is YAML: `["a, b"]` and `"a, b"` -> `["a, b"]`."""
+    """`a,b` -> `["a", "b"]`; a leading bracket or quote means YAML: `["a, b"]` and `"a, b"` -> `["a, b"]`."""
     if not value.startswith(("[", '"', "'")):
         return value.split(",")
     try:
         values = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {word}: not valid YAML ({first_line(error)}); write ['one, with a comma', 'two']") from error
+        reason = first_line(error)
+        raise UserError(f"--set {word}: not valid YAML ({reason}); write ['one, with a comma', 'two']") from error
     values = values if isinstance(values, list) else [values]
     if not values or any(isinstance(value, list | dict) or value is None for value in values):
         raise UserError(f"--set {word}: expected a list of values; write ['one, with a comma', 'two']")

@@ -1,4 +1,4 @@
-"""Which commands make up each stage of the ladder."""
+"""The commands that make up each stage of the ladder."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 SCRIPTS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "grpo"}
 PREDECESSOR = {"mid": "base", "sft": "mid", "rl": "sft"}
-# What `accelerate_configs/cpu.yaml` says: nothing that needs a launcher.
+# The settings of `accelerate_configs/cpu.yaml`; none of them needs a launcher.
 ONE_CPU_PROCESS = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "NO",
@@ -25,7 +25,7 @@ ONE_CPU_PROCESS = {
     "mixed_precision": "no",
     "use_cpu": True,
 }
-# What a recipe's generated world provides, and where the recipe says so: file and key.
+# File arguments that a generated world provides, with the recipe's YAML and key that name the default.
 GENERATED = {
     "pretrain_files": ("pretrain.yaml", "train_files"),
     "val_files": ("pretrain.yaml", "val_files"),
@@ -37,7 +37,7 @@ GENERATED = {
 
 
 def steps(stage: str, recipe: Path, args: RunArguments, overrides: dict[str, list[str]]) -> list[Step]:
-    """The commands of one stage; none where everything that it would make was given."""
+    """The commands of one stage; none for `data` if all its files were given."""
     run, more = args.run_dir, overrides[stage]
     if stage == "data":
         return [data_step(recipe, run, [*examples(args), *more])] if generates(args) else []
@@ -66,7 +66,7 @@ def generates(args: RunArguments) -> bool:
 
 
 def data_step(recipe: Path, run: str, more: list[str]) -> Step:
-    """Raises [`UserError`] where the recipe has no generated world and files are missing."""
+    """The step that generates the world; raises [`UserError`] if the recipe has none."""
     if not (recipe / "world.py").exists():
         raise UserError(f"recipe {recipe.name} generates no data; give {', '.join('--' + name for name in GENERATED)}")
     return Step("data", script(recipe / "world.py"), recipe / "world.yaml", ["--output_dir", f"{run}/data", *more])
@@ -77,9 +77,9 @@ def script(path: str | Path) -> list[str]:
 
 
 def launcher(config: str) -> list[str]:
-    """`accelerate launch` of this very Python; a shipped configuration is found from any folder.
+    """The launcher's command, with this Python; shipped configurations are found from any folder.
 
-    For one process on the CPU it would do no more than set variables, after two seconds of imports: `env` does it too.
+    For one CPU process `accelerate launch` only sets variables, after two seconds of imports; `env` replaces it there.
     """
     found = next((path for path in (Path(config), ROOT / config) if path.is_file()), None)
     if found is None:
@@ -94,7 +94,7 @@ def launcher(config: str) -> list[str]:
 
 
 def threads_on_cpu(accelerate_config: dict) -> list[int]:
-    """The number of threads that `accelerate launch` takes on a CPU; not given it takes the same, with a warning. Else none."""
+    """`[threads per process]` on a CPU, the default of `accelerate launch`, which warns if it is unset; else `[]`."""
     if not accelerate_config.get("use_cpu") or "OMP_NUM_THREADS" in os.environ:
         return []
     cores, processes = psutil.cpu_count(logical=False) or 1, accelerate_config.get("num_processes") or 1
@@ -102,34 +102,39 @@ def threads_on_cpu(accelerate_config: dict) -> list[int]:
 
 
 def inputs(stage: str, args: RunArguments, recipe: Path) -> list[str]:
-    """The model and files that a training stage reads."""
+    """The arguments that name a training stage's model and files."""
     if stage == "base":
-        text = ["--train_files", *files(args, "pretrain_files", recipe), "--val_files", *files(args, "val_files", recipe)]
-        return ["--tokenizer", f"{args.run_dir}/tokenizer", *text]
+        return ["--tokenizer", f"{args.run_dir}/tokenizer", *text_files(args, recipe)]
     model = ["--model_name_or_path", f"{args.run_dir}/{PREDECESSOR[stage]}"]
     replay = ["--replay_files", *files(args, "pretrain_files", recipe)] if stage == "mid" else []
     return [*model, "--train_files", *files(args, f"{SCRIPTS[stage]}_files", recipe), *replay]
 
 
+def text_files(args: RunArguments, recipe: Path) -> list[str]:
+    return ["--train_files", *files(args, "pretrain_files", recipe), "--val_files", *files(args, "val_files", recipe)]
+
+
 def tokenizer_evaluation_step(recipe: Path, args: RunArguments, more: list[str]) -> Step:
     arguments = ["--tokenizer", f"{args.run_dir}/tokenizer", "--output_file", f"{args.run_dir}/results/tokenizer.json"]
-    arguments += ["--train_files", *files(args, "pretrain_files", recipe), "--val_files", *files(args, "val_files", recipe)]
-    return Step("tokenizer.eval", script("tokenizer_train/evaluate.py"), recipe / "tokenizer_eval.yaml", [*arguments, *more])
+    arguments += [*text_files(args, recipe), *more]
+    return Step("tokenizer.eval", script("tokenizer_train/evaluate.py"), recipe / "tokenizer_eval.yaml", arguments)
 
 
 def evaluation_step(stage: str, recipe: Path, args: RunArguments, more: list[str]) -> Step:
-    arguments = ["--model_name_or_path", f"{args.run_dir}/{stage}", "--output_file", f"{args.run_dir}/results/{stage}.json"]
-    arguments += ["--eval_files", *files(args, "eval_files", recipe), "--text_files", *files(args, "val_files", recipe)]
+    output_file = f"{args.run_dir}/results/{stage}.json"
+    arguments = ["--model_name_or_path", f"{args.run_dir}/{stage}", "--output_file", output_file]
+    arguments += ["--eval_files", *files(args, "eval_files", recipe)]
+    arguments += ["--text_files", *files(args, "val_files", recipe)]
     base = ["--base_model", "true"] if stage == "base" else []
     return Step(f"{stage}.eval", script("evals/evaluate_model.py"), recipe / "eval.yaml", [*arguments, *base, *more])
 
 
 def files(args: RunArguments, name: str, recipe: Path) -> list[str]:
-    """Those given, or those that the recipe's YAML names, in this run's folder in place of the recipe's."""
+    """The files given, or the defaults in the recipe's YAML, with its run folder replaced by this run's."""
     if (given := getattr(args, name)) is not None:
         return given
     file, key = GENERATED[name]
-    entries, usual = read_yaml(recipe / file).get(key), read_yaml(recipe / "run.yaml")["run_dir"]
+    entries, default_run_dir = read_yaml(recipe / file).get(key), read_yaml(recipe / "run.yaml")["run_dir"]
     if not entries:
         raise UserError(f"{recipe / file}: names no {key}; give --{name}")
-    return [entry.replace(f"{usual}/data/", f"{args.run_dir}/data/", 1) for entry in entries]
+    return [entry.replace(f"{default_run_dir}/data/", f"{args.run_dir}/data/", 1) for entry in entries]

@@ -1,4 +1,4 @@
-"""Running one step of the ladder as a process of its own, in a run folder that no other run holds."""
+"""Runs a ladder step in its own process and locks the run folder against a second run."""
 
 import os
 import resource
@@ -20,22 +20,22 @@ from .step import RESUME, Step, has_checkpoints, is_own, marker
 
 
 def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None, verbose: bool = False) -> None:
-    """Run a step; while it runs, nothing that follows from its earlier result counts as finished.
+    """Run a step, after marking everything derived from its previous result as unfinished.
 
     Raises:
-        UserError: The command failed or was stopped.
+        UserError: The command failed or was interrupted.
     """
     wanted, again = step.fingerprint(run_dir), "the same command without --from" if redo else "the same command"
     forget(step, run_dir)
     if step.record is not None:
         step.record.unlink(missing_ok=True)
     write_json(marker(step.name, run_dir, "started"), wanted)
-    # a folder of that name is this run's, unfinished or unwanted; the world replaces only itself
+    # The plan has checked that an existing folder is this run's. world.py replaces only a world, without the flag.
     overwrite = ["--overwrite_output_dir", "true"] if step.makes_folder and step.name != "data" else []
     resume = [RESUME[step.name], "auto"] if has_checkpoints(step.name, run_dir) and not redo else []
     command = [*step.command, *overwrite, *resume]
     if verbose:
-        print(shown(command), flush=True)
+        print(command_line(command), flush=True)
     started = time.perf_counter()
     environment = {**stage_environment(verbose), "PYTHONPATH": search_path()}
     code = call(command, environment, again, lock, silent=step.is_measurement and not verbose)
@@ -43,7 +43,7 @@ def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None, ver
         more = "" if verbose else "; --verbose true shows more"
         how = f"stopped with exit code {code}; fix the error above, then" if code else "was stopped before its end;"
         resumes = has_checkpoints(step.name, run_dir)
-        then = f"goes on from its checkpoint, --from {step.name} starts anew" if resumes else "goes on from there"
+        then = f"continues from its checkpoint, --from {step.name} starts over" if resumes else "continues from there"
         raise UserError(f"{step.name} {how} {again} {then}{more}")
     seconds = round(time.perf_counter() - started, 1)
     cost = {"seconds": seconds, "peak_memory_mib_so_far": peak_memory_mib()}
@@ -52,31 +52,31 @@ def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None, ver
 
 
 def search_path() -> str:
-    """Where a stage finds the project's packages though they are not installed."""
+    """PYTHONPATH with the checkout first, so that stages import the project without installation."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def peak_memory_mib() -> int:
-    """Of the largest process among all that this run has started and seen end."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    """Peak resident memory of the largest child process that has ended so far, in MiB."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // unit
 
 
-def shown(command: list[str]) -> str:
-    """The command as one would type it."""
+def command_line(command: list[str]) -> str:
+    """The command as you would type it."""
     words = ["python" if word == sys.executable else word for word in command]
     return shlex.join(words).replace("python -m accelerate.commands.accelerate_cli", "accelerate", 1)
 
 
 def forget(step: Step, run_dir: Path) -> None:
-    """Let neither the step nor what this run made from its earlier result count as finished."""
+    """Mark the step and everything this run derived from its previous result as unfinished."""
     names = [step.name]
     if step.makes_folder:
         names += [name for stage in STAGES[STAGES.index(step.name) :] for name in (stage, f"{stage}.eval")]
     for name in names:
         if not is_own(name, run_dir):
             continue
-        if marker(name, run_dir, "finished").exists():  # what it left is still the run's own
+        if marker(name, run_dir, "finished").exists():  # its output still belongs to this run
             (run_dir / "started").mkdir(exist_ok=True)
             marker(name, run_dir, "finished").replace(marker(name, run_dir, "started"))
         stage, _, evaluation = name.partition(".")
@@ -88,7 +88,7 @@ def forget(step: Step, run_dir: Path) -> None:
 
 @contextmanager
 def only_run(run_dir: Path) -> Iterator[int]:
-    """Hold the run folder: two runs in it would overwrite each other's stages. Gives the lock's descriptor."""
+    """Lock the run folder, since two runs would overwrite each other's stages. Yields the lock's file descriptor."""
     import fcntl
 
     try:

@@ -1,4 +1,4 @@
-"""What `run.py` prints around its stages: a title before each, a line for what was measured, five lines at the end."""
+"""What `run.py` prints around its stages: a title before each, a line per evaluation, five lines at the end."""
 
 import json
 import textwrap
@@ -21,32 +21,33 @@ WIDTH = 110
 
 
 def title(step: str) -> str:
-    """Of the stage whose first step to be run is `step`."""
+    """Title of the stage whose first pending step is `step`."""
     stage, _, measurement = step.partition(".")
     return f"{stage}: {'evaluation' if measurement else TITLES[stage]}"
 
 
 def outcome_lines(result: Path) -> list[str]:
-    """The figures of an evaluation's file in one line, and a reply; nothing for the report, which the end names."""
+    """An evaluation's figures in one line, its notes and one reply; nothing for the report."""
     if result.suffix != ".json":
         return []
     content = json.loads(result.read_text(encoding="utf-8"))
     if "vocabularies" in content:
         return [compression(content)]
     lines = wrapped("evaluation: " + in_short(content["records"]))
-    lines += [f"  {record['task'].replace('_', ' ')}: {record['note']}" for record in content["records"] if "note" in record]
+    noted = [record for record in content["records"] if "note" in record]
+    lines += [f"  {record['task'].replace('_', ' ')}: {record['note']}" for record in noted]
     return lines + [exchange(sample["messages"]) for sample in shown_sample(content.get("samples") or [])]
 
 
 def compression(content: dict[str, Any]) -> str:
-    """Bytes per token of the text that the tokenizer was not trained on, next to the other vocabularies."""
+    """Bytes per token on text that the tokenizer was not trained on, for every vocabulary compared."""
     text = next((text for text in content["texts"] if text["name"] == "val"), content["texts"][-1])
     ratios = [f"{name} {ratio:.2f}" for name, ratio in text["bytes_per_token"].items()]
     return f"evaluation: bytes per token of the text {text['name']}: {', '.join(ratios)}"
 
 
 def shown_sample(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One that uses the tool, if there is one."""
+    """At most one sample, preferably one with a tool call."""
     calling = [sample for sample in samples if any(message.get("tool_calls") for message in sample["messages"])]
     return (calling or samples)[:1]
 
@@ -64,7 +65,7 @@ def wrapped(line: str, indent: int = 2) -> list[str]:
 
 
 def closing_lines(recipe: str, run_dir: Path, stages: list[str], seconds: float, next_commands: str) -> list[str]:
-    """What was trained, what it cost, how good it is, where the report is, what to type next."""
+    """Lines on what was trained, its cost and quality, the report's path and the next command."""
     run = read_run(run_dir) if (run_dir / "stages").is_dir() else RunFolder(run_dir)
     lines = [
         ("trained", f"{recipe}{'' if 'report' in stages else f' up to {stages[-1]}'} in {run_dir}{sizes(run)}"),
@@ -77,7 +78,7 @@ def closing_lines(recipe: str, run_dir: Path, stages: list[str], seconds: float,
 
 
 def sizes(run: RunFolder) -> str:
-    """`: 1,179,648 parameters on 2,345,678 tokens in 596 steps`, of the stages that train a model."""
+    """`: 1,179,648 parameters on 2,345,678 tokens in 596 steps`, summed over the stages that train a model."""
     records = [run.stages[stage] for stage in MODELS if stage in run.stages]
     if not records:
         return ""
@@ -86,8 +87,9 @@ def sizes(run: RunFolder) -> str:
 
 
 def cost(run: RunFolder, stages: list[str], seconds: float) -> str:
-    """Seconds of each stage with its evaluation, of all, and of this process; the memory of the largest process."""
-    spent = {stage: sum(run.steps.get(name, {}).get("seconds", 0) for name in (stage, f"{stage}.eval")) for stage in stages}
+    """Seconds per stage (with its evaluation), in total and of this process; peak memory of the largest process."""
+    of_stages = {stage: [run.steps.get(name, {}) for name in (stage, f"{stage}.eval")] for stage in stages}
+    spent = {stage: sum(step.get("seconds", 0) for step in steps) for stage, steps in of_stages.items()}
     parts = ", ".join(f"{stage} {value:.0f}" for stage, value in spent.items() if value)
     peak = max((step.get("peak_memory_mib_so_far", 0) for step in run.steps.values()), default=0)
     gpu = max((record.get("machine", {}).get("peak_gpu_memory_mib") or 0 for record in run.stages.values()), default=0)
@@ -97,7 +99,7 @@ def cost(run: RunFolder, stages: list[str], seconds: float) -> str:
 
 
 def quality(run: RunFolder) -> str:
-    """Figures of the last model that was evaluated; bits per byte if it has no others."""
+    """Figures of the last evaluated model; bits per byte only if it has no others."""
     evaluated = [stage for stage in MODELS if stage in run.results]
     if not evaluated:
         return ""

@@ -1,7 +1,7 @@
-"""What `run.py` checks before its first step: that every step to come will take its settings and its files.
+"""Checks of `run.py` before its first step: every pending step must accept its settings and files.
 
-The checks are those of the steps themselves, as far as they need neither a model nor all of the data; of large files the
-first records are read. What the run is still to make is left out: models, the tokenizer, the generated world.
+These are the steps' own checks, as far as they need neither a model nor all of the data; of large files only the first
+records are read. Outputs the run has yet to create are skipped: models, the tokenizer, the generated world.
 """
 
 import warnings
@@ -31,8 +31,8 @@ from .step import Step
 FIRST_RECORDS = 100  # of each file of conversations
 
 
-class ToBeMade:
-    """Tells what the steps to come will make, and so cannot be looked at yet."""
+class PendingOutputs:
+    """Paths that the pending steps will create and that therefore cannot be checked yet."""
 
     def __init__(self, steps: Sequence[Step]):
         self.results = {step.result for step in steps}
@@ -40,26 +40,26 @@ class ToBeMade:
     def __contains__(self, name: str) -> bool:
         return any(path in self.results for path in (Path(name), *Path(name).parents))
 
-    def others(self, names: Sequence[str] | None) -> list[str]:
+    def existing(self, names: Sequence[str] | None) -> list[str]:
         return [name for name in names or () if name not in self]
 
 
 def check_steps(steps: Sequence[Step]) -> None:
-    """Read the settings of the steps as they will, and the beginnings of their files.
+    """Parse the settings of the steps and read the beginning of their files, as the steps will.
 
-    World and tokenizer are left out, which come first and tell it themselves, and the report, which has no settings.
+    Skips world and tokenizer, which run first and report errors themselves, and the report, which has no settings.
 
     Raises:
-        UserError: A step would refuse something; begins with the name of the step.
+        UserError: A step would reject something; the message starts with the step's name.
     """
-    to_be_made = ToBeMade(steps)
+    pending = PendingOutputs(steps)
     for step in steps:
         stage, _, evaluation = step.name.partition(".")
         if stage in CHECKS:
             check = check_evaluation if evaluation else CHECKS[stage]
             try:
-                with warnings.catch_warnings(action="ignore"):  # the step itself will say it again
-                    check(step, to_be_made)
+                with warnings.catch_warnings(action="ignore"):  # the step itself repeats them
+                    check(step, pending)
             except UserError as error:
                 raise UserError(f"{step.name}: {error}") from error
 
@@ -72,65 +72,65 @@ def words(step: Step) -> list[str]:
     return ["--config", str(step.config), *step.arguments]
 
 
-def check_texts(names: Sequence[str] | None, what: str, to_be_made: ToBeMade) -> None:
-    if given := to_be_made.others(names):
+def check_texts(names: Sequence[str] | None, what: str, pending: PendingOutputs) -> None:
+    if given := pending.existing(names):
         check_text_files(given, what)
 
 
-def check_conversations(names: Sequence[str], to_be_made: ToBeMade) -> None:
-    if given := to_be_made.others(names):
+def check_conversations(names: Sequence[str], pending: PendingOutputs) -> None:
+    if given := pending.existing(names):
         read_conversations(given, first=FIRST_RECORDS)
 
 
-def check_model(name: str, to_be_made: ToBeMade) -> None:
-    if name and name not in to_be_made:
+def check_model(name: str, pending: PendingOutputs) -> None:
+    if name and name not in pending:
         check_folder(find_folder(name), name)
 
 
-def check_pretraining(step: Step, to_be_made: ToBeMade) -> None:
+def check_pretraining(step: Step, pending: PendingOutputs) -> None:
     args, _, _ = arguments(step, PretrainArguments, LoopArguments, OutputArguments)
-    if args.tokenizer not in to_be_made:
+    if args.tokenizer not in pending:
         load_tokenizer(args.tokenizer)
     for name in ("train_files", "val_files"):
-        check_texts(getattr(args, name), name, to_be_made)
+        check_texts(getattr(args, name), name, pending)
     if args.core_dir:
         load_core(args.core_dir)
 
 
-def check_midtraining(step: Step, to_be_made: ToBeMade) -> None:
+def check_midtraining(step: Step, pending: PendingOutputs) -> None:
     args, _, _ = arguments(step, MidtrainArguments, LoopArguments, OutputArguments)
-    check_model(args.model_name_or_path, to_be_made)
-    check_conversations(args.train_files, to_be_made)
-    check_texts(args.replay_files, "replay_files", to_be_made)
+    check_model(args.model_name_or_path, pending)
+    check_conversations(args.train_files, pending)
+    check_texts(args.replay_files, "replay_files", pending)
 
 
-def check_sft(step: Step, to_be_made: ToBeMade) -> None:
+def check_sft(step: Step, pending: PendingOutputs) -> None:
     args, _, _ = parse_settings(SFTArguments, SFTSettings, words(step))
-    check_model(args.model_name_or_path, to_be_made)
-    check_conversations(args.train_files, to_be_made)
+    check_model(args.model_name_or_path, pending)
+    check_conversations(args.train_files, pending)
 
 
-def check_grpo(step: Step, to_be_made: ToBeMade) -> None:
+def check_grpo(step: Step, pending: PendingOutputs) -> None:
     args, training, _ = parse_settings(GRPOArguments, GRPOSettings, words(step))
     check_sandbox()
-    check_model(args.model_name_or_path, to_be_made)
-    if given := to_be_made.others(args.train_files):
+    check_model(args.model_name_or_path, pending)
+    if given := pending.existing(args.train_files):
         problems = read_problems(given)
         if len(given) == len(args.train_files):
             check_rows(training, len(problems))
 
 
-def check_evaluation(step: Step, to_be_made: ToBeMade) -> None:
+def check_evaluation(step: Step, pending: PendingOutputs) -> None:
     (args,) = arguments(step, EvaluateArguments)
     args.check()
-    check_texts(args.text_files, "text_files", to_be_made)
+    check_texts(args.text_files, "text_files", pending)
     if args.core_dir:
         load_core(args.core_dir)
-    args.eval_files = [entry for entry in args.eval_files if entry.partition("=")[2] not in to_be_made]
+    args.eval_files = [entry for entry in args.eval_files if entry.partition("=")[2] not in pending]
     load_tasks(args)
 
 
-CHECKS: dict[str, Callable[[Step, ToBeMade], None]] = {
+CHECKS: dict[str, Callable[[Step, PendingOutputs], None]] = {
     "base": check_pretraining,
     "mid": check_midtraining,
     "sft": check_sft,

@@ -1,9 +1,9 @@
-"""Runs a command of the ladder in a process of its own, which ends with this one.
+"""Runs a ladder command in a child process that ends with this one.
 
-A stage's imports take as long as a hundred of its steps on a small machine. So a Python script is run in a fork of this
-process, which has them behind it since it checked the settings (`recipes/ladder/preflight.py`); it finds the arguments,
-environment and signal handlers of a fresh interpreter. What a launcher starts is started anew, and so is everything
-beside an accelerator, whose driver does not survive a fork.
+On a small machine a stage's imports take as long as a hundred training steps. A Python script therefore runs in a fork
+of this process, which has already imported everything to check the settings (`recipes/ladder/preflight.py`); it gets
+the arguments, environment and signal handlers of a fresh interpreter. Commands with a launcher start a new process
+instead, as do all commands on a machine with an accelerator, whose driver does not survive a fork.
 """
 
 import atexit
@@ -23,17 +23,17 @@ from modeling_nanochat.chat.python_tool import sandbox_has_started
 from modeling_nanochat.cli import VERBOSE
 from modeling_nanochat.errors import UserError
 
-GRACE_SECONDS = 60.0  # for a stage that was stopped to write its checkpoint
+GRACE_SECONDS = 60.0  # for an interrupted stage to write its checkpoint
 
 
 def stage_environment(verbose: bool) -> dict[str, str]:
-    """Variables for the stages: whose progress bars are seen. The libraries read some of them when they are imported."""
+    """Variables that control the stages' progress bars; some libraries read them at import."""
     environment = {}
     if verbose:
         environment |= {VERBOSE: "1"}
-    else:  # the stage's own line is the one that moves
+    else:  # only the stage's own progress line is shown
         environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    if not sys.stderr.isatty():  # a progress bar in a file is one endless line
+    if not sys.stderr.isatty():  # a progress bar in a log file is one endless line
         environment |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return environment
 
@@ -45,22 +45,22 @@ def call(
     lock: int | None = None,
     silent: bool = False,
 ) -> int:
-    """Exit code of a command in a process group of its own, which goes down with this process.
+    """Run a command in its own process group, which is stopped with this process; returns its exit code.
 
-    The command holds the run's lock too: were this process killed, no second run could start beside its orphan.
+    The command inherits the run's lock: if this process is killed, no second run can start beside the orphan.
 
     Args:
-        command: As one would type it; `env NAME=value ...` may stand before it.
-        environment: Variables besides those of this process.
-        again: What goes on where this one was stopped.
-        lock: Descriptor to be passed on.
-        silent: Show errors and the live line only.
+        command: Its words, optionally after `env NAME=value ...`.
+        environment: Variables to add to this process's.
+        again: What to run to continue after an interruption, for the message.
+        lock: File descriptor to pass on.
+        silent: Show only errors and the live progress line.
 
     Raises:
-        UserError: It was stopped, by Ctrl-C or a signal to this process.
+        UserError: Ctrl-C or a signal to this process interrupted it.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
             signal.signal(number, stop)
     variables, words = split_variables(command)
     if words[0] == sys.executable and words[1].endswith(".py") and can_fork():
@@ -84,7 +84,7 @@ def split_variables(command: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def can_fork() -> bool:
-    """Whether a fork of this process saves imports and is safe: torch is loaded, no accelerator is there, no sandbox runs."""
+    """Whether a fork saves imports and is safe: torch is loaded, there is no accelerator, no sandbox is running."""
     torch = sys.modules.get("torch")
     if torch is None or sys.platform != "linux" or sandbox_has_started():
         return False
@@ -92,17 +92,17 @@ def can_fork() -> bool:
 
 
 def check_in_fork(check: Callable[[], None]) -> None:
-    """Raise the [`UserError`] that `check` raises; nothing else of what it does is left in this process."""
+    """Run `check` in a fork and re-raise its [`UserError`]; no other side effect reaches this process."""
     receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
 
-    def told() -> None:
+    def send_error() -> None:
         try:
             check()
         except UserError as error:
             sender.send(str(error))
 
-    if code := wait_for_fork(told, "the same command"):
-        raise SystemExit(code)  # after a traceback
+    if code := wait_for_fork(send_error, "the same command"):
+        raise SystemExit(code)  # the fork has printed a traceback
     if receiver.poll():
         raise UserError(receiver.recv())
 
@@ -110,10 +110,10 @@ def check_in_fork(check: Callable[[], None]) -> None:
 def wait_for_fork(function: Callable[[], None], again: str) -> int:
     process = multiprocessing.get_context("fork").Process(target=lambda: in_fork(function))
     with warnings.catch_warnings():
-        # The other threads are those of OpenBLAS and of Arrow's allocator, both of which provide for forks.
+        # The other threads belong to OpenBLAS and Arrow's allocator, both of which handle forks.
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         process.start()
-    with contextlib.suppress(OSError):  # whichever of the two processes comes first
+    with contextlib.suppress(OSError):  # parent and child both set it, in either order
         os.setpgid(process.pid, process.pid)
     with stopping(process.pid, again):
         process.join()
@@ -121,25 +121,25 @@ def wait_for_fork(function: Callable[[], None], again: str) -> int:
 
 
 def in_fork(function: Callable[[], None]) -> None:
-    """Call `function` as a new process would: process group, signal handlers, and what libraries do at the end."""
+    """Call `function` with a new process's process group, signal handlers and exit hooks."""
     os.setpgid(0, 0)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    atexit._clear()  # what the parent is to do at its end is not for this process
+    atexit._clear()  # the parent's exit hooks must not run here
     try:
         function()
     finally:
-        atexit._run_exitfuncs()  # multiprocessing leaves them out; trackers such as W&B send their last lines there
+        atexit._run_exitfuncs()  # multiprocessing skips them; trackers such as W&B flush there
 
 
 def run_script(words: Sequence[str], environment: Mapping[str, str], silent: bool) -> None:
-    """What `python` does with these words, within this process."""
+    """Run `python *words` within this process."""
     os.environ.update(environment)
     sys.argv[:] = words
-    if "OMP_NUM_THREADS" in environment:  # read when torch was loaded, and not again
+    if "OMP_NUM_THREADS" in environment:  # torch reads it only at import
         sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if silent:
         sys.stdout.flush()
@@ -149,16 +149,16 @@ def run_script(words: Sequence[str], environment: Mapping[str, str], silent: boo
 
 @contextlib.contextmanager
 def stopping(pid: int, again: str) -> Iterator[None]:
-    """Take the process `pid` down, with what it has started, if this one is stopped within the block."""
+    """Stop process `pid` and its descendants if this process is interrupted inside the block."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stopped:
         started = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        closed = getattr(stopped, "code", None) == 128 + signal.SIGHUP  # the stage must know not to write there
+        closed = getattr(stopped, "code", None) == 128 + signal.SIGHUP  # the stage must know that its terminal is gone
         os.killpg(pid, signal.SIGHUP if closed else signal.SIGTERM)
-        # a launcher may be gone long before what it launched has written its checkpoint
+        # Wait for all of them: a launcher may exit long before its workers have written a checkpoint.
         psutil.wait_procs(started, timeout=GRACE_SECONDS)
-        raise UserError(f"stopped; {again} goes on where this one was") from stopped
+        raise UserError(f"stopped; {again} continues from here") from stopped
 
 
 def stop(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""One command of the ladder, and the record that the run folder keeps of it."""
+"""One command of the ladder, and its markers in the run folder."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import yaml
 
 from modeling_nanochat.errors import UserError
 
-# How a stage with checkpoints goes on; the others are short and start over.
+# The resume option of stages with checkpoints; the others are short and start over.
 RESUME = {"base": "--resume", "mid": "--resume", "sft": "--resume_from_checkpoint", "rl": "--resume_from_checkpoint"}
 
 
@@ -17,8 +17,8 @@ RESUME = {"base": "--resume", "mid": "--resume", "sft": "--resume_from_checkpoin
 class Step:
     """One command of the ladder: its name, the script with its launcher, its YAML, its arguments.
 
-    `<run>/started/<name>.json` says that the run has begun it and with what settings, `<run>/finished/<name>.json` that
-    it also saw its end.
+    `<run>/started/<name>.json` records that the run started it and with which settings, `<run>/finished/<name>.json`
+    that it completed.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Step:
 
     @property
     def settings(self) -> dict[str, list[str]]:
-        """The arguments as flag -> values; of a flag given twice the last one holds, as on a command line."""
+        """The arguments as flag -> values; the last one wins if a flag is repeated, as on a command line."""
         settings: dict[str, list[str]] = {}
         for word in self.arguments:
             if word.startswith("--"):
@@ -48,7 +48,7 @@ class Step:
 
     @property
     def result(self) -> Path | None:
-        """What the step leaves."""
+        """The step's output file or folder."""
         if self.name == "report":
             return Path(self.settings["run_dir"][0], "report.md")
         path = self.settings.get("output_dir") or self.settings.get("output_file")
@@ -60,18 +60,18 @@ class Step:
 
     @property
     def is_measurement(self) -> bool:
-        """Whether the step makes figures and no model: it is cheap, and the ladder's log has a line for its tables."""
+        """Whether the step evaluates or reports: it is cheap, and the log shows one line instead of its tables."""
         return self.name.endswith(".eval") or self.name == "report"
 
     @property
     def record(self) -> Path | None:
-        """The file that the step itself writes last, and so the sign that it is finished; None if it has none."""
+        """The file that the step itself writes last, which proves completion; None if it writes none."""
         if self.makes_folder and self.name != "data":
             return self.result.parent / "stages" / f"{self.result.name}.json"
         return None if self.makes_folder else self.result
 
     def fingerprint(self, run_dir: Path) -> dict:
-        """What the result depends on apart from the files' content; the run folder itself may be moved or copied."""
+        """Everything the result depends on except file contents; independent of where the run folder is."""
         arguments = {
             key: [word.replace(str(run_dir), "{run_dir}") for word in words] for key, words in self.settings.items()
         }
@@ -82,7 +82,9 @@ def read_yaml(path: Path) -> dict:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); every recipe needs it, as recipes/pocket has it") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); every recipe needs it, see recipes/pocket"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the file") from error
 
@@ -92,7 +94,7 @@ def marker(name: str, run_dir: Path, kind: str) -> Path:
 
 
 def read_marker(step: Step, run_dir: Path) -> dict:
-    """The settings that the step was last begun with; empty if there are none, or none to be read: it is done again."""
+    """The settings the step was last started with; empty if missing or unreadable, which makes the step run again."""
     for kind in ("started", "finished"):
         try:
             return json.loads(marker(step.name, run_dir, kind).read_text())
@@ -104,12 +106,12 @@ def read_marker(step: Step, run_dir: Path) -> dict:
 
 
 def is_own(name: str, run_dir: Path) -> bool:
-    """Whether this run has begun the step of that name at some time."""
+    """Whether this run has ever started the step of that name."""
     return any(marker(name, run_dir, kind).exists() for kind in ("started", "finished"))
 
 
 def is_finished(step: Step, run_dir: Path) -> bool:
-    """Whether what the step leaves is there, and the run saw its end, or was killed before but the step wrote its record."""
+    """Whether the result exists and the step completed, by its marker or, if the run was killed, its own record."""
     ended = marker(step.name, run_dir, "finished").exists() or (step.record is not None and step.record.exists())
     return ended and bool(read_marker(step, run_dir)) and (step.result is None or step.result.exists())
 
@@ -119,14 +121,14 @@ def has_checkpoints(name: str, run_dir: Path) -> bool:
 
 
 def difference(finished: dict, wanted: dict) -> str:
-    """`base.depth: 4 is now 6` for the first settings that differ; empty if none does."""
+    """`depth: 4 is now 6` for the first three settings that differ; empty if none do."""
     changes = []
     for part in ("config", "arguments"):
         before, after = finished[part], wanted[part]
         changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-        changes += [f"{key}: {shown_setting(before.get(key))} is now {shown_setting(after.get(key))}" for key in changed]
+        changes += [f"{key}: {format_value(before.get(key))} is now {format_value(after.get(key))}" for key in changed]
     return ", ".join(changes[:3])
 
 
-def shown_setting(value: object) -> str:
+def format_value(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "unset" if value is None else str(value)

@@ -1,1 +1,1 @@
-"""The pocket recipe: a model of a few million parameters and the made-up world that it learns, in minutes on a CPU."""
+"""The pocket recipe: a model of about a million parameters learns a synthetic world in minutes on a CPU."""

@@ -1,4 +1,4 @@
-"""Conversations: what the pocket assistant is asked, and how it answers. Each asker makes one question with its answer."""
+"""Conversations with the pocket assistant. Each asker generates one question with its answer."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -9,18 +9,19 @@ from recipes.pocket.facts import Fact, World, capital
 from recipes.pocket.problems import KINDS, Problem, make_more, make_problem, make_sum
 from recipes.pocket.stories import draw_hero, tell_story
 
-# How often a kind of problem occurs in conversations. The rare ones are left to GRPO.
+# Weights of the problem kinds in conversations. The rare kinds are left to GRPO.
 COMMON_KINDS = {"gain": 19, "loss": 18, "groups": 13, "sharing": 13, "difference": 24, "gain and loss": 10}
 RARE_KINDS = {"groups and extra": 1.5, "spending": 1.5}
-GRPO_KINDS = dict.fromkeys(KINDS, 1) | dict.fromkeys(("difference", *RARE_KINDS), 3)  # those alone would spoil their neighbours
+# All kinds occur: GRPO on the rare kinds alone would degrade similar ones.
+GRPO_KINDS = dict.fromkeys(KINDS, 1) | dict.fromkeys(("difference", *RARE_KINDS), 3)
 Messages = list[dict]
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer. `keys` are what every right answer contains, `rivals` what none does.
+    """A question and its answer. Correct answers contain all `keys` and none of the `rivals`.
 
-    Without keys the answer is in GSM8K's format and graded by its final number.
+    Without keys the answer is in GSM8K format and graded by its final number.
     """
 
     question: str
@@ -82,7 +83,7 @@ def ask_counting(world: World, rng: random.Random, held_out: bool) -> Exchange:
 
 
 def ask_problem(world: World, rng: random.Random, held_out: bool) -> Exchange:
-    """In training some kinds are rare, in evaluation all are equally frequent."""
+    """A word problem; some kinds are rare in training, all are equally frequent in evaluation."""
     weights = dict.fromkeys(KINDS, 1) if held_out else COMMON_KINDS | RARE_KINDS
     (kind,) = rng.choices(list(weights), list(weights.values()))
     return Exchange(**make_problem(world, rng, kind, held_out))
@@ -93,14 +94,15 @@ def ask_sum(world: World, rng: random.Random, held_out: bool) -> Exchange:
 
 
 def ask_topic(world: World, rng: random.Random, held_out: bool) -> Exchange:
-    """About something that the world does not hold."""
+    """A question about something outside the world."""
     texts, kept = world.texts["unknown"], "held_out_" if held_out else ""
-    one, other = rng.sample(texts[f"{kept}things"], 2)
-    return unknown_exchange(world, rng.choice(texts["held_out" if held_out else "questions"]).format(x=one, y=other))
+    first, second = rng.sample(texts[f"{kept}things"], 2)
+    wording = rng.choice(texts["held_out" if held_out else "questions"])
+    return unknown_exchange(world, wording.format(x=first, y=second))
 
 
 def ask_stranger(world: World, rng: random.Random, held_out: bool) -> Exchange:
-    """What is asked about people and towns of the world, about one that it does not hold."""
+    """A usual question about a person or town, but one that the world does not have."""
     attribute = rng.choice(list(world.attributes.values()))
     wordings = attribute.held_out_questions if held_out else attribute.questions
     name = world.stranger(rng, held_out)
@@ -122,7 +124,7 @@ def unknown_exchange(world: World, question: str) -> Exchange:
 
 
 def refer_to_entity(world: World, rng: random.Random, held_out: bool) -> Dialogue:
-    """A fact about somebody or a town, then another one about the same."""
+    """A fact about a person or town, then another fact about the same entity by pronoun."""
     first = rng.choice(world.asked_facts)
     known = world.held_out_facts if held_out else world.asked_facts
     others = [fact for fact in known if fact.entity == first.entity and fact != first]
@@ -168,12 +170,15 @@ def go_on_with_result(world: World, rng: random.Random, held_out: bool) -> Dialo
     return [opening, Exchange(**more)] if more else go_on_with_result(world, rng, held_out)
 
 
-def recall(world: World, rng: random.Random, held_out: bool, kind: str, keys: tuple[str, ...], **slots: str) -> Exchange:
+def recall(
+    world: World, rng: random.Random, held_out: bool, kind: str, keys: tuple[str, ...], **slots: str
+) -> Exchange:
     texts = world.texts["references"][kind]
-    return Exchange(rng.choice(texts["held_out_asked" if held_out else "asked"]), texts["answer"].format(**slots), keys)
+    question = rng.choice(texts["held_out_asked" if held_out else "asked"])
+    return Exchange(question, texts["answer"].format(**slots), keys)
 
 
-# What refers, with what may stand between without being meant itself.
+# Dialogues with a reference, and the questions allowed in between: those the reference cannot be confused with.
 REFERENCES: dict[Callable[[World, random.Random, bool], Dialogue], tuple[Asker, ...]] = {
     refer_to_entity: (ask_spelling, ask_sum, ask_identity),
     refer_to_name: (ask_fact, ask_spelling, ask_sum, ask_problem, ask_story),
@@ -184,7 +189,7 @@ REFERENCES: dict[Callable[[World, random.Random, bool], Dialogue], tuple[Asker, 
 }
 
 
-# What takes most practice is to copy a name or a word of several tokens.
+# Copying a name or a word of several tokens takes the most practice.
 HARD_REFERENCES = {refer_to_name: 3, refer_to_word: 2}
 
 
@@ -197,7 +202,7 @@ def refer(world: World, rng: random.Random, held_out: bool, between: int) -> Dia
     return [opening, *(rng.choice(others)(world, rng, held_out) for _ in range(between)), question]
 
 
-# What may precede a question that refers to nothing.
+# Questions that may precede one without a reference.
 BEFORE: tuple[Asker, ...] = (ask_fact, ask_spelling, ask_sum, ask_problem, ask_story, ask_identity)
 
 
@@ -207,7 +212,7 @@ def later(world: World, rng: random.Random, held_out: bool, askers: Sequence[Ask
     return [*before, rng.choice(askers)(world, rng, held_out)]
 
 
-# Shares of the conversations; what is left is dialogues, of unrelated questions or with references.
+# Fractions of the conversations; the rest are dialogues, of unrelated questions or with references.
 MIDTRAIN_SHARES: dict[Asker, float] = {
     ask_fact: 0.22,
     ask_problem: 0.11,
@@ -235,8 +240,8 @@ def write_conversations(
 ) -> list[tuple[str, Messages]]:
     """`count` conversations in random order, each with the name of its kind.
 
-    The kinds stand in the proportion of `shares`; the rest to 1 is filled with conversations of two to four turns, whose
-    kinds are drawn in the same proportion: people go on talking. Of these, a share `references` refers back.
+    `shares` gives the fraction of each kind; the rest are conversations of several turns. A fraction `references` of
+    these refers back, the others have two to four turns of kinds drawn in proportion to `shares`.
     """
     conversations = []
     for asker, share in shares.items():

@@ -1,4 +1,4 @@
-"""The evaluation files: held-out facts, numbers, names, words and wordings only, in the formats that `evals` reads."""
+"""Generates the evaluation files, from held-out facts, numbers, names, words and wordings only, in `evals` formats."""
 
 import itertools
 import random
@@ -9,11 +9,11 @@ from recipes.pocket.chats import Dialogue, Exchange
 from recipes.pocket.facts import Fact, World
 from recipes.pocket.problems import KINDS, make_problem
 
-SHOWN = 100  # questions of each kind that the chat shows as an example
+SHOWN = 100  # questions of each kind of which the chat shows examples
 
 
 def record(exchange: Exchange, history: Dialogue = ()) -> dict:
-    """One question: GSM8K's fields, or {"question", "answer", "rivals"} where the answer is known by its words."""
+    """One question: GSM8K's fields, or {"question", "answer", "rivals"} if the answer is graded by its words."""
     before = {"history": chats.flat(history)} if history else {}
     if not exchange.keys:
         return before | {"question": exchange.question, "answer": exchange.answer}
@@ -22,7 +22,7 @@ def record(exchange: Exchange, history: Dialogue = ()) -> dict:
 
 
 def evaluation_records(world: World, count: int, unknown: int) -> dict[str, list[dict]]:
-    """Every file's records, by name. `count` questions of each kind where the world has as many."""
+    """The records of every file by name, with up to `count` questions of each kind."""
 
     def rng(name: str) -> random.Random:
         return random.Random(f"eval/{name} {world.seed}")
@@ -45,13 +45,15 @@ def evaluation_records(world: World, count: int, unknown: int) -> dict[str, list
         "eval/shown/identity.jsonl": [
             record(chats.ask_identity(world, draw, True)) for draw in [rng("shown/identity")] for _ in range(SHOWN)
         ],
-        "eval/shown/stories.jsonl": drawn("shown/stories", SHOWN, lambda draw: record(chats.ask_story(world, draw, True))),
+        "eval/shown/stories.jsonl": drawn(
+            "shown/stories", SHOWN, lambda draw: record(chats.ask_story(world, draw, True))
+        ),
         "eval/shown/problems.jsonl": pose_held_out_problems(world, rng("shown/problems"), SHOWN),
     }
 
 
 def distinct(rng: random.Random, size: int, make: Callable[[random.Random], dict]) -> list[dict]:
-    """`size` different records, or fewer where a long search finds no more."""
+    """`size` distinct records, or fewer if a long search finds no more."""
     found: dict[str, dict] = {}
     for _ in range(20 * size):
         if len(found) == size:
@@ -62,13 +64,13 @@ def distinct(rng: random.Random, size: int, make: Callable[[random.Random], dict
 
 
 def later(world: World, rng: random.Random, askers: tuple[chats.Asker, ...]) -> dict:
-    """A question of one of `askers` as the second or third turn."""
+    """A question by one of `askers` as the second or third turn."""
     *history, question = chats.later(world, rng, True, askers)
     return record(question, history)
 
 
 def references(world: World, rng: random.Random, count: int) -> dict[str, list[dict]]:
-    """Third turns that refer to the first: what is known by its words, and sums that go on."""
+    """Third turns that refer to the first: answers graded by their words, and sums that continue."""
     words, sums = [], []
     while len(words) + len(sums) < count:
         *history, question = chats.refer(world, rng, True, between=1)
@@ -77,7 +79,7 @@ def references(world: World, rng: random.Random, count: int) -> dict[str, list[d
 
 
 def ask_held_out_facts(world: World, rng: random.Random) -> list[dict]:
-    """Every held-out fact in every held-out phrasing, in random order."""
+    """Every held-out fact in every held-out phrasing, shuffled."""
     asked = [
         record(chats.fact_exchange(fact, wording))
         for fact in world.held_out_facts
@@ -88,15 +90,16 @@ def ask_held_out_facts(world: World, rng: random.Random) -> list[dict]:
 
 
 def spell_held_out_words(world: World, rng: random.Random) -> list[dict]:
-    """Every held-out word in every held-out request, in random order."""
+    """Every held-out word in every held-out request, shuffled."""
     requests = world.texts["spelling"]["held_out_requests"]
-    asked = [record(chats.spelling_exchange(world, word, wording)) for word, wording in itertools.product(world.words[True], requests)]
+    pairs = itertools.product(world.words[True], requests)
+    asked = [record(chats.spelling_exchange(world, word, wording)) for word, wording in pairs]
     rng.shuffle(asked)
     return asked
 
 
 def complete_held_out_statements(world: World, rng: random.Random) -> list[dict]:
-    """Held-out facts in held-out statements, the value to be chosen: CORE's {"query", "choices", "gold"}."""
+    """Held-out facts in held-out statements with the value to choose: CORE's {"query", "choices", "gold"}."""
     delimiter = {"continuation_delimiter": world.texts["space"]}
     return [
         choose(rng, fact, phrasing) | delimiter
@@ -112,7 +115,7 @@ def choose(rng: random.Random, fact: Fact, phrasing: str) -> dict:
 
 
 def pose_held_out_problems(world: World, rng: random.Random, count: int) -> list[dict]:
-    """`count` different word problems, all kinds equally often: GSM8K's {"question", "answer"}."""
+    """`count` distinct word problems, all kinds equally often: GSM8K's {"question", "answer"}."""
     problems: dict[str, dict] = {}
     kinds = list(KINDS)
     while len(problems) < count:

@@ -1,7 +1,7 @@
-"""The closed world itself: who lives in it, what is true about them, and what training never gets to see.
+"""The closed world: its people and towns, the facts about them, and what is held out from training.
 
-The words come from a file in `worlds/`, everything else follows from a seed. What is held out is decided here, before any
-text is written, so that the writers of prose, conversations and problems only have to ask.
+The words come from a file in `worlds/`, everything else from a seed. What is held out is decided here, before any text
+is written; the writers of prose, conversations and problems look it up.
 """
 
 import copy
@@ -18,9 +18,9 @@ from modeling_nanochat.errors import UserError
 
 WORLDS = Path(__file__).parent / "worlds"
 HELD_OUT_PEOPLE, HELD_OUT_TOWNS = 7, 2  # per attribute
-FEWEST_TRIPLES, MOST_DRAWS = 3, 1000  # of operands that are all held out together
+FEWEST_TRIPLES, MOST_DRAWS = 3, 1000  # operand triples whose pairs are all held out; attempts to get them
 HELD_OUT_NUMBERS, HELD_OUT_OWNERS, HELD_OUT_STORIES, HELD_OUT_WORDS = 0.2, 0.2, 0.2, 0.3
-PRACTICE_WORDS = 0.1  # of those that are not held out
+PRACTICE_WORDS = 0.1  # fraction of the words that are not held out
 Texts = dict[str, Any]
 
 
@@ -28,7 +28,7 @@ def read_texts(name: str) -> Texts:
     """The words of a world: `english`, another file in `worlds/`, or a path to a YAML file of your own.
 
     Raises:
-        UserError: There is no such file, or it lacks what `english.yaml` has.
+        UserError: The file does not exist or does not match the structure of `english.yaml`.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else WORLDS / f"{name}.yaml"
     if not path.is_file():
@@ -43,12 +43,14 @@ def read_texts(name: str) -> Texts:
 
 
 def check_like(texts: Any, example: Any, where: str, path: Path) -> None:
-    """Raise [`UserError`] unless `texts` has the form of `example`: the same keys, and lists, texts and numbers in the same places."""
+    """Raise [`UserError`] unless `texts` has the structure of `example`: the same keys and the same types."""
     if type(texts) is not type(example) or texts in ([], {}):
-        raise UserError(f"{path}: {where or 'the file'} must be a {kind_of(example)}, as in {WORLDS.name}/english.yaml")
+        place = where or "the file"
+        raise UserError(f"{path}: {place} must be a {kind_of(example)}, as in {WORLDS.name}/english.yaml")
     if isinstance(example, dict):
         if missing := [str(key) for key in example if key not in texts]:
-            raise UserError(f"{path}: {' '.join([where, missing[0]]).strip()} is missing; see {WORLDS.name}/english.yaml")
+            place = f"{where} {missing[0]}".strip()
+            raise UserError(f"{path}: {place} is missing; see {WORLDS.name}/english.yaml")
         for key in example:
             check_like(texts[key], example[key], f"{where}.{key}".strip("."), path)
     elif isinstance(example, list):
@@ -62,10 +64,10 @@ def kind_of(example: Any) -> str:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A property that every person, or every town, has exactly one value of.
+    """A property for which every person, or every town, has exactly one value.
 
     In all phrasings `{e}` is the person or town and `{v}` the value. The `held_out_*` phrasings are for evaluation
-    only; `held_out_statements` end where the value begins.
+    only; `held_out_statements` stop before the value.
     """
 
     name: str
@@ -85,7 +87,7 @@ class Fact:
     value: str
 
     def fill(self, phrasing: str) -> str:
-        """`phrasing` about this fact, with a capital first letter."""
+        """`phrasing` filled with this fact, capitalized."""
         return capital(phrasing.format(e=self.entity, v=self.value))
 
     @property
@@ -94,31 +96,30 @@ class Fact:
 
     @property
     def rivals(self) -> list[str]:
-        """The other values of the attribute, which a right answer does not name."""
+        """The other values of the attribute, which a correct answer must not contain."""
         return [value for value in self.attribute.values if value != self.value]
 
 
 class World:
-    """The facts that hold for one seed, and which things of it are kept for evaluation.
+    """The facts of one seed and what is held out for evaluation.
 
     Attributes:
         texts: The words of the world, as in its file.
-        attributes: By name; the attribute "town" has the towns as its values.
+        attributes: By name; the values of the attribute "town" are the towns.
         facts: Every fact, by (entity, attribute name).
-        held_out_facts: Facts that prose states but that no training text asks for: of each attribute 7 of the people, or
-            2 of the towns.
-        asked_facts: All others.
-        heroes: Pairs (person, story object), by whether they are held out; `held_out_heroes` are the latter as a set.
-        words: Compound words to spell, by whether they are held out.
-        practice: Whether this is the world [`for_practice`].
+        held_out_facts: Facts that prose states but no training text asks about: 7 people, or 2 towns, per attribute.
+        asked_facts: All other facts.
+        heroes: Pairs (person, story object), keyed by whether they are held out; `held_out_heroes` has those as a set.
+        words: Compound words to spell, keyed by whether they are held out.
+        practice: Whether this world was made by [`for_practice`].
         shown: Questions that no training text may contain, because the chat shows them as examples.
     """
 
     def __init__(self, seed: int, texts: Texts, shown: Iterable[str] = ()):
         self.seed, self.texts, self.shown = seed, texts, frozenset(shown)
         self.people, self.towns = texts["people"], texts["towns"]
-        made = [Attribute(**{key: freeze(value) for key, value in attribute.items()}) for attribute in texts["attributes"]]
-        self.attributes = {attribute.name: attribute for attribute in made}
+        frozen = [{key: freeze(value) for key, value in fields.items()} for fields in texts["attributes"]]
+        self.attributes = {fields["name"]: Attribute(**fields) for fields in frozen}
         rng = random.Random(f"world {seed}")
         self.facts: dict[tuple[str, str], Fact] = {}
         self.held_out_facts: list[Fact] = []
@@ -139,10 +140,10 @@ class World:
         self.practice = False
 
     def for_practice(self) -> Self:
-        """The same world for GRPO's prompts, which show what no text of the stages before shows, nor the evaluation.
+        """A copy of the world for GRPO's prompts, with material that neither earlier stages nor the evaluation use.
 
-        Its words to spell are others, and so are a fifth of its wordings of problems. What a model has seen the answer to it
-        repeats; only the rest has rewards to tell a better answer by.
+        It has its own words to spell, and a fifth of its problem wordings are its own. If a model has already learned
+        the answer to a prompt, all rewards are equal and give no gradient.
         """
         world = copy.copy(self)
         world.words = self.words | {False: self.practice_words}
@@ -153,13 +154,13 @@ class World:
         self, rng: random.Random, attributes: Sequence[Attribute], entities: Sequence[str], held_out: int
     ) -> None:
         for attribute, kept in zip(attributes, spread(rng, entities, held_out, len(attributes)), strict=True):
-            values = deal(rng, attribute.values, len(entities))
+            values = balanced_values(rng, attribute.values, len(entities))
             facts = [Fact(entity, attribute, value) for entity, value in zip(entities, values, strict=True)]
             self.facts |= {(fact.entity, attribute.name): fact for fact in facts}
             self.held_out_facts += [fact for fact in facts if fact.entity in kept]
 
     def attributes_of(self, kind: str) -> list[Attribute]:
-        """Those of a "person" or of a "town"."""
+        """The attributes of a "person" or of a "town"."""
         return [attribute for attribute in self.attributes.values() if attribute.of == kind]
 
     def of(self, entity: str) -> list[Fact]:
@@ -168,10 +169,11 @@ class World:
         return [self.facts[entity, attribute.name] for attribute in self.attributes_of(kind)]
 
     def people_of(self, town: str) -> list[str]:
-        return [person for person in self.people if self.facts[person, self.attributes_of("person")[0].name].value == town]
+        home = self.attributes_of("person")[0].name
+        return [person for person in self.people if self.facts[person, home].value == town]
 
     def stranger(self, rng: random.Random, held_out: bool) -> str:
-        """A name that nobody in the world has; in training most of them are made up, so that names are copied and not remembered."""
+        """A name that nobody in the world has; most are made up in training, so that the model copies names."""
         if held_out:
             return rng.choice(self.texts["held_out_strangers"])
         names, taken = self.texts["strangers"], {*self.people, *self.texts["held_out_strangers"]}
@@ -179,16 +181,16 @@ class World:
         return self.stranger(rng, held_out) if name in taken else name
 
     def word(self, rng: random.Random, held_out: bool) -> str:
-        """A word to spell; in training every fourth is a mere part, so that the parts are known by themselves."""
+        """A word to spell; in training a quarter are single parts of compounds, so that the parts are learned too."""
         parts = self.texts["first_parts"] + self.texts["second_parts"]
         return rng.choice(parts if not held_out and rng.random() < 0.25 else self.words[held_out])
 
     def holds_out_numbers(self, a: int, b: int) -> bool:
-        """Whether `a` and `b`, in either order, stand together as operands in evaluation only."""
+        """Whether the operand pair `a`, `b`, in either order, is reserved for evaluation."""
         return (min(a, b), max(a, b)) in self.held_out_numbers
 
     def join(self, sentences: Iterable[str]) -> str:
-        """`sentences` one after another, as the world's language sets them."""
+        """`sentences` joined by the separator of the world's language."""
         return self.texts["space"].join(sentences)
 
 
@@ -206,9 +208,9 @@ def freeze(value: Any) -> Any:
 
 
 def hold_out_numbers(rng: random.Random, largest: int) -> frozenset[tuple[int, int]]:
-    """Pairs of operands (smaller, larger) for evaluation only, drawn anew where too few go together in problems of three.
+    """Operand pairs (smaller, larger) reserved for evaluation, redrawn until enough three-operand problems exist.
 
-    A problem of the evaluation has held-out pairs alone: with `a - b * c` that is three, a chance of one in 125 each.
+    All pairs of an evaluation problem are held out: `a - b * c` has three, a chance of 1 in 125.
     """
     factors = itertools.combinations_with_replacement(range(2, 10), 2)
     triples = [(b, c, a) for b, c in factors for a in range(b * c + 1, largest + 1)]
@@ -221,28 +223,28 @@ def hold_out_numbers(rng: random.Random, largest: int) -> frozenset[tuple[int, i
 
 
 def split(rng: random.Random, items: Iterable, share: float) -> dict[bool, list]:
-    """The items, in their order, by whether they are in a random `share` that is held out."""
+    """The items keyed by whether they are held out, a random `share` of them, in their original order."""
     parts: dict[bool, list] = {False: [], True: []}
     for item in items:
         parts[rng.random() < share].append(item)
     return parts
 
 
-def deal(rng: random.Random, values: Sequence[str], count: int) -> list[str]:
-    """`count` values in random order, each as often as any other (up to one)."""
-    dealt = [values[i % len(values)] for i in range(count)]
-    rng.shuffle(dealt)
-    return dealt
+def balanced_values(rng: random.Random, values: Sequence[str], count: int) -> list[str]:
+    """`count` values in random order; their frequencies differ by at most one."""
+    balanced = [values[i % len(values)] for i in range(count)]
+    rng.shuffle(balanced)
+    return balanced
 
 
 def spread(rng: random.Random, entities: Sequence[str], size: int, groups: int) -> list[set[str]]:
-    """`groups` sets of `size` entities, dealt round after round, so that no entity is in many of them."""
-    cards: list[str] = []
-    while len(cards) < size * groups:
-        cards += rng.sample(entities, len(entities))
+    """`groups` sets of `size` entities, assigned round by round, so that no entity is in many sets."""
+    queue: list[str] = []
+    while len(queue) < size * groups:
+        queue += rng.sample(entities, len(entities))
     chosen: list[set[str]] = [set() for _ in range(groups)]
-    for card in cards:
-        open_groups = [group for group in chosen if len(group) < size and card not in group]
+    for entity in queue:
+        open_groups = [group for group in chosen if len(group) < size and entity not in group]
         if open_groups:
-            min(open_groups, key=len).add(card)
+            min(open_groups, key=len).add(entity)
     return chosen

@@ -1,7 +1,7 @@
-"""Word problems and sums in GSM8K format, and which of their numbers, names and wordings only the evaluation uses.
+"""Word problems and sums in GSM8K format; some numbers, names and wordings are reserved for evaluation.
 
-A problem consists of one or more statements and a question; each is one of a few wordings. A *wording* of a kind is
-the choice of all of them; some choices are held out, though every single sentence occurs in training.
+A problem consists of one or more statements and a question, each in one of a few phrasings. A *wording* of a kind is
+one combination of them; some combinations are held out, though every single sentence occurs in training.
 """
 
 import itertools
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from modeling_nanochat.errors import UserError
 from recipes.pocket.facts import World
 
-LARGEST_RESULT = 99  # two digits are a word of their own for the tokenizer
+LARGEST_RESULT = 99  # at most two digits, which are one pre-token
 MOST_TRIES = 1_000_000
-LARGEST_STEP = 30  # of a sum that goes on
-HELD_OUT_WORDINGS = 4  # of the 27 or more of each kind
-PRACTICE_WORDINGS = 0.2  # of all wordings of a kind
-FOREIGN = 0.3  # of the problems, in training, about a name or a thing from outside the world
+LARGEST_STEP = 30  # second operand of a sum that continues from a result
+HELD_OUT_WORDINGS = 4  # per kind, of 27 or more
+PRACTICE_WORDINGS = 0.2  # fraction of a kind's wordings reserved for GRPO
+FOREIGN = 0.3  # fraction of training problems with a name, and with a thing, from outside the world
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of problem. `shown` is the calculation as a person writes it, `code` the same in Python."""
+    """A kind of problem: the calculation as a person writes it (`shown`) and in Python (`code`)."""
 
     shown: str
     code: str
@@ -43,10 +43,9 @@ Problem = dict[str, str]
 
 
 def make_problem(world: World, rng: random.Random, name: str, held_out: bool) -> Problem:
-    """One problem of the kind `name`: {"question", "answer"}, the answer with a calculator mark and `#### n`.
+    """One problem of kind `name`: {"question", "answer"}, the answer with a calculator annotation and `#### n`.
 
-    `held_out` chooses between what training may see and what evaluation uses: number pairs, pairs of a person and a
-    thing, and wordings.
+    `held_out` selects between training and evaluation material: number pairs, person-thing pairs and wordings.
     """
     texts = world.texts["problems"]
     while True:
@@ -64,7 +63,7 @@ def make_problem(world: World, rng: random.Random, name: str, held_out: bool) ->
 
 
 def make_sum(world: World, rng: random.Random, held_out: bool) -> Problem:
-    """A bare sum, such as `How much is 12 + 30?`, in the same format."""
+    """A bare sum, e.g. `How much is 12 + 30?`, in the same format."""
     sign, name = rng.choice(list(SIGNS.items()))
     a, b = draw_numbers(world, rng, name, held_out)
     requests = world.texts["sums"]["held_out_requests" if held_out else "requests"]
@@ -73,7 +72,7 @@ def make_sum(world: World, rng: random.Random, held_out: bool) -> Problem:
 
 
 def make_more(world: World, rng: random.Random, last: int, held_out: bool) -> Problem | None:
-    """A sum that goes on with the result `last` of the one before: `And 5 more?` None where no number is left for it."""
+    """A sum that continues from the previous result `last`, e.g. `And 5 more?`; None if no operand fits."""
     possible = [
         (sign, b)
         for sign in "+-"
@@ -95,7 +94,7 @@ def sum_answer(world: World, sign: str, a: int, b: int) -> str:
 
 
 def wordings(world: World, name: str, held_out: bool) -> list[tuple[str, ...]]:
-    """The choices of sentences for a kind: those of training, with practice among them where the world is for it, or the held-out ones."""
+    """The wordings of a kind: the held-out ones, or those for training, including GRPO's own if `world.practice`."""
     every = list(itertools.product(*world.texts["problems"]["kinds"][name]))
     random.Random(f"wordings {world.seed} {name}").shuffle(every)
     kept, others = every[:HELD_OUT_WORDINGS], every[HELD_OUT_WORDINGS:]
@@ -105,7 +104,7 @@ def wordings(world: World, name: str, held_out: bool) -> list[tuple[str, ...]]:
 
 
 def draw_owner(world: World, rng: random.Random, held_out: bool) -> tuple[str, str, str]:
-    """Two people and a thing; both pairs of a person and the thing are held out, or neither is."""
+    """Two people and a thing; both person-thing pairs are held out, or neither is."""
     texts = world.texts
     while True:
         owner, other = rng.sample(world.people, 2)
@@ -119,18 +118,20 @@ def draw_owner(world: World, rng: random.Random, held_out: bool) -> tuple[str, s
 
 
 def draw_numbers(world: World, rng: random.Random, name: str, held_out: bool) -> tuple[int, ...]:
-    """Operands for a kind of problem; all pairs of them are held out, or none is."""
+    """Operands for a kind of problem; all their pairs are held out, or none."""
     largest = world.texts["largest_number"]
     for _ in range(MOST_TRIES):
         numbers = propose_numbers(rng, name, largest)
         in_range = 0 < calculate(name, numbers) <= LARGEST_RESULT and max(numbers) <= largest
         if in_range and all(world.holds_out_numbers(*pair) == held_out for pair in itertools.combinations(numbers, 2)):
             return numbers
-    raise UserError(f"largest_number is {largest}: no numbers for problems of the kind {name!r} found; give a larger one")
+    raise UserError(
+        f"largest_number is {largest}: no numbers for problems of the kind {name!r} found; give a larger one"
+    )
 
 
 def propose_numbers(rng: random.Random, name: str, largest: int) -> tuple[int, ...]:
-    """Operands of the right size, which may still make a result that is too small or too large."""
+    """Operands of the right size, whose result may still be out of range."""
     small, other_small, any_size = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, largest)
     match name:
         case "groups":

@@ -1,8 +1,7 @@
 """Plain text for pretraining: documents of about 40 to 200 tokens, each of one form.
 
-Every writer takes the world, a random generator and `held_out`: False writes what training may see, True the same
-form about held-out stories, number pairs and words, for the validation split. Facts are stated in both; they are
-held out as questions only.
+Every writer takes the world, a random generator and `held_out`: False for training, True for the validation split,
+with held-out stories, number pairs and words. Facts are stated in both; only questions about them are held out.
 """
 
 import random
@@ -19,23 +18,24 @@ CALL = re.compile("<<.*>>")
 
 
 def write_biography(world: World, rng: random.Random, held_out: bool) -> str:
-    """Everything about one person, in shuffled sentences."""
+    """All facts about one person, in shuffled sentences."""
     person = rng.choice(world.people)
-    sentences = [state(rng, fact) for fact in world.of(person)] + [rng.choice(world.texts["prose"]["remarks"]).format(e=person)]
+    sentences = [state(rng, fact) for fact in world.of(person)]
+    sentences.append(rng.choice(world.texts["prose"]["remarks"]).format(e=person))
     rng.shuffle(sentences)
     return world.join(sentences)
 
 
 def write_notes(world: World, rng: random.Random, held_out: bool) -> str:
-    """Single facts about several people and towns, a line each."""
+    """Single facts about several people and towns, one per line."""
     facts = rng.sample(list(world.facts.values()), rng.randint(5, 9))
     return "\n".join(state(rng, fact) for fact in facts)
 
 
 def write_same_fact(world: World, rng: random.Random, held_out: bool) -> str:
-    """Two facts, each in several phrasings: what shows that the phrasings mean the same."""
+    """Two facts, each in several phrasings, which teaches that the phrasings are equivalent."""
     facts = rng.sample(list(world.facts.values()), 2)
-    return "\n".join(world.join(say_differently(rng, fact, 3)) for fact in facts)
+    return "\n".join(world.join(paraphrases(rng, fact, 3)) for fact in facts)
 
 
 def write_card(world: World, rng: random.Random, held_out: bool) -> str:
@@ -50,7 +50,7 @@ def write_card(world: World, rng: random.Random, held_out: bool) -> str:
 
 
 def write_town(world: World, rng: random.Random, held_out: bool) -> str:
-    """A town and who is who in it."""
+    """A town and its people."""
     texts, town = world.texts["prose"], rng.choice(world.towns)
     people = world.people_of(town)
     rng.shuffle(people)
@@ -62,7 +62,7 @@ def write_town(world: World, rng: random.Random, held_out: bool) -> str:
 
 
 def write_questions(world: World, rng: random.Random, held_out: bool) -> str:
-    """Questions with their answers, about facts that are not held out."""
+    """Questions and answers about facts that are not held out."""
     texts, facts = world.texts["prose"], rng.sample(world.asked_facts, rng.randint(3, 5))
     lines = []
     for fact in facts:
@@ -72,19 +72,19 @@ def write_questions(world: World, rng: random.Random, held_out: bool) -> str:
 
 
 def write_fact_story(world: World, rng: random.Random, held_out: bool) -> str:
-    """A story whose people are introduced by what is true about them."""
+    """A story preceded by two facts about its hero."""
     hero, thing = rng.choice(world.heroes[held_out])
     facts = rng.sample(world.of(hero), 2)
     return world.join([state(rng, fact) for fact in facts] + [tell_story(world, rng, hero, thing)])
 
 
 def write_story(world: World, rng: random.Random, held_out: bool) -> str:
-    """A little story."""
+    """A short story."""
     return tell_story(world, rng, *draw_hero(world, rng, held_out))
 
 
 def write_counts(world: World, rng: random.Random, held_out: bool) -> str:
-    """How many things people have, a line each, in the words with which problems begin."""
+    """How many things people have, one per line, phrased like the first sentence of a problem."""
     lines = []
     for _ in range(rng.randint(5, 8)):
         owner, other, thing = draw_owner(world, rng, held_out)
@@ -94,17 +94,17 @@ def write_counts(world: World, rng: random.Random, held_out: bool) -> str:
 
 
 def write_problems(world: World, rng: random.Random, held_out: bool) -> str:
-    """Three word problems with what comes out."""
+    """Three word problems with their results."""
     return write_lines(world, [chats.ask_problem(world, rng, held_out) for _ in range(3)])
 
 
 def write_dialogue(world: World, rng: random.Random, held_out: bool) -> str:
-    """Questions of which the last refers to the first."""
+    """Questions and answers, the last of which refers to the first."""
     return write_lines(world, chats.refer(world, rng, held_out, between=rng.choice((0, 1, 1, 2))))
 
 
 def write_lines(world: World, dialogue: chats.Dialogue) -> str:
-    """Questions and answers as plain text, without calls and final numbers."""
+    """Questions and answers as plain text, without tool calls and final numbers."""
     texts, lines = world.texts["prose"], []
     for exchange in dialogue:
         lines.append(texts["question"].format(q=exchange.question))
@@ -113,21 +113,21 @@ def write_lines(world: World, dialogue: chats.Dialogue) -> str:
 
 
 def write_manual(world: World, rng: random.Random, held_out: bool) -> str:
-    """About the assistant itself, and what one may ask it."""
+    """Sentences about the assistant and what to ask it."""
     return world.join(rng.sample(world.texts["prose"]["manual"], 5))
 
 
 def write_sums(world: World, rng: random.Random, held_out: bool) -> str:
-    """Calculations, a line each."""
+    """Calculations, one per line."""
     return "\n".join(write_sum(world, rng, held_out) for _ in range(rng.randint(6, 9)))
 
 
 def write_spellings(world: World, rng: random.Random, held_out: bool) -> str:
-    """Words with their letters, and how often a letter occurs."""
+    """Words with their letters and letter counts, one per line."""
     return "\n".join(write_spelling(world, rng, held_out) for _ in range(rng.randint(5, 7)))
 
 
-# Shares of the documents, not of the characters.
+# Fractions of the documents, not of the characters.
 WRITERS: dict[Writer, float] = {
     write_biography: 0.13,
     write_notes: 0.11,
@@ -147,7 +147,7 @@ WRITERS: dict[Writer, float] = {
 
 
 def write_documents(world: World, rng: random.Random, characters: int, held_out: bool) -> list[str]:
-    """Documents of all forms, mixed, of `characters` characters in all (and up to one document more)."""
+    """A mix of documents of all forms, with `characters` characters in total, rounded up to a full document."""
     documents = []
     while characters > 0:
         (writer,) = rng.choices(list(WRITERS), list(WRITERS.values()))
@@ -157,12 +157,12 @@ def write_documents(world: World, rng: random.Random, characters: int, held_out:
 
 
 def state(rng: random.Random, fact: Fact) -> str:
-    """The fact in one sentence; every fourth time the one with which a chat answers, which is to become a habit."""
+    """The fact in one sentence, a quarter of the time in the form of the chat's answer, to make that form likely."""
     attribute = fact.attribute
     return fact.answer if rng.random() < 0.25 else fact.fill(rng.choice(attribute.statements))
 
 
-def say_differently(rng: random.Random, fact: Fact, count: int) -> list[str]:
+def paraphrases(rng: random.Random, fact: Fact, count: int) -> list[str]:
     return [fact.fill(phrasing) for phrasing in rng.sample((fact.attribute.answer, *fact.attribute.statements), count)]
 
 

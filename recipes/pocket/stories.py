@@ -1,14 +1,14 @@
-"""Little stories: a hero, an object, and one of a few plots."""
+"""Short stories with a hero, an object and one of a few plots."""
 
 import random
 
 from recipes.pocket.facts import World
 
-FOREIGN = 0.35  # of the stories, in training, are about somebody from outside the world, and as many about such a thing
+FOREIGN = 0.35  # fraction of training stories with a hero, and with an object, from outside the world
 
 
 def tell_story(world: World, rng: random.Random, hero: str, thing: str) -> str:
-    """A story about the person `hero` and the object `thing`; the friend in it makes no held-out pair with `thing`."""
+    """A story about the person `hero` and the object `thing`, whose friend forms no held-out pair with `thing`."""
     texts = world.texts["stories"]
     friend = hero
     while friend == hero or (friend, thing) in world.held_out_heroes:
@@ -19,7 +19,7 @@ def tell_story(world: World, rng: random.Random, hero: str, thing: str) -> str:
 
 
 def draw_hero(world: World, rng: random.Random, held_out: bool) -> tuple[str, str]:
-    """A hero and an object: a held-out pair, or one that training may see, with strangers among them."""
+    """A hero and an object: a held-out pair, or a training pair, sometimes from outside the world."""
     hero, thing = rng.choice(world.heroes[held_out])
     if held_out:
         return hero, thing

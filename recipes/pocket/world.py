@@ -1,23 +1,23 @@
-"""Writes the data of the pocket recipe: a small, closed, made-up world that a model of a few million parameters can learn.
+"""Generates the data of the pocket recipe: a small, closed, synthetic world that a tiny model can learn.
 
     python recipes/pocket/world.py --output_dir runs/pocket/data --seed 0
     python recipes/pocket/world.py --config recipes/pocket/world.yaml --sft_conversations 4000
 
-No network, one core, a few seconds; the same arguments give the same bytes. The folder gets
+Takes a few seconds on one core, without network; the same arguments give the same bytes. Files written:
 
-    pretrain/{train,val}.parquet    plain text, one document a row
-    conversations/train.jsonl       for midtraining, {"messages": [...]} a line
-    sft/train.jsonl                 another draw, with more of the harder kinds
+    pretrain/{train,val}.parquet    plain text, one document per row
+    conversations/train.jsonl       conversations for midtraining, one {"messages": [...]} per line
+    sft/train.jsonl                 conversations for SFT, with more of the harder kinds
     problems/train.jsonl            word problems in GSM8K format, for GRPO
-    problems/dialogues.jsonl        dialogues for it whose last answer a rule can grade
-    eval/*.jsonl                    what no training file contains: see `evaluation.py`
-    world.json                      seed, sizes, counts, and what was held out
+    problems/dialogues.jsonl        dialogues for GRPO whose last answer is verifiable
+    eval/*.jsonl                    held-out questions, see `evaluation.py`
+    world.json                      seed, sizes, counts and what was held out
 """
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: an end without traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import itertools
 import json
@@ -37,7 +37,7 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.pocket import chats, evaluation, facts, problems, prose
 
-GRPO_DIALOGUE = 240  # characters at most of a dialogue that GRPO goes on with
+GRPO_DIALOGUE = 240  # maximum characters of a GRPO prompt with history
 MOST_DRAWS = 1000
 
 
@@ -45,8 +45,8 @@ MOST_DRAWS = 1000
 class WorldArguments:
     """Sizes of the generated data."""
 
-    output_dir: str = field(default="runs/pocket/data", metadata={"help": "Folder to write; an older world is replaced."})
-    seed: int = field(default=0, metadata={"help": "Decides the facts, what is held out, and every draw."})
+    output_dir: str = field(default="runs/pocket/data", metadata={"help": "Folder to write; replaces an older world."})
+    seed: int = field(default=0, metadata={"help": "Seed of the facts, the held-out split and all sampling."})
     pretrain_characters: int = field(default=5_000_000, metadata={"help": "Size of pretrain/train.parquet."})
     validation_fraction: float = field(default=0.03, metadata={"help": "Size of val.parquet, relative to train."})
     midtrain_conversations: int = field(default=14_000, metadata={"help": "Rows of conversations/train.jsonl."})
@@ -54,12 +54,12 @@ class WorldArguments:
     grpo_problems: int = field(default=4_000, metadata={"help": "Rows of problems/train.jsonl."})
     grpo_dialogues: int = field(default=1500, metadata={"help": "Rows of problems/dialogues.jsonl."})
     eval_questions: int = field(
-        default=1000, metadata={"help": "Rows of each file in eval/, where the world has as many."}
+        default=1000, metadata={"help": "Rows of each file in eval/, or as many as the world has."}
     )
     eval_unknown: int = field(default=200, metadata={"help": "Rows of eval/unknown.jsonl."})
-    world: str = field(default="english", metadata={"help": "Words: a file in recipes/pocket/worlds, or a path to your own."})
+    world: str = field(default="english", metadata={"help": "World file: a name in recipes/pocket/worlds, or a path."})
     examples: list[str] = field(
-        default_factory=list, metadata={"help": "Questions that no training text may contain, as the chat shows them."}
+        default_factory=list, metadata={"help": "Questions that the chat shows, kept out of all training text."}
     )
 
 
@@ -68,20 +68,21 @@ def main() -> None:
     summary = write_world(arguments)
     rows = summary["rows"]
     print(
-        f"{arguments.output_dir}: {rows['pretrain/train.parquet']:,} documents, {rows['conversations/train.jsonl']:,} + "
-        f"{rows['sft/train.jsonl']:,} conversations, {rows['problems/train.jsonl']:,} problems, "
-        f"{sum(count for name, count in rows.items() if name.startswith('eval/')):,} questions of the evaluation"
+        f"{arguments.output_dir}: {rows['pretrain/train.parquet']:,} documents, "
+        f"{rows['conversations/train.jsonl']:,} + {rows['sft/train.jsonl']:,} conversations, "
+        f"{rows['problems/train.jsonl']:,} problems, "
+        f"{sum(count for name, count in rows.items() if name.startswith('eval/')):,} evaluation questions"
     )
 
 
 def write_world(arguments: WorldArguments) -> dict:
     """Write all files and return the contents of `world.json`.
 
-    The folder is filled under another name beside `output_dir` and renamed at the end, so that a folder of that name
-    is always complete.
+    The files are written to a temporary sibling folder, which is renamed at the end, so that `output_dir` is always
+    complete.
 
     Raises:
-        UserError: A size is out of range, or `output_dir` holds something that is no world.
+        UserError: A size is out of range, or `output_dir` holds something other than a generated world.
     """
     check_sizes(arguments)
     target = Path(arguments.output_dir)
@@ -113,12 +114,12 @@ def check_target(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"output_dir {target}: is a file; choose another folder")
     if target.is_dir() and any(target.iterdir()) and not (target / "world.json").is_file():
-        raise UserError(f"output_dir {target}: holds files that are no generated world; choose another folder")
+        raise UserError(f"output_dir {target}: contains files but no generated world; choose another folder")
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`; a rename, so that there is never half a folder under that name."""
-    new.chmod(0o777 & ~current_umask())  # mkdtemp makes it private
+    """Replace `target` with `new` by renaming, so that `target` is never incomplete."""
+    new.chmod(0o777 & ~current_umask())  # mkdtemp creates it with mode 0700
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
         os.rename(target, old / "data")
@@ -135,7 +136,7 @@ def current_umask() -> int:
 
 
 def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
-    """Write everything into `folder`; what each file holds is decided by its own random generator."""
+    """Write all files into `folder`, each drawn from its own random generator, and return the summary."""
     world = facts.World(arguments.seed, facts.read_texts(arguments.world), arguments.examples)
     documents = pretraining_documents(world, arguments)
     drawn = {
@@ -167,16 +168,17 @@ def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
 
 
 def describe(world: facts.World) -> str:
-    """What the data are, for the report card."""
+    """Description of the data for the report card."""
     people, towns = len(world.people), len(world.towns)
+    share = f"{100 * len(world.held_out_facts) / len(world.facts):.0f} %"
     return (
-        f"A synthetic, closed world: {people} made-up people with five attributes each, {towns} made-up towns with two, and "
-        "word problems, spellings and stories from closed lists. Scores say how well a model learned this world, nothing "
-        "about the real one. Held out by construction, so that no training text contains them: "
-        f"{100 * len(world.held_out_facts) / len(world.facts):.0f} % of the facts as questions (prose states them), all phrasings "
-        "of the evaluation's questions, 20 % of the number pairs, 20 % of the pairs of a person and a counted thing, some "
-        "wordings of every kind of word problem, 30 % of the words to spell (all their parts occur in other words), and "
-        "20 % of the pairs of hero and object in stories. The evaluation uses only what is held out."
+        f"A synthetic, closed world: {people} made-up people with five attributes each, {towns} made-up towns with "
+        "two, and word problems, spellings and stories from closed lists. Scores say how well a model learned this "
+        "world, nothing about the real one. Held out by construction, so that no training text contains them: "
+        f"{share} of the facts as questions (prose states them), all phrasings of the evaluation's questions, "
+        "20 % of the number pairs, 20 % of the pairs of a person and a counted thing, some wordings of every kind of "
+        "word problem, 30 % of the words to spell (all their parts occur in other words), and 20 % of the pairs of "
+        "hero and object in stories. The evaluation uses only what is held out."
     )
 
 
@@ -201,10 +203,10 @@ def pretraining_documents(world: facts.World, arguments: WorldArguments) -> dict
 
 
 def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
-    """`count` word problems that no conversation poses, mostly of the kinds that are rare there.
+    """`count` word problems that occur in no conversation, mostly of the kinds that are rare there.
 
-    What a model solves every time teaches nothing: where all rewards of a step are alike Muon, whose steps are as long as
-    ever, goes anywhere.
+    Problems that a model always solves teach nothing: if all rewards of a step are equal, Muon still takes a full-size
+    step, in an arbitrary direction.
     """
     rng = draws(world, "problems/train.jsonl")
     kinds, weights = zip(*chats.GRPO_KINDS.items(), strict=True)
@@ -218,10 +220,10 @@ def grpo_problems(world: facts.World, count: int, seen: set[str]) -> list[dict]:
 
 
 def grpo_dialogues(world: facts.World, count: int) -> list[dict]:
-    """`count` dialogues, of what word problems alone would let the model forget.
+    """`count` dialogues of the kinds that training on word problems alone would make the model forget.
 
-    Their last turn refers to the first, is a sum, a word to spell or a fact, or asks what the world does not hold. All are
-    short: one long prompt would pad every other one of its step.
+    The last turn refers to the first, asks for a sum, a spelling or a fact, or asks about something unknown. All are
+    short, because one long prompt would pad all others of its step.
     """
     rng = draws(world, "problems/dialogues.jsonl")
     drawn: dict[Callable[[], chats.Dialogue], int] = {
@@ -234,7 +236,7 @@ def grpo_dialogues(world: facts.World, count: int) -> list[dict]:
 
 
 def short(draw: Callable[[], chats.Dialogue]) -> chats.Dialogue:
-    """The first dialogue drawn that is no longer than GRPO_DIALOGUE, or the shortest of many."""
+    """The first dialogue drawn within GRPO_DIALOGUE characters, or the shortest of MOST_DRAWS."""
     dialogues: list[chats.Dialogue] = []
     while len(dialogues) < MOST_DRAWS and (not dialogues or characters(dialogues[-1]) > GRPO_DIALOGUE):
         dialogues.append(draw())

@@ -1,4 +1,4 @@
-"""What pretraining and midtraining can be told, beside what each of them needs."""
+"""The options that pretraining and midtraining share."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,45 +15,47 @@ Tracker = Literal[
 
 @dataclass
 class LoopArguments(AttentionArguments):
-    """What pretraining and midtraining have in common. Empty values are derived: see `recipes/training/optim/hyperparameters.py`."""
+    """Options of the training loop. Empty values are derived by `recipes/training/optim/hyperparameters.py`."""
 
     training_recipe: Literal["current", "classic"] = field(
-        default="current", metadata={"help": "Optimizer, schedule and horizon: today's, or those of nanochat's launch."}
+        default="current", metadata={"help": "Optimizer, schedule and horizon: today's, or nanochat's launch version."}
     )
-    max_length: int = field(default=2048, metadata={"help": "Tokens in a row."})
+    max_length: int = field(default=2048, metadata={"help": "Tokens per row."})
     total_batch_size: int | None = field(
-        default=None, metadata={"help": "Tokens per optimizer step, over all devices and accumulated passes."}
+        default=None, metadata={"help": "Tokens per optimizer step, over all devices and accumulation steps."}
     )
     per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows in one pass of one device; default: as many as fit."}
+        default=None, metadata={"help": "Rows per device and forward pass; default: as many as fit."}
     )
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; -1 derives them."})
     matrix_lr: float | None = field(default=None, metadata={"help": "Muon's learning rate."})
-    embedding_lr: float | None = field(default=None, metadata={"help": "AdamW's rate of the embedding, at width 768."})
-    unembedding_lr: float | None = field(default=None, metadata={"help": "AdamW's rate of the head, at width 768."})
-    scalar_lr: float | None = field(default=None, metadata={"help": "AdamW's rate of turbo's scales."})
+    embedding_lr: float | None = field(default=None, metadata={"help": "AdamW's rate for embeddings, at width 768."})
+    unembedding_lr: float | None = field(default=None, metadata={"help": "AdamW's rate for the head, at width 768."})
+    scalar_lr: float | None = field(default=None, metadata={"help": "AdamW's rate for turbo's scales."})
     weight_decay: float | None = field(default=None, metadata={"help": "Muon's weight decay at the first step."})
-    warmup_steps: int | None = field(default=None, metadata={"help": "Steps of rising learning rate."})
-    warmdown_ratio: float | None = field(default=None, metadata={"help": "Share of the steps with falling learning rate."})
-    final_lr_fraction: float | None = field(default=None, metadata={"help": "Learning rate at the end, relative."})
-    momentum_steps: int | None = field(default=None, metadata={"help": "Steps until Muon's momentum is at its highest."})
-    document_masking: bool = field(
-        default=False, metadata={"help": "Attention and positions start anew at each <|bos|> within a row."}
+    warmup_steps: int | None = field(default=None, metadata={"help": "Steps of learning rate warm-up."})
+    warmdown_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the steps with decreasing learning rate."}
     )
-    eval_steps: int = field(default=250, metadata={"help": "Steps between validations; the last step always has one."})
-    logging_steps: int = field(default=10, metadata={"help": "Steps between two entries of the log."})
+    final_lr_fraction: float | None = field(default=None, metadata={"help": "Final learning rate, relative to peak."})
+    momentum_steps: int | None = field(default=None, metadata={"help": "Steps until Muon's momentum peaks."})
+    document_masking: bool = field(
+        default=False, metadata={"help": "Reset attention and positions at each <|bos|> within a row."}
+    )
+    eval_steps: int = field(default=250, metadata={"help": "Steps between validations; always after the last step."})
+    logging_steps: int = field(default=10, metadata={"help": "Steps between log entries."})
     save_steps: int = field(default=250, metadata={"help": "Steps between checkpoints; 0: only when stopped."})
     resume: str | None = field(
-        default=None, metadata={"help": "auto: go on from the newest good checkpoint, if any; or a checkpoint's folder."}
+        default=None, metadata={"help": "auto: resume from the newest good checkpoint, if any; or a folder."}
     )
-    torch_compile: bool | None = field(default=None, metadata={"help": "Compile the model; default: where that works."})
-    report_to: Tracker = field(default="none", metadata={"help": "Where else to log: one of Accelerate's trackers."})
+    torch_compile: bool | None = field(default=None, metadata={"help": "Compile the model; default: if that works."})
+    report_to: Tracker = field(default="none", metadata={"help": "Tracker to log to: one of Accelerate's."})
     seed: int = field(default=42, metadata={"help": "Seed of weights and data order."})
 
     def __post_init__(self) -> None:
         """
         Raises:
-            UserError: A number that no run can have, or that would train nothing.
+            UserError: A number is out of range, or would train nothing.
         """
         sizes = ("max_length", "total_batch_size", "per_device_train_batch_size", "max_steps", "logging_steps")
         shares = ("warmdown_ratio", "final_lr_fraction")
@@ -69,7 +71,7 @@ class LoopArguments(AttentionArguments):
             raise UserError(f"seed is {self.seed}; give one below 2^32")
 
     def rates(self) -> dict[str, float | int | None]:
-        """Batch and schedule as far as they are given, by the names that `recipes.training.optim.hyperparameters.resolve_hyperparameters` has for them."""
+        """The given rates, batch size and schedule, as keyword arguments of `resolve_hyperparameters`."""
         return {name: getattr(self, name) for name in RATES}
 
 
@@ -85,7 +87,7 @@ RATES = (
     "final_lr_fraction",
     "momentum_steps",
 )
-# What may differ between a run and its continuation: it changes what is measured and how fast, not what is learnt.
+# May change when a run is resumed: affects measurements and speed, not the training.
 FREE_TO_CHANGE = {
     "per_device_train_batch_size",
     "val_files",

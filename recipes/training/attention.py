@@ -1,7 +1,7 @@
-"""Which implementation of attention a stage trains with: the key `attn_implementation` of all four stages.
+"""The attention implementation that a stage trains with: the key `attn_implementation` of all four stages.
 
-`sdpa` is torch's own and runs everywhere, but sees windows and packed documents as dense masks. `flex_attention` skips what
-they hide, block by block, and leaves layers that see everything to sdpa. The others are packages or kernels to install.
+`sdpa` is torch's and runs everywhere, but uses dense masks for windows and packed documents. `flex_attention` skips
+masked blocks, and uses sdpa for layers with full causal attention. The others are packages or kernels to install.
 """
 
 from collections.abc import Iterator
@@ -18,15 +18,15 @@ from modeling_nanochat.text.sources import first_line
 from .device import compiler_available
 
 IMPLEMENTATIONS = ("sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "eager")
-HUB_KERNELS = "kernels-community/"  # the only ones that transformers downloads without `allow_all_kernels`
+HUB_KERNELS = "kernels-community/"  # the only kernels that transformers downloads without `allow_all_kernels`
 # Where FlexAttention was measured: H100 and H200. Forward and backward pass at 2,048 tokens, head_dim 128, window 512:
-# 2.4 ms, with a dense mask 8.2, full causal attention 2.8.
+# 2.4 ms; with a dense mask 8.2 ms; full causal attention 2.8 ms.
 MEASURED_CAPABILITY = 9
 
 
 @dataclass(kw_only=True)
 class AttentionArguments:
-    """The same words in every stage that trains."""
+    """The same option in every training stage."""
 
     attn_implementation: str | None = field(
         default=None,
@@ -38,17 +38,18 @@ class AttentionArguments:
 
 
 def check_attention(name: str | None) -> None:
-    """Raise [`UserError`] unless `name` is empty or one that transformers knows."""
+    """Raise [`UserError`] unless `name` is empty or a name that transformers knows."""
     if name and name not in IMPLEMENTATIONS and not name.startswith(HUB_KERNELS):
-        raise UserError(f"attn_implementation {name}: there are only {', '.join(IMPLEMENTATIONS)} and {HUB_KERNELS}...")
+        known = f"{', '.join(IMPLEMENTATIONS)} and {HUB_KERNELS}..."
+        raise UserError(f"attn_implementation {name}: there are only {known}")
 
 
 def set_attention(model: PreTrainedModel, name: str | None, device: torch.device, bfloat16: bool) -> None:
-    """Let `model` compute attention by `name`; by what it has if that is empty.
+    """Set the attention implementation of `model` to `name`; an empty name changes nothing.
 
     Args:
-        device: Where it trains.
-        bfloat16: Whether it trains in bfloat16.
+        device: The device to train on.
+        bfloat16: Whether to train in bfloat16.
 
     Raises:
         UserError: There is no such implementation, or it does not train here.
@@ -59,21 +60,25 @@ def set_attention(model: PreTrainedModel, name: str | None, device: torch.device
     if name not in ("sdpa", "eager") and device.type in ("cpu", "mps"):
         raise UserError(f"attn_implementation {name} does not train on {device.type}: take sdpa, or leave it out")
     if "flash" in name and not bfloat16:
-        raise UserError(f"attn_implementation {name} computes in bfloat16 only: train in bf16, take sdpa, or leave it out")
+        raise UserError(
+            f"attn_implementation {name} computes in bfloat16 only: train in bf16, take sdpa, or leave it out"
+        )
     try:
         model.set_attn_implementation(name)
-    except Exception as error:  # a package that is missing, a download, a kernel that does not fit: each has its own
+    except Exception as error:  # missing package, failed download, unsuitable kernel: many types
         raise UserError(f"attn_implementation {name} cannot be used here: {first_line(error)}") from error
 
 
-def choose_attention(model: PreTrainedModel, name: str | None, compiled: bool | None, accelerator: Accelerator) -> None:
-    """[`set_attention`] of a stage that compiles its model; empty: FlexAttention where it was measured.
+def choose_attention(
+    model: PreTrainedModel, name: str | None, compiled: bool | None, accelerator: Accelerator
+) -> None:
+    """[`set_attention`] for a stage that compiles its model; by default FlexAttention on GPUs where it was measured.
 
     Args:
-        compiled: Whether the model is compiled, None: where that works. Uncompiled, FlexAttention holds all scores.
+        compiled: Whether to compile the model; None: if that works. Uncompiled, FlexAttention stores all scores.
     """
     bfloat16 = accelerator.mixed_precision in ("bf16", "fp8")
-    default = model.config._attn_implementation == "sdpa"  # else the model's own folder says what
+    default = model.config._attn_implementation == "sdpa"  # else the model's folder has chosen
     if not name and default and compiled is not False and bfloat16 and is_measured(accelerator.device):
         name = "flex_attention" if compiler_available(accelerator.device.type)[0] else None
     set_attention(model, name, accelerator.device, bfloat16)
@@ -85,7 +90,7 @@ def is_measured(device: torch.device) -> bool:
 
 @contextmanager
 def evaluation_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block sdpa in place of FlexAttention: evaluations call the uncompiled model, in ever other lengths."""
+    """Use sdpa instead of FlexAttention within the block: evaluations call the uncompiled model, with many lengths."""
     before = model.config._attn_implementation
     if before == "flex_attention":
         model.set_attn_implementation("sdpa")

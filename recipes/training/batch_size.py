@@ -1,8 +1,8 @@
-"""How many rows go through the model in one pass: the largest number that fits, found by itself.
+"""How many rows go through the model in one pass: the largest number that fits, determined automatically.
 
-Gradient accumulation makes up the rest of `total_batch_size`, so the number changes speed and memory, not the training:
-it divides the rows of a process. Accelerate's `find_executable_batch_size` does not serve: it lowers the batch by a tenth
-at a time, which divides nothing, and each process would settle on its own.
+Gradient accumulation makes up the rest of `total_batch_size`, so the number changes speed and memory, not the
+training: it divides the rows of a process. Accelerate's `find_executable_batch_size` is not suitable: it lowers the
+batch by a tenth at a time, which is rarely a divisor, and each process would choose its own.
 """
 
 import os
@@ -21,12 +21,12 @@ from modeling_nanochat.sizes import LOSS_BYTES_PER_LOGIT, saved_bytes_per_token
 from modeling_nanochat.softcapped_loss import chunk_logits
 from recipes.training.optim.fsdp import forget_failed_pass
 
-# Tokens of a pass beyond which it gets no faster. On a CPU 4,096 were the fastest, at widths of 128 and 384; 32,768 took
-# twice as long per token, for activations leave the caches. The original runs 65,536 on GPUs of 80 GB.
+# Tokens per pass beyond which throughput no longer rises. On a CPU 4,096 were fastest, at widths 128 and 384; 32,768
+# took twice as long per token, because activations no longer fit the caches. The original uses 65,536 on 80 GB GPUs.
 CPU_TOKENS = 2**12
 ACCELERATOR_TOKENS = 2**17
-SHARE_OF_MEMORY = 0.5  # of what is free, where it can only be estimated
-COMPILED_SHARE = 0.85  # of the memory that a pass takes uncompiled; measured 0.83 for plain, 0.88 for turbo
+SHARE_OF_MEMORY = 0.5  # of free memory, where usage can only be estimated
+COMPILED_SHARE = 0.85  # of an uncompiled pass's memory; measured 0.83 for plain, 0.88 for turbo
 
 
 def find_batch_size(
@@ -42,16 +42,16 @@ def find_batch_size(
 ) -> int:
     """The largest divisor of `rows_per_process` whose pass fits into the memory of every process.
 
-    On CUDA by trial, beside the optimizer's state, which must be there already; elsewhere, where running out of memory
-    stops the whole machine rather than the process, by an estimate.
+    On CUDA by trial, with the optimizer's state already allocated; elsewhere, where running out of memory stops the
+    machine rather than the process, by an estimate.
 
     Args:
         model: The model to train, on its device.
-        max_length: Tokens of a row.
+        max_length: Tokens per row.
         rows_per_process: Rows of a process in one optimizer step.
-        trial: Runs forward and backward once with this many rows, as training will. On CUDA only.
-        agree: Gives each process the smallest of the numbers that the processes call it with; see [`smallest`].
-        state_bytes: Size of the optimizer's state in this process; zeros take no memory of a CPU's before they change.
+        trial: Runs one forward and backward pass with this many rows, as in training. On CUDA only.
+        agree: Returns the smallest of the numbers that the processes pass, on every process; see [`smallest`].
+        state_bytes: Size of the optimizer's state in this process; on a CPU, zeros take no memory until written.
         compiled: Whether the trial's pass is compiled.
 
     Raises:
@@ -70,12 +70,12 @@ def find_batch_size(
 
 
 def divisors(number: int) -> list[int]:
-    """From the largest to 1."""
-    return [part for part in range(number, 0, -1) if number % part == 0]
+    """All divisors, from the largest to 1."""
+    return [divisor for divisor in range(number, 0, -1) if number % divisor == 0]
 
 
 class Trials:
-    """Passes with falling numbers of rows. All processes try the same ones, since a pass may need all of them."""
+    """Passes with decreasing numbers of rows. All processes try the same numbers: a pass may need all of them."""
 
     def __init__(
         self,
@@ -91,10 +91,10 @@ class Trials:
         self.peak = 0  # bytes
 
     def first_that_fits(self, sizes: Sequence[int]) -> int | None:
-        """The first of the falling `sizes` with which no process runs out of memory.
+        """The first of the decreasing `sizes` with which no process runs out of memory.
 
         Raises:
-            UserError: This process has, and others wait for it within the pass, or another pass is not possible.
+            UserError: This process is out of memory, and others wait for it in the pass, or no other pass is possible.
         """
         for rows in sizes:
             self.error = out_of_memory_in(lambda rows=rows: self.measure(rows))
@@ -113,9 +113,9 @@ class Trials:
         self.peak = peak_bytes(lambda: self.trial(rows), self.device)
 
     def worth_compiling(self, sizes: Sequence[int]) -> Sequence[int]:
-        """Those of the falling `sizes` that may fit once compiled; for each, compiling takes up to a minute.
+        """The decreasing `sizes` that may fit when compiled; compiling takes up to a minute per size.
 
-        What fits uncompiled is found in seconds, and its memory tells which larger ones may fit when compiled.
+        The largest size that fits uncompiled takes seconds to find; its memory tells which larger sizes may fit.
         """
         free, gradients = free_bytes(self.device), 4 * trainable(self.model)
         with torch.compiler.set_stance("force_eager"):
@@ -128,7 +128,7 @@ class Trials:
 
 
 def peak_bytes(function: Callable[[], None], device: torch.device) -> int:
-    """The most that `function` has allocated on the CUDA device at any one time."""
+    """Peak memory that `function` allocates on the CUDA device."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     function()
@@ -136,19 +136,19 @@ def peak_bytes(function: Callable[[], None], device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process can still allocate on the CUDA device."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    """Memory that this process can still allocate on the CUDA device."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def trainable(model: nn.Module) -> int:
-    """Parameters with gradients that this process holds: under FSDP2 its share."""
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in learnt)
+    """Number of trainable parameters that this process holds: under FSDP2, its shard."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in params)
 
 
 def out_of_memory_in(function: Callable[[], None]) -> str | None:
-    """What `function` said when it ran out of memory; None if it did not. The error itself would keep its tensors alive."""
+    """The message if `function` runs out of memory, else None. The exception would keep its tensors alive."""
     try:
         function()
     except (RuntimeError, MemoryError) as error:
@@ -159,19 +159,19 @@ def out_of_memory_in(function: Callable[[], None]) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on whatever device."""
+    """Whether the error means that memory ran out, on any device."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or should_reduce_batch_size(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
 def explain_out_of_memory(error: BaseException | str, per_device_train_batch_size: int, max_length: int) -> UserError:
-    """The error that tells which setting to lower, and to what."""
+    """The error that names the setting to lower, and its new value."""
     if per_device_train_batch_size > 1:
         smaller = divisors(per_device_train_batch_size)[1]
         remedy = f"set per_device_train_batch_size to {smaller}; gradient accumulation makes up the rest"
     else:
         remedy = (
-            f"lower max_length to {max(1, max_length // 2)}, take a smaller depth, or share the model between GPUs "
+            f"lower max_length to {max(1, max_length // 2)}, take a smaller depth, or shard the model across GPUs "
             "with accelerate_configs/fsdp2.yaml"
         )
     rows = f"{per_device_train_batch_size} row{'s' * (per_device_train_batch_size > 1)} of {max_length} tokens"
@@ -179,29 +179,30 @@ def explain_out_of_memory(error: BaseException | str, per_device_train_batch_siz
 
 
 def explain_in_evaluation(error: BaseException, step: int) -> UserError:
-    """The error that tells what helps where fewer rows in a training pass do not: evaluations have their own."""
+    """The error for evaluations, whose batch size does not depend on the rows of a training pass."""
     return UserError(
-        f"out of memory in the evaluation after step {step}, beside weights and optimizer state; lower max_length, take a "
-        f"smaller depth, or share the model between GPUs with accelerate_configs/fsdp2.yaml ({first_words(error)})"
+        f"out of memory in the evaluation after step {step}, beside weights and optimizer state; lower max_length, "
+        "take a smaller depth, or shard the model across GPUs with accelerate_configs/fsdp2.yaml "
+        f"({first_words(error)})"
     )
 
 
 def first_words(error: BaseException | str) -> str:
-    return (str(error).splitlines() or [""])[0][:200] or "no more is known"
+    return (str(error).splitlines() or [""])[0][:200] or "no details"
 
 
 def memory_for_activations(model: nn.Module, state_bytes: int) -> float:
-    """Bytes that a pass may take: a share of what is free, less gradients and optimizer state, for each process here."""
+    """Bytes that a pass may use: a share of free memory per local process, minus gradients and optimizer state."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = SHARE_OF_MEMORY * psutil.virtual_memory().available / processes
     return free - 4 * trainable(model) - state_bytes
 
 
 def activation_bytes(config: NanoChatConfig, max_length: int, rows: int, device: torch.device) -> int:
-    """Bytes that a training pass holds, in float32: what autograd saves, and one chunk of logits.
+    """Bytes that a training pass holds, in float32: the tensors that autograd saves, and one chunk of logits.
 
-    Beside what is saved in any case, in each layer and for each token a row of the mask, two numbers of each head (what its
-    softmax and norms divided by); without a fused kernel (MPS) also the scores of every head, twice.
+    Beyond the common ones, each layer saves per token a row of the mask and two numbers per head (the divisors of its
+    softmax and norms); without a fused kernel (MPS), also the scores of every head, twice.
     """
     scores = 2 * config.num_attention_heads * (1 if device.type == "cpu" else max_length)
     per_token = saved_bytes_per_token(config, 4, compiled=False) + 4 * config.num_hidden_layers * (max_length + scores)
@@ -209,6 +210,6 @@ def activation_bytes(config: NanoChatConfig, max_length: int, rows: int, device:
 
 
 def smallest(accelerator: Accelerator, number: int) -> int:
-    """The smallest of the `number`s that the processes call this with."""
+    """The smallest `number` over all processes."""
     numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
     return int(numbers.min())

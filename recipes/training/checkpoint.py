@@ -1,16 +1,16 @@
 """Checkpoints that survive a kill at any instant, a full disk and a flipped bit.
 
-A checkpoint is a folder `<run>/checkpoints/<stage>/step-00000500` of safetensors and JSON files. It is filled under
-another name; every file is flushed to disk; `complete.json`, the marker, lists every file with its size and SHA-256 and is
-written last; then the folder takes its name. Only after that are older ones deleted. What has no marker, or does not agree
-with it, is not a checkpoint. Loading runs no code: there is no pickle in it.
+A checkpoint is a folder `<run>/checkpoints/<stage>/step-00000500` of safetensors and JSON files. It is written under a
+temporary name; every file is flushed to disk; `complete.json`, the marker, lists every file with its size and SHA-256
+and is written last; then the folder is renamed. Only after that are older checkpoints deleted. A folder without a
+marker, or that does not match it, is not a checkpoint. Loading runs no code: there is no pickle in it.
 
-Training waits only until its tensors are copied to the CPU's memory. A thread writes, flushes and hashes the files; the
-marker, for which all processes must have done so, is written by `complete`, which the loop calls once they have.
+Training waits only until its tensors are copied to CPU memory. A thread writes, flushes and hashes the files;
+`complete`, which the loop calls once all processes have done so, writes the marker.
 
-Each process writes its own share of optimizer and data state, and reads what it needs from all shares: the number of
-processes may change between two runs (see `MuonAdamW.load_sharded_state_dict`, `Loader.load_states`). With several machines the
-folder must be on storage that all of them see.
+Each process writes its shard of optimizer and data state, and reads what it needs from all shards: the number of
+processes may change between runs (see `MuonAdamW.load_sharded_state_dict`, `Loader.load_states`). With several
+machines the folder must be on shared storage.
 """
 
 import hashlib
@@ -58,20 +58,20 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What [`Checkpoints.save`] was given as `state`."""
+        """The `state` passed to [`Checkpoints.save`]."""
         return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
 
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.folder / "model.safetensors")
 
     def shares(self, kind: str) -> list[Path]:
-        """The files "optimizer", "data" or "random" of all processes of the run that saved, in order."""
+        """The "optimizer", "data" or "random" files of all processes that saved, ordered by rank."""
         return sorted(self.folder.glob(f"{kind}-*-of-*.safetensors"))
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A checkpoint whose files a thread is writing; `files` becomes what [`write_files`] returns."""
+    """A checkpoint that a thread is writing; `files` resolves to the result of [`write_files`]."""
 
     step: int
     folder: Path
@@ -82,8 +82,8 @@ class Checkpoints:
     """The checkpoints of one stage, newest last.
 
     Args:
-        folder: Where they lie; made when the first is saved.
-        keep: So many of the newest stay. At least two, so that one is left when the newest turns out damaged.
+        folder: Where they are; created with the first checkpoint.
+        keep: Number of checkpoints to keep. At least two, so that one is left if the newest is damaged.
     """
 
     def __init__(self, folder: str | Path, accelerator: Accelerator, keep: int = 2):
@@ -92,17 +92,17 @@ class Checkpoints:
         self.unfinished: Unfinished | None = None
 
     def present(self) -> list[Checkpoint]:
-        """Every folder with a checkpoint's name, whole or not, oldest first."""
+        """Every folder with a checkpoint's name, valid or not, oldest first."""
         found = self.folder.glob("step-*") if self.folder.is_dir() else []
         return [Checkpoint(path) for path in sorted(found) if STEP_FOLDER.fullmatch(path.name)]
 
     def find(self, resume: str) -> Checkpoint | None:
-        """The checkpoint to go on from: the newest good one for "auto" (None if there are none), or the folder named.
+        """The checkpoint to resume from: the newest good one for "auto" (None if there are none), or the named folder.
 
-        The main process looks and tells the others.
+        The main process searches and broadcasts the result.
 
         Raises:
-            UserError: The folder named is no checkpoint or is damaged, or all of them are damaged.
+            UserError: The named folder is not a checkpoint or is damaged, or all checkpoints are damaged.
         """
         return on_main_process(lambda: self.newest_good() if resume == "auto" else self.named(resume))
 
@@ -113,37 +113,43 @@ class Checkpoints:
                 verify(checkpoint.folder)
             except Damaged as damage:
                 damages.append(str(damage))
-                print(f"checkpoint {checkpoint.folder} is damaged ({damage}); looking for an older one", file=sys.stderr)
+                print(f"checkpoint {checkpoint.folder} is damaged ({damage}); trying an older one", file=sys.stderr)
             else:
                 return checkpoint
         if damages:
-            raise UserError(f"no good checkpoint is left in {self.folder} ({damages[0]}); delete it to train from the start")
+            raise UserError(
+                f"no good checkpoint is left in {self.folder} ({damages[0]}); delete it to train from scratch"
+            )
         return None
 
     def named(self, folder: str) -> Checkpoint:
         path = Path(folder)
         if not STEP_FOLDER.fullmatch(path.name) or not path.is_dir():
-            raise UserError(f"--resume {folder}: not a checkpoint; give auto, or a folder such as {self.folder}/step-00000500")
+            raise UserError(
+                f"--resume {folder}: not a checkpoint; give auto, or a folder such as {self.folder}/step-00000500"
+            )
         try:
             verify(path)
         except Damaged as damage:
-            raise UserError(f"--resume {folder}: damaged ({damage}); --resume auto takes the newest good one") from damage
+            raise UserError(
+                f"--resume {folder}: damaged ({damage}); --resume auto takes the newest good one"
+            ) from damage
         return Checkpoint(path)
 
     def save(
         self, step: int, state: dict[str, Any], shares: dict[str, dict[str, torch.Tensor]], weights: Callable[[], dict]
     ) -> None:
-        """Begin to write the checkpoint of `step`, which counts after [`complete`]. Called by every process.
+        """Start writing the checkpoint of `step`, which is valid after [`complete`]. Called by every process.
 
-        The one before is completed first. When this returns, what it was given may change.
+        Completes the previous checkpoint first. The arguments may change once this returns.
 
         Args:
-            state: Plain values; the main process's are kept.
-            shares: This process's tensors by kind: "optimizer", "data"; the random generators' are added.
-            weights: Gives the whole model's tensors, on the main process at least; called by every process.
+            state: Plain values; the main process's are saved.
+            shares: This process's tensors by kind: "optimizer", "data"; the random generators' states are added.
+            weights: Returns the full model's tensors, at least on the main process; called by every process.
 
         Raises:
-            UserError: Writing failed, on whichever process; the earlier checkpoints are as they were.
+            UserError: Writing failed on some process; earlier checkpoints are unchanged.
         """
         self.complete()
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -164,10 +170,10 @@ class Checkpoints:
         return self.unfinished is not None and not self.unfinished.files.done()
 
     def complete(self) -> None:
-        """Make a checkpoint of what was saved last, as soon as all of it is on disk. Called by every process.
+        """Wait for the files of the last `save` and turn them into a checkpoint. Called by every process.
 
         Raises:
-            UserError: Writing failed, on whichever process; the earlier checkpoints are as they were.
+            UserError: Writing failed on some process; earlier checkpoints are unchanged.
         """
         if self.unfinished is None:
             return
@@ -176,7 +182,7 @@ class Checkpoints:
         self.together(lambda: self.finish(unfinished.folder, unfinished.step, written), main_only=True)
 
     def together(self, write: Callable[[], dict | None], main_only: bool = False) -> dict:
-        """Run `write` on every process and merge what it returns; if one fails, all of them say so and clean up."""
+        """Run `write` on every process and merge the results; if one fails, all raise the error and clean up."""
         result, problem = {}, None
         if self.accelerator.is_main_process or not main_only:
             try:
@@ -191,7 +197,8 @@ class Checkpoints:
             intact = self.present()
             kept = f"{intact[-1].folder} is intact" if intact else "there is no earlier one"
             raise UserError(
-                f"checkpoint in {self.folder} could not be written ({problems[0]}); {kept}; free space, then --resume auto"
+                f"checkpoint in {self.folder} could not be written ({problems[0]}); {kept}; "
+                "free space, then --resume auto"
             )
         return {name: value for files, _ in outcomes for name, value in files.items()}
 
@@ -200,18 +207,18 @@ class Checkpoints:
         unfinished.mkdir(parents=True)
 
     def finish(self, unfinished: Path, step: int, files: dict[str, dict]) -> None:
-        """Marker, name, and only then the end of older checkpoints."""
+        """Write the marker, rename the folder, and only then delete older checkpoints."""
         missing = [name for name in files if not (unfinished / name).exists()]
         if missing:
             raise OSError(f"{missing[0]} was written on another machine; {self.folder} must be on shared storage")
         write_text(unfinished / MARKER, json.dumps({"files": files}, indent=1))
         flush(unfinished)
         target = self.folder / f"step-{step:08d}"
-        shutil.rmtree(target, ignore_errors=True)  # there only if damaged, or this one would have gone on from it
+        shutil.rmtree(target, ignore_errors=True)  # only a damaged one: this run did not resume from it
         unfinished.rename(target)
         flush(self.folder)
-        abandoned = [other for other in self.present() if other.step > step]  # of a course that was gone back on
-        for other in [*abandoned, *[one for one in self.present() if one.step <= step][: -self.keep]]:
+        abandoned = [other for other in self.present() if other.step > step]  # this run resumed from before them
+        for other in [*abandoned, *[other for other in self.present() if other.step <= step][: -self.keep]]:
             shutil.rmtree(other.folder, ignore_errors=True)
 
     def discard_unfinished(self) -> None:
@@ -219,27 +226,27 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def delete(self) -> None:
-        """Remove all of them."""
+        """Delete all checkpoints."""
         if self.accelerator.is_main_process:
             discard(self.folder)
 
 
 def discard(folder: Path, only_leftovers: bool = False) -> None:
-    """Remove a stage's checkpoints at one stroke, for a kill amid deleting must not leave what looks like damaged ones.
+    """Delete a stage's checkpoints atomically: a kill during deletion must not leave folders that look damaged.
 
-    What such a kill has left is removed as well; with `only_leftovers` nothing else is.
+    Leftovers of such a kill are deleted too; with `only_leftovers`, nothing else is.
     """
     discarded = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(discarded, ignore_errors=True)
     if folder.exists() and not only_leftovers:
         folder.rename(discarded)
         shutil.rmtree(discarded, ignore_errors=True)
-    with suppress(OSError):  # not empty: another stage's are there
+    with suppress(OSError):  # not empty: it holds another stage's
         folder.parent.rmdir()
 
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies in the CPU's memory, which later training steps do not change."""
+    """Contiguous copies in CPU memory, which later training steps do not change."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -267,7 +274,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raise [`Damaged`] unless every file is there as it was written."""
+    """Raise [`Damaged`] unless every file is there and unchanged."""
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
@@ -294,7 +301,7 @@ def sha256(path: Path) -> str:
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of all random generators of this process, as tensors."""
+    """The states of this process's random generators, as tensors."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     states = {
@@ -308,7 +315,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Undo of [`random_state`]."""
+    """Restore the states returned by [`random_state`]."""
     version, *words = states["python"].tolist()
     gauss = states["python_gauss"].tolist()
     random.setstate((version, tuple(words), gauss[0] if gauss else None))
@@ -321,7 +328,7 @@ def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> N
 
 
 def restore_random_state(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
-    """Each process takes up its own generators; one more than had saved keeps those that the seed gave it."""
+    """Restore each process's random generators; a rank that had not saved any keeps those of the seed."""
     files = checkpoint.shares("random")
     if accelerator.process_index < len(files):
         set_random_state(load_file(files[accelerator.process_index]), accelerator.device)

@@ -1,8 +1,7 @@
-"""Where training computes, in which numbers, and whether compiled: float32, bfloat16 over float32 weights, or float8 in the
-large layers.
+"""Device, precision and compilation: float32, bfloat16 over float32 weights, or float8 in the large layers.
 
-Determined automatically: bfloat16 on CUDA devices that compute in it, float32 elsewhere. A launch file's `mixed_precision`
-decides where there is one. Models are compiled where `torch.compile` works on this machine.
+Determined automatically: bfloat16 on CUDA devices that support it, float32 elsewhere. A launch file's
+`mixed_precision` takes precedence. Models are compiled if `torch.compile` works on this machine.
 """
 
 import os
@@ -26,12 +25,12 @@ FLOAT8_CAPABILITY = (8, 9)
 
 
 def accelerator_options() -> dict[str, object]:
-    """Keyword arguments of `Accelerator`: device and precision. Float32 products may use TF32 from here on.
+    """Keyword arguments of `Accelerator`: device and precision. Also allows TF32 for float32 matrix products.
 
     Raises:
-        UserError: float16, or float8 where it cannot run.
+        UserError: The precision is float16, or float8 where it cannot run.
     """
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION") or found_precision()
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION") or default_precision()
     if precision == "fp16":
         raise UserError("mixed_precision fp16: the model leaves float16's range; take bf16, or no for float32")
     if on_cuda():
@@ -41,26 +40,26 @@ def accelerator_options() -> dict[str, object]:
 
 
 def let_segments_grow() -> None:
-    """Have CUDA's allocator extend its segments, which evaluations between steps would else leave in pieces.
+    """Use expandable segments in CUDA's allocator: evaluations between steps would otherwise fragment memory.
 
-    Before anything is allocated there. What the user has set stays.
+    Call it before the first allocation. The user's own setting is kept.
     """
     if sys.platform == "linux" and not any(name.endswith("_ALLOC_CONF") for name in os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def several_on_cpu() -> bool:
-    """Whether there are several processes (by torchrun) and no device on which they can work together.
+    """Whether torchrun started several processes and there is no device with collectives (Apple's GPUs have none).
 
-    Accelerate has to be told, or each would train on its own, in silence. Apple's GPUs know no collectives.
+    Accelerate needs `cpu=True` then; otherwise each process would silently train alone.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = torch.accelerator.current_accelerator(check_available=True)
     return several and (device is None or device.type == "mps")
 
 
-def found_precision() -> str:
-    """bf16 on a CUDA device that has it in hardware; CPUs and Apple's GPUs compute in float32, as in the original."""
+def default_precision() -> str:
+    """bf16 on a CUDA device with hardware support; CPUs and Apple's GPUs compute in float32, as in the original."""
     return "bf16" if on_cuda() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
@@ -69,15 +68,15 @@ def on_cuda() -> bool:
 
 
 def float8_recipe() -> AORecipeKwargs:
-    """Accelerate's recipe by torchao: products of the large layers in float8, scaled anew for each tensor.
+    """Accelerate's torchao recipe: matrix products of the large layers in float8, with dynamic tensorwise scaling.
 
     Raises:
-        UserError: The device has no float8, or torchao is missing. (Accelerate would go on in float16.)
+        UserError: The device has no float8, or torchao is missing. (Accelerate would fall back to float16.)
     """
     if not on_cuda() or (torch.version.cuda and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY):
         raise UserError("mixed_precision fp8 needs a GPU with float8 (compute capability 8.9 or more); take bf16")
-    # All-gathering in float8 replaces the weights by tensors of another class, in which optimizers made before do not
-    # find theirs; Accelerate's launcher asks for it unless told otherwise.
+    # All-gathering in float8 replaces the weights by a tensor subclass, which optimizers created before do not know;
+    # Accelerate's launcher turns it on by default.
     gather = parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env(
         "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER"
     )
@@ -88,10 +87,10 @@ def float8_recipe() -> AORecipeKwargs:
 
 
 def computes_in_float8(module: nn.Module, name: str) -> bool:
-    """Whether the layer's products run in float8: linear, both sides divisible by 16 and at least 128; not the head.
+    """Whether the layer computes in float8: linear, both sides divisible by 16 and at least 128; not the head.
 
-    Float8 products need the former; smaller ones lose more by scaling than they gain. The head's product belongs to the
-    chunked loss, which takes the weight itself; the original found float8 there of no use.
+    Float8 products require the former; smaller ones lose more by scaling than they gain. The head's product is part of
+    the chunked loss, which reads the weight directly; the original found float8 useless there.
     """
     if not isinstance(module, nn.Linear) or name.endswith("lm_head"):
         return False
@@ -100,9 +99,9 @@ def computes_in_float8(module: nn.Module, name: str) -> bool:
 
 
 def convert_to_float8(model: nn.Module, accelerator: Accelerator) -> None:
-    """Put float8 layers into `model` where the precision asks for them; parameters and their names stay.
+    """Convert layers of `model` to float8 if the precision is fp8; parameters and their names do not change.
 
-    `accelerator.prepare` does this by itself, `accelerator.prepare_model` does not.
+    `accelerator.prepare` does this automatically, `accelerator.prepare_model` does not.
     """
     recipe = accelerator.ao_recipe_handler
     if recipe is not None:
@@ -111,10 +110,9 @@ def convert_to_float8(model: nn.Module, accelerator: Accelerator) -> None:
 
 @contextmanager
 def evaluation_precision(model: nn.Module) -> Iterator[None]:
-    """In this context float8 layers are plain linear layers, of whatever precision autocast has: bfloat16.
+    """Within the block, float8 layers are ordinary linear layers in autocast's precision, bfloat16.
 
-    They change their class for a while. So weights stay where they are, and a compiled model, called only outside, does
-    not compile again.
+    Only their class is swapped: weights stay in place, and a compiled model, called only outside, is not recompiled.
     """
     layers = [(module, type(module)) for module in model.modules() if is_float8(module)]
     for module, _ in layers:
@@ -127,15 +125,15 @@ def evaluation_precision(model: nn.Module) -> Iterator[None]:
 
 
 def is_float8(module: nn.Module) -> bool:
-    """By name, for torchao is not installed everywhere."""
+    """Compared by name, because torchao may not be installed."""
     return type(module).__name__ == "Float8Linear" and isinstance(module, nn.Linear)
 
 
 def compiler_available(device_type: str = "cpu") -> tuple[bool, str]:
-    """Whether a function compiles and gives what it gives eagerly; if not, why, in one line.
+    """Whether a function compiles and gives the same result as in eager mode; if not, the reason in one line.
 
-    Found out by doing it: a compiler may be missing, not executable, of another architecture, or Triton of another
-    version; no list of checks is complete. Takes some seconds.
+    Tested by compiling: a compiler may be missing, not executable, for another architecture, or incompatible with
+    Triton; no list of checks is complete. Takes a few seconds.
 
     Args:
         device_type: "cuda" (needs Triton), "cpu" (needs a C++ compiler) or "mps".
@@ -143,7 +141,7 @@ def compiler_available(device_type: str = "cpu") -> tuple[bool, str]:
     numbers = torch.arange(8.0, device=device_type)
     try:
         compiled = torch.compile(doubled_sum, dynamic=False, fullgraph=True)(numbers).item()
-    except Exception as error:  # whatever it is, the answer is no
+    except Exception as error:  # any error means no
         torch.compiler.reset()
         return False, one_line(error)
     works = compiled == doubled_sum(numbers).item()
@@ -155,21 +153,22 @@ def doubled_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line, which says what is missing; a hundred lines of advice follow it."""
+    """The first non-empty line, which says what is missing; a hundred lines of advice may follow."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def maybe_compile(model: nn.Module, wanted: bool | None, accelerator: Accelerator) -> nn.Module:
-    """`model` compiled, or `model` itself with one printed line that says why.
+    """`model` compiled; or `model` itself, with a printed line that says why.
 
-    Shapes are static: every training batch has the same one. What changes shapes (evaluation, samples) calls the
-    uncompiled model, whose weights the compiled one shares. A model that FSDP2 has sharded is compiled in parts.
+    Shapes are static: every training batch has the same. Evaluation and samples, whose shapes vary, call the
+    uncompiled model, which shares its weights with the compiled one. A model sharded by FSDP2 is compiled layer by
+    layer.
 
     Args:
-        wanted: Compile or not; None: where it works.
+        wanted: Whether to compile; None: if it works.
 
     Raises:
-        UserError: It is wanted by name and does not work.
+        UserError: Compilation is required and does not work.
     """
     if wanted is False:
         return model
@@ -185,15 +184,15 @@ def maybe_compile(model: nn.Module, wanted: bool | None, accelerator: Accelerato
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether [`maybe_compile`], or Accelerate by its launch file, compiles what `module` computes in training."""
+    """Whether [`maybe_compile`], or Accelerate by its launch file, compiles `module` in training."""
     return is_compiled_module(module) or (isinstance(module, FSDPModule) and "chunked_loss" in vars(module))
 
 
 def compile_parts(model: FSDPModule) -> FSDPModule:
-    """Compile each layer and the loss by themselves, in place.
+    """Compile each layer and the loss separately, in place.
 
-    FSDP2's hooks gather and free the weights around the layers, where they would break one graph of the whole model. Layers
-    of one kind share a graph.
+    FSDP2's hooks, which gather and free weights around the layers, would break a graph of the full model. Layers of
+    one kind share a graph.
     """
     for layer in model.base_model.layers:
         layer.forward = compiled_in_training(layer, layer.forward)
@@ -202,7 +201,7 @@ def compile_parts(model: FSDPModule) -> FSDPModule:
 
 
 def compiled_in_training(module: nn.Module, method: Callable) -> Callable:
-    """`method`, compiled while `module` is in training; evaluations call the same module with ever other shapes."""
+    """`method`, compiled while `module` is in training mode; evaluations call the same module with varying shapes."""
     compiled = torch.compile(method, dynamic=False)
 
     def call(*args: object, **kwargs: object) -> object:

@@ -1,4 +1,4 @@
-"""Bits per byte on rows set aside: the same rows in the same order, measured alike by one process or many."""
+"""Bits per byte on held-out rows: the same rows in the same order on one process or many."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,14 +18,14 @@ from recipes.training.data.documents import CHUNK_SIZE, is_text
 from recipes.training.data.packing import Conversation, pack_conversations, pack_documents
 
 Row = dict[str, torch.Tensor]
-MAX_TOKENS = 2**16  # in one pass; longer rows go through the model fewer at a time
+MAX_TOKENS = 2**16  # per forward pass; long rows mean smaller batches
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Something to measure at intervals: every process calls `run` with the model in evaluation mode.
+    """A measurement at intervals: every process calls `run` with the model in evaluation mode.
 
-    `run` returns values for the log and lines for the reader. The last step always has one; `at_start` adds step 0.
+    `run` returns values for the log and lines to print. It always runs after the last step; `at_start` adds step 0.
     """
 
     every: int
@@ -37,7 +37,7 @@ class Evaluation:
 
 
 def text_rows(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int, what: str) -> Iterator[Row]:
-    """Rows of `max_length` + 1 ids packed from the documents in their order, once."""
+    """Yield rows of `max_length` + 1 ids, packed from the documents in order, in one pass."""
     texts, encoder = text_source(files, what=what), BulkEncoder(tokenizer)
     batches = (encoder.encode([text for text in batch["text"] if is_text(text)]) for batch in texts.iter(CHUNK_SIZE))
     for row in pack_documents(batches, max_length + 1):
@@ -46,7 +46,7 @@ def text_rows(files: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_leng
 
 
 def conversation_rows(conversations: Sequence[Conversation], pad_token_id: int, max_length: int) -> Iterator[Row]:
-    """Padded rows of `max_length` + 1 ids from rendered conversations, once; labels are -100 where nothing is learnt."""
+    """Yield padded rows of `max_length` + 1 ids from rendered conversations, in one pass; masked labels are -100."""
     for ids, labels in pack_conversations([conversations], max_length + 1, pad_token_id):
         yield {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
@@ -58,20 +58,20 @@ def validation(
     max_rows: int,
     batch_size: int = 32,
 ) -> Callable[[PreTrainedModel], float]:
-    """A function that measures bits per byte on the first `max_rows` rows, dealt out over the processes.
+    """A function that measures bits per byte on the first `max_rows` rows, sharded across processes.
 
-    At most `batch_size` rows, and not much more than `MAX_TOKENS` tokens, go through the model at once.
+    A forward pass has at most `batch_size` rows, and at most about `MAX_TOKENS` tokens.
 
     Raises:
-        UserError: There is not one row.
+        UserError: There is not a single row.
     """
     chosen = list(islice(rows, max_rows))
     if not chosen:
         raise UserError("the validation text does not fill one row of max_length tokens; add text or lower max_length")
     batch_size = max(1, min(batch_size, MAX_TOKENS // (len(chosen[0]["input_ids"]) - 1)))
-    # As many rows for every process, for sharded models are called by all or none: rows of nothing to predict make it even.
-    blank = {"input_ids": chosen[0]["input_ids"], "labels": torch.full_like(chosen[0]["input_ids"], -100)}
-    chosen += [blank] * (-len(chosen) % accelerator.num_processes)
+    # Pad with fully masked rows: under FSDP every rank must run the same number of forward passes
+    masked = {"input_ids": chosen[0]["input_ids"], "labels": torch.full_like(chosen[0]["input_ids"], -100)}
+    chosen += [masked] * (-len(chosen) % accelerator.num_processes)
     mine = chosen[accelerator.process_index :: accelerator.num_processes]
     batches = [
         {key: torch.stack([row[key] for row in mine[start : start + batch_size]]) for key in ("input_ids", "labels")}
@@ -91,10 +91,10 @@ def validation(
 
 
 def bits_per_byte_evaluation(bits_per_byte: Callable[[PreTrainedModel], float], every: int) -> Evaluation:
-    """[`validation`]'s function as the loop wants it: before the first step, at intervals, after the last."""
+    """[`validation`]'s function as an [`Evaluation`]: before the first step, at intervals, after the last."""
 
     def run(model: PreTrainedModel) -> tuple[dict[str, float], list[str]]:
         value = bits_per_byte(model)
-        return {"bits_per_byte": value}, [f"{value:.4f} bits per byte on text held out"]
+        return {"bits_per_byte": value}, [f"{value:.4f} bits per byte on held-out text"]
 
     return Evaluation(every, run, at_start=True)

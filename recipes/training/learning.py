@@ -1,12 +1,12 @@
-"""Signs that a stage learns nothing. They are reported, in its output, its record and the report card, and end nothing."""
+"""Signs that a stage learns nothing: reported in its output, its record and the report card; training continues."""
 
 from typing import Any
 
 STREAK = 10  # steps in a row after which a sign is reported; in a shorter run, all of its steps
-FEWEST_STEPS = 10  # of a run whose loss is judged: with fewer, a fifth of the steps would be a single batch
-# measurement -> the value that is a sign, what it means, what to look at
+FEWEST_STEPS = 10  # for judging the loss: in shorter runs a fifth of the steps would be a single batch
+# measurement -> the value that is a sign, its meaning, advice
 SIGNS = {
-    "grad_norm": (0.0, "all gradients were zero", "look for data in which no token is trained on"),
+    "grad_norm": (0.0, "all gradients were zero", "look for data without tokens to train on"),
     "reward_std": (
         0.0,
         "no group of completions differed in reward",
@@ -21,19 +21,19 @@ SIGNS = {
 
 
 class LearningWatch:
-    """Watches the measurements of a stage, step by step; a few comparisons of numbers, no tensors.
+    """Watches the measurements of a stage, step by step; compares plain numbers, no tensors.
 
     Args:
-        stage: base, mid, sft or rl; the loss of rl says nothing about what is learnt, and is not judged.
-        max_steps: Optimizer steps of the whole run.
+        stage: base, mid, sft or rl; the loss of rl is not judged, because it does not measure learning.
+        max_steps: Optimizer steps of the run.
     """
 
     def __init__(self, stage: str, max_steps: int):
         self.stage, self.max_steps = stage, max_steps
         self.fifth = max_steps // 5
-        self.step = 0  # the last one observed
-        self.losses = {"first": [0.0, 0], "last": [0.0, 0]}  # sum and count in that fifth of the steps
-        self.since: dict[str, int] = {}  # sign -> the first step of the streak that lasts
+        self.step = 0  # the last observed step
+        self.losses = {"first": [0.0, 0], "last": [0.0, 0]}  # sum and count over that fifth of the steps
+        self.since: dict[str, int] = {}  # sign -> first step of the current streak
         self.longest: dict[str, list[int]] = {}  # sign -> first and last step of the longest streak
 
     def observe(
@@ -45,36 +45,36 @@ class LearningWatch:
         reward_std: float | None = None,
         clipped_ratio: float | None = None,
     ) -> list[str]:
-        """Take in what was measured in `step`, counted from 1; what was not measured is None, and breaks no streak.
+        """Record the measurements of `step`, counted from 1; None means not measured, and does not end a streak.
 
         Args:
             loss: Mean loss of the step.
-            grad_norm: Norm of all gradients, or any number that is 0 only where all of them are.
-            reward_std: 0 where no group of completions differed in reward.
-            clipped_ratio: Share of the completions that were cut at the maximum length.
+            grad_norm: Norm of all gradients, or any number that is 0 only if all of them are.
+            reward_std: 0 if no group of completions differed in reward.
+            clipped_ratio: Share of completions truncated at the maximum length.
 
         Returns:
-            Warnings that are new with this step, one line each.
+            New warnings, one line each.
         """
-        before, self.step = set(self.signs_of_nothing()), step
+        before, self.step = set(self.lasting_signs()), step
         values = {"grad_norm": grad_norm, "reward_std": reward_std, "clipped_ratio": clipped_ratio}
         for sign, value in values.items():
             if value is not None:
                 self.note(sign, step, holds=value == SIGNS[sign][0])
         if loss is not None:
-            for part, inside in (("first", step <= self.fifth), ("last", step > self.max_steps - self.fifth)):
+            for fifth, inside in (("first", step <= self.fifth), ("last", step > self.max_steps - self.fifth)):
                 if inside:
-                    self.losses[part] = [self.losses[part][0] + loss, self.losses[part][1] + 1]
-        found = [text for sign, text in self.signs_of_nothing().items() if sign not in before]
+                    self.losses[fifth] = [self.losses[fifth][0] + loss, self.losses[fifth][1] + 1]
+        found = [text for sign, text in self.lasting_signs().items() if sign not in before]
         return found + self.loss_warnings()
 
     @property
     def warnings(self) -> list[str]:
-        """All warnings so far, for the stage's record; a sign's names the steps of its longest streak."""
-        return [*self.signs_of_nothing().values(), *self.loss_warnings()]
+        """All warnings so far, for the stage's record; each sign with the steps of its longest streak."""
+        return [*self.lasting_signs().values(), *self.loss_warnings()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint, so that a resumed run judges all of its steps."""
+        """Plain values for a checkpoint, so that a resumed run judges all its steps."""
         return {"step": self.step, "losses": self.losses, "since": self.since, "longest": self.longest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -90,8 +90,8 @@ class LearningWatch:
         if longest is None or step - first > longest[1] - longest[0]:
             self.longest[sign] = [first, step]
 
-    def signs_of_nothing(self) -> dict[str, str]:
-        """Sign -> warning, of those that lasted long enough."""
+    def lasting_signs(self) -> dict[str, str]:
+        """Sign -> warning, for the signs that lasted long enough."""
         found = {}
         for sign, (first, last) in self.longest.items():
             if last - first + 1 >= min(STREAK, self.max_steps):
@@ -108,6 +108,6 @@ class LearningWatch:
         if last < first:
             return []
         return [
-            f"the loss did not fall: {first:.4g} over the first {self.fifth} steps, {last:.4g} over the last {self.fifth}; "
-            "look at the learning rates, and at whether the data is what the model should learn"
+            f"the loss did not fall: {first:.4g} over the first {self.fifth} steps, "
+            f"{last:.4g} over the last {self.fifth}; check the learning rates and the training data"
         ]

@@ -1,7 +1,7 @@
 """The training loop of pretraining and midtraining: Accelerate, accumulation, Muon, evaluation, log, checkpoints.
 
-Read `train` first. One optimizer step takes the rows [s*R, (s+1)*R) of the data order, whatever the number of processes,
-and a run that was stopped, killed or moved to other machines goes on with the next one.
+Read `train` first. Optimizer step s takes rows [s*R, (s+1)*R) of the data order for any number of processes, and a run
+that was stopped, killed or moved to other machines continues with the next step.
 """
 
 import math
@@ -34,6 +34,8 @@ from .stage import JsonlLogger
 from .stopping import Stopped, StopRequest, stop_request
 
 Batch = dict[str, torch.Tensor]
+
+
 def accumulation_steps(total_batch_size: int, batch_size: int, max_length: int, world_size: int) -> int:
     """Forward passes per optimizer step.
 
@@ -69,28 +71,28 @@ def train(
     """Train `model` in place up to `plan.max_steps` optimizer steps.
 
     Args:
-        module, optimizer: As [`prepare`] made them, with the weights of `resume_from` already in.
+        module, optimizer: As returned by [`prepare`], with the weights of `resume_from` already loaded.
         loader: This process's micro-batches: `input_ids` (batch_size, max_length + 1), optionally `labels` of the same
-            shape (unshifted, -100 where nothing is learnt) and `position_ids` (batch_size, max_length).
-        resume_from: Where to go on.
-        run_config: The settings that make this run what it is; kept in the checkpoints.
-        decode: Text of token ids, to name a batch by.
+            shape (unshifted, -100 where the loss is masked) and `position_ids` (batch_size, max_length).
+        resume_from: The checkpoint to continue from.
+        run_config: The settings that define this run; stored in the checkpoints.
+        decode: Turns token ids into text, to identify a batch in errors.
         stage: base or mid.
 
     Raises:
-        UserError: The loss is not finite, or the gradients are not (before the optimizer would have used them); memory or
-            disk is full.
-        Stopped: SIGTERM or Ctrl-C; a checkpoint was written.
+        UserError: The loss or the gradients are not finite (raised before the optimizer uses them); memory or disk is
+            full.
+        Stopped: On SIGTERM or Ctrl-C, after writing a checkpoint.
     """
     watch = LearningWatch(stage, plan.max_steps)
-    progress = restore(resume_from, optimizer, loader, watch, accelerator) if resume_from else TrainState()
+    train_state = restore(resume_from, optimizer, loader, watch, accelerator) if resume_from else TrainState()
     batch_size, processes = loader.batch_size, accelerator.num_processes
     accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, processes)
     schedule, timer = plan.schedule(), StepTimer()
-    report = ProgressReport(accelerator, model.config, plan, args, log, timer, progress, watch)
+    report = ProgressReport(accelerator, model.config, plan, args, log, timer, train_state, watch)
 
     def fail(problem: str) -> NoReturn:
-        """On all processes alike."""
+        """Raise `UserError`; called on all processes together."""
         checkpoints.complete()
         raise UserError(problem)
 
@@ -98,69 +100,69 @@ def train(
         return step == plan.max_steps or bool(args.save_steps and step % args.save_steps == 0)
 
     def save() -> None:
-        state = {"progress": vars(progress), "seconds": log.seconds, "run_config": run_config or {}}
+        state = {"progress": vars(train_state), "seconds": log.seconds, "run_config": run_config or {}}
         state |= {"learning": watch.state_dict(), "processes": processes, "per_device_train_batch_size": batch_size}
         shares = {"optimizer": optimizer.sharded_state_dict(), "data": loader.state()}
-        checkpoints.save(progress.steps, state, shares, lambda: full_state_dict(accelerator, module, model))
+        checkpoints.save(train_state.steps, state, shares, lambda: full_state_dict(accelerator, module, model))
 
     advice = advice_on_memory(lambda error: explain_out_of_memory(error, batch_size, args.max_length))
     with stop_request() as request, GarbageFreezer() as garbage, report, advice:
-        if progress.steps == 0:
-            evaluate(evaluations, model, progress, plan, report)
+        if train_state.steps == 0:
+            evaluate(evaluations, model, train_state, plan, report)
         timer.start()
-        while progress.steps < plan.max_steps:
-            schedule.apply(optimizer, progress.steps)
+        while train_state.steps < plan.max_steps:
+            schedule.apply(optimizer, train_state.steps)
             batches = [next(loader) for _ in range(accumulation)]
             timer.lap("data")
             losses = accumulate(accelerator, module, batches)
-            step = progress.steps + 1
-            looked_at = report.is_logged(step) or is_saved(step)  # not in every step: it reads all gradients
-            norm = gradient_norm(module) if looked_at else None
-            loss, stopping, norms, saving = all_reduce_loss(accelerator, losses, request, norm, checkpoints.being_written)
+            step = train_state.steps + 1
+            is_measured = report.is_logged(step) or is_saved(step)  # not in every step: it reads all gradients
+            norm = gradient_norm(module) if is_measured else None
+            being_written = checkpoints.being_written
+            loss, stopping, norms, saving = all_reduce_loss(accelerator, losses, request, norm, being_written)
             timer.lap("model")
             if not math.isfinite(loss):
-                first_row = progress.steps * (plan.total_batch_size // args.max_length)
-                fail(non_finite(accelerator, losses, batches, progress.steps, first_row, decode))
+                first_row = train_state.steps * (plan.total_batch_size // args.max_length)
+                fail(non_finite(accelerator, losses, batches, train_state.steps, first_row, decode))
             if norms is not None and not math.isfinite(norms):
                 fail(
-                    f"the gradients are not finite at step {progress.steps} (loss {loss:.4g}); the optimizer has not used "
-                    "them. Lower matrix_lr or embedding_lr; earlier checkpoints are good"
+                    f"the gradients are not finite at step {train_state.steps} (loss {loss:.4g}); the optimizer has "
+                    "not used them. Lower matrix_lr or embedding_lr; earlier checkpoints are good"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             timer.lap("optimizer")
-            progress = progress.after(loss, plan.total_batch_size)
-            report.step(progress, schedule, norms)
-            garbage.after_step(progress.steps)
+            train_state = train_state.after(loss, plan.total_batch_size)
+            report.step(train_state, schedule, norms)
+            garbage.after_step(train_state.steps)
             timer.lap("rest")
-            evaluate(evaluations, model, progress, plan, report)
+            evaluate(evaluations, model, train_state, plan, report)
             timer.lap("evaluation")
             if not saving:
                 checkpoints.complete()
-            if stopping or is_saved(progress.steps):
+            if stopping or is_saved(train_state.steps):
                 save()
-            if stopping or progress.steps == plan.max_steps:
+            if stopping or train_state.steps == plan.max_steps:
                 checkpoints.complete()
             timer.lap("checkpoint")
-            if stopping and progress.steps < plan.max_steps:
+            if stopping and train_state.steps < plan.max_steps:
                 raise Stopped(
-                    f"{request.reason or 'another process was asked to stop'}: stopped after step {progress.steps} of "
-                    f"{plan.max_steps}, checkpoint in {checkpoints.folder}; the same command with --resume auto goes on"
+                    f"{request.reason or 'another process was asked to stop'}: stopped after step {train_state.steps} "
+                    f"of {plan.max_steps}, checkpoint in {checkpoints.folder}; "
+                    "the same command with --resume auto goes on"
                 )
-    return report.finished(progress)
+    return report.finished(train_state)
 
 
-def prepare(
-    accelerator: Accelerator, model: PreTrainedModel, plan: Plan
-) -> tuple[torch.nn.Module, MuonAdamW]:
-    """The module to train, on its device, in its precision, perhaps sharded; and the optimizer over its parameters.
+def prepare(accelerator: Accelerator, model: PreTrainedModel, plan: Plan) -> tuple[torch.nn.Module, MuonAdamW]:
+    """The module to train, on its device, in its precision, possibly sharded; and the optimizer over its parameters.
 
-    Without FSDP there is no wrapper: the optimizer itself averages the gradients, once per step, each process for its
-    share, so that backward passes never communicate.
+    Without FSDP there is no wrapper: the optimizer averages the gradients itself, once per step, each rank for its
+    shard, so that backward passes never communicate.
     """
     names = ("recipe", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "max_grad_norm")
     options = {name: getattr(plan, name) for name in names} | {"compile": compiles_on(accelerator.device)}
-    model.train()  # a loaded model comes in evaluation mode, where the loss is computed in another way, with more memory
+    model.train()  # loaded models are in evaluation mode, whose loss needs more memory
     convert_to_float8(model, accelerator)
     if accelerator.is_fsdp2:
         module = shard_model(model, accelerator)
@@ -176,7 +178,7 @@ def prepare(
 
 @contextmanager
 def advice_on_memory(explain: Callable[[BaseException], UserError]) -> Iterator[None]:
-    """Turns running out of memory into what `explain` makes of it, which says what to lower."""
+    """Replace out-of-memory errors by the error from `explain`, which says what to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -188,7 +190,7 @@ def advice_on_memory(explain: Callable[[BaseException], UserError]) -> Iterator[
 def restore(
     checkpoint: Checkpoint, optimizer: MuonAdamW, loader: Loader, watch: LearningWatch, accelerator: Accelerator
 ) -> TrainState:
-    """Optimizer, data, random generators and what was observed as they were; the weights were loaded before."""
+    """Restore optimizer, data, random generators and learning watch; the weights were loaded before."""
     if "learning" in checkpoint.state:
         watch.load_state_dict(checkpoint.state["learning"])
     optimizer.load_sharded_state_dict(checkpoint.shares("optimizer"))
@@ -197,29 +199,31 @@ def restore(
     return TrainState(**checkpoint.state["progress"])
 
 
-def full_state_dict(accelerator: Accelerator, module: torch.nn.Module, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """All weights under their ordinary names, on the main process at least."""
+def full_state_dict(
+    accelerator: Accelerator, module: torch.nn.Module, model: PreTrainedModel
+) -> dict[str, torch.Tensor]:
+    """All weights under their ordinary names, unsharded, at least on the main process."""
     return accelerator.get_state_dict(module) if accelerator.is_fsdp2 else model.state_dict()
 
 
 def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches: list[Batch]) -> torch.Tensor:
-    """Gradients of the mean loss over every learnt token of the step, on all processes.
+    """Compute gradients of the mean loss over all trained tokens of the step, on all processes.
 
     Returns:
-        FloatTensor (micro-batches,): this process's shares of that mean. The gradients are this process's, times the
-        number of processes: their mean over the processes is the gradient of the loss.
+        FloatTensor (micro-batches,): the contributions of this process's micro-batches to that mean. Gradients stay
+        local and are scaled by the number of processes: their mean over processes is the gradient of the loss.
     """
     labels = [batch.get("labels", batch["input_ids"])[:, 1:] for batch in micro_batches]
-    learnt = sum(int((label != -100).sum()) for label in labels)
-    learnt = torch.full((), learnt, device=accelerator.device)  # a copy would wait for the last step's optimizer
-    learnt = accelerator.reduce(learnt, "sum").clamp(min=1)
+    trained = sum(int((label != -100).sum()) for label in labels)
+    trained = torch.full((), trained, device=accelerator.device)  # a copy would wait for the last step's optimizer
+    trained = accelerator.reduce(trained, "sum").clamp(min=1)
     losses = []
     for number, batch in enumerate(micro_batches, start=1):
         inputs = model_inputs(batch, accelerator.device)
-        # FSDP's gradients travel between processes once per step, with the last pass
+        # FSDP reduces gradients once per step, in the last pass
         with accelerator.no_sync(module) if number < len(micro_batches) else nullcontext():
             with accelerator.autocast():
-                loss = module(**inputs, use_cache=False, num_items_in_batch=learnt).loss
+                loss = module(**inputs, use_cache=False, num_items_in_batch=trained).loss
             accelerator.backward(loss * accelerator.num_processes)
         losses.append(loss.detach())
     return torch.stack(losses)
@@ -228,7 +232,7 @@ def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches:
 def model_inputs(batch: Batch, device: torch.device) -> Batch:
     """Inputs and targets on `device`, (batch_size, max_length) each.
 
-    Whole rows travel and are cut there: a slice is not contiguous, so its copy would go through pageable memory and wait.
+    Rows are copied first and sliced on the device: a slice is not contiguous, and its copy would block.
     """
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     ids = batch["input_ids"]
@@ -237,9 +241,9 @@ def model_inputs(batch: Batch, device: torch.device) -> Batch:
 
 
 def gradient_norm(module: torch.nn.Module) -> torch.Tensor:
-    """The norm of this process's own gradients, a 0-d tensor: 0 only if all of them are, inf or nan if one is.
+    """The norm of this process's local gradients, a 0-d tensor: 0 only if all are 0, inf or nan if any is.
 
-    Before the processes have averaged them it says no more than that; in return it costs one reading of the gradients.
+    It is taken before averaging, so it tells no more than that; it costs one read of the gradients.
     """
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
@@ -255,7 +259,7 @@ def all_reduce_loss(
 ) -> tuple[float, bool, float | None, bool]:
     """The loss over all processes, whether any was asked to stop, the sum of their norms, whether any is still saving.
 
-    One message and one wait for the device, whatever is asked.
+    All in one all-reduce and one device synchronization.
     """
     values = [losses.sum(), *losses.new_tensor([float(request.reason is not None), float(saving)])]
     values += [] if norm is None else [norm.to(losses)]
@@ -266,37 +270,42 @@ def all_reduce_loss(
 def non_finite(
     accelerator: Accelerator, losses: torch.Tensor, batches: list[Batch], step: int, first_row: int, decode: Callable
 ) -> str:
-    """What to say of a loss that is not finite: which rows of which process, and how their text begins."""
+    """The error message for a loss that is not finite: which rows of which process, and how their text begins."""
     found = []
-    for number, finite in enumerate(losses.isfinite().tolist()):
+    for index, finite in enumerate(losses.isfinite().tolist()):
         if not finite:
-            size = len(batches[number]["input_ids"])
-            first = first_row + number * size * accelerator.num_processes + accelerator.process_index
+            size = len(batches[index]["input_ids"])
+            first = first_row + index * size * accelerator.num_processes + accelerator.process_index
             last = first + (size - 1) * accelerator.num_processes
-            beginning = decode(batches[number]["input_ids"][0, :32].tolist())
-            found.append(f"process {accelerator.process_index}, rows {first} to {last} of the data, beginning {beginning!r}")
+            beginning = decode(batches[index]["input_ids"][0, :32].tolist())
+            rows = f"rows {first} to {last} of the data"
+            found.append(f"process {accelerator.process_index}, {rows}, beginning {beginning!r}")
     found = gather_object(found) or ["the sum over the processes overflowed"]
     return (
-        f"the loss is not finite at step {step} ({found[0]}); the optimizer has not used it. Lower matrix_lr or embedding_lr, "
-        "or look at that text; earlier checkpoints are good"
+        f"the loss is not finite at step {step} ({found[0]}); the optimizer has not used it. Lower matrix_lr or "
+        "embedding_lr, or look at that text; earlier checkpoints are good"
     )
 
 
 def evaluate(
-    evaluations: tuple[Evaluation, ...], model: PreTrainedModel, progress: TrainState, plan: Plan, report: ProgressReport
+    evaluations: tuple[Evaluation, ...],
+    model: PreTrainedModel,
+    train_state: TrainState,
+    plan: Plan,
+    report: ProgressReport,
 ) -> None:
-    """Run those that are due on the uncompiled model, without gradients."""
-    due = [one for one in evaluations if one.due(progress.steps, plan.max_steps)]
+    """Run the evaluations that are due, on the uncompiled model, without gradients."""
+    due = [evaluation for evaluation in evaluations if evaluation.due(train_state.steps, plan.max_steps)]
     if not due:
         return
     model.eval()
     with (
-        advice_on_memory(lambda error: explain_in_evaluation(error, progress.steps)),
+        advice_on_memory(lambda error: explain_in_evaluation(error, train_state.steps)),
         torch.no_grad(),
         evaluation_precision(model),
         evaluation_attention(model),
         report.accelerator.autocast(),
     ):
-        for one in due:
-            report.evaluated(progress, *one.run(model))
+        for evaluation in due:
+            report.evaluated(train_state, *evaluation.run(model))
     model.train()

@@ -1,4 +1,4 @@
-"""The README of a model folder, from the stage's record alone."""
+"""The README of a model folder, made from the stage's record alone."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,8 @@ INTRODUCTION = """A small language model with {parameters:,} parameters, after {
 nanochat on the Hugging Face stack. {architecture}"""
 
 ARCHITECTURES = {
-    "nanochat": "The architecture is the `nanochat` of transformers: this folder carries no code and opens everywhere.",
+    "nanochat": "The architecture is the `nanochat` of transformers: this folder carries no code and opens "
+    "everywhere.",
     "nanochat_turbo": "The architecture is not part of transformers: this folder carries its code, which "
     "`trust_remote_code=True` runs. Where `modeling-nanochat` is installed and imported, none of it is run.",
 }
@@ -28,9 +29,9 @@ ARCHITECTURES = {
 LIMITS = """It is small, makes things up, and knows nothing but its training text. Do not rely on it, and run what it writes
 only in isolation."""
 
-# What opening a folder in Python takes beside its name: no library ships turbo.
+# Extra arguments to load a folder in Python: no library ships turbo.
 TRUST = {"nanochat": "", "nanochat_turbo": ", trust_remote_code=True"}
-# `transformers serve` looks for the class in transformers alone, whatever it is to trust (5.24).
+# `transformers serve` ignores `trust_remote_code`: it looks for the class in transformers only (5.24).
 SERVE = {"nanochat": "transformers serve {model}    # an API like OpenAI's\n", "nanochat_turbo": ""}
 
 CHAT = """```python
@@ -44,7 +45,7 @@ print(chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)[0
 {serve}nanochat-chat {model}    # in the terminal; with `modeling-nanochat` installed, runs the Python that it calls
 ```"""
 
-# The tokenizer begins the text with `<|bos|>` by itself.
+# The tokenizer prepends `<|bos|>` automatically.
 TEXT = """```python
 from transformers import pipeline
 
@@ -54,18 +55,18 @@ print(pipeline("text-generation", "{model}"{trust})("Once upon a time", max_new_
 
 @dataclass(kw_only=True)
 class CardArguments:
-    """What a stage adds to its model card. The same words in every stage whose model chats."""
+    """A stage's additions to its model card. The same options in every stage whose model chats."""
 
     examples: list[str] | None = field(
         default=None,
-        metadata={"help": "Questions to show in the chat and on the page; default: those of the model trained from."},
+        metadata={"help": "Questions to show in the chat and on the model page; default: the starting model's."},
     )
 
     def __post_init__(self) -> None:
         check_examples(self.examples)
 
     def examples_or_those_of(self, model: PreTrainedModel) -> list[str]:
-        """The questions that were given, else those in the card of the folder that `model` was loaded from."""
+        """The given questions, else those in the card of the folder that `model` was loaded from."""
         return example_questions(model.name_or_path) if self.examples is None else self.examples
 
 
@@ -100,12 +101,12 @@ def model_card(record: dict) -> str:
 
 
 def examples_of(record: dict[str, Any]) -> list[str]:
-    """The questions for the chat: as resolved by the stage, else as its settings have them."""
+    """The questions for the chat: as resolved by the stage, else from its settings."""
     return record.get("examples", record["settings"].get("examples")) or []
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name if it can be a Hub id: the Hub refuses a card whose `base_model` is a path."""
+    """The name if it can be a Hub id, else None: the Hub rejects a card whose `base_model` is a path."""
     is_path = name is None or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
     return None if is_path else name
 

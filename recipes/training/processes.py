@@ -1,4 +1,4 @@
-"""What one process does for all of them, such as looking at folders on shared storage, and one trainer for each folder."""
+"""Work of the main process for all processes, such as checks of shared folders, and a lock: one trainer per folder."""
 
 import atexit
 import errno
@@ -19,10 +19,10 @@ Result = TypeVar("Result")
 
 
 def on_main_process(work: Callable[[], Result]) -> Result:
-    """Call `work` in the main process and return its result in every process; it must survive pickling.
+    """Call `work` in the main process and return its result, which must be picklable, in every process.
 
     Raises:
-        UserError: `work` raised one; in every process, so that none waits for the others.
+        UserError: `work` raised one; raised in every process, so that none waits for the others.
     """
     answer: list[Any] = [None, None]
     if PartialState(cpu=several_on_cpu()).is_main_process:
@@ -37,15 +37,15 @@ def on_main_process(work: Callable[[], Result]) -> Result:
 
 
 def lock_output(output_dir: str | Path) -> None:
-    """Hold `output_dir` until this process ends; the kernel lets go of it however that happens.
+    """Lock `output_dir` until this process exits; the kernel releases the lock even after a kill.
 
-    A second trainer would write into the first one's log, checkpoints and model.
+    A second trainer would write into the log, checkpoints and model of the first.
 
-    The lock is POSIX's, which belongs to a process: a child does not inherit it, so the workers of a killed trainer do not
-    keep it, and the same process may take it again. Where the system or the file system has no locks, nothing is held.
+    POSIX locks belong to a process: children do not inherit them, so the workers of a killed trainer do not keep the
+    lock, and the same process can take it again. If the system or the file system has no locks, nothing is locked.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds the lock.
     """
     try:
         import fcntl
@@ -63,17 +63,18 @@ def lock_output(output_dir: str | Path) -> None:
             holder = os.read(descriptor, 20).decode(errors="replace").strip()
             os.close(descriptor)
             raise UserError(
-                f"{output_dir} is in use by another trainer (process {holder}); wait for it, or give another --output_dir"
+                f"{output_dir} is in use by another trainer (process {holder}); "
+                "wait for it, or give another --output_dir"
             ) from error
-        if is_at(descriptor, path):
+        if is_same_file(descriptor, path):
             break
-        os.close(descriptor)  # its holder has just removed it; another process may already hold a new one
+        os.close(descriptor)  # its holder has just removed it; another process may already hold a new file
     os.truncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
     atexit.register(remove, path, os.getpid())
 
 
-def is_at(descriptor: int, path: Path) -> bool:
+def is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -81,7 +82,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def remove(path: Path, owner: int) -> None:
-    """Remove the lock's file while it is still held. In a forked child, whose parent holds it, do nothing."""
+    """Remove the lock file while still holding the lock. Does nothing in a forked child, whose parent holds it."""
     if os.getpid() == owner:
         with suppress(OSError):
             path.unlink()

@@ -1,4 +1,4 @@
-"""What pretraining and midtraining do around the loop: find the checkpoint, size the batch, train, leave a model folder."""
+"""The code around the training loop: find the checkpoint, choose the batch size, train, save the model."""
 
 import sys
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.sources import first_line
 from recipes.training.data.loader import Loader
 from recipes.training.data.streams import StreamMaker
-from recipes.training.optim.hyperparameters import TAKEN, Plan, plain
+from recipes.training.optim.hyperparameters import NOT_DERIVED, Plan, format_number
 from recipes.training.optim.optimizer import MuonAdamW
 
 from .arguments import FREE_TO_CHANGE, LoopArguments
@@ -33,7 +33,7 @@ PATH_KEYS = {"tokenizer", "train_files", "replay_files", "model_name_or_path"}
 
 
 def make_accelerator(args: LoopArguments, output_dir: str) -> Accelerator:
-    """Accelerate on the device that is there, with the tracker asked for; its files go beside the model folder.
+    """An `Accelerator` on the available device, with the requested tracker, whose files go beside the model folder.
 
     Raises:
         UserError: The tracker is unknown or not installed.
@@ -54,22 +54,22 @@ def make_accelerator(args: LoopArguments, output_dir: str) -> Accelerator:
         values = {key: value for key, value in vars(args).items() if value is not None}
         try:
             accelerator.init_trackers(f"nanochat-{Path(output_dir).name}", config=values)
-        except Exception as error:  # each tracker has its own: no login, no network, a folder that cannot be written
+        except Exception as error:  # trackers raise many types: no login, no network, unwritable folder
             raise UserError(
                 f"report_to {args.report_to} cannot start ({first_line(error)}); set it up, or give --report_to none"
             ) from error
-    accelerator.gradient_accumulation_steps = 1  # the loop accumulates itself, by total_batch_size
+    accelerator.gradient_accumulation_steps = 1  # the loop accumulates itself
     return accelerator
 
 
 @dataclass(frozen=True)
 class LoopStage:
-    """What one run of a stage is made of.
+    """The inputs of one run of a stage.
 
     Attributes:
-        record: What the stage's record starts with; "stage" at least.
-        arguments: The stage's own, the loop's and the output's.
-        make_stream: Makes one of the data's streams of rows, see `recipes/training/data/streams.py`.
+        record: First entries of the stage's record; "stage" at least.
+        arguments: The stage's own arguments, the loop's and the output's.
+        make_stream: Creates a stream of rows, see `recipes/training/data/streams.py`.
     """
 
     record: dict[str, object]
@@ -83,7 +83,7 @@ class LoopStage:
 
 
 def run_stage(stage: LoopStage) -> None:
-    """Train, write the model folder and the record beside it, push. Prints one line and returns if asked to stop."""
+    """Train, write the model folder and its record, push. If asked to stop, prints one line and returns."""
     accelerator, output = stage.accelerator, stage.arguments[-1]
     checkpoints = Checkpoints(beside(output.output_dir, "checkpoints", ""), accelerator)
     stopped = None
@@ -93,16 +93,16 @@ def run_stage(stage: LoopStage) -> None:
         except Stopped as request:
             stopped = str(request)
         accelerator.wait_for_everyone()
-    end(accelerator, stopped)
+    end_training(accelerator, stopped)
     if stopped:
         return
     if accelerator.is_main_process:
         push(output)
-    checkpoints.delete()  # last: if the folder or the upload failed, --resume auto goes straight to them
+    checkpoints.delete()  # last: if saving or uploading failed, --resume auto still finds them
 
 
 def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
-    """The part of [`run_stage`] that leaves the model folder and the record.
+    """Train, and write the model folder and the record.
 
     Raises:
         Stopped: The run was asked to stop.
@@ -120,8 +120,8 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
     accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, accelerator.num_processes)
     if accelerator.is_main_process:
         announce(model, plan, accumulation, batch_size, accelerator.num_processes, resume_from)
-    going_on = {"step": resume_from.step, "seconds": resume_from.state["seconds"]} if resume_from else {}
-    log = JsonlLogger(output.output_dir, accelerator.is_main_process, **going_on)
+    resumed = {"step": resume_from.step, "seconds": resume_from.state["seconds"]} if resume_from else {}
+    log = JsonlLogger(output.output_dir, accelerator.is_main_process, **resumed)
     loader = Loader(
         stage.make_stream,
         batch_size=batch_size,
@@ -130,7 +130,7 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
         document_start=stage.tokenizer.bos_token_id if args.document_masking else None,
     )
     try:
-        progress = train(
+        train_state = train(
             accelerator,
             model,
             module,
@@ -153,44 +153,44 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
         derived = {key: value for key, value in asdict(plan).items() if key != "origins"}
         resolved = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
         resolved["attn_implementation"] = model.config._attn_implementation
-        record = stage.record | {"settings": settings(*stage.arguments) | derived | resolved, "given": given(*stage.arguments)}
-        record |= vars(progress)
+        record = stage.record | {"settings": settings(*stage.arguments) | derived | resolved}
+        record |= {"given": given(*stage.arguments)} | vars(train_state)
         finish_stage(model, stage.tokenizer, output, log, record, model_card, weights)
 
 
-def end(accelerator: Accelerator, message: str | None = None) -> None:
+def end_training(accelerator: Accelerator, message: str | None = None) -> None:
     if message and accelerator.is_main_process:
         print(message, flush=True)
     accelerator.wait_for_everyone()
     try:
         accelerator.end_training()
-    except Exception as error:  # a tracker's, see `ProgressReport.track`; the model is written
+    except Exception as error:  # from a tracker, see `ProgressReport.track`; the model is already written
         print(f"warning: the tracker's log may be incomplete ({first_line(error)})", flush=True)
         accelerator.state.destroy_process_group()
 
 
 def given(*arguments: object) -> dict[str, object]:
-    """The settings that make a run what it is, as they were given."""
+    """The settings that define a run, as given."""
     return {key: value for key, value in settings(*arguments).items() if key not in FREE_TO_CHANGE | OUTPUT_KEYS}
 
 
 def define(*arguments: object) -> dict[str, object]:
-    """What makes a run what it is, for its checkpoints. Of files and folders only the names count: a run may be moved.
+    """The settings that define a run, for its checkpoints. Paths are reduced to names, because a run may be moved.
 
-    That it is the same data is checked by its size too, see `recipes/training/data/streams.py`.
+    The size of the data is checked too, see `recipes/training/data/streams.py`.
     """
-    return {key: names_of(value) if key in PATH_KEYS else value for key, value in given(*arguments).items()}
+    return {key: file_names(value) if key in PATH_KEYS else value for key, value in given(*arguments).items()}
 
 
-def names_of(paths: str | list[str] | None) -> str | list[str] | None:
+def file_names(paths: str | list[str] | None) -> str | list[str] | None:
     return [Path(path).name for path in paths] if isinstance(paths, list) else paths and Path(paths).name
 
 
 def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, run_config: dict[str, object]) -> Checkpoint | None:
-    """Where to go on; without `--resume`, what lies there is cleared away.
+    """The checkpoint to resume from; without `--resume`, existing checkpoints are deleted.
 
     Raises:
-        UserError: The checkpoint is of a run with other settings; names the first.
+        UserError: The checkpoint is from a run with other settings; the message names the first.
     """
     if not args.resume:
         checkpoints.delete()
@@ -206,8 +206,8 @@ def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, run_config: d
     if changed:
         key = changed[0]
         raise UserError(
-            f"{checkpoint.folder} was trained with {key} {before.get(key)}, now it is {run_config.get(key)}; give the same, "
-            "or train anew with --overwrite_output_dir true and without --resume"
+            f"{checkpoint.folder} was trained with {key} {before.get(key)}, now it is {run_config.get(key)}; "
+            "give the same, or train from scratch with --overwrite_output_dir true and without --resume"
         )
     return checkpoint
 
@@ -220,21 +220,21 @@ def choose_batch_size(
     plan: Plan,
     resume_from: Checkpoint | None,
 ) -> int:
-    """Rows of one pass of one device: as given, as before, or the most that fit beside the optimizer's state.
+    """Rows per pass and device: as given, as in the checkpoint, or the most that fit beside the optimizer's state.
 
     Raises:
-        UserError: The step's rows cannot be dealt out evenly, or not even one row fits.
+        UserError: The step's rows cannot be divided evenly, or not even one row fits.
     """
     if args.per_device_train_batch_size:
         return args.per_device_train_batch_size
     rows, processes = plan.total_batch_size // args.max_length, accelerator.num_processes
     if rows % processes:
         raise UserError(
-            f"total_batch_size {plan.total_batch_size} is {rows} rows, which {processes} processes cannot share evenly; "
-            f"make it a multiple of {args.max_length * processes}"
+            f"total_batch_size {plan.total_batch_size} is {rows} rows, which {processes} processes cannot divide "
+            f"evenly; make it a multiple of {args.max_length * processes}"
         )
     if resume_from and resume_from.state["processes"] == processes:
-        return resume_from.state["per_device_train_batch_size"]  # another would round differently
+        return resume_from.state["per_device_train_batch_size"]  # another size would round differently
 
     def trial(batch_size: int) -> None:
         accumulate(accelerator, module, [trial_batch(batch_size, args)])
@@ -245,7 +245,7 @@ def choose_batch_size(
         rows // processes,
         accelerator.device,
         trial,
-        # A pass that failed on one process of FSDP2's leaves the others in a collective
+        # Under FSDP2, a pass that fails on one process leaves the others in a collective
         agree=Outcomes().smallest if accelerator.is_fsdp2 else partial(smallest, accelerator),
         state_bytes=sum(state.nbytes for state in optimizer.sharded_state_dict().values()),
         compiled=is_compiled(module),
@@ -253,7 +253,7 @@ def choose_batch_size(
 
 
 def trial_batch(batch_size: int, args: LoopArguments) -> dict[str, torch.Tensor]:
-    """A batch as the loader makes it: another would be compiled to another graph, or need another mask."""
+    """A batch like the loader's: a different one would compile to another graph, or need another mask."""
     batch = {"input_ids": torch.zeros((batch_size, args.max_length + 1), dtype=torch.long)}
     if args.document_masking:
         batch["position_ids"] = torch.arange(args.max_length).repeat(batch_size, 1)
@@ -261,7 +261,12 @@ def trial_batch(batch_size: int, args: LoopArguments) -> dict[str, torch.Tensor]
 
 
 def announce(
-    model: PreTrainedModel, plan: Plan, accumulation: int, batch_size: int, processes: int, resume_from: Checkpoint | None
+    model: PreTrainedModel,
+    plan: Plan,
+    accumulation: int,
+    batch_size: int,
+    processes: int,
+    resume_from: Checkpoint | None,
 ) -> None:
     config = model.config
     print(
@@ -277,7 +282,9 @@ def announce(
 
 
 def plan_in_short(plan: Plan) -> list[str]:
-    """Steps and tokens, and what was derived; how it was derived is in `Plan.lines`, all values are in the record."""
-    derived = [f"{name} {plain(getattr(plan, name))}" for name, origin in plan.origins.items() if origin not in TAKEN]
-    amount = f"{plan.max_steps:,} steps of {plan.total_batch_size:,} tokens: {plan.tokens:,} tokens, {plan.flops:.3g} FLOPs"
+    """Steps, tokens and the derived values; `Plan.lines` tells how they were derived, the record has all values."""
+    names = [name for name, origin in plan.origins.items() if origin not in NOT_DERIVED]
+    derived = [f"{name} {format_number(getattr(plan, name))}" for name in names]
+    steps = f"{plan.max_steps:,} steps of {plan.total_batch_size:,} tokens"
+    amount = f"{steps}: {plan.tokens:,} tokens, {plan.flops:.3g} FLOPs"
     return [amount] + ([f"derived: {', '.join(derived)}"] if derived else [])

@@ -1,6 +1,6 @@
-"""What every stage leaves behind: a finished model folder, a log of its training, and a record of its settings and machine.
+"""The outputs of every stage: a finished model folder, a training log, and a record of its settings and machine.
 
-A folder under its final name is whole: it is written beside it, flushed to disk and renamed.
+A folder under its final name is complete: it is written under a temporary name, flushed to disk and renamed.
 """
 
 import json
@@ -40,13 +40,13 @@ PROBE_BYTES = 2**16
 
 @dataclass
 class OutputArguments:
-    """Where a stage's model goes. The same words in every stage."""
+    """Where a stage's model goes. The same options in every stage."""
 
     output_dir: str = field(metadata={"help": "Model folder to write; its log and record go beside it."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model there."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an existing model."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the finished folder to the Hub."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Hub repository, for instance me/my-nanochat."})
-    hub_private_repo: bool = field(default=False, metadata={"help": "Make a new Hub repository private."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Hub repository, such as me/my-nanochat."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Create the Hub repository as private."})
 
 
 def check_output(
@@ -55,20 +55,20 @@ def check_output(
     given: dict[str, Any] | None = None,
     resume_key: str = "--resume",
 ) -> bool:
-    """Before any work: whether its result can be put away, buries nothing, and is not already there. In every process.
+    """Check before any work that the output can be saved, overwrites nothing, and does not exist. In every process.
 
-    The output folder is locked until the main process ends, and what a killed run left of its ending is cleared up.
+    Locks the output folder until the main process exits, and cleans up after a run that was killed while finishing.
 
     Args:
-        given: The settings that make the run what it is, as they will be in its record under "given".
-        resume_key: What the stage calls `resume` on the command line.
+        given: The settings that define the run, as stored in its record under "given".
+        resume_key: The stage's name for `resume` on the command line.
 
     Returns:
-        Whether the same run has finished before. Then there is nothing to do; its upload, if asked for, is done.
+        Whether the same run has already finished. Then there is nothing to do; a requested upload has been done.
 
     Raises:
-        UserError: The folder cannot be written, another trainer is at work in it, it holds a finished model, or one that
-            is unfinished; or the place to push to is missing.
+        UserError: The folder is not writable, is in use by another trainer, or holds a finished or unfinished model;
+            or the repository to push to is missing.
     """
     let_segments_grow()
     if args.push_to_hub and not args.hub_model_id:
@@ -85,7 +85,7 @@ def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any]
     warn_of_untested_versions()
     folder, checkpoints = Path(args.output_dir), beside(args.output_dir, "checkpoints", "")
     if folder.name in ("", "..") or (os.path.lexists(folder) and not folder.is_dir()):
-        raise UserError(f"--output_dir {args.output_dir} is not the name of a folder; give one, for instance runs/pocket/base")
+        raise UserError(f"--output_dir {args.output_dir} is not a folder name; give one such as runs/pocket/base")
     try:
         probe(folder)
         lock_output(folder)
@@ -98,30 +98,31 @@ def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any]
     if folder.exists() and not args.overwrite_output_dir:
         if given is None or read_record(folder).get("given") != json.loads(json.dumps(given)):
             raise UserError(
-                f"{args.output_dir} already exists; pass --overwrite_output_dir true to replace it, or another --output_dir"
+                f"{args.output_dir} already exists; pass --overwrite_output_dir true to replace it, "
+                "or another --output_dir"
             )
-        print(f"{args.output_dir}: already finished with these settings; --overwrite_output_dir true trains it anew")
+        print(f"{args.output_dir}: already finished with these settings; --overwrite_output_dir true trains it again")
         return True
     if checkpoints.exists() and not resume and not args.overwrite_output_dir:
         raise UserError(
-            f"{checkpoints} holds the checkpoints of an unfinished run; pass {resume_key} auto to go on from them, or "
-            "--overwrite_output_dir true to start anew"
+            f"{checkpoints} holds the checkpoints of an unfinished run; pass {resume_key} auto to resume from "
+            "them, or --overwrite_output_dir true to start over"
         )
     return False
 
 
 def discard_own_checkpoints(output_dir: str) -> None:
-    """Remove the checkpoints of the finished run; others there are of a run that was to replace it."""
+    """Delete the finished run's checkpoints, but not those of a later run that was to replace it."""
     checkpoints, steps = beside(output_dir, "checkpoints", ""), read_record(Path(output_dir)).get("steps")
     if any(re.search(rf"-0*{steps}$", path.name) for path in checkpoints.glob("*")):
         discard(checkpoints)
 
 
 def probe(output_dir: Path) -> None:
-    """Write a little wherever the stage will; makes no folder but the one that `output_dir` is to be in.
+    """Write a small file wherever the stage will write; creates only the parent of `output_dir`.
 
     Raises:
-        OSError: It cannot be written, or is full.
+        OSError: A folder is not writable, or the disk is full.
     """
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     for kind in ("logs", "stages", "checkpoints"):
@@ -141,13 +142,13 @@ def record_path(output_dir: str | Path) -> Path:
 
 
 def pending_record(output_dir: str | Path) -> Path:
-    """Where the record is until its model folder has its name."""
+    """The record's path until its model folder is renamed."""
     path = record_path(output_dir)
     return path.with_name(f".{path.name}.unfinished")
 
 
 def settle_record(output_dir: Path, model_is_whole: bool) -> None:
-    """Clear up after a process that was killed while it finished: the record goes the way of its model."""
+    """Clean up after a process killed while finishing: keep the record if its model is complete, else delete it."""
     pending = pending_record(output_dir)
     if model_is_whole and pending.exists():
         pending.replace(record_path(output_dir))
@@ -156,7 +157,7 @@ def settle_record(output_dir: Path, model_is_whole: bool) -> None:
 
 
 def read_record(output_dir: Path) -> dict[str, Any]:
-    """The record of the model at `output_dir`; empty if there is none that can be read."""
+    """The record of the model at `output_dir`; empty if it is missing or unreadable."""
     try:
         record = json.loads(record_path(output_dir).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -165,10 +166,9 @@ def read_record(output_dir: Path) -> dict[str, Any]:
 
 
 class JsonlLogger:
-    """Measurements of one stage as JSON lines in `<run>/logs/<stage>.jsonl`, each with the seconds since the start.
+    """Logs the measurements of a stage as JSON lines to `<run>/logs/<stage>.jsonl`, with the seconds since the start.
 
-    Going on after `step`, with `seconds` on the clock, it keeps the lines up to that step and drops what the lost steps
-    had written after it.
+    Resumed after `step`, at `seconds`, it keeps the lines up to that step and drops those of the lost steps.
     """
 
     def __init__(self, output_dir: str | Path, enabled: bool = True, *, step: int = 0, seconds: float = 0.0):
@@ -176,12 +176,12 @@ class JsonlLogger:
         self.path = beside(output_dir, "logs", ".jsonl")
         self.enabled, self.complete = enabled, True
         if enabled:
-            with self.going_on_without():
+            with self.tolerating_write_errors():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 kept = lines_up_to(self.path, step) if step else []
                 unfinished = self.path.with_name(f".{self.path.name}.unfinished")
                 unfinished.write_text("".join(kept), encoding="utf-8")
-                unfinished.replace(self.path)  # a kill in between takes no line
+                unfinished.replace(self.path)  # atomic: a kill loses no line
 
     @property
     def seconds(self) -> float:
@@ -189,32 +189,33 @@ class JsonlLogger:
 
     def log(self, **values: Any) -> None:
         if self.enabled:
-            with self.going_on_without():
+            with self.tolerating_write_errors():
                 size = self.path.stat().st_size if self.path.exists() else 0
                 try:
                     with open(self.path, "a", encoding="utf-8") as lines:
                         lines.write(json.dumps({"seconds": round(self.seconds, 3), **values}) + "\n")
                 except OSError:
                     with suppress(OSError):
-                        os.truncate(self.path, size)  # no half a line, to which a later one would be appended
+                        os.truncate(self.path, size)  # no partial line, which the next one would be appended to
                     raise
 
     @contextmanager
-    def going_on_without(self) -> Iterator[None]:
-        """A log that cannot be written is no reason to lose the training: said once, then the line is left out."""
+    def tolerating_write_errors(self) -> Iterator[None]:
+        """Warn once if the log cannot be written, and skip the line: it is no reason to lose the training."""
         try:
             yield
         except OSError as error:
             if self.complete:
                 tqdm.write(
-                    f"warning: {self.path} cannot be written ({error.strerror}); training goes on, its log will have gaps",
+                    f"warning: {self.path} cannot be written ({error.strerror}); "
+                    "training goes on, its log will have gaps",
                     file=sys.stderr,
                 )
             self.complete = False
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
-    """The whole lines of a log whose step is at most `step`; a line that a kill cut short is not one of them."""
+    """The lines of a log whose step is at most `step`, without a line that a kill truncated."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []:
         try:
@@ -240,13 +241,13 @@ def finish_stage(
     card: Callable[[dict], str],
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Save the model folder whole, then the stage's record beside it. Main process only.
+    """Save the model folder atomically, then the stage's record beside it. Main process only.
 
-    `record` needs "stage" and "settings"; what the run took and ran on is added. `weights` stand in for the model's own
-    where these are spread over processes.
+    `record` needs "stage" and "settings"; time, machine and versions are added. `weights` replace the model's own if
+    these are sharded over processes.
 
     Raises:
-        UserError: The folder cannot be written, for instance because the disk is full.
+        UserError: The folder cannot be written, for example because the disk is full.
     """
     set_special_tokens(model, tokenizer)
     model.config.use_cache = True
@@ -271,16 +272,17 @@ def finish_stage(
     except (OSError, SafetensorError) as error:
         pending.unlink(missing_ok=True)
         raise UserError(
-            f"{args.output_dir} could not be written ({' '.join(str(error).split())}); free space and run the stage again"
+            f"{args.output_dir} could not be written ({' '.join(str(error).split())}); "
+            "free space and run the stage again"
         ) from error
     print(f"{args.output_dir} written after {log.seconds:.0f} s")
 
 
 def push(args: OutputArguments) -> None:
-    """Upload the finished folder if asked to. Main process only, after the others have gone: uploads can be long.
+    """Upload the finished folder if requested. Main process only, after the others have exited: uploads can take long.
 
     Raises:
-        UserError: The Hub refused, or could not be reached; the folder itself is kept.
+        UserError: The Hub refused or could not be reached; the local folder is kept.
     """
     from huggingface_hub import HfApi
 
@@ -293,7 +295,7 @@ def push(args: OutputArguments) -> None:
     except Exception as error:  # transport errors differ between hub 1.x and 2.x; the model is safe on disk either way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"push to {args.hub_model_id} failed ({reason}); the model is whole in {args.output_dir}: after "
+            f"push to {args.hub_model_id} failed ({reason}); the model is complete in {args.output_dir}: after "
             f"`hf auth login`, run `hf upload {args.hub_model_id} {args.output_dir}`"
         ) from error
     print(f"pushed to {commit.repo_url if hasattr(commit, 'repo_url') else args.hub_model_id}")
@@ -302,15 +304,15 @@ def push(args: OutputArguments) -> None:
 def settings(*arguments: Any) -> dict[str, Any]:
     """The fields of the dataclasses as plain values."""
     merged = {}
-    for one in arguments:
-        merged |= asdict(one)
+    for group in arguments:
+        merged |= asdict(group)
     return merged
 
 
 def machine() -> dict[str, Any]:
-    """What the stage ran on; memory in MiB."""
+    """The machine that the stage ran on; memory in MiB."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return {
         "platform": platform.platform(),
         "processor": platform.machine(),

@@ -1,6 +1,6 @@
-"""How training ends early. Asked to, it stops after the step that is running: for SIGTERM, which schedulers send before they
-kill, for Ctrl-C, and for SIGHUP, when the terminal is closed. When one process fails, all end at once: the others may wait
-in a collective that never completes, on NCCL for ten minutes.
+"""How training ends early: on SIGTERM, which schedulers send before they kill, on Ctrl-C, and on SIGHUP, when the
+terminal closes, after the current step. When one process fails, all exit at once: otherwise they would wait in a
+collective that never completes, with NCCL for ten minutes.
 """
 
 import os
@@ -20,17 +20,17 @@ import torch.distributed as dist
 
 from modeling_nanochat.errors import UserError
 
-ECHO_SECONDS = 2.0  # torchrun passes on the Ctrl-C that the terminal has sent to its processes anyway
+ECHO_SECONDS = 2.0  # torchrun forwards the Ctrl-C that its processes already got from the terminal
 
 
 class Stopped(Exception):
-    """Training was asked to end early; its checkpoint is on disk. The message says how to go on."""
+    """Training was asked to end early; its checkpoint is on disk. The message says how to resume."""
 
 
 def single_process_launcher() -> int | None:
-    """The id of the `accelerate launch` that started this process, if one did.
+    """The id of the `accelerate launch` that started this process, if any.
 
-    With one process to start it dies of SIGTERM without a word to that process, which would train on, unknown to anyone.
+    With a single process it dies of SIGTERM without forwarding it, and the orphaned process would keep training.
     """
     parent = os.getppid()
     try:
@@ -42,7 +42,7 @@ def single_process_launcher() -> int | None:
 
 @dataclass
 class StopRequest:
-    """Whether and by what training was asked to stop."""
+    """Whether training was asked to stop, and why."""
 
     signal_name: str | None = None
     noted_at: float = 0.0
@@ -57,15 +57,15 @@ class StopRequest:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         if signal.Signals(number).name == "SIGHUP":
-            leave(self.terminals)
+            redirect_to_null(self.terminals)
         if self.signal_name is None:
             self.signal_name, self.noted_at = signal.Signals(number).name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.noted_at > ECHO_SECONDS:
-            raise KeyboardInterrupt  # a person who asks again does not want to wait
+            raise KeyboardInterrupt  # a second Ctrl-C: the user does not want to wait
 
 
-def leave(terminals: list[int]) -> None:
-    """Send what would be written to a terminal that is gone nowhere, where no error comes back from."""
+def redirect_to_null(terminals: list[int]) -> None:
+    """Redirect output for a closed terminal to the null device, where writing raises no error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for number in terminals:
         os.dup2(nowhere, number)
@@ -74,10 +74,10 @@ def leave(terminals: list[int]) -> None:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Within the block these signals are noted instead of obeyed; afterwards all is as before."""
+    """Within the block these signals are recorded instead of handled; the old handlers are restored afterwards."""
     request = StopRequest()
     numbers = [signal.SIGTERM, signal.SIGINT]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, request.note) for number in numbers}
     try:
@@ -88,27 +88,27 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 5.0  # for the others to end before the one that failed, which may hold the store
+GRACE_SECONDS = 5.0  # for the others to exit before the failed process, which may host the store
 OUTCOME_SECONDS = 120.0
 FAILED, ENDED = "failed", "ended"
 
 
 def shared_store() -> dist.Store:
-    """Keys and values that all processes see, apart from those of torch itself."""
+    """A key-value store of all processes, separate from torch's own keys."""
     return dist.PrefixStore("nanochat", dist.distributed_c10d._get_default_store())
 
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """An exception within the block, on any process, ends all processes in seconds; only the first says why.
+    """An exception within the block, on any process, ends all processes in seconds; only the first prints its error.
 
-    With a single process, and for signals, nothing changes. The block must end before a process may leave the others.
+    A single process and signals are not affected. Every process must leave the block before any of them exits.
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         yield
         return
     over = threading.Event()
-    watch = threading.Thread(target=end_with_the_others, args=(shared_store(), over), daemon=True)
+    watch = threading.Thread(target=exit_with_the_others, args=(shared_store(), over), daemon=True)
     watch.start()
     failure = None
     try:
@@ -122,35 +122,36 @@ def ending_together() -> Iterator[None]:
         fail(failure)
 
 
-def end_with_the_others(store: dist.Store, over: threading.Event) -> None:
-    """In a thread, until `over`: end this process as soon as another one has failed, whatever it is doing."""
+def exit_with_the_others(store: dist.Store, over: threading.Event) -> None:
+    """Run in a thread, until `over`: exit this process as soon as another has failed, whatever it is doing."""
     while not over.wait(POLL_SECONDS):
         try:
             if not store.check([FAILED]):
                 continue
             store.add(ENDED, 1)
-        except RuntimeError:  # the process that holds the store is gone; it would have waited if it had failed itself
-            say("error: another process was killed; its launcher may know why, --resume auto goes on\n")
+        except RuntimeError:  # the process that hosts the store is gone; after an exception it would have waited
+            write_error("error: another process was killed; its launcher may know why, --resume auto goes on\n")
         os._exit(1)
 
 
 def fail(error: Exception) -> None:
-    """Say what happened, unless another process failed before, whose message this error may be a consequence of. Ends."""
+    """Print the error, unless another process failed first and may have caused this one; then exit."""
     store = shared_store()
     try:
         first = store.add(FAILED, 1) == 1
-    except RuntimeError:  # its holder failed, or was killed, which nobody else could say
+    except RuntimeError:  # its host failed, or was killed and could not report it
         first = not isinstance(error, UserError)
     if first:
-        say(f"error: {error}\n" if isinstance(error, UserError) else "".join(traceback.format_exception(error)))
+        expected = isinstance(error, UserError)
+        write_error(f"error: {error}\n" if expected else "".join(traceback.format_exception(error)))
         wait_for_the_others(store)
     else:
         with suppress(RuntimeError):
             store.add(ENDED, 1)
-    os._exit(1)  # an ordinary end would wait for what is still in flight between the processes
+    os._exit(1)  # a normal exit would wait for pending collectives
 
 
-def say(text: str) -> None:
+def write_error(text: str) -> None:
     sys.stdout.flush()
     sys.stderr.write(text)
     sys.stderr.flush()
@@ -158,24 +159,24 @@ def say(text: str) -> None:
 
 def wait_for_the_others(store: dist.Store) -> None:
     deadline = time.monotonic() + GRACE_SECONDS
-    with suppress(RuntimeError):  # the store is gone, and so is who holds it
+    with suppress(RuntimeError):  # the store is gone, and so is its host
         while store.add(ENDED, 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 10)
 
 
 class Outcomes:
-    """Numbers that the processes compare without a collective, of which a failed pass may have left one open."""
+    """Numbers compared across processes without a collective: a failed pass may have left one pending."""
 
     def __init__(self) -> None:
         self.rounds = 0
 
     def smallest(self, number: int) -> int:
-        """The smallest of the `number`s that the processes call this with.
+        """The smallest `number` over all processes.
 
-        A process with 0, for failed, waits two minutes at most; one that then has not called is stuck in the failed pass.
+        A process with 0 (failed) waits two minutes; a process that has not called by then is stuck in the pass.
 
         Raises:
-            TimeoutError: That is so.
+            TimeoutError: Another process is stuck.
         """
         store, self.rounds = shared_store(), self.rounds + 1
         keys = [f"outcome {self.rounds} of {rank}" for rank in range(dist.get_world_size())]

@@ -83,7 +83,7 @@ def test_unknown_and_closed_models_are_one_line(kind, monkeypatch):
         raise kind.__new__(kind)
 
     monkeypatch.setattr(hub, "model_info", refuse)
-    assert "no such model that you may read" in complaint("me/typo")
+    assert "no such model on the Hub that you can read" in complaint("me/typo")
 
 
 def test_why_a_download_failed_is_told_whole(monkeypatch):

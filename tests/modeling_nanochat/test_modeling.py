@@ -481,7 +481,7 @@ def test_depth_is_the_dial():
         (
             NanoChatTurboConfig,
             {"num_hidden_layers": 1, "layer_types": ["chunked_attention"]},
-            "chunked_attention is none",
+            "chunked_attention is not one",
         ),
         (NanoChatTurboConfig, {"window_pattern": "SXL"}, "window_pattern='SXL' must be made of S .* and L"),
         (NanoChatTurboConfig, {"window_pattern": ""}, "window_pattern"),

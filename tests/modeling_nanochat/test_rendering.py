@@ -194,9 +194,9 @@ def calling(*functions: dict) -> list[dict]:
         ({"name": "python", "arguments": {"code": ["1"]}}, "needs `arguments` {code: string}"),
         ({"name": "python", "arguments": {"code": "1", "timeout": 3}}, "needs `arguments` {code: string}"),
         ({"name": "python", "arguments": '{"code": "1"}'}, "an object, not a JSON string"),
-        ({"name": "get-time", "arguments": {}}, "'get-time' is no name in Python"),
-        ({"name": "now", "arguments": {"from": 1}}, "'from' is no name in Python"),
-        ({"name": "", "arguments": {}}, "'' is no name in Python"),
+        ({"name": "get-time", "arguments": {}}, "'get-time' is not a Python name"),
+        ({"name": "now", "arguments": {"from": 1}}, "'from' is not a Python name"),
+        ({"name": "", "arguments": {}}, "'' is not a Python name"),
     ],
 )
 def test_calls_that_cannot_be_written_are_refused(function, words):
@@ -225,7 +225,7 @@ def test_a_question_ends_the_turn_that_an_unanswered_call_left_open(tokenizer):
 @pytest.mark.parametrize("role", ["user", "system", "tool"])
 def test_only_an_assistants_message_has_calls(role):
     messages = [*calling({"name": "python", "arguments": {"code": "1"}})[: 2 if role == "tool" else 0]]
-    with pytest.raises(UserError, match=f"only a message of the assistant has `tool_calls`, not one of '{role}'"):
+    with pytest.raises(UserError, match=f"only an assistant message can have `tool_calls`, not role '{role}'"):
         to_conversation({"messages": [*messages, calling({"name": "f", "arguments": {}})[1] | {"role": role}]}, "f:1")
 
 

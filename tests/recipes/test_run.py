@@ -180,7 +180,7 @@ def test_a_model_that_the_run_did_not_make_is_left_alone(tmp_path, config, with_
     if with_record:
         (tmp_path / "stages").mkdir()
         (tmp_path / "stages" / "base.json").write_text('{"settings": {"depth": 4}}')
-    with pytest.raises(UserError, match=r"base is there, but not made by this run.*--from base.*--from mid"):
+    with pytest.raises(UserError, match=r"base exists but was not created by this run.*--from base.*--from mid"):
         run_all(tmp_path, *steps)
     assert not (tmp_path / "mid").exists()
     assert run_all(tmp_path, *steps, first="mid") == ["mid"]
@@ -200,9 +200,9 @@ def test_a_run_that_stops_early_leaves_later_models_of_others_alone(tmp_path, co
 def test_a_stage_that_was_stopped_goes_on_unless_it_is_to_be_redone(tmp_path, config):
     (tmp_path / "checkpoints" / "base" / "step-00000004").mkdir(parents=True)
     stopped = making_step(tmp_path, config, ending="")
-    with pytest.raises(UserError, match="base was stopped before its end; the same command goes on from its checkpoint"):
+    with pytest.raises(UserError, match="base was stopped before its end; the same command continues from its checkpoint"):
         run_all(tmp_path, stopped)
-    with pytest.raises(UserError, match="the same command without --from goes on"):
+    with pytest.raises(UserError, match="the same command without --from continues"):
         run_all(tmp_path, stopped, first="base")
     first, second = (tmp_path / "said").read_text().splitlines()
     assert "--resume auto" in first and "--resume" not in second
@@ -227,7 +227,7 @@ def test_stopping_the_runner_waits_for_what_its_launcher_left_behind(tmp_path, c
     code = f"import subprocess, sys; subprocess.run([sys.executable, {str(trainer)!r}])"
     step = Step("tokenizer", [sys.executable, "-c", code], None, [])
     returned, errors = stop_the_runner(step, path, tmp_path)
-    assert returned == 1 and "stopped; the same command goes on" in errors
+    assert returned == 1 and "stopped; the same command continues" in errors
     assert path.with_name("ended").exists()
 
 
@@ -276,7 +276,7 @@ def test_stopping_the_runner_or_closing_its_terminal_stops_its_stage(tmp_path, c
     )
     step, path = touching_step(tmp_path, config, code=code.format(got=str(got)))
     returned, errors = stop_the_runner(step, path, tmp_path, number)
-    assert returned == 1 and "stopped; the same command goes on" in errors
+    assert returned == 1 and "stopped; the same command continues" in errors
     with pytest.raises(ProcessLookupError):
         os.kill(int(path.read_text()), 0)
     assert got.read_text() == str(int(number)) and not (tmp_path / "finished").exists()
@@ -540,5 +540,5 @@ def test_a_failed_step_says_how_to_see_more(tmp_path, config):
     step = touching_step(tmp_path, config, code="import sys; sys.exit(3)")[0]
     with pytest.raises(UserError, match="fix the error above.*; --verbose true shows more$"):
         run_step(step, tmp_path, redo=False)
-    with pytest.raises(UserError, match="goes on from there$"):
+    with pytest.raises(UserError, match="continues from there$"):
         run_step(step, tmp_path, redo=False, verbose=True)

@@ -1,8 +1,7 @@
-"""torchao's float8 layers where torchao is not installed: float32 numbers that carry float8's rounding.
+"""Stand-in for torchao's float8 layers: float32 values rounded to float8.
 
-As torchao does by default: inputs and weights in e4m3, gradients of the outputs in e5m2, each tensor scaled anew so that its
-largest number becomes the format's largest. The products of the rounded numbers are exact to float32, as in torchao's own
-emulation.
+Follows torchao's defaults: inputs and weights in e4m3, output gradients in e5m2, with dynamic per-tensor scaling of the
+maximum to the format's maximum. The products of the rounded values are computed in float32, as in torchao's emulation.
 """
 
 from dataclasses import dataclass
@@ -12,18 +11,18 @@ import torch
 from torch import nn
 
 INPUTS, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
-SMALLEST_AMAX = 1e-12  # torchao's: zeros are scaled by this
+SMALLEST_AMAX = 1e-12  # torchao's lower bound, for tensors of zeros
 
 
 def rounded(tensor: torch.Tensor, dtype: torch.dtype, error: float = 1.0) -> torch.Tensor:
-    """`tensor` in float32 after a stay in float8 `dtype`; `error` is what the scale is too large by."""
+    """`tensor` rounded to float8 `dtype`, in float32; `error` is the factor by which the scale is too large."""
     largest = torch.finfo(dtype).max
     scale = (error * largest / tensor.abs().amax().double().clamp(min=SMALLEST_AMAX)).float()
     return (tensor.float() * scale).clamp(-largest, largest).to(dtype).float() / scale
 
 
 class Float8Product(torch.autograd.Function):
-    """inputs (..., in) @ weight (out, in).T, every operand of this product and of its gradients rounded."""
+    """inputs (..., in) @ weight (out, in).T, with the operands rounded in forward and backward."""
 
     @staticmethod
     def forward(ctx, inputs, weight, dtype, error):
@@ -68,7 +67,7 @@ def convert_to_float8_training(module: nn.Module, *, module_filter_fn, config: F
 
 
 def stand_in() -> ModuleType:
-    """`torchao.float8`, as far as it is used."""
+    """The parts of `torchao.float8` that are used."""
     module = ModuleType("torchao.float8")
     for part in (Float8Linear, Float8LinearConfig, convert_to_float8_training):
         setattr(module, part.__name__, part)

@@ -18,7 +18,7 @@ def with_fsdp2(accelerator: Accelerator, **options: object) -> Accelerator:
 
 
 def sharded():
-    """Accelerate has FSDP on accelerators only; here it is told, once it is set up, that processes on a CPU have it too."""
+    """Enable FSDP2 on a CPU. Accelerate only supports it on accelerators, so its state is patched after setup."""
     import recipes.pretrain
 
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

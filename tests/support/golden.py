@@ -1,4 +1,4 @@
-"""The reference data beside the repository: its tokenizer and its small trained model; a skip where it is absent."""
+"""Tokenizer and small trained models from the reference data next to the repository; tests skip if it is absent."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def golden_json(name: str) -> dict:
 
 
 def golden_tokenizer():
-    """The toy tokenizer of 500 ids that all golden token ids come from."""
+    """The toy tokenizer of 500 ids that produced all golden token ids."""
     data, symbols = golden_json("bpe_vocab.json"), byte_symbols()
 
     def spelled(hexadecimal: str) -> str:
@@ -48,7 +48,7 @@ def golden_tokenizer():
 
 
 def core_model() -> NanoChatForCausalLM:
-    """The small model that the golden CORE, letter and bits-per-byte values were computed with."""
+    """The small model that produced the golden CORE, letter and bits-per-byte values."""
     config = golden_json("core_eval.json")["config"]
     model = NanoChatForCausalLM(
         NanoChatConfig(
@@ -71,7 +71,7 @@ def plain_model() -> NanoChatForCausalLM:
 
 
 def turbo_model() -> NanoChatTurboForCausalLM:
-    """The toy model of today's architecture; its 12 rows of vocabulary padding are cut off."""
+    """The toy model of today's architecture, without its 12 rows of vocabulary padding."""
     return toy_model(NanoChatTurboForCausalLM, NanoChatTurboConfig, "current", layers=6, context=256)
 
 

@@ -7,7 +7,7 @@ OPTIONS = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
 
 
 def alone(model, prompt):
-    """Greedy ids, the whole sequence read anew for each."""
+    """Greedy ids, with the full sequence recomputed for each."""
     ids = list(prompt)
     with torch.no_grad():
         while len(ids) < len(prompt) + OPTIONS["max_new_tokens"]:

@@ -1,4 +1,4 @@
-"""Hostile conversations, and what control tokens and texts have to come out of them."""
+"""Hostile conversations, and the control tokens and texts expected from them."""
 
 import re
 
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from modeling_nanochat.tokenization_nanochat import ESCAPE, PART_END, SPECIAL_TOKENS
 
 SPELLED = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
-PIECES = [  # of which control tokens and escapes may come together, here or across an edge
+PIECES = [  # may combine to control tokens and escapes, within a text or across a boundary
     "<", "|", ">", "<|", "|>", "<|<|", "|>|>", "<|bos|", "bos|>", "<|user_", "start|>", "<|assistant_end|", "end|>",
     ESCAPE, ESCAPE * 2, ESCAPE * 3, f"<|{ESCAPE}", PART_END, f"<|{ESCAPE}bos|>", f"<{ESCAPE}|bos|>", f"<|bos{ESCAPE}|>",
     "\u200b", "<|\u200bbos|>", "<|b\u00ados|>", "\u202e", ">|sob|<", "＜｜bos｜＞", "<｜bos｜>", "≺|bos|≻", "<|bоs|>", "<|BOS|>",
@@ -16,7 +16,7 @@ PIECES = [  # of which control tokens and escapes may come together, here or acr
     "'", "```", " ", "  ", "\n", "\r\n", "\t", "\u2028", "a", "12", "é", "日本", "🦙", "👩‍👩‍👧", "bos", "user_start",
 ]  # fmt: skip
 NESTED = ["<|<|bos|>bos|>", "<|user_<|bos|>start|>", "<|bos|><|bos|>", "<<|bos|>|bos|>"]
-# For what is too slow for generated texts: each control token, nested ones, parts of them at both ends, escapes.
+# For tests too slow for generated texts: each control token, nested ones, fragments at both ends, escapes.
 EDGES = ["<|bos|", "<", "|>", ">bos|>", f"<|{ESCAPE}", PART_END, f"{ESCAPE}bos|>", f"<|{ESCAPE}bos|><|bos|>", "＜｜bos｜＞"]
 HOSTILE = [f"a{text}" for text in SPECIAL_TOKENS] + [text + "b" for text in NESTED] + EDGES
 
@@ -38,9 +38,9 @@ def part(text: str) -> dict:
 
 
 def conversations(heard: st.SearchStrategy[str], written: st.SearchStrategy[str] | None = None) -> st.SearchStrategy[tuple]:
-    """A system message or none, and turns: question, calls (what was said before, code, result), answer.
+    """An optional system message, and turns: question, calls (text before, code, result), answer.
 
-    `heard` is from people and tools, `written` from the model, the same if left out.
+    `heard` generates texts of users and tools, `written` the model's (default: `heard`).
     """
     written = heard if written is None else written
     call = st.tuples(contents(written), written, contents(heard))
@@ -66,7 +66,7 @@ def whole(content: str | list[dict]) -> str:
 
 
 def written(conversation: tuple) -> list[tuple[str, str]]:
-    """What has to be in the ids: each control token with the text behind it."""
+    """The expected content of the ids: each control token with the text after it."""
     system, turns = conversation
     before, pieces = "" if system is None else whole(system) + "\n\n", [("<|bos|>", "")]
     for question, calls, answer in turns:
@@ -89,7 +89,7 @@ def learnt(conversation: tuple) -> str:
 
 
 def read(tokenizer, ids: list[int]) -> list[tuple[str, str]]:
-    """The control tokens among `ids`, each with the decoded text behind it."""
+    """The control tokens in `ids`, each with the decoded text after it."""
     control, pieces = tokenizer.get_added_vocab().values(), []
     for token in ids:
         if token in control:

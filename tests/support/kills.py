@@ -1,4 +1,4 @@
-"""A trainer that dies at a given moment, as of `kill -9`."""
+"""Kill a trainer at a given moment, as with `kill -9`."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ CHECKPOINT_CALLS = ("save_file", "flush", "write_text", "sha256")
 
 
 def mortal(events_to_live=None, calls_to_live=None):
-    """Kills the trainer at that event within training, or at that call of the functions that write checkpoints."""
+    """Make the trainer die after so many events in training, or calls of the functions that write checkpoints."""
     import recipes.training.checkpoint
     import recipes.training.setup
 
@@ -25,13 +25,13 @@ def die():
 
 
 def watched(function, events_to_live):
-    """`function`, dead at the given call or return of any function, Python's or C's, in the thread that trains."""
+    """`function`, killed at the given call or return of any Python or C function in the training thread."""
     remaining, trainer = events_to_live, os.getpid()
 
     def count(frame, event, argument):
         nonlocal remaining
         remaining -= 1
-        if remaining < 0 and os.getpid() == trainer:  # the loader's process inherits this
+        if remaining < 0 and os.getpid() == trainer:  # the loader's process inherits the profiler
             die()
 
     def wrapped(*args, **kwargs):

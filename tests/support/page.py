@@ -1,4 +1,4 @@
-"""The Space's app, and an engine for it that says what a test wants."""
+"""The Space's app, and an engine for it with scripted replies."""
 
 import importlib.util
 from pathlib import Path
@@ -24,7 +24,7 @@ app = load_app()
 
 
 class ScriptedEngine(Engine):
-    """A toy model's engine that says what `events` has, or always the same."""
+    """A toy model's engine that streams `events`, by default `EVENTS`."""
 
     def __init__(self, *parts):
         super().__init__(*parts)
@@ -32,5 +32,5 @@ class ScriptedEngine(Engine):
 
     def stream(self, messages, **settings):
         self.asked.append((messages, settings))
-        self.turn(self.codec.prompt(messages), settings["max_new_tokens"])  # refuses what the real one refuses
+        self.turn(self.codec.prompt(messages), settings["max_new_tokens"])  # rejects what the real engine rejects
         yield from EVENTS if self.events is None else self.events

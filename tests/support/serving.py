@@ -1,4 +1,4 @@
-"""The real `transformers serve` as a process."""
+"""Runs the real `transformers serve` in a process."""
 
 import os
 import socket

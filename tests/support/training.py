@@ -1,4 +1,4 @@
-"""A pretraining run small enough for tests: a few hundred made-up documents, a toy tokenizer, two thin layers."""
+"""Training runs small enough for tests: a few hundred random documents, a toy tokenizer, two narrow layers."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ WORDS = " ".join(TOY_TEXTS).split()
 
 
 def write_world(folder: Path, documents: int = 300) -> Path:
-    """`folder` with a tokenizer, text for training and validation."""
+    """Write a tokenizer, training text and validation text to `folder`."""
     generator = random.Random(0)
     texts = [" ".join(generator.choices(WORDS, k=generator.randint(3, 40))) for _ in range(documents)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def write_world(folder: Path, documents: int = 300) -> Path:
 
 
 def pretrain_arguments(world: Path, output_dir: Path, **more: object) -> list[str]:
-    """The command line of `recipes/pretrain.py`: 8 rows of 32 tokens a step."""
+    """The command line of `recipes/pretrain.py`: 8 rows of 32 tokens per step."""
     settings = {
         "tokenizer": world / "tokenizer",
         "train_files": world / "train.parquet",
@@ -65,7 +65,7 @@ def pretrain_arguments(world: Path, output_dir: Path, **more: object) -> list[st
 
 
 def midtrain_arguments(model: Path, train_files: Path, output_dir: Path, **more: object) -> list[str]:
-    """The command line of `recipes/midtrain.py`, of the same size."""
+    """The command line of `recipes/midtrain.py`: 8 rows of 64 tokens per step."""
     settings = {
         "model_name_or_path": model,
         "train_files": train_files,
@@ -92,7 +92,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def forkserver() -> ForkServerContext:
-    """For processes that start with everything imported: a run takes a second."""
+    """A context whose processes start with everything imported, so that a run takes a second."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["recipes.pretrain", "recipes.midtrain", "datasets", "torch._dynamo"])
     return context
@@ -107,11 +107,11 @@ def run(
     before: Callable[[], None] | None = None,
     says: Path | None = None,
 ) -> int:
-    """Train in as many processes of this machine. The first exit code that is not 0.
+    """Train in `processes` local processes and return the first nonzero exit code, or 0.
 
     Args:
         before: Called in each process.
-        says: File that their output is appended to.
+        says: File to append their output to.
     """
     port = str(free_port())
     places = [(str(rank), str(processes), port) for rank in range(processes)]
@@ -145,7 +145,7 @@ def child(
 
 
 def ask_to_stop_after_a_checkpoint() -> None:
-    """For `before`: as if SIGTERM came while the first checkpoint is being written."""
+    """For `before`: raise SIGTERM when the first checkpoint is about to be written."""
     from recipes.training.checkpoint import Checkpoints
 
     save = Checkpoints.save
@@ -158,7 +158,7 @@ def ask_to_stop_after_a_checkpoint() -> None:
 
 
 def assert_the_same_course(output: Path, undisturbed: Path) -> None:
-    """TRL's tolerances for the same training on other numbers of processes: loss 1e-3, mean drift of weights 1e-5."""
+    """Assert TRL's tolerances for another number of processes: loss 1e-3, mean drift of weights 1e-5."""
     ours, expected = curve(output), curve(undisturbed)
     assert [row[:2] for row in ours] == [row[:2] for row in expected]
     assert max(abs(a[2] - b[2]) for a, b in zip(ours, expected, strict=True)) <= 1e-3
@@ -169,7 +169,7 @@ def assert_the_same_course(output: Path, undisturbed: Path) -> None:
 
 
 def assert_identical(output: Path, undisturbed: Path) -> None:
-    """Bit for bit: weights and all that was logged."""
+    """Assert bit-identical weights and log."""
     assert curve(output) == curve(undisturbed)
     before, after = weights(undisturbed), weights(output)
     assert before.keys() == after.keys()
@@ -177,7 +177,7 @@ def assert_identical(output: Path, undisturbed: Path) -> None:
 
 
 def start(arguments: list[str], processes: int = 1, **more: object) -> subprocess.Popen:
-    """`recipes/pretrain.py` as a process of its own, or under torchrun with several."""
+    """Start `recipes/pretrain.py` in one process, or in several with torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -187,7 +187,7 @@ def start(arguments: list[str], processes: int = 1, **more: object) -> subproces
 
 
 def start_nodes(arguments: list[str], nodes: int = 2) -> list[subprocess.Popen]:
-    """`recipes/pretrain.py` on several nodes of one process each, all on this machine."""
+    """Start `recipes/pretrain.py` on several nodes of one process each, all on this machine."""
     port = free_port()
     common = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=1"]
     common += ["--master_addr=127.0.0.1", f"--master_port={port}"]
@@ -203,7 +203,7 @@ def free_port() -> int:
 
 
 def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
-    """Exit code, output and errors."""
+    """Wait for the process and return exit code, output and errors."""
     output, errors = process.communicate(timeout=timeout)
     return process.returncode, output, errors
 
@@ -214,7 +214,7 @@ def log_of(output_dir: Path) -> list[dict]:
 
 
 def curve(output_dir: Path) -> list[tuple[int, str, float]]:
-    """What a run measured, without what depends on the clock."""
+    """The logged metrics of a run, except timings."""
     keys = ("loss", "bits_per_byte", "learning_rate_multiplier")
     return [(row["step"], key, row[key]) for row in log_of(output_dir) for key in keys if key in row]
 

@@ -124,10 +124,10 @@ def test_a_finished_tokenizer_is_replaced_only_if_asked(train, tmp_path):
         (["--doc_cap", "0"], "doc_cap is 0"),
         (["--max_chars", "-1"], "max_chars is -1"),
         (["--train_weights", "1", "2"], "2 weights for 1 entries"),
-        (["--train_weights", "0"], "0.0 is no share"),
-        (["--train_weights", "-1"], "-1.0 is no share"),
-        (["--train_weights", "nan"], "nan is no share"),
-        (["--train_weights", "inf"], "inf is no share"),
+        (["--train_weights", "0"], "0.0 is not a share"),
+        (["--train_weights", "-1"], "-1.0 is not a share"),
+        (["--train_weights", "nan"], "nan is not a share"),
+        (["--train_weights", "inf"], "inf is not a share"),
     ],
 )
 def test_an_impossible_request_is_refused_and_nothing_is_left(train, tmp_path, flags, words):

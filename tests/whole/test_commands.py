@@ -5,6 +5,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from modeling_nanochat import errors
 from modeling_nanochat.errors import UserError, exit_on_user_error, is_imported_by_command, output_is_read
 
 ROOT = Path(__file__).parents[2]
+INSTALLED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 MODULES = ["modeling_nanochat.chat", "modeling_nanochat.convert"]
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
@@ -55,16 +57,14 @@ def test_ctrl_c_during_the_imports_ends_a_command_without_a_word(words, interrup
 @pytest.mark.parametrize("name", errors.COMMANDS)
 def test_ctrl_c_during_the_imports_ends_an_installed_command_without_a_word(name, tmp_path, interrupted_libraries):
     program = tmp_path / name
-    program.write_text("from modeling_nanochat.chat import main\nmain()\n")  # as pip writes it
+    module, function = INSTALLED[name].split(":")
+    program.write_text(f"from {module} import {function}\n{function}()\n")  # as pip writes it
     result = run_interrupted([sys.executable, str(program)], interrupted_libraries)
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
 def test_the_installed_commands_are_those_that_end_on_ctrl_c():
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert sorted(project["scripts"]) == sorted(errors.COMMANDS)
+    assert sorted(INSTALLED) == sorted(errors.COMMANDS)
 
 
 def test_a_library_user_keeps_keyboard_interrupts(interrupted_libraries, tmp_path):

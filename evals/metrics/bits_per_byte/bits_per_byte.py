@@ -11,11 +11,11 @@ import evaluate
 DESCRIPTION = "Loss of a text in bits per byte: comparable between models with different tokenizers."
 INPUTS = """
 Args:
-    nats (list of float): summed loss of each row of text, special tokens left out.
-    bytes (list of int): UTF-8 bytes that those losses are about.
+    nats (list of float): summed loss of each row of text, special tokens excluded.
+    bytes (list of int): UTF-8 bytes of the tokens in those losses.
 Returns:
-    bits_per_byte: total nats / (ln 2 x total bytes); infinite without bytes.
-    standard_error: of that ratio, over rows; not a number with fewer than two rows.
+    bits_per_byte: total nats / (ln 2 x total bytes); infinite if there are no bytes.
+    standard_error: standard error of that ratio over rows; NaN with fewer than two rows.
     bytes: total bytes.
 """
 

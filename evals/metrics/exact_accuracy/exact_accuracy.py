@@ -1,4 +1,4 @@
-"""Share of predictions that equal their reference, with the standard error of a share.
+"""Fraction of predictions that equal their reference, with its binomial standard error.
 
 Load it with `evaluate.load("evals/metrics/exact_accuracy")`.
 """
@@ -9,18 +9,18 @@ import datasets
 import evaluate
 
 DESCRIPTION = (
-    "Share of predictions that equal their reference exactly, its standard error, and the share above chance."
+    "Fraction of predictions that exactly equal their reference, its standard error, and the accuracy above chance."
 )
 INPUTS = """
 Args:
-    predictions (list of str): what the model answered, already extracted from its reply.
+    predictions (list of str): the model's answers, already extracted from its replies.
     references (list of str): the right answers.
     baseline (float): accuracy of guessing, in [0, 1); 0 by default.
 Returns:
-    accuracy: share of equal pairs.
+    accuracy: fraction of equal pairs.
     standard_error: sqrt(p (1 - p) / n).
     n: number of pairs.
-    centered_accuracy: (accuracy - baseline) / (1 - baseline), as in CORE: 0 is guessing, 1 is all right.
+    centered_accuracy: (accuracy - baseline) / (1 - baseline), as in CORE: 0 is guessing, 1 is perfect.
 """
 
 

@@ -1,8 +1,8 @@
-"""The checks of `recipes/benchmarks/gpu_check.py`, one file per subject.
+"""The checks of `recipes/benchmarks/gpu_check.py`, one module per subject.
 
-A check is a function `check(setting, report)`. It runs in a process of its own, tells its figures and gates to `report`
-as soon as it has them, and raises [`Skipped`] where it cannot run. Listed here by name only, so that the command, which
-reads this, imports no model and starts at once.
+A check is a function `check(setting, report)`. It runs in its own process, adds figures and gates to `report` as soon
+as they are known, and raises [`Skipped`] if it cannot run. The checks are listed by name, so that `gpu_check.py`
+starts without importing any model.
 """
 
 import importlib
@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[3]
-MARK = "@gpu_check "  # starts the lines of a check's output that are messages to the command
+MARK = "@gpu_check "  # prefix of output lines that are messages to gpu_check.py
 
 
 class Skipped(Exception):
-    """The check cannot run here; the message says why."""
+    """Raised if a check cannot run here; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a check runs, and what it was given."""
+    """The device and options of a check."""
 
     device: str
-    work_dir: str  # exists, shared by all checks of a run
+    work_dir: str  # an existing folder, shared by all checks of a run
     original: str | None = None
     window_pattern: str | None = None
     rows: int | None = None
@@ -43,16 +43,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Check:
-    """What the command knows of a check.
+    """Metadata of a check.
 
     Attributes:
         function: `module:function` within this package.
-        seconds: What it takes on an H100, with nothing compiled before; estimated where no run has shown it.
-        limit: Most seconds it may take there.
-        needs: Modules without which it is skipped.
-        gpu_only: Whether it says nothing on a CPU, not even that its code runs.
-        prepare: `module:function` that compiles what the check will run, in a process of its own.
-        timed: Whether it measures time, so that nothing else may run beside it.
+        seconds: Duration on an H100 with a cold compile cache; an estimate if it was never measured.
+        limit: Time limit in seconds.
+        needs: Modules it requires; skipped if one is missing.
+        gpu_only: Whether the check cannot run on a CPU.
+        prepare: `module:function` that compiles in a separate process what the check will run.
+        timed: Whether it measures time, so that nothing else may run concurrently.
     """
 
     title: str
@@ -73,7 +73,7 @@ def load(function: str) -> Callable:
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
-# In the order in which they run: what decides most comes first, for a borrowed GPU may be taken back.
+# In order of execution: the most important come first, because a run may be cut short.
 CHECKS = {
     "g0": Check("machine", "machine:check_machine", 17, 60),
     "g2": Check("right", "right:check_right", 120, 200, timed=False),
@@ -90,7 +90,7 @@ CHECKS = {
     "g11": Check("data", "data:check_data", 20, 60, needs=("trl", "datasets")),
     "g7": Check("memory", "memory:check_memory", 120, 200),
     "g8": Check("loop", "stages:check_loop", 60, 120, needs=("trl", "datasets")),
-    "g3_whole": Check("train whole d20", "train:check_whole", 110, 240, gpu_only=True),
+    "g3_whole": Check("train whole d20", "train:check_full_depth", 110, 240, gpu_only=True),
     "g4": Check("original, classic", "original:check_original", 150, 240),
     "g4_current": Check("original, current", "original:check_current", 150, 240),
     "g12": Check("flash attention 3", "train:check_flash_attention", 100, 150, gpu_only=True),
@@ -99,21 +99,21 @@ CHECKS = {
 
 @dataclass
 class Report:
-    """What a check has found so far. Each entry is passed on at once, so that a check that is cut off has told it."""
+    """Results of a check so far. Each entry is sent immediately, so that an interrupted check keeps its results."""
 
-    tell: Callable[[str, object], None]
+    send: Callable[[str, object], None]
     figures: dict[str, object] = field(default_factory=dict)
     gates: list[dict[str, object]] = field(default_factory=list)
 
     def figure(self, name: str, value: object) -> None:
         value = rounded(value)
         self.figures[name] = value
-        self.tell("figure", {"name": name, "value": value})
+        self.send("figure", {"name": name, "value": value})
 
     def gate(self, name: str, value: object, limit: object, passed: bool) -> None:
         gate = {"gate": name, "value": rounded(value), "limit": limit, "passed": bool(passed)}
         self.gates.append(gate)
-        self.tell("gate", gate)
+        self.send("gate", gate)
 
     def at_least(self, name: str, value: float, limit: float) -> None:
         self.gate(name, value, f">= {limit:g}", value >= limit)
@@ -126,16 +126,16 @@ class Report:
 
 
 def rounded(value: object) -> object:
-    """Floats to five digits, wherever they are in `value`."""
+    """`value` with all floats, also nested ones, rounded to five significant digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def environment(setting: Setting) -> dict[str, str]:
-    """Of the checks' processes: this checkout importable, no network, no CUDA where the CPU was asked for."""
+    """Environment of the checks' processes: this checkout importable, no network, no CUDA if device is cpu."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     more = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if not setting.on_gpu:

@@ -1,4 +1,4 @@
-"""Attention kernels by themselves: which is fast, with and without a mask or a window, and what a new length costs."""
+"""Times attention kernels alone: with and without a mask or a window, and the first call at a new length."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from .measuring import mean_seconds, seconds_of
 
 WINDOW = 512  # keys before the query
 LEAST_TFLOPS = 380.0  # causal, forward and backward
-MOST_OF_CAUSAL = 0.6  # time of a window, relative
+MOST_OF_CAUSAL = 0.6  # time of the window, relative to causal
 MOST_MS_OF_NEW_LENGTH = 2.0
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -27,12 +27,12 @@ def check_attention(setting: Setting, report: Report) -> None:
     rows, heads, length, width = (32, 10, 2048, 128) if setting.on_gpu else (2, 2, 64, 16)
     shape = (rows, heads, length, width)
     inputs = [torch.randn(shape, device=setting.device, dtype=setting.dtype).requires_grad_() for _ in range(3)]
-    causal_flops = 3.5 * 2 * rows * heads * length**2 * width  # backward is five products for forward's two
+    causal_flops = 3.5 * 2 * rows * heads * length**2 * width  # backward has five matmuls, forward two
     seconds = {}
     for name, attend in variants(setting, length).items():
         try:
             seconds[name] = time_of(setting, attend, inputs)
-        except Exception as error:  # a kernel that a device or a version lacks
+        except Exception as error:  # the device or the torch version lacks this kernel
             report.figure(name, f"not available: {(str(error).splitlines() or [type(error).__name__])[0][:160]}")
             continue
         rate = causal_flops / seconds[name] / 1e12
@@ -81,13 +81,13 @@ def on_backend(attend: Callable, backend: SDPBackend) -> Callable:
 
 
 def variable_length(setting: Setting, length: int) -> Callable:
-    """torch's `varlen_attn` with a window, rows as documents; layout changes included, as a model would need them."""
+    """torch's `varlen_attn` with a window and one document per row, including the transposes a model would need."""
     from torch.nn.attention.varlen import varlen_attn
 
     def call(query, key, value):
         rows = len(query)
         ends = torch.arange(0, (rows + 1) * length, length, device=setting.device, dtype=torch.int32)
-        flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
+        flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
         output = varlen_attn(*flat, ends, ends, length, length, window_size=(WINDOW, 0))
         return output.unflatten(0, (rows, length)).transpose(1, 2)
 
@@ -101,19 +101,19 @@ def flexible(setting: Setting, length: int) -> Callable:
         return (query >= key) & (query - key <= WINDOW)
 
     blocks = create_block_mask(seen, None, None, length, length, device=setting.device)
-    attend = torch.compile(flex_attention, dynamic=False) if setting.on_gpu else written_out(length)
+    attend = torch.compile(flex_attention, dynamic=False) if setting.on_gpu else masked_reference(length)
     return lambda query, key, value: attend(query, key, value, block_mask=blocks)
 
 
-def written_out(length: int) -> Callable:
-    """In place of the compiled kernel, which takes a CPU long to build."""
+def masked_reference(length: int) -> Callable:
+    """The same attention with a dense mask, for CPUs, where FlexAttention compiles slowly."""
     distance = torch.arange(length)[:, None] - torch.arange(length)
     mask = (distance >= 0) & (distance <= WINDOW)
     return lambda query, key, value, block_mask: F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def check_new_lengths(setting: Setting, report: Report) -> None:
-    """Milliseconds of the first call at a length not seen before: a step of decoding, and a prompt's pass."""
+    """Time the first call at a new length, for a decoding step and for a prompt."""
     rows, heads, width = (16, 10, 128) if setting.on_gpu else (2, 2, 16)
     first = 320 if setting.on_gpu else 16
     for title, allowed in (("cuDNN allowed", True), ("cuDNN off", False)) if setting.on_gpu else (("any", True),):

@@ -1,4 +1,4 @@
-"""How fast text becomes batches: one loader with its process, as pretraining has it, and nothing that trains."""
+"""Measures the data loader alone, with its background process as in pretraining."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from . import Report, Setting
 from .measuring import seconds_of
 from .stages import make_world
 
-LEAST_TOKENS_PER_SECOND = 150_000.0  # what one H100 trains at d20
+LEAST_TOKENS_PER_SECOND = 150_000.0  # training speed of one H100 at d20
 
 
 def check_data(setting: Setting, report: Report) -> None:
@@ -27,9 +27,10 @@ def check_data(setting: Setting, report: Report) -> None:
     tokens, passed = measure(loader, seconds)
     loader.close()
     ids = batches[0]["input_ids"]
+    in_range = ids.shape == (rows, length + 1) and int(ids.max()) < len(tokenizer)
     report.figure("tokens/s", tokens / passed)
     report.figure("vocabulary", len(tokenizer))
-    report.holds("batches are whole rows of tokens", ids.shape == (rows, length + 1) and int(ids.max()) < len(tokenizer))
+    report.holds("batches are whole rows of tokens", in_range)
     report.holds("every row begins with a document", bool((ids[:, 0] == tokenizer.bos_token_id).all()))
     if setting.on_gpu:
         report.at_least("tokens/s of one loader", tokens / passed, LEAST_TOKENS_PER_SECOND)

@@ -1,4 +1,4 @@
-"""How fast the models generate: token by token, compiled, and by transformers' `generate`; and whether they compute the same."""
+"""Measures generation: eager decoding, compiled decoding and transformers' `generate`, and checks that they agree."""
 
 import copy
 
@@ -19,15 +19,15 @@ from .runs import free, make_batch, make_config
 
 DEPTH = 20
 LEAST_STEPS = 1200.0  # per second, compiled, one row
-LEAST_BANDWIDTH = 35.0  # percent, likewise
-COMPILED = (1, 16)  # rows
-FORCED = 16  # tokens after the prompt at which logits are compared
-MOST_ERROR = 1.5  # of compiled logits, relative to the error of eager ones
-EXACT = 1e-3  # most that float32 logits differ by
+LEAST_BANDWIDTH = 35.0  # percent of peak, compiled, one row
+COMPILED = (1, 16)  # numbers of rows
+FORCED = 16  # tokens after the prompt whose logits are compared
+MOST_ERROR = 1.5  # of compiled logits, relative to the error of eager logits
+EXACT = 1e-3  # maximum difference of float32 logits
 
 
 def check_decode(setting: Setting, report: Report) -> None:
-    torch.set_float32_matmul_precision("highest")  # for the float32 logits that the others are compared with
+    torch.set_float32_matmul_precision("highest")  # for the float32 reference logits
     context, steps = context_and_steps(setting)
     model = make_model(setting)
     exact, config = copy.deepcopy(model).float(), model.config
@@ -83,14 +83,14 @@ def make_prompts(setting: Setting, config: NanoChatConfig, rows: int) -> torch.T
 
 
 def room_for(steps: int) -> int:
-    """Tokens that a decoder is asked to take after the prompt."""
+    """Tokens to reserve in the cache after the prompt."""
     return 2 * steps + 4
 
 
 def measure(
     setting: Setting, decoder: Decoder, prompts: torch.Tensor, steps: int
 ) -> tuple[dict[str, object], list[list[int]]]:
-    """Steps/s without the prompt's pass, and the new ids."""
+    """Steps/s without prefill, and the new ids."""
     compiled = isinstance(decoder, CompiledDecoder)
     found: dict[str, object] = {}
     skipped = counters["inductor"]["cudagraph_skips"]
@@ -105,7 +105,8 @@ def measure(
                 tokens.append(decoder.step(tokens[-1]).argmax(-1))
 
         if not compiled:
-            found["first_visit_steps_per_second"] = steps / seconds_of(many, setting.device)  # of each length
+            # Includes the one-time cost of each length.
+            found["first_visit_steps_per_second"] = steps / seconds_of(many, setting.device)
             tokens = [decoder.prefill(prompts.tolist(), room_for(steps)).argmax(-1)]
             for _ in range(4):
                 tokens.append(decoder.step(tokens[-1]).argmax(-1))
@@ -121,8 +122,8 @@ def measure_generate(
     prompts, ids = prompts.to(setting.device), []
     generate(model, prompts, 2)
     short = seconds_of(lambda: generate(model, prompts, 1), setting.device)
-    whole = seconds_of(lambda: ids.extend(generate(model, prompts, steps + 1)), setting.device)
-    return {"steps_per_second": steps / max(whole - short, 1e-9)}, [row[prompts.shape[1] :] for row in ids]
+    full = seconds_of(lambda: ids.extend(generate(model, prompts, steps + 1)), setting.device)
+    return {"steps_per_second": steps / max(full - short, 1e-9)}, [row[prompts.shape[1] :] for row in ids]
 
 
 def check_speed(report: Report, rows: int, way: str, found: dict[str, object]) -> None:
@@ -135,12 +136,13 @@ def check_speed(report: Report, rows: int, way: str, found: dict[str, object]) -
 
 
 def check_equal(setting: Setting, report: Report, rows: int, answers: dict[str, list[list[int]]]) -> None:
-    """Share of new ids equal to those of eager decoding; all in float32, where rounding does not decide.
+    """Fraction of new ids equal to those of eager decoding; must be 1 in float32.
 
-    In bfloat16 it describes only: one close choice that falls otherwise, and all ids after it are others.
+    In bfloat16 it is only reported: after one close call decided by rounding all later ids differ.
     """
     for way, ids in answers.items():
-        pairs = [pair for row, other in zip(answers["eager"], ids, strict=True) for pair in zip(row, other, strict=False)]
+        rows_of_both = zip(answers["eager"], ids, strict=True)
+        pairs = [pair for eager, other in rows_of_both for pair in zip(eager, other, strict=False)]
         equal = sum(a == b for a, b in pairs) / len(pairs)
         if way != "eager" and setting.dtype == torch.float32:
             report.at_least(f"{rows} rows: ids of {way} equal to eager", equal, 1.0)
@@ -158,50 +160,51 @@ def check_logits(
     answer: list[list[int]],
     room: int,
 ) -> None:
-    """Logits after the same tokens: those of each way of decoding against one pass in float32, `exact`.
+    """Compare the logits of each way of decoding, after the same tokens, with one float32 pass of `exact`.
 
     Args:
         prompts: (B, P) ids.
-        answer: New ids of each row; the first of them are fed.
+        answer: New ids of each row; the first FORCED are fed.
         room: As in [`forced_logits`].
     """
     tokens = torch.tensor(answer)[:, :FORCED].to(setting.device)
     found = {way: forced_logits(decoder, prompts, tokens, room) for way, decoder in decoders.items()}
     with torch.inference_mode():
         ids = torch.cat([prompts.to(setting.device), tokens[:, :-1]], 1)
-        right = exact(ids, use_cache=False, logits_to_keep=tokens.shape[1]).logits
+        reference = exact(ids, use_cache=False, logits_to_keep=tokens.shape[1]).logits
     for way, logits in found.items():
-        figures = compare(logits, right, rounding=found["eager"] - right)
+        figures = compare(logits, reference, rounding=found["eager"] - reference)
         report.figure(f"{rows} rows {way}: logits after the same tokens", figures)
         if setting.dtype == torch.float32:
             report.at_most(f"{rows} rows {way}: logits, largest difference", figures["largest"], EXACT)
         elif way != "eager":
             report.at_most(f"{rows} rows {way}: error of logits, relative to eager's", figures["relative"], MOST_ERROR)
-        report.at_least(f"{rows} rows {way}: first choices equal where rounding does not decide", figures["equal"], 1.0)
+        title = f"{rows} rows {way}: first choices equal where rounding does not decide"
+        report.at_least(title, figures["equal"], 1.0)
 
 
 @torch.inference_mode()
 def forced_logits(decoder: Decoder, prompts: torch.Tensor, tokens: torch.Tensor, room: int) -> torch.Tensor:
-    """Logits (B, n, V) from which the n `tokens` (B, n) are chosen, the tokens before them being fed one by one.
+    """Logits (B, n, V) that predict the n `tokens` (B, n), which are fed one by one.
 
-    `room`: tokens that the cache has place for after the prompt; as many as before, and a compiled step is not compiled anew.
+    `room`: tokens to reserve in the cache after the prompt; the same value as before avoids a recompilation.
     """
     logits = [decoder.prefill(prompts.tolist(), room).clone()]
     for column in tokens.T[:-1]:
-        logits.append(decoder.step(column).clone())  # the next step may write over it
+        logits.append(decoder.step(column).clone())  # the next step may overwrite it
     return torch.stack(logits, 1).float()
 
 
-def compare(logits: torch.Tensor, right: torch.Tensor, rounding: torch.Tensor) -> dict[str, float]:
-    """Errors of logits (B, n, V), and how often the first choice is right where it leads by more than `rounding` moves.
+def compare(logits: torch.Tensor, reference: torch.Tensor, rounding: torch.Tensor) -> dict[str, float]:
+    """Errors of logits (B, n, V), and how often the argmax is right where its margin exceeds the effect of `rounding`.
 
     Args:
-        rounding: Errors (B, n, V) that the dtype's rounding alone makes, in another way of computing.
+        rounding: Errors (B, n, V) of another implementation, caused only by the dtype's rounding.
     """
-    error = logits - right
-    first, second = right.topk(2).values.unbind(-1)
+    error = logits - reference
+    first, second = reference.topk(2).values.unbind(-1)
     decided = first - second > 2 * rounding.abs().max()
-    equal = (logits.argmax(-1) == right.argmax(-1))[decided]
+    equal = (logits.argmax(-1) == reference.argmax(-1))[decided]
     return {
         "largest": error.abs().max().item(),
         "relative": (error.norm() / rounding.norm().clamp(min=1e-30)).item(),

@@ -1,4 +1,4 @@
-"""What machine this is, what it can do at most, and which attention kernels torch chooses on it."""
+"""Reports the machine, its peak speeds, and the attention kernels that torch chooses on it."""
 
 import subprocess
 from contextlib import suppress
@@ -45,24 +45,24 @@ def nvidia_smi() -> dict[str, str]:
 
 
 def chosen_kernels(setting: Setting) -> dict[str, str]:
-    """torch's choice for the calls that training and decoding make."""
+    """torch's choice of kernel for the attention calls of training and decoding."""
     size = 256 if setting.on_gpu else 16
-    one = torch.randn(2, 4, size, 64, device=setting.device, dtype=setting.dtype)
+    x = torch.randn(2, 4, size, 64, device=setting.device, dtype=setting.dtype)
     causal = torch.ones(size, size, dtype=torch.bool, device=setting.device).tril()
     padded = causal.expand(2, 1, -1, -1) & (torch.arange(size, device=setting.device) >= size // 4)
-    learnt = one.clone().requires_grad_()
+    x_grad = x.clone().requires_grad_()
     calls = {
-        "causal": (learnt, learnt, learnt, None, 0.0, True),
-        "mask": (learnt, learnt, learnt, causal[None, None], 0.0, False),
-        "left padded": (learnt, learnt, learnt, padded, 0.0, False),
-        "one query": (one[:, :, :1], one, one, None, 0.0, False),
-        "one query, mask": (one[:, :, :1], one, one, padded[:, :, -1:], 0.0, False),
+        "causal": (x_grad, x_grad, x_grad, None, 0.0, True),
+        "mask": (x_grad, x_grad, x_grad, causal[None, None], 0.0, False),
+        "left padded": (x_grad, x_grad, x_grad, padded, 0.0, False),
+        "one query": (x[:, :, :1], x, x, None, 0.0, False),
+        "one query, mask": (x[:, :, :1], x, x, padded[:, :, -1:], 0.0, False),
     }
     return {name: BACKENDS[torch._fused_sdp_choice(*arguments)] for name, arguments in calls.items()}
 
 
 def ceilings(setting: Setting) -> tuple[float, float]:
-    """Measured TFLOP/s of a large product of random numbers, and GB/s of a large copy, read and written."""
+    """Measured TFLOP/s of a large matmul of random numbers, and GB/s of a large copy, counting read and write."""
     side, size = (8192, 2**30) if setting.on_gpu else (128, 2**20)
     left, right = (torch.randn(side, side, device=setting.device, dtype=setting.dtype) for _ in range(2))
     seconds = mean_seconds(lambda: left @ right, setting.device, 10, warm_up=3)

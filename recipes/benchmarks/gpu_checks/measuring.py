@@ -1,4 +1,4 @@
-"""Clocks, and what the GPU does in a piece of work: seconds by kind of kernel, and how long it is idle."""
+"""Timers and GPU profiles: milliseconds by kind of kernel, and idle time."""
 
 import re
 import statistics
@@ -10,7 +10,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# The first pattern found in a kernel's name decides.
+# The first pattern that matches a kernel's name determines its kind.
 KINDS = (
     ("copies", r"memcpy|memset"),
     ("attention", r"fmha|flash|sdpa|attention|attn|mha_"),
@@ -29,7 +29,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds_of(call: Callable[[], object], device: str) -> float:
-    """Of one call, until the device has finished."""
+    """Seconds of one call, including the device's work."""
     synchronize(device)
     started = time.perf_counter()
     call()
@@ -44,16 +44,16 @@ def median_seconds(call: Callable[[], object], device: str, repeats: int, warm_u
 
 
 def mean_seconds(call: Callable[[], object], device: str, repeats: int, warm_up: int = 2) -> float:
-    """Of calls issued without waiting in between: for work too short to be timed one by one."""
+    """Mean over calls without synchronization in between, for work too short to time individually."""
     for _ in range(warm_up):
         call()
     return seconds_of(lambda: [call() for _ in range(repeats)], device) / repeats
 
 
 def kernel_spans(call: Callable[[], object], device: str) -> list[Span]:
-    """What ran on the device during `call`; on a CPU its operators, so that the rest can be tried there."""
+    """Kernels that ran on the device during `call`; operators on a CPU, so that the checks also run there."""
     activities = [ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]
-    with profile(activities=activities):  # the first one of a process is slow to begin
+    with profile(activities=activities):  # the first profile of a process starts slowly
         torch.zeros(1, device=device)
     synchronize(device)
     with profile(activities=activities) as profiler:
@@ -77,7 +77,7 @@ def milliseconds_by_kind(spans: Sequence[Span]) -> dict[str, float]:
 
 
 def longest(spans: Sequence[Span], kind: str | None = None, count: int = 4) -> dict[str, float]:
-    """Milliseconds of the kernels that took most, by name."""
+    """Milliseconds of the kernels with the largest total, by name."""
     totals = Counter()
     for start, end, name in spans:
         if kind in (None, kind_of(name)):
@@ -86,12 +86,12 @@ def longest(spans: Sequence[Span], kind: str | None = None, count: int = 4) -> d
 
 
 def idle_share(spans: Sequence[Span]) -> float:
-    """Share of the time from the first kernel's start to the last one's end in which none ran."""
+    """Fraction of the time between the first kernel's start and the last one's end in which no kernel ran."""
     if not spans:
         return 0.0
     busy, reached = 0.0, spans[0][0]
     for start, end, _ in spans:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    whole = reached - spans[0][0]
-    return 1 - busy / whole if whole else 0.0
+    total = reached - spans[0][0]
+    return 1 - busy / total if total else 0.0

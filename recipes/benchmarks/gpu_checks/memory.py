@@ -1,4 +1,4 @@
-"""How many rows the recipes find to fit, on the whole card and on a smaller one, and whether training then keeps within it."""
+"""Checks the automatic batch size on the full card and with limited memory: no out-of-memory, good use of memory."""
 
 import torch
 
@@ -14,12 +14,12 @@ from . import Report, Setting
 from .runs import TrainingRun, free, make_batch, make_config, make_plan, make_run
 
 LENGTH = 2048
-STEP_ROWS = 256  # of an optimizer step: 524,288 tokens
-VALIDATION_ROWS = 32  # as `recipes/training/evaluation.py` has them
-# Depth, GiB of the card (None: all there are), whether the steps are compiled, which takes a minute.
+STEP_ROWS = 256  # rows per optimizer step: 524,288 tokens
+VALIDATION_ROWS = 32  # as in `recipes/training/evaluation.py`
+# Depth, GiB of the card (None: all), whether to compile, which takes a minute.
 CASES = ((12, 23.6, True), (20, 23.6, False), (20, None, False), (32, None, False))
-LEAST_USED = 0.85  # of the memory, where not all rows fit
-PREDICTION = 0.1  # most that sizes.py may be off by, relative
+LEAST_USED = 0.85  # fraction of the memory, unless the batch has its maximum size
+PREDICTION = 0.1  # maximum relative error of sizes.py
 GIB = 2**30
 
 
@@ -31,15 +31,15 @@ def check_memory(setting: Setting, report: Report) -> None:
 
 
 def limit_memory(gib: float | None) -> float:
-    """GiB that this process may take from here on: as many as asked for, if the card has them."""
-    whole = torch.cuda.get_device_properties(0).total_memory / GIB
-    share = min(1.0, gib / whole) if gib else 1.0
-    torch.cuda.set_per_process_memory_fraction(share)
-    return share * whole
+    """Limit this process to `gib`, at most the card's memory, and return the limit in GiB."""
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    fraction = min(1.0, gib / total) if gib else 1.0
+    torch.cuda.set_per_process_memory_fraction(fraction)
+    return fraction * total
 
 
 def check_case(setting: Setting, report: Report, depth: int, gib: float, compiled: bool) -> None:
-    """Find the rows; then a step of several passes, and a validation."""
+    """Choose the rows, then run steps with several passes and validations."""
     name = f"d{depth}, {gib:.0f} GiB"
     length, step_rows = (LENGTH, STEP_ROWS) if setting.on_gpu else (64, 8)
     config = make_config(setting, "plain", depth)
@@ -50,8 +50,8 @@ def check_case(setting: Setting, report: Report, depth: int, gib: float, compile
     rows = choose_batch_size(run.accelerator, run.module, run.optimizer, options, plan, None)
     run.batch = make_batch(setting, config, rows, length)
     precision = {"compiled": compiled, "number_bytes": setting.dtype.itemsize}
-    whole = torch.cuda.get_device_properties(0).total_memory if setting.on_gpu else 0  # by it the loss chooses its chunks
-    predicted = training_bytes(config, rows, length, **precision, memory=whole)["total"]
+    memory = torch.cuda.get_device_properties(0).total_memory if setting.on_gpu else 0  # sets the loss's chunk size
+    predicted = training_bytes(config, rows, length, **precision, memory=memory)["total"]
     found = {"rows": rows, "predicted_gib": predicted / GIB}
     free()
     fits = run_with(setting, run)
@@ -66,7 +66,7 @@ def check_case(setting: Setting, report: Report, depth: int, gib: float, compile
 
 
 def run_with(setting: Setting, run: TrainingRun) -> bool:
-    """Two optimizer steps of two passes, with a validation in between; False if memory ran out."""
+    """Run two steps of two passes, each followed by a validation; False if out of memory."""
     try:
         for _ in range(2):
             run.backward()

@@ -1,8 +1,8 @@
-"""Training speed of the original nanochat's own model and optimizer beside ours, in turns, at the same sizes.
+"""Compares training speed with the original nanochat's model and optimizer, alternating, at the same sizes.
 
-Its code is read from `--original`: a checkout, or a folder with checkouts called `classic` (the launch version, compared
-with plain) and `current` (compared with turbo). Flash Attention 3 comes from the Hub, so where it cannot be fetched the
-original falls back to torch's attention; both sides then have full attention in all layers.
+Its code is imported from `--original`: a checkout, or a folder with checkouts named `classic` (the launch version,
+compared with plain) and `current` (compared with turbo). Flash Attention 3 comes from the Hub; offline, the original
+falls back to torch's attention. Both sides use full attention in all layers.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from .measuring import seconds_of
 from .runs import TrainingRun, free, make_config, make_run
 from .train import DEPTHS, layer_counts, rows_and_length
 
-LEAST_RATIO = 1.0  # of our tokens/s to the original's
+LEAST_RATIO = 1.0  # our tokens/s relative to the original's
 TURNS = 3
 
 
 class OriginalRun:
-    """The original's model in training, as its training script does it."""
+    """The original's model in training, set up as in its training script."""
 
     def __init__(self, setting: Setting, config: NanoChatConfig, batch: dict[str, torch.Tensor]):
         gpt = importlib.import_module("nanochat.gpt")
@@ -39,22 +39,22 @@ class OriginalRun:
             self.model = gpt.GPT(gpt.GPTConfig(**sizes))
         self.model.to_empty(device=setting.device)
         self.model.init_weights()
-        if not setting.on_gpu:  # the launch version has bfloat16 embeddings, which only autocast brings together with the rest
+        if not setting.on_gpu:  # the launch version's bfloat16 embeddings would need autocast
             for weight in self.model.parameters():
                 weight.data = weight.data.float()
-        with torch.no_grad():  # as ours are: zeros are multiplied faster
+        with torch.no_grad():  # as in our run: zeros multiply faster
             for weight in self.model.parameters():
                 if weight.ndim == 2:
                     weight.normal_(std=weight.shape[1] ** -0.5)
         classic = hasattr(self.model, "setup_optimizers")
         self.optimizers = self.model.setup_optimizers() if classic else [self.model.setup_optimizer()]
-        self.lowered = classic and setting.on_gpu  # today's casts by itself
+        self.autocast = classic and setting.on_gpu  # the current version casts its weights itself
         self.module = torch.compile(self.model, dynamic=False) if setting.on_gpu else self.model
         self.setting, self.batch = setting, batch
 
     def backward(self) -> float:
         ids = self.batch["input_ids"].to(self.setting.device, non_blocking=True)
-        with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.lowered):
+        with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.autocast):
             loss = self.module(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         loss.backward()
         return loss.item()
@@ -89,24 +89,25 @@ def compare(setting: Setting, report: Report, version: str, architecture: str) -
     for layers in (few, more):
         config = make_config(setting, architecture, DEPTHS[architecture], layers)
         run = make_run(setting, config, rows, length)
-        found[layers] = in_turns(setting, {"ours": run, "original": OriginalRun(setting, config, run.batch)})
+        found[layers] = time_alternating(setting, {"ours": run, "original": OriginalRun(setting, config, run.batch)})
         report.figure(f"{layers} layers, ms", found[layers])
         del run
         free()
     depth = DEPTHS[architecture]
-    whole = {
-        key: found[few][key] + (found[more][key] - found[few][key]) * (depth - few) / (more - few) for key in found[few]
+    full = {
+        key: milliseconds + (found[more][key] - milliseconds) * (depth - few) / (more - few)
+        for key, milliseconds in found[few].items()
     }
-    report.figure(f"extrapolated to {depth} layers, ms", whole)
+    report.figure(f"extrapolated to {depth} layers, ms", full)
     for what in ("pass", "step"):
-        ratio = whole[f"original {what}"] / whole[f"ours {what}"]
+        ratio = full[f"original {what}"] / full[f"ours {what}"]
         report.figure(f"{what}: our speed / the original's", ratio)
         if what == "pass" and setting.on_gpu:
             report.at_least("speed of a pass / the original's", ratio, LEAST_RATIO)
 
 
 def find_checkout(setting: Setting, version: str) -> Path:
-    """The folder that holds the package `nanochat` of the original's `version`."""
+    """The folder that contains the package `nanochat` of this version of the original."""
     if setting.original is None:
         raise Skipped("give --original, a checkout of the original nanochat")
     root = Path(setting.original)
@@ -117,14 +118,14 @@ def find_checkout(setting: Setting, version: str) -> Path:
     raise Skipped(f"no {version} version of the original in {root}")
 
 
-def in_turns(setting: Setting, runs: dict[str, TrainingRun | OriginalRun]) -> dict[str, float]:
-    """Median milliseconds of a pass and of a step of each."""
+def time_alternating(setting: Setting, runs: dict[str, TrainingRun | OriginalRun]) -> dict[str, float]:
+    """Median milliseconds of a pass and of a step of each run, in alternating turns."""
     times: dict[str, list[float]] = {f"{name} {what}": [] for name in runs for what in ("pass", "step")}
     for turn in range(TURNS + 1):
         for name, run in runs.items():
             calls: dict[str, Callable] = {"pass": run.pass_alone, "step": run.step}
             for what, call in calls.items():
-                call()  # what the other side has displaced from memory comes back
+                call()  # warm up: memory that the other run has displaced
                 times[f"{name} {what}"] += [seconds_of(call, setting.device) for _ in range(2 if turn else 0)]
             free()
     return {name: 1e3 * statistics.median(found) for name, found in times.items()}

@@ -1,4 +1,4 @@
-"""Whether the GPU computes what a CPU computes in float32: loss, gradients, padding, greedy choices, captured graphs."""
+"""Compares the GPU with float32 on a CPU: loss, gradients, padding, greedy decoding, captured graphs."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,15 +18,15 @@ from . import Report, Setting
 from .runs import TrainingRun, free, make_batch, make_config, make_run
 
 DEPTH = 4
-PADDED_LENGTHS = (64, 192, 704, 640)  # three are 64 modulo 128, where a cuDNN kernel has been seen to fail
-LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a gradient's norm
+PADDED_LENGTHS = (64, 192, 704, 640)  # three are 64 modulo 128, where a cuDNN kernel is known to fail
+LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative to a gradient's norm
 LOSS_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 GREEDY_TOKENS = 24
-DOCUMENTS = (3, 7, 5, 11, 4, 6)  # in a row, on average, of one step after another
-# The gradients of turbo's scales are sums over all tokens and channels, whose terms cancel. bfloat16 rounds the terms, on a
-# CPU as well: how far that moves the sums is measured there, on several batches.
+DOCUMENTS = (3, 7, 5, 11, 4, 6)  # mean number per row, in consecutive steps
+# The gradients of turbo's scales are sums over all tokens and channels whose terms cancel. bfloat16 rounds the terms;
+# the resulting error is measured on a CPU, over several batches.
 ROUNDING_BATCHES = 6
-MOST_OF_ROUNDING = 4.0  # times the root mean square of the batches
+MOST_OF_ROUNDING = 4.0  # in units of that error's root mean square
 Gradients = dict[str, torch.Tensor]
 
 
@@ -50,7 +50,7 @@ def rows_and_length(setting: Setting) -> tuple[int, int]:
 
 
 def check_against_cpu(setting: Setting, report: Report, name: str, config: NanoChatConfig) -> None:
-    """Loss and gradients of one pass: float32 on a CPU against eager and compiled on the device, as it trains."""
+    """Compare loss and gradients of one pass, eager and compiled as in training, with float32 on a CPU."""
     rows, length = rows_and_length(setting)
     reference = model_on("cpu", config).train()
     batches = [make_batch(setting, config, rows, length, seed) for seed in range(ROUNDING_BATCHES)]
@@ -74,7 +74,7 @@ def check_against_cpu(setting: Setting, report: Report, name: str, config: NanoC
 def check_gradients(
     dtype: torch.dtype, report: Report, title: str, found: Gradients, expected: Gradients
 ) -> None:
-    """All of them where they are float32; in bfloat16 the matrices' and tables', see [`check_scales`]."""
+    """Compare all gradients in float32, in bfloat16 only those of matrices and tables, see [`check_scales`]."""
     if dtype != torch.float32:
         found = {key: gradient for key, gradient in found.items() if not is_scale(gradient)}
     worst, difference = worst_of(differences(found, expected))
@@ -85,7 +85,7 @@ def check_gradients(
 def check_scales(
     report: Report, title: str, found: Gradients, expected: Gradients, rounding: dict[str, float]
 ) -> None:
-    """How far the gradients of scales are off, in multiples of what rounding does."""
+    """Compare the gradients of scales, with errors in multiples of the rounding error."""
     multiples = {key: distance(found[key], expected[key]) / error for key, error in rounding.items()}
     if multiples:
         worst, multiple = worst_of(multiples)
@@ -99,9 +99,9 @@ def is_scale(tensor: torch.Tensor) -> bool:
 
 
 def rounding_of_scales(model: nn.Module, batches: list[Batch], dtype: torch.dtype) -> dict[str, float]:
-    """How far `dtype`'s rounding moves the gradient of each scale on the CPU: root mean square over the batches.
+    """Root mean square over the batches of the rounding error of each scale's gradient, on the CPU in `dtype`.
 
-    Nothing for float32.
+    Empty for float32.
     """
     squares: dict[str, list[float]] = {}
     for batch in batches if dtype != torch.float32 else ():
@@ -116,7 +116,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_recompiles(report: Report, name: str, run: TrainingRun) -> None:
-    """Five steps, with an evaluation by the uncompiled model and a passing over of gradients in between."""
+    """Count recompilations in five steps, with an evaluation by the uncompiled model in between."""
     run.step()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for number in range(4):
@@ -131,10 +131,10 @@ def check_recompiles(report: Report, name: str, run: TrainingRun) -> None:
 
 
 def check_captured_graph(setting: Setting, report: Report, name: str, config: NanoChatConfig) -> None:
-    """What torch.compile is given: the number of graphs, and whether attention is asked for without a mask."""
+    """Check the graphs that torch.compile captures: their number, and that full attention uses no mask."""
     rows, length = rows_and_length(setting)
     run = make_run(setting, config, rows, length, compiled=False)
-    choose_attention(run.model, setting.attn_implementation, None, run.accelerator)  # as if compiled
+    choose_attention(run.model, setting.attn_implementation, None, run.accelerator)  # the choice for compiled runs
     graphs = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
@@ -144,7 +144,8 @@ def check_captured_graph(setting: Setting, report: Report, name: str, config: Na
     run.module = torch.compile(run.model, backend=keep, dynamic=False)
     ids = run.batch["input_ids"].to(setting.device)
     with run.accelerator.autocast():
-        loss = run.module(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], use_cache=False, num_items_in_batch=rows).loss
+        inputs = {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}
+        loss = run.module(**inputs, use_cache=False, num_items_in_batch=rows).loss
     calls = [node for graph in graphs for node in nodes_of(graph, "scaled_dot_product_attention")]
     by_blocks = sum(1 for graph in graphs for _ in nodes_of(graph, "flex_attention"))
     masked = sum(argument(node, 3, "attn_mask") is not None for node in calls)
@@ -174,7 +175,7 @@ def argument(node: torch.fx.Node, position: int, name: str) -> Any:
 
 
 def check_documents(setting: Setting, report: Report) -> None:
-    """Loss and gradients of packed documents, as `document_masking` trains, in turbo's two kinds of layers."""
+    """Compare loss and gradients of packed documents, as with `document_masking`, in turbo's two layer types."""
     config = small_config(setting, "turbo")
     rows, length = rows_and_length(setting)
     reference = model_on("cpu", config).train()
@@ -201,18 +202,18 @@ def check_documents(setting: Setting, report: Report) -> None:
 
 
 def packed_positions(rows: int, length: int, documents: int) -> torch.Tensor:
-    """Positions (rows, length) that begin anew, at random places, about `documents` times in a row."""
+    """Positions (rows, length) that restart at random places, about `documents` times per row."""
     begins = torch.rand(rows, length, generator=torch.Generator().manual_seed(documents)) < documents / length
     places = torch.arange(length).expand(rows, -1)
     return places - torch.where(begins, places, 0).cummax(-1).values
 
 
 def check_left_padding(setting: Setting, report: Report, name: str, config: NanoChatConfig) -> None:
-    """Gradients of rows padded on the left, as GRPO has them, against those of the same rows one by one.
+    """Compare gradients of left-padded rows, as in GRPO, with those of the same rows one by one.
 
-    In float32, where they are equal, and in training's precision, where both are rounded, each in its way.
+    In float32, where they must agree closely, and in training's precision, where both are rounded differently.
     """
-    torch.set_float32_matmul_precision("highest")  # training asks for TF32
+    torch.set_float32_matmul_precision("highest")  # training enables TF32
     model = model_on(setting.device, config).train()
     for length in PADDED_LENGTHS if setting.on_gpu else (16,):
         ids = make_batch(setting, config, 4, length)["input_ids"][:, :length].to(setting.device)
@@ -222,7 +223,7 @@ def check_left_padding(setting: Setting, report: Report, name: str, config: Nano
                 found, expected = padded_and_alone(dtype, model, ids)
             report.holds(f"{title}: gradients are finite", all_finite(found))
             check_gradients(dtype, report, title, found, expected)
-        if setting.on_gpu:  # a known fault of the library: the stages that pad turn it off
+        if setting.on_gpu:  # a known bug in cuDNN: stages with padding disable it
             found, expected = padded_and_alone(setting.dtype, model, ids)
             worst, difference = worst_of(differences(found, expected))
             finding = {"finite": all_finite(found), "relative difference": difference, "worst": worst}
@@ -231,7 +232,7 @@ def check_left_padding(setting: Setting, report: Report, name: str, config: Nano
 
 
 def padded_and_alone(dtype: torch.dtype, model: PreTrainedModel, ids: torch.Tensor) -> tuple[Gradients, Gradients]:
-    """Gradients of rows (4, T) of which less and less is no padding, in one batch and row by row."""
+    """Gradients of rows (4, T) with increasing left padding, in one batch and row by row without padding."""
     length = ids.shape[1]
     starts = [0, 9, length // 2, length - 4]
     mask = torch.arange(length, device=ids.device) >= torch.tensor(starts, device=ids.device)[:, None]
@@ -246,33 +247,35 @@ def all_finite(gradients: Gradients) -> bool:
 def gradients_of(
     dtype: torch.dtype, model: PreTrainedModel, batches: list[tuple[torch.Tensor, torch.Tensor | None]]
 ) -> Gradients:
-    """Gradients of the summed loss over (ids, mask or None), under autocast to `dtype`; padding has no labels."""
+    """Gradients of the loss summed over (ids, mask or None), under autocast to `dtype`; padding has no labels."""
     model.zero_grad(set_to_none=True)
     for ids, mask in batches:
         labels = ids if mask is None else ids.masked_fill(mask == 0, -100).clone()
-        if mask is not None:  # a row's first token has no token before it, padded or not
+        if mask is not None:  # as without padding, nothing predicts a row's first token
             labels[torch.arange(len(ids)), mask.argmax(1)] = -100
         with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, num_items_in_batch=100).loss
+            inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            loss = model(**inputs, use_cache=False, num_items_in_batch=100).loss
         loss.backward()
     return {key: p.grad.clone() for key, p in model.named_parameters()}
 
 
 def check_greedy(setting: Setting, report: Report, name: str, config: NanoChatConfig) -> None:
-    """Greedy choices of prompts in one padded batch against those of each alone; exact in float32."""
-    torch.set_float32_matmul_precision("highest")  # training asks for TF32
+    """Compare greedy decoding of prompts in one padded batch with each alone; must be equal in float32."""
+    torch.set_float32_matmul_precision("highest")  # training enables TF32
     ids = make_batch(setting, config, 3, 40)["input_ids"]
     prompts = [ids[0, :40].tolist(), ids[1, :17].tolist(), ids[2, :3].tolist()]
     for dtype in dict.fromkeys((torch.float32, setting.dtype)):
         model = model_on(setting.device, config).eval().to(dtype)
         together = greedy(model, prompts)
         alone = [greedy(model, [prompt])[0] for prompt in prompts]
-        pairs = [(a, b) for row, other in zip(together, alone, strict=True) for a, b in zip(row, other, strict=True)]
+        rows = zip(together, alone, strict=True)
+        pairs = [pair for batched, single in rows for pair in zip(batched, single, strict=True)]
         equal = sum(a == b for a, b in pairs) / len(pairs)
         title = f"{name} {str(dtype).removeprefix('torch.')}: greedy ids, padded = alone"
         if dtype == torch.float32:
             report.at_least(title, equal, 1.0)
-        else:  # rounding decides close choices, and all that follow from them
+        else:  # rounding decides close calls, after which all tokens differ
             report.figure(title, equal)
 
 
@@ -286,7 +289,7 @@ def greedy(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def model_on(device: str, config: NanoChatConfig) -> PreTrainedModel:
-    """Equal weights on all devices."""
+    """A model whose weights are the same on all devices."""
     kind = next(model for kind, model in ARCHITECTURES.values() if kind is type(config))
     return fill_weights(kind(config)).to(device)
 
@@ -294,7 +297,7 @@ def model_on(device: str, config: NanoChatConfig) -> PreTrainedModel:
 def reference_pass(
     model: nn.Module, batch: Batch, dtype: torch.dtype = torch.float32
 ) -> tuple[float, Gradients]:
-    """Loss and gradients of a batch as the loader makes it, by a model on the CPU, under autocast to `dtype`."""
+    """Loss and gradients of a loader's batch on the CPU, under autocast to `dtype`."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = model(**model_inputs(batch, torch.device("cpu")), use_cache=False).loss
     loss.backward()
@@ -304,15 +307,15 @@ def reference_pass(
 
 
 def differences(found: Gradients, expected: Gradients) -> dict[str, float]:
-    """Norm of each gradient's difference relative to the expected gradient's norm; inf where it is not finite.
+    """Norm of each gradient's error relative to the expected norm; inf if it is not finite.
 
-    A gradient that is next to nothing beside the others is rounding itself, so it counts as a thousandth of the largest.
+    Expected norms are clamped to a thousandth of the largest, because negligible gradients are rounding noise.
     """
     result = {}
     least = 1e-3 * max(gradient.float().norm().item() for gradient in expected.values())
     for key, gradient in found.items():
-        right = expected[key].float().cpu()
-        difference = ((gradient.float().cpu() - right).norm() / right.norm().clamp(min=least)).item()
+        reference = expected[key].float().cpu()
+        difference = ((gradient.float().cpu() - reference).norm() / reference.norm().clamp(min=least)).item()
         result[key] = difference if difference == difference else float("inf")
     return result
 

@@ -1,4 +1,4 @@
-"""Training as the recipes do it, without data and files: the same accelerator, compiler, loss and optimizer."""
+"""Training as in the recipes, without data and files: same accelerator, compilation, loss and optimizer."""
 
 import copy
 import gc
@@ -23,13 +23,13 @@ from recipes.training.stopping import StopRequest
 from . import Setting
 
 VOCABULARIES = {"plain": 65536, "turbo": 32768}
-STEPS = 1000  # of the plan: warm-up and decay are of no interest
+STEPS = 1000  # max_steps of the plan, large enough that warm-up and decay do not matter
 TOY = {"aspect_ratio": 8, "head_dim": 32, "vocab_size": 512}
 
 
 @dataclass
 class TrainingRun:
-    """A model in training, whose `batch` is the same again and again unless it is exchanged."""
+    """A model in training that uses the same `batch` in every step until it is replaced."""
 
     accelerator: Accelerator
     model: PreTrainedModel
@@ -45,7 +45,7 @@ class TrainingRun:
         return self.batch["input_ids"][:, 1:].numel()
 
     def backward(self) -> float:
-        """Forward and backward pass; the loss."""
+        """Run a forward and backward pass and return the loss."""
         losses = accumulate(self.accelerator, self.module, [self.batch])
         return all_reduce_loss(self.accelerator, losses, self.request, None)[0]
 
@@ -59,7 +59,7 @@ class TrainingRun:
         return loss
 
     def step(self) -> float:
-        """A whole optimizer step of one pass; the loss."""
+        """Run an optimizer step with one pass and return the loss."""
         self.plan.schedule().apply(self.optimizer, self.steps)
         loss = self.backward()
         self.update()
@@ -73,7 +73,8 @@ def bare_accelerator(setting: Setting, rows: int, length: int) -> Accelerator:
 
 
 def make_plan(config: NanoChatConfig, rows: int, length: int) -> Plan:
-    return resolve_hyperparameters(config, "current", max_length=length, max_steps=STEPS, total_batch_size=rows * length)
+    sizes = {"max_length": length, "max_steps": STEPS, "total_batch_size": rows * length}
+    return resolve_hyperparameters(config, "current", **sizes)
 
 
 def make_run(
@@ -86,16 +87,16 @@ def make_run(
     compiled: bool | None = None,
     accelerator: Accelerator | None = None,
 ) -> TrainingRun:
-    """A run as `recipes/pretrain.py` would set it up.
+    """Set up a run as in `recipes/pretrain.py`.
 
     Args:
-        fill: Random numbers in all matrices. The initialisation has zeros in many, which a GPU multiplies faster.
-        compiled: Default: on a GPU.
-        accelerator: Default: a new one.
+        fill: Fill all matrices with random numbers. Many are initialised to zeros, which a GPU multiplies faster.
+        compiled: Whether to compile; default: on a GPU only.
+        accelerator: A new one by default.
     """
     compiled = setting.on_gpu if compiled is None else compiled
-    config = copy.deepcopy(config)  # the implementation of attention is written into it
-    torch.compiler.reset()  # what was compiled for other runs counts against the limit of versions
+    config = copy.deepcopy(config)  # choose_attention writes the implementation into it
+    torch.compiler.reset()  # earlier runs would count against the recompile limit
     accelerator = accelerator or bare_accelerator(setting, rows, length)
     torch.manual_seed(0)
     with torch.device(setting.device):
@@ -112,19 +113,23 @@ def architecture_of(config: NanoChatConfig) -> str:
     return next(name for name, (kind, _) in ARCHITECTURES.items() if type(config) is kind)
 
 
-def make_config(setting: Setting, architecture: str, depth: int, layers: int | None = None, **more: object) -> NanoChatConfig:
-    """Of the width of `depth`; toy-sized on a CPU."""
+def make_config(
+    setting: Setting, architecture: str, depth: int, layers: int | None = None, **more: object
+) -> NanoChatConfig:
+    """A config with the width of `depth` and optionally fewer layers; toy-sized on a CPU."""
     sizes = {"vocab_size": VOCABULARIES[architecture], "max_position_embeddings": 2048}
     if not setting.on_gpu:
         sizes |= TOY | {"max_position_embeddings": 128}
     if architecture == "turbo" and setting.window_pattern:
         sizes["window_pattern"] = setting.window_pattern
-    sizes |= more
-    return ARCHITECTURES[architecture][0].from_depth(depth, **sizes | ({"num_hidden_layers": layers} if layers else {}))
+    sizes |= more | ({"num_hidden_layers": layers} if layers else {})
+    return ARCHITECTURES[architecture][0].from_depth(depth, **sizes)
 
 
-def make_batch(setting: Setting, config: NanoChatConfig, rows: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A batch as the loader makes it, of text that can be learnt: nine of ten tokens follow from the one before."""
+def make_batch(
+    setting: Setting, config: NanoChatConfig, rows: int, length: int, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """A batch as from the loader, of learnable text: 90 % of the tokens follow from the previous one."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = config.vocab_size
     noise = torch.randint(0, vocabulary, (rows, length + 1), generator=generator)
@@ -135,7 +140,7 @@ def make_batch(setting: Setting, config: NanoChatConfig, rows: int, length: int,
 
 
 def free() -> None:
-    """Give memory that nothing refers to any more back to the device; its peak is counted anew."""
+    """Free unreferenced device memory and reset the peak statistics."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""FSDP2 on one process beside the path without it: the same course in float32 losses, no whole logits, no more memory."""
+"""Compares FSDP2 on one process with training without it: losses, dtypes, chunked loss, memory."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from . import ROOT, Report, Setting
 from .runs import TrainingRun, bare_accelerator, make_config, make_run
 from .stages import launch
 
-DEPTH = 12  # its width, with fewer layers
+DEPTH = 12  # determines the width; fewer layers are used
 STEPS = 3
-MOST_MEMORY = 1.05  # relative; one process has nothing to share, and gathers a layer at a time
+MOST_MEMORY = 1.05  # relative; one process saves nothing by sharding and gathers one layer at a time
 LOSS_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative, after the steps
 WAYS = {"alone": "single_gpu.yaml", "fsdp2": "fsdp2.yaml"}
 MEASURE = """
@@ -30,7 +30,7 @@ measure(*sys.argv[1:])
 
 
 def check_fsdp2(setting: Setting, report: Report) -> None:
-    found = {way: launched(setting, way) for way in WAYS}
+    found = {way: launch_measure(setting, way) for way in WAYS}
     for way, figures in found.items():
         report.figure(way, figures)
     sharded, alone = found["fsdp2"], found["alone"]
@@ -44,34 +44,35 @@ def check_fsdp2(setting: Setting, report: Report) -> None:
         report.at_most("peak memory / without FSDP2", sharded["peak_gib"] / alone["peak_gib"], MOST_MEMORY)
 
 
-def launched(setting: Setting, way: str) -> dict[str, object]:
-    """What [`measure`] finds in a process that Accelerate has launched by the way's file.
+def launch_measure(setting: Setting, way: str) -> dict[str, object]:
+    """The output of [`measure`] in a process launched by Accelerate with the way's config.
 
     Raises:
-        RuntimeError: It failed; with its last line.
+        RuntimeError: The process failed; the message has its last line.
     """
     script = Path(setting.work_dir, "measure_sharded.py")
     script.write_text(MEASURE, encoding="utf-8")
     config = ROOT / "accelerate_configs" / (WAYS[way] if setting.on_gpu else "cpu.yaml")
-    code, said = launch(setting, str(script), [json.dumps(asdict(setting)), way], config, options=["--num_processes", "1"])
-    last = (said.splitlines() or [""])[-1]
+    arguments = [json.dumps(asdict(setting)), way]
+    code, output = launch(setting, str(script), arguments, config, options=["--num_processes", "1"])
+    last = (output.splitlines() or [""])[-1]
     if code:
         raise RuntimeError(f"{way} ended with code {code}: {last}")
     return json.loads(last)
 
 
 def measure(setting: str, way: str) -> None:
-    """Print what a few steps of training do, as one line of JSON."""
+    """Run a few training steps and print their results as one line of JSON."""
     setting = Setting(**json.loads(setting))
     if way == "fsdp2" and not setting.on_gpu:
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     accelerator = bare_accelerator(setting, 1, 1)
     if way == "fsdp2" and not setting.on_gpu:
-        pretend_to_shard()
+        force_sharding()
     rows, length = (16, 2048) if setting.on_gpu else (2, 32)
     config = make_config(setting, "plain", DEPTH, layers=4 if setting.on_gpu else 2)
     run = make_run(setting, config, rows, length, accelerator=accelerator)
-    found = look_at_a_pass(run)
+    found = inspect_pass(run)
     if setting.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     found["losses"] = [run.step() for _ in range(STEPS)]
@@ -81,8 +82,8 @@ def measure(setting: str, way: str) -> None:
     print(json.dumps(found), flush=True)
 
 
-def pretend_to_shard() -> None:
-    """Accelerate shards on accelerators only; torch does it on a CPU as well."""
+def force_sharding() -> None:
+    """Enable FSDP2 on a CPU, which torch supports but Accelerate does not."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT"
@@ -92,8 +93,8 @@ def pretend_to_shard() -> None:
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
-def look_at_a_pass(run: TrainingRun) -> dict[str, object]:
-    """Types of loss and gradients, and whether there were logits of the whole batch."""
+def inspect_pass(run: TrainingRun) -> dict[str, object]:
+    """Dtypes of loss and gradients, whether weights are sharded, and whether full logits were computed."""
     accelerator = run.accelerator
     inputs, tokens = model_inputs(run.batch, accelerator.device), torch.tensor(run.tokens, device=accelerator.device)
     with accelerator.autocast():

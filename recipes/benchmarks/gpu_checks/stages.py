@@ -1,4 +1,4 @@
-"""The recipes as a user runs them, by `accelerate launch`, on made-up text: they end, go on after a kill, lose no time."""
+"""Checks the recipes with `accelerate launch` on synthetic text: completion, resuming after a kill, loop overhead."""
 
 import contextlib
 import itertools
@@ -27,9 +27,9 @@ from . import ROOT, Report, Setting, environment
 
 SFT_STEPS, GRPO_STEPS = 6, 2
 LOOP_STEPS, KILLED_AFTER = 20, 12
-MOST_LOOP = 1.03  # time of a step with everything around it, relative to its passes and update
+MOST_LOOP = 1.03  # time of a step including data and logging, relative to model and optimizer
 MOST_FIRST_STEP = 3.0  # time of the first SFT step, relative to the last
-# A random model solves nothing, and without a difference in reward there is no gradient.
+# A random model solves nothing, and equal rewards give no gradient.
 RANDOM_REWARDS = """
 import random
 from modeling_nanochat.errors import exit_on_user_error
@@ -44,7 +44,7 @@ exit_on_user_error(grpo.main)
 
 
 def check_trl(setting: Setting, report: Report) -> None:
-    """SFT and GRPO on a random model: finite gradients, and no step that takes far longer than the others."""
+    """SFT and GRPO on a random model: finite weights, and no slow first step."""
     world = make_world(setting)
     shared = {"train_files": world / "problems.jsonl", "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
     sizes = {"per_device_train_batch_size": 16 if setting.on_gpu else 4, "init_lr_fraction": 0.04}
@@ -64,7 +64,7 @@ def check_trl(setting: Setting, report: Report) -> None:
 
 
 def run_trl(setting: Setting, report: Report, script: str, arguments: dict[str, object]) -> list[float]:
-    """Run a stage; the seconds of its steps."""
+    """Run a stage and return the seconds of its steps."""
     name, folder = Path(script).stem, Path(str(arguments["output_dir"]))
     run_or_raise(setting, report, script, arguments)
     lines = read_log(folder)
@@ -82,18 +82,18 @@ def run_trl(setting: Setting, report: Report, script: str, arguments: dict[str, 
 
 
 def run_or_raise(setting: Setting, report: Report, script: str, arguments: dict[str, object]) -> str:
-    """Run a script to its end; what it said."""
+    """Run a script to its end and return its output."""
     name, started = Path(script).stem, time.monotonic()
-    code, said = launch(setting, script, words_of(arguments))
+    code, output = launch(setting, script, words_of(arguments))
     report.figure(f"{name}: seconds in all", time.monotonic() - started)
     report.holds(f"{name} ends well", code == 0)
     if code:
-        raise RuntimeError(f"{name} ended with code {code}: {(said.splitlines() or [''])[-1]}")
-    return said
+        raise RuntimeError(f"{name} ended with code {code}: {(output.splitlines() or [''])[-1]}")
+    return output
 
 
 def check_loop(setting: Setting, report: Report) -> None:
-    """Pretraining with evaluation, samples and checkpoints, killed on its way, continued: what the loop adds to a step."""
+    """Pretraining with evaluation, samples and checkpoints, killed and resumed: the overhead of the loop per step."""
     world = make_world(setting)
     rows, length = (16, 2048) if setting.on_gpu else (4, 64)
     arguments: dict[str, object] = {
@@ -109,21 +109,23 @@ def check_loop(setting: Setting, report: Report) -> None:
     reached = launch_and_kill(setting, "recipes/pretrain.py", arguments, log, KILLED_AFTER)
     report.figure("killed after step", reached)
     report.figure("seconds until killed", time.monotonic() - started)
-    said = run_or_raise(setting, report, "recipes/pretrain.py", arguments)
-    report.holds("goes on from a checkpoint", "going on after step" in said)
+    output = run_or_raise(setting, report, "recipes/pretrain.py", arguments)
+    report.holds("goes on from a checkpoint", "going on after step" in output)
     lines = [line for line in read_log(Path(str(arguments["output_dir"]))) if "seconds_model" in line]
     steps = [line["step"] for line in lines]
     report.holds("every step is logged once", steps == list(range(1, LOOP_STEPS + 1)))
-    report_laps(setting, report, lines[2:])
+    report_step_times(setting, report, lines[2:])
 
 
-def report_laps(setting: Setting, report: Report, lines: Sequence[dict[str, Any]]) -> None:
-    """Median seconds of each part of a step, and the whole relative to model and optimizer."""
+def report_step_times(setting: Setting, report: Report, lines: Sequence[dict[str, Any]]) -> None:
+    """Report median seconds of each part of a step, and the total relative to model and optimizer."""
     kinds = sorted({key for line in lines for key in line if key.startswith("seconds_")})
     medians = {kind: statistics.median(line.get(kind, 0.0) for line in lines) for kind in kinds}
+    longest = {kind: max(line.get(kind, 0.0) for line in lines) for kind in kinds}
     report.figure("median seconds of a step's parts", medians)
-    report.figure("longest seconds of a step's parts", {kind: max(line.get(kind, 0.0) for line in lines) for kind in kinds})
-    report.figure("tokens/s", statistics.median(line["tokens_per_second"] for line in lines if "tokens_per_second" in line))
+    report.figure("longest seconds of a step's parts", longest)
+    rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    report.figure("tokens/s", statistics.median(rates))
     bare = medians["seconds_model"] + medians["seconds_optimizer"]
     around = medians.get("seconds_data", 0.0) + medians.get("seconds_rest", 0.0)
     if setting.on_gpu:
@@ -134,7 +136,7 @@ def read_log(output_dir: Path) -> list[dict[str, Any]]:
     path = output_dir.parent / "logs" / f"{output_dir.name}.jsonl"
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # the last one, while it is being written
+        with contextlib.suppress(ValueError):  # the last line may be incomplete
             lines.append(json.loads(text))
     return lines
 
@@ -142,7 +144,7 @@ def read_log(output_dir: Path) -> list[dict[str, Any]]:
 def command(
     setting: Setting, script: str, arguments: Sequence[str], config: Path | None = None, options: Sequence[str] = ()
 ) -> list[str]:
-    """`accelerate launch` of a script with `arguments`; `config` and `options` are the launcher's."""
+    """`accelerate launch` of a script with `arguments`; `config` and `options` are for the launcher."""
     config = config or ROOT / "accelerate_configs" / ("single_gpu.yaml" if setting.on_gpu else "cpu.yaml")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config), *options]
     return [*launcher, str(ROOT / script), *arguments]
@@ -155,17 +157,17 @@ def words_of(arguments: dict[str, object]) -> list[str]:
 def launch(
     setting: Setting, script: str, arguments: Sequence[str], config: Path | None = None, options: Sequence[str] = ()
 ) -> tuple[int, str]:
-    """Run a script to its end; its exit code and what it said, which also goes to the check's log."""
+    """Run a script to its end and return exit code and output, which also goes to the check's log."""
     done = subprocess.run(
-        command(setting, script, arguments, config, options), cwd=ROOT, env=environment(setting), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+        command(setting, script, arguments, config, options), cwd=ROOT, env=environment(setting), check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     print(done.stdout, flush=True)
     return done.returncode, done.stdout.strip()
 
 
 def launch_and_kill(setting: Setting, script: str, arguments: dict[str, object], log: Path, step: int) -> int:
-    """Kill a script, without warning, as soon as its log has reached `step`; the step it has reached then."""
+    """Run a script, SIGKILL it when its log reaches `step`, and return the step reached."""
     words = command(setting, script, words_of(arguments))
     process = subprocess.Popen(words, cwd=ROOT, env=environment(setting), start_new_session=True)
     try:
@@ -183,56 +185,58 @@ def newest_step(log: Path) -> int:
 
 
 def make_world(setting: Setting) -> Path:
-    """Text, a tokenizer, conversations, problems and a random model, made once for all checks of a run."""
+    """Folder with text, tokenizer, conversations, problems and a random model, created once per run."""
     world = Path(setting.work_dir, "world")
     if world.exists():
         return world
-    making = world.with_name("world.unfinished")
-    making.mkdir(exist_ok=True)
-    words = Words(random.Random(0))
+    unfinished = world.with_name("world.unfinished")
+    unfinished.mkdir(exist_ok=True)
+    generator = SyntheticText(random.Random(0))
     count = 12_000 if setting.on_gpu else 300
-    texts = list(words.documents(count, 150 if setting.on_gpu else 30))
-    for name, part in (("val", texts[: count // 10]), ("train", texts[count // 10 :])):
-        pyarrow.parquet.write_table(pyarrow.table({"text": part}), making / f"{name}.parquet")
-    tokenizer = make_tokenizer(setting, making)
-    write_lines(making / "problems.jsonl", [words.problem() for _ in range(256)])
-    write_lines(making / "conversations.jsonl", [words.conversation() for _ in range(256)])
-    save_model(setting, tokenizer, making / "model")
-    making.rename(world)
+    texts = list(generator.documents(count, 150 if setting.on_gpu else 30))
+    for name, split in (("val", texts[: count // 10]), ("train", texts[count // 10 :])):
+        pyarrow.parquet.write_table(pyarrow.table({"text": split}), unfinished / f"{name}.parquet")
+    tokenizer = make_tokenizer(setting, unfinished)
+    write_lines(unfinished / "problems.jsonl", [generator.problem() for _ in range(256)])
+    write_lines(unfinished / "conversations.jsonl", [generator.conversation() for _ in range(256)])
+    save_model(setting, tokenizer, unfinished / "model")
+    unfinished.rename(world)
     return world
 
 
-class Words:
-    """Made-up words, the more frequent the shorter their number, and texts of them."""
+class SyntheticText:
+    """Texts of random words with a Zipf-like frequency distribution."""
 
     def __init__(self, generator: random.Random):
         self.generator = generator
         self.words = ["".join(generator.choices("abcdefghilmnoprstu", k=generator.randint(2, 9))) for _ in range(5000)]
         self.weights = [1 / (rank + 2) for rank in range(len(self.words))]
 
-    def some(self, count: int) -> str:
+    def sentence(self, count: int) -> str:
         return " ".join(self.generator.choices(self.words, self.weights, k=count)).capitalize() + "."
 
     def documents(self, count: int, mean: int) -> Iterator[str]:
         for _ in range(count):
-            yield self.some(self.generator.randint(mean // 3, 2 * mean))
+            yield self.sentence(self.generator.randint(mean // 3, 2 * mean))
 
     def problem(self) -> dict[str, str]:
         left, right = self.generator.randint(2, 99), self.generator.randint(2, 99)
-        question = f"{self.some(self.generator.randint(3, 60))} What is {left} + {right}?"
-        return {"question": question, "answer": f"It is <<{left}+{right}={left + right}>>{left + right}.\n#### {left + right}"}
+        question = f"{self.sentence(self.generator.randint(3, 60))} What is {left} + {right}?"
+        result = left + right
+        return {"question": question, "answer": f"It is <<{left}+{right}={result}>>{result}.\n#### {result}"}
 
     def conversation(self) -> dict[str, list[dict[str, str]]]:
         messages = []
         for _ in range(self.generator.randint(1, 3)):
-            messages.append({"role": "user", "content": self.some(self.generator.randint(2, 40))})
-            messages.append({"role": "assistant", "content": self.some(self.generator.randint(2, 120))})
+            messages.append({"role": "user", "content": self.sentence(self.generator.randint(2, 40))})
+            messages.append({"role": "assistant", "content": self.sentence(self.generator.randint(2, 120))})
         return {"messages": messages}
 
 
 def make_tokenizer(setting: Setting, folder: Path) -> PreTrainedTokenizerBase:
-    """One of the texts in `folder`, as a user trains it."""
-    script = [sys.executable, str(ROOT / "tokenizer_train" / "train.py"), "--train_files", str(folder / "train.parquet")]
+    """Train a tokenizer on the texts in `folder` with the script that users run."""
+    script = [sys.executable, str(ROOT / "tokenizer_train" / "train.py")]
+    script += ["--train_files", str(folder / "train.parquet")]
     sizes = ["--vocab_size", "4096" if setting.on_gpu else "400", "--model_max_length", "2048"]
     subprocess.run(
         [*script, *sizes, "--output_dir", str(folder / "tokenizer")], cwd=ROOT, env=environment(setting), check=True
@@ -245,7 +249,7 @@ def write_lines(path: Path, records: Sequence[dict]) -> None:
 
 
 def save_model(setting: Setting, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A d12 with random weights; toy-sized on a CPU."""
+    """Save a d12 with random weights, or a toy-sized model on a CPU."""
     ids = special_token_ids(tokenizer)
     config_class, model_class = ARCHITECTURES["plain"]
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048, "bos_token_id": ids["<|bos|>"]}
@@ -254,6 +258,6 @@ def save_model(setting: Setting, tokenizer: PreTrainedTokenizerBase, folder: Pat
     torch.manual_seed(0)
     model = model_class(config_class.from_depth(12 if setting.on_gpu else 2, **sizes))
     for weight in (model.lm_head.weight, *(layer.self_attn.o_proj.weight for layer in model.model.layers)):
-        torch.nn.init.normal_(weight, std=0.02)  # else every token is as likely, and no gradient reaches the layers
+        torch.nn.init.normal_(weight, std=0.02)  # with the initial zeros, no gradient would reach the layers
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)

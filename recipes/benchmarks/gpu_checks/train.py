@@ -1,7 +1,7 @@
-"""How fast training is, on the path that the recipes take, and where the time goes.
+"""Measures training speed on the recipes' code path, and where the time goes.
 
-Compiling a deep model takes minutes, so models of full width with few layers are timed: a pass takes a + b x layers.
-One whole model shows whether that holds.
+Compiling a deep model takes minutes, so models of full width with few layers are timed and extrapolated: a pass takes
+a + b x layers. One full-depth model verifies that.
 """
 
 import os
@@ -24,12 +24,12 @@ from .measuring import idle_share, kernel_spans, longest, median_seconds, millis
 from .runs import TrainingRun, free, make_batch, make_config, make_run
 
 DEPTHS = {"plain": 20, "turbo": 24}
-ROWS = {"plain": 32, "turbo": 16}  # what fits at full depth on 80 GB
+ROWS = {"plain": 32, "turbo": 16}  # that fit at full depth on 80 GB
 LEAST_MFU = {"plain": 46.0, "turbo": 44.0}  # percent, of a pass
 MOST_IDLE = 2.0  # percent
 FLOAT8_STEPS = 20
 FLASH = "flash_attention_3"
-LEAST_FLASH_GAIN = 1.02  # of a step; below it the default stays
+LEAST_FLASH_GAIN = 1.02  # in time per step; below it the default stays
 
 
 def check_plain(setting: Setting, report: Report) -> None:
@@ -64,39 +64,39 @@ def check_architecture(setting: Setting, report: Report, architecture: str) -> N
         run = make_run(setting, make_config(setting, architecture, DEPTHS[architecture], layers), rows, length)
         found[layers] = measure(setting, report, f"{layers} layers", run)
         if layers == more:
-            take_apart(setting, report, run)
+            profile_step(setting, report, run)
         del run
         free()
-    whole = make_config(setting, architecture, DEPTHS[architecture])
+    full = make_config(setting, architecture, DEPTHS[architecture])
     extrapolated = {}
     for name in ("pass_ms", "step_ms"):
         slope = (found[more][name] - found[few][name]) / (more - few)
-        extrapolated[name] = found[few][name] + slope * (whole.num_hidden_layers - few)
+        extrapolated[name] = found[few][name] + slope * (full.num_hidden_layers - few)
         extrapolated[name.replace("_ms", "_ms_per_layer")] = slope
-    extrapolated |= speeds(whole, rows, length, setting, extrapolated["pass_ms"], extrapolated["step_ms"])
-    report.figure(f"extrapolated to {whole.num_hidden_layers} layers", extrapolated)
+    extrapolated |= speeds(full, rows, length, setting, extrapolated["pass_ms"], extrapolated["step_ms"])
+    report.figure(f"extrapolated to {full.num_hidden_layers} layers", extrapolated)
     if extrapolated.get("pass_mfu_percent"):
         report.at_least("MFU of a pass, %", extrapolated["pass_mfu_percent"], LEAST_MFU[architecture])
 
 
-def check_whole(setting: Setting, report: Report) -> None:
-    """The whole d20, in as many rows as fit."""
+def check_full_depth(setting: Setting, report: Report) -> None:
+    """Measure the full d20, with half the rows if memory runs out."""
     rows, length = rows_and_length(setting, "plain")
     for number in (rows, rows // 2):
-        if (found := measure_whole(setting, report, number, length)) is not None:
+        if (found := measure_full_depth(setting, report, number, length)) is not None:
             if "pass_mfu_percent" in found:
                 report.at_least("MFU of a pass, %", found["pass_mfu_percent"], LEAST_MFU["plain"])
             return
-        free()  # here, for an error keeps the tensors of its frames
+        free()  # not in the except block, where the traceback keeps tensors alive
     report.holds("fits", False)
 
 
-def measure_whole(setting: Setting, report: Report, rows: int, length: int) -> dict[str, Any] | None:
-    """None where memory does not suffice."""
+def measure_full_depth(setting: Setting, report: Report, rows: int, length: int) -> dict[str, Any] | None:
+    """Speeds of the full d20; None if out of memory."""
     try:
         run = make_run(setting, make_config(setting, "plain", DEPTHS["plain"]), rows, length)
         found = measure(setting, report, f"{rows} rows", run)
-        take_apart(setting, report, run)
+        profile_step(setting, report, run)
     except torch.OutOfMemoryError as error:
         report.figure(f"{rows} rows", f"out of memory: {str(error).splitlines()[0]}")
         return None
@@ -112,7 +112,7 @@ def rows_and_length(setting: Setting, architecture: str) -> tuple[int, int]:
 
 
 def measure(setting: Setting, report: Report, name: str, run: TrainingRun, repeats: int = 5) -> dict[str, Any]:
-    """Milliseconds of a pass and of a whole step, and what follows from them; told to the report."""
+    """Milliseconds of a pass and of a step, with derived speeds and memory; also added to the report."""
     device = setting.device
     first = seconds_of(run.step, device)
     step = median_seconds(run.step, device, repeats, warm_up=2)
@@ -130,7 +130,7 @@ def measure(setting: Setting, report: Report, name: str, run: TrainingRun, repea
 def speeds(
     config: NanoChatConfig, rows: int, length: int, setting: Setting, pass_ms: float, step_ms: float
 ) -> dict[str, float]:
-    """Tokens/s of a pass and of a step, and the share of the device's peak where that is known."""
+    """Tokens/s of a pass and of a step, and their MFU if the device's peak is known."""
     peak = device_peaks(device_name(setting.device))[0] if setting.on_gpu else None
     flops = training_flops_per_token(config, length)
     found = {}
@@ -142,8 +142,8 @@ def speeds(
     return found
 
 
-def take_apart(setting: Setting, report: Report, run: TrainingRun) -> None:
-    """Where the time of a pass and of the optimizer goes, by kind of kernel."""
+def profile_step(setting: Setting, report: Report, run: TrainingRun) -> None:
+    """Report the time of a pass and of the optimizer by kind of kernel."""
     spans = kernel_spans(run.backward, setting.device)
     idle = 100 * idle_share(spans)
     report.figure("pass, ms by kind", milliseconds_by_kind(spans))
@@ -160,7 +160,7 @@ def take_apart(setting: Setting, report: Report, run: TrainingRun) -> None:
 
 
 def check_float8(setting: Setting, report: Report) -> None:
-    """float8 against bfloat16: speed of a step, and the loss after as many steps on the same batches."""
+    """Compare float8 with bfloat16: speed per step, and loss after the same steps on the same batches."""
     if torch.cuda.get_device_capability() < (8, 9):
         report.figure("float8", "the device has none")
         return
@@ -169,7 +169,7 @@ def check_float8(setting: Setting, report: Report) -> None:
     batches = [make_batch(setting, config, rows, length, seed=seed) for seed in range(FLOAT8_STEPS)]
     found, losses = {}, {}
     for precision in ("bf16", "fp8"):
-        AcceleratorState._reset_state(True)  # it holds the precision of the process
+        AcceleratorState._reset_state(True)  # it caches the process's precision
         os.environ["ACCELERATE_MIXED_PRECISION"] = precision
         run = make_run(setting, config, rows, length, fill=False)
         for run.batch in batches:
@@ -186,10 +186,11 @@ def check_float8(setting: Setting, report: Report) -> None:
 
 
 def prepare_float8(setting: Setting) -> None:
-    """Compile what [`check_float8`] will run in float8; the other half is [`prepare_turbo`]'s."""
+    """Compile what [`check_float8`] will run in float8; [`prepare_turbo`] compiles the bfloat16 part."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = "fp8"
     rows, length = rows_and_length(setting, "turbo")
-    make_run(setting, make_config(setting, "turbo", DEPTHS["turbo"], layer_counts(setting)[1]), rows, length, fill=False).step()
+    config = make_config(setting, "turbo", DEPTHS["turbo"], layer_counts(setting)[1])
+    make_run(setting, config, rows, length, fill=False).step()
 
 
 def scaled_products(run: TrainingRun) -> int:
@@ -199,7 +200,7 @@ def scaled_products(run: TrainingRun) -> int:
 
 
 def check_flash_attention(setting: Setting, report: Report) -> None:
-    """FlashAttention 3 against what training takes by default, turbo: when to set `attn_implementation`."""
+    """Compare FlashAttention 3 with the default attention for turbo, to decide on `attn_implementation`."""
     rows, length = rows_and_length(setting, "turbo")
     config = make_config(setting, "turbo", DEPTHS["turbo"], layer_counts(setting)[1])
     found, losses = {}, {}

@@ -1,10 +1,10 @@
-"""Batches made by a process of their own, ahead of the one that trains.
+"""Batches prepared by a background process, ahead of training.
 
-A `DataLoader` with a worker comes close, but its errors arrive as tracebacks, the worker's death as an exception out of a
-signal handler wherever training happens to be, Ctrl-C makes the worker print one too, and it cannot tell what it has
-handed out from what it has made ready.
+A `DataLoader` with a worker comes close, but its errors arrive as tracebacks, the worker's death as an exception
+raised by a signal handler anywhere in training, Ctrl-C makes the worker print a traceback too, and it cannot tell
+consumed from prefetched batches.
 
-The two share a ring of slots in memory: the worker packs rows into a slot, the trainer copies the slot out (on CUDA into
+The two processes share a ring buffer: the worker packs rows into a slot, the trainer copies the slot out (on CUDA into
 pinned memory). So tokens are copied once between packing and the device, and no batch needs files or sockets.
 """
 
@@ -28,22 +28,22 @@ import torch
 
 from modeling_nanochat.errors import UserError
 
-TOKENS_AHEAD = 2**19  # that the worker makes ready: an optimizer step takes its micro-batches all at once
+TOKENS_AHEAD = 2**19  # prefetched by the worker: an optimizer step takes all its micro-batches at once
 MOST_SLOTS = 256
 Shapes = dict[str, tuple[int, int]]  # of a batch's tensors, all int64
-Fill = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray] | None]  # writes a batch, may return a state to keep
+Fill = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray] | None]  # writes a batch, may return a state
 
 
 class BackgroundBatches:
-    """Iterator over pairs (batch, state or None), in the order in which `begin()` makes them in another process.
+    """Iterator over pairs (batch, state or None), in the order in which another process makes them.
 
     Args:
-        begin: Called in that process, returns the function that fills the next batch's arrays. Must survive pickling
-            where processes are not forked.
+        begin: Called in that process; returns the function that fills the next batch's arrays. Must be picklable where
+            processes are not forked.
 
     Raises:
-        UserError: One of the worker's, or the worker is dead.
-        RuntimeError: Any other error of the worker's, with its traceback.
+        UserError: The worker raised one, or died.
+        RuntimeError: The worker raised another error; the message has its traceback.
     """
 
     def __init__(self, begin: Callable[[], Fill], shapes: Shapes):
@@ -57,8 +57,8 @@ class BackgroundBatches:
         worker = (begin, self.slots, self.free, theirs, os.getpid())
         self.process = context.Process(target=work, args=worker, name="batches", daemon=True)
         self.process.start()
-        theirs.close()  # the worker's is the last one then: when it dies, reading ends
-        # before multiprocessing's own end, which asks with SIGTERM and waits
+        theirs.close()  # leaves only the worker's end open: when it dies, reading ends
+        # Runs before multiprocessing's own cleanup, which sends SIGTERM and waits
         self.close = Finalize(self, stop, args=(self.process, self.connection), exitpriority=100)
         self.taken = 0
 
@@ -71,7 +71,7 @@ class BackgroundBatches:
             raise UserError(message)
         if kind == "error":
             raise RuntimeError(f"the process that prepares the batches failed:\n{message}")
-        batch = {name: own(slots[self.taken % self.depth]) for name, slots in self.slots.items()}
+        batch = {name: copy_out(slots[self.taken % self.depth]) for name, slots in self.slots.items()}
         self.free.release()
         self.taken += 1
         return batch, message
@@ -88,17 +88,17 @@ class BackgroundBatches:
 
 
 def shared_zeros(shape: tuple[int, ...], forks: bool) -> torch.Tensor:
-    """Zeros in memory that a process started later shares.
+    """Zeros in memory shared with processes started later.
 
-    A forked one inherits anonymous memory. Torch's would lie in /dev/shm, of which docker gives 64 MiB unless told
-    otherwise: less than eight processes with labels and positions need.
+    A forked process inherits anonymous memory. Torch's would be in /dev/shm, to which docker gives 64 MiB by default:
+    less than eight processes with labels and positions need.
     """
     if not forks:
         return torch.zeros(shape, dtype=torch.long).share_memory_()
     return torch.frombuffer(mmap.mmap(-1, 8 * math.prod(shape)), dtype=torch.long).view(shape)
 
 
-def own(slot: torch.Tensor) -> torch.Tensor:
+def copy_out(slot: torch.Tensor) -> torch.Tensor:
     return slot.pin_memory() if torch.cuda.is_available() else slot.clone()
 
 
@@ -109,17 +109,17 @@ def exit_reason(exitcode: int | None) -> str:
 
 
 def stop(process: multiprocessing.Process, connection: Connection) -> None:
-    process.kill()  # it holds nothing worth an orderly end
+    process.kill()  # it has nothing to clean up
     process.join()
     connection.close()
 
 
 def work(begin: Callable[[], Fill], slots: dict[str, torch.Tensor], free, connection: Connection, parent: int) -> None:
-    """The other process: batch after batch into the slots, until the trainer ends it or is no more."""
-    settle(parent)
+    """The worker process: write batch after batch into the slots, until the trainer stops it or dies."""
+    set_up_worker(parent)
     outbox: SimpleQueue = SimpleQueue()
     sender = threading.Thread(target=send, args=(outbox, connection))
-    sender.start()  # so that packing never waits until a state has been read
+    sender.start()  # a thread, so that packing never waits until a state has been read
     try:
         fill = begin()
         for number in count():
@@ -128,22 +128,22 @@ def work(begin: Callable[[], Fill], slots: dict[str, torch.Tensor], free, connec
             outbox.put(("batch", fill({name: tensor[slot].numpy() for name, tensor in slots.items()})))
     except UserError as error:
         outbox.put(("user error", str(error)))
-    except BaseException:  # an exit or a panic of a library in Rust too: else the trainer would wait for ever
+    except BaseException:  # also SystemExit or a Rust panic: otherwise the trainer would wait forever
         outbox.put(("error", traceback.format_exc()))
     outbox.put(None)
     sender.join()
 
 
-def settle(parent: int) -> None:
-    """Signals to the whole group are the trainer's affair; the worker ends with it, and leaves it the cores."""
+def set_up_worker(parent: int) -> None:
+    """Ignore signals to the process group, which the trainer handles; exit with the trainer; use a single thread."""
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive forking; the encoder has its own
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork; the encoder has its own
+    threading.Thread(target=exit_with, args=(parent,), daemon=True).start()
 
 
-def end_with(parent: int) -> None:
+def exit_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -153,5 +153,5 @@ def send(outbox: SimpleQueue, connection: Connection) -> None:
     for message in iter(outbox.get, None):
         try:
             connection.send(message)
-        except Exception:  # nobody reads any more, or no memory: without its sender the worker would never end
+        except Exception:  # the reader is gone, or out of memory: without a sender the worker would never exit
             os._exit(1)

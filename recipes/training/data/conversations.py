@@ -1,4 +1,4 @@
-"""Conversations from files, as token ids with marks of what is learnt."""
+"""Conversations from files, as token ids with a mask of the tokens to train on."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -23,17 +23,17 @@ def read_conversations(patterns: Sequence[str], what: str = "train_files", first
     Args:
         patterns: Local files, or shell patterns.
         what: Name of the setting, for errors.
-        first: Read that many records of each file, to see whether it can be read at all; all of them if None.
+        first: Read only the first records of each file, to check that it is readable; None: all records.
 
     Raises:
-        UserError: No file, an empty one, or a bad line; names file and line.
+        UserError: A file is missing or empty, or a line is bad; the message names file and line.
     """
     conversations = []
     for name in expand(patterns, what):
         if Path(name).suffix != ".jsonl":
-            raise UserError(f"{what}: {name} is not a .jsonl file; write one conversation a line")
+            raise UserError(f"{what}: {name} is not a .jsonl file; write one conversation per line")
         before = len(conversations)
-        lines = islice(read_jsonl(name, arrays_are="messages"), first)  # arrays: the original's files of conversations
+        lines = islice(read_jsonl(name, arrays_are="messages"), first)  # arrays: the original's format
         conversations += [to_conversation(record, f"{name}:{line}") for line, record in lines]
         if len(conversations) == before:
             raise UserError(f"{what}: {name} has no conversation in it; fill it or leave it out")
@@ -48,28 +48,30 @@ def render(
     assistant_only_loss: bool = True,
     show_progress: bool = True,
 ) -> list[Conversation]:
-    """Ids (n,) uint32 and mask (n,) bool of each conversation, by the chat template and its `{% generation %}` marks.
+    """Ids (n,) uint32 and mask (n,) bool of each conversation, by the chat template and its `{% generation %}` blocks.
 
-    Left out are conversations of more than `max_length` tokens and those without a learnt token; both are counted aloud.
+    Skips conversations of more than `max_length` tokens and those without a token to train on; prints both counts.
 
     Raises:
-        UserError: None is left, or the template marks other tokens than the assistant will write.
+        UserError: None is left, or the template marks other tokens than those the assistant writes.
     """
     check_renderings(tokenizer)
-    rendered, too_long, silent = [], 0, 0
-    hidden = None if show_progress else True  # None: where it would not go to a terminal
-    for conversation in tqdm(conversations, desc="rendering", unit=" conversations", disable=hidden, mininterval=1, leave=False):
+    rendered, too_long, unanswered = [], 0, 0
+    hidden = None if show_progress else True  # None: tqdm shows it only on a terminal
+    options = {"desc": "rendering", "unit": " conversations", "mininterval": 1, "leave": False, "disable": hidden}
+    for conversation in tqdm(conversations, **options):
         ids, mask = render_one(conversation, tokenizer)
         too_long += len(ids) > max_length
-        silent += not any(mask)
+        unanswered += not any(mask)
         if len(ids) <= max_length and any(mask):
-            learnt = mask if assistant_only_loss else [0] + [1] * (len(ids) - 1)
-            rendered.append((np.array(ids, dtype=np.uint32), np.array(learnt, dtype=bool)))
-    if show_progress and (too_long or silent):
-        print(f"left out: {too_long} conversations of more than {max_length} tokens, {silent} without an answer")
+            trained = mask if assistant_only_loss else [0] + [1] * (len(ids) - 1)
+            rendered.append((np.array(ids, dtype=np.uint32), np.array(trained, dtype=bool)))
+    if show_progress and (too_long or unanswered):
+        print(f"left out: {too_long} conversations of more than {max_length} tokens, {unanswered} without an answer")
     if not rendered:
         raise UserError(
-            f"none of {len(conversations)} conversations fits into max_length {max_length} with an answer; raise max_length"
+            f"none of {len(conversations)} conversations fits into max_length {max_length} with an answer; "
+            "raise max_length"
         )
     return rendered
 
@@ -78,7 +80,7 @@ def render_one(conversation: dict, tokenizer: PreTrainedTokenizerFast) -> Conver
     rendered = tokenizer.apply_chat_template(
         whole_messages(conversation["messages"]),
         tools=whole_messages(conversation.get("tools")),
-        tokenizer_kwargs={"verbose": False},  # what is too long is left out by the caller, who reports it
+        tokenizer_kwargs={"verbose": False},  # the caller skips and reports long conversations
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,

@@ -1,6 +1,6 @@
-"""Which document comes when: shuffled by seed, anew in every epoch, dealt out over streams, without end.
+"""The endless order of documents: reshuffled every epoch by seed, and sharded across streams.
 
-Every place can be written down and come back to.
+Every cursor can be saved and restored.
 """
 
 import json
@@ -16,22 +16,22 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.sources import first_line
 from modeling_nanochat.tokenization_nanochat import encode_documents
 
-CHUNK_SIZE = 128  # documents of a stream that are read and encoded at a time
-CONVERSATIONS = 32  # the same for conversations: with more, padding hardly shrinks (0.8 % at 512 tokens a row)
-SAMPLED, SAMPLED_CHARACTERS = 64, 2000  # documents and of each so much, to estimate bytes per token
-BLOCK = 1024  # rows of a stream's part that are shuffled among themselves
+CHUNK_SIZE = 128  # documents that a stream reads and encodes at a time
+CONVERSATIONS = 32  # the same for conversations: more would hardly reduce padding (0.8 % at 512 tokens per row)
+SAMPLED, SAMPLED_CHARACTERS = 64, 2000  # sampled documents, and characters of each, to estimate bytes per token
+BLOCK = 1024  # rows of a streamed dataset that are shuffled together
 State = Mapping[str, np.ndarray]
 
 
 class Epochs:
-    """The endless sequence of the indices 0 ... size - 1, epoch after epoch, each in an order of its own.
+    """The endless sequence of the indices 0 ... size - 1, reshuffled every epoch.
 
     An epoch's order is that of `datasets.Dataset.shuffle(seed + epoch)`.
     """
 
     def __init__(self, size: int, seed: int):
         self.size, self.seed = size, seed
-        self.kept: dict[int, np.ndarray] = {}  # streams are never far apart: two epochs are enough
+        self.kept: dict[int, np.ndarray] = {}  # streams are never far apart: two orders are enough
 
     def order(self, epoch: int) -> np.ndarray:
         if epoch not in self.kept:
@@ -39,19 +39,19 @@ class Epochs:
             self.kept[epoch] = np.random.default_rng(self.seed + epoch).permutation(self.size)
         return self.kept[epoch]
 
-    def __getitem__(self, place: int) -> int:
-        return int(self.order(place // self.size)[place % self.size])
+    def __getitem__(self, position: int) -> int:
+        return int(self.order(position // self.size)[position % self.size])
 
 
 class StridedSampler:
-    """What falls to one stream of an endless sequence: every `streams`-th index, beginning with its own number."""
+    """One stream's share of an endless sequence: every `streams`-th index, starting at the stream's own."""
 
     def __init__(self, epochs: Epochs, index: int, streams: int):
         self.epochs, self.cursor, self.streams = epochs, index, streams
 
     def take(self, count: int) -> list[int]:
         end = self.cursor + count * self.streams
-        indices = [self.epochs[place] for place in range(self.cursor, end, self.streams)]
+        indices = [self.epochs[position] for position in range(self.cursor, end, self.streams)]
         self.cursor = end
         return indices
 
@@ -61,13 +61,14 @@ def is_text(text: str | None) -> bool:
 
 
 def out_of_reach(texts: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerFast, max_length: int) -> str | None:
-    """A line for the log where rows hold less than half of the text, for of each document only the beginning fits a row.
+    """A warning if rows can hold less than half of the text, because only the start of each document fits a row.
 
-    Estimated from the documents' bytes and the bytes per token of a few beginnings; None where it is half or more, and for a stream.
+    Estimated from the documents' bytes and the bytes per token of a few samples; else, and for a stream, None.
     """
     if not isinstance(texts, Dataset):
         return None
-    sizes = np.concatenate([np.zeros(1), *(pc.binary_length(part).drop_null().to_numpy() for part in texts.data.column("text").chunks)])
+    chunks = texts.data.column("text").chunks
+    sizes = np.concatenate([np.zeros(1), *(pc.binary_length(chunk).drop_null().to_numpy() for chunk in chunks)])
     beginnings = [text[:SAMPLED_CHARACTERS] for text in islice(filter(is_text, texts["text"]), SAMPLED)]
     tokens = sum(len(ids) - 1 for ids in encode_documents(tokenizer, beginnings))
     fits = max_length * sum(len(text.encode("utf-8", "replace")) for text in beginnings) / max(tokens, 1)
@@ -75,18 +76,18 @@ def out_of_reach(texts: Dataset | IterableDataset, tokenizer: PreTrainedTokenize
     if share >= 0.5:
         return None
     return (
-        f"train_files: of a document only the first {max_length} tokens fit a row: about {100 * share:.2g} % of the text can be trained on; "
-        "separate what are several documents, in a .txt file by blank lines, or raise --max_length"
+        f"train_files: only the first {max_length} tokens of a document fit a row: about {100 * share:.2g} % of the "
+        "text can be trained on; split it into documents, in a .txt file by blank lines, or raise --max_length"
     )
 
 
 def chunk_size(documents: int, streams: int, most: int = CHUNK_SIZE) -> int:
-    """Documents that a stream reads at a time: of few so few that all streams together stay within an epoch."""
+    """Documents that a stream reads at a time, capped so that all streams together never read past one epoch."""
     return max(8, min(most, documents // (2 * streams)))
 
 
 class ShuffledDocuments:
-    """A stream's documents of a `datasets.Dataset`, by index."""
+    """A stream's documents of a `datasets.Dataset`, as chunks of indices."""
 
     def __init__(self, sampler: StridedSampler):
         self.sampler = sampler
@@ -107,9 +108,9 @@ class ShuffledDocuments:
 class StreamedDocuments:
     """A stream's texts of a `datasets.IterableDataset` with a column `text`.
 
-    The parts of the stream (`num_shards`: files or row groups) are put in a new order for every epoch and dealt out over
-    the streams; rows are shuffled in blocks of 1024. Of a stream with fewer parts than streams, every stream reads all and
-    keeps its share of each block.
+    The dataset's shards (files or row groups) are reshuffled every epoch and distributed across the streams; rows are
+    shuffled in blocks of 1024. If there are fewer shards than streams, every stream reads all shards and keeps its
+    rows of each block.
     """
 
     chunk_size = CHUNK_SIZE
@@ -117,9 +118,9 @@ class StreamedDocuments:
     def __init__(self, dataset: IterableDataset, index: int, streams: int, seed: int):
         self.dataset, self.index, self.streams, self.seed = dataset, index, streams, seed
         self.fingerprint = [dataset.num_shards, seed]
-        self.epoch, self.part, self.block, self.offset = 0, 0, 0, 0  # the next text: where in which block
-        self.part_state: dict | None = None  # of the library, before that block
-        self.found = False  # a text in this epoch
+        self.epoch, self.shard, self.block, self.offset = 0, 0, 0, 0  # position of the next text
+        self.shard_state: dict | None = None  # the library's, before that block
+        self.found = False  # whether this epoch has had a text
 
     def __iter__(self) -> Iterator[list[str]]:
         while True:
@@ -131,29 +132,29 @@ class StreamedDocuments:
                 self.block, self.offset = self.block + 1, 0
 
     def blocks(self) -> Iterator[list[str]]:
-        """The blocks that are left of this part; afterwards the place is the beginning of the next one."""
-        part = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.parts()[self.part])
-        if self.part_state is not None:
-            part.load_state_dict(self.part_state)
-        rows = part.iter(BLOCK)
+        """Yield the remaining blocks of this shard, then move to the start of the next shard."""
+        shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.own_shards()[self.shard])
+        if self.shard_state is not None:
+            shard.load_state_dict(self.shard_state)
+        rows = shard.iter(BLOCK)
         while True:
-            self.part_state = part.state_dict()
+            self.shard_state = shard.state_dict()
             texts = next_texts(rows)
             if texts is None:
                 break
-            yield self.mine(texts)
-        self.part_state, self.part, self.block = None, self.part + 1, 0
-        if self.part == len(self.parts()):
+            yield self.own_texts(texts)
+        self.shard_state, self.shard, self.block = None, self.shard + 1, 0
+        if self.shard == len(self.own_shards()):
             self.end_epoch()
 
-    def parts(self) -> list[int]:
-        """This stream's parts of the epoch."""
+    def own_shards(self) -> list[int]:
+        """This stream's shards of the epoch."""
         order = np.random.default_rng(self.seed + self.epoch).permutation(self.dataset.num_shards)
         return (order[self.index :: self.streams] if len(order) >= self.streams else order).tolist()
 
-    def mine(self, texts: list[str]) -> list[str]:
-        part = self.parts()[self.part]
-        order = np.random.default_rng([self.seed, self.epoch, part, self.block]).permutation(len(texts))
+    def own_texts(self, texts: list[str]) -> list[str]:
+        shard = self.own_shards()[self.shard]
+        order = np.random.default_rng([self.seed, self.epoch, shard, self.block]).permutation(len(texts))
         if self.dataset.num_shards < self.streams:
             order = order[self.index :: self.streams]
         texts = [texts[i] for i in order]
@@ -162,22 +163,24 @@ class StreamedDocuments:
 
     def end_epoch(self) -> None:
         if not self.found:
-            raise UserError(f"the streamed text has too few documents for {self.streams} streams; download it and give its files")
-        self.epoch, self.part, self.found = self.epoch + 1, 0, False
+            raise UserError(
+                f"the streamed text has too few documents for {self.streams} streams; download it and give its files"
+            )
+        self.epoch, self.shard, self.found = self.epoch + 1, 0, False
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        place = [self.epoch, self.part, self.block, self.offset, self.found]
-        library = json.dumps(self.part_state).encode()
-        return {"cursor": np.array(place, dtype=np.int64), "part": np.frombuffer(library, dtype=np.uint8)}
+        cursor = [self.epoch, self.shard, self.block, self.offset, self.found]
+        library = json.dumps(self.shard_state).encode()
+        return {"cursor": np.array(cursor, dtype=np.int64), "part": np.frombuffer(library, dtype=np.uint8)}
 
     def load_state_dict(self, state: State) -> None:
-        self.epoch, self.part, self.block, self.offset, found = state["cursor"].tolist()
-        self.part_state, self.found = json.loads(state["part"].tobytes()), bool(found)
+        self.epoch, self.shard, self.block, self.offset, found = state["cursor"].tolist()
+        self.shard_state, self.found = json.loads(state["part"].tobytes()), bool(found)
 
 
 def next_texts(rows: Iterator[dict[str, list[str]]]) -> list[str] | None:
     try:
         batch = next(rows, None)
-    except Exception as error:  # no network, a broken file: the libraries raise many kinds
+    except Exception as error:  # no network, a broken file: the libraries raise many types
         raise UserError(f"streaming the text failed ({first_line(error)}); resume when it can be read") from error
     return None if batch is None else batch["text"]

@@ -1,7 +1,8 @@
-"""The training data as one process sees it: micro-batches in a fixed global order, prepared ahead, exactly resumable.
+"""One process's training data: micro-batches in a fixed global order, prefetched, exactly resumable.
 
-Row g of the run (see `recipes.training.data.streams`) belongs to process g % world_size. As every process has been given the same number
-of rows whenever a step is complete, one number tells how far the run has come, and any number of processes can go on.
+Row g of the run (see `recipes.training.data.streams`) belongs to process g % world_size. After every step all
+processes have received the same number of rows, so one number is the position of the run, and any number of processes
+can resume it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,10 @@ from safetensors import safe_open
 
 from modeling_nanochat.errors import UserError
 
-from .background import BackgroundBatches, Fill, own
+from .background import BackgroundBatches, Fill, copy_out
 from .streams import STREAMS, Row, RowStream, StreamMaker, below
 
-TOKENS_BETWEEN_STATES = 2**20  # of one process: what resuming may have to pack once more
+TOKENS_BETWEEN_STATES = 2**20  # per process: at most this many are packed again when resuming
 StreamStates = dict[int, dict[str, np.ndarray]]
 
 
@@ -26,12 +27,12 @@ class Loader:
     """Endless micro-batches: {"input_ids": Long (batch_size, max_length + 1)}, for conversations also "labels".
 
     Args:
-        make_stream: Makes the stream of a number, and knows the widths of what streams write.
-        batch_size: Rows of one micro-batch of this process.
-        rank, world_size: This process and how many there are.
-        background: Tokenize and pack in a process of its own, ahead of training.
+        make_stream: Creates the stream of a number, and knows the widths of the arrays that streams write.
+        batch_size: Rows per micro-batch of this process.
+        rank, world_size: This process, and the number of processes.
+        background: Tokenize and pack in a background process, ahead of training.
         document_start: For document masking, the id that every document begins with: adds "position_ids" (batch_size,
-            max_length), which restart there.
+            max_length), which restart at it.
 
     Raises:
         UserError: The data cannot be read, or the background process was killed.
@@ -49,8 +50,8 @@ class Loader:
     ):
         self.make_stream, self.batch_size, self.rank, self.world_size = make_stream, batch_size, rank, world_size
         self.background, self.document_start = background, document_start
-        self.row = 0  # of the whole run; those before have been handed out
-        self.states: StreamStates = {}  # as of some row before
+        self.row = 0  # of the run; rows before it have been returned
+        self.states: StreamStates = {}  # at some earlier row
         self.batches: Iterator | None = None
 
     def __iter__(self) -> "Loader":
@@ -61,16 +62,16 @@ class Loader:
         batch, states = next(self.batches)
         self.row += self.batch_size * self.world_size
         if states is not None:
-            self.states = by_lane(states)
+            self.states = by_stream(states)
         return batch
 
     def start(self) -> None:
-        """Begin to prepare batches; the first batch asked for does so too."""
+        """Start preparing batches; done by the first `next` otherwise."""
         if self.batches is None:
             begin = partial(
                 begin_filling, self.make_stream, self.rank, self.world_size, self.row, self.states, self.document_start
             )
-            batches = BackgroundBatches if self.background else batches_here
+            batches = BackgroundBatches if self.background else foreground_batches
             self.batches = batches(begin, self.shapes())
 
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -80,33 +81,33 @@ class Loader:
         return {name: (self.batch_size, width) for name, width in widths.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Where the batches handed out so far end; of all processes together it is one point of the run.
+        """The position after the batches returned so far, and stream states to resume from.
 
-        Take it between optimizer steps, when every process has been handed the same number of batches.
+        Take it between optimizer steps, when every process has received the same number of batches.
         """
-        states = {f"stream.{stream}.{name}": array for stream, state in self.states.items() for name, array in state.items()}
+        states = {f"stream.{n}.{name}": array for n, state in self.states.items() for name, array in state.items()}
         numbers = {"row": np.array(self.row), "streams": np.array(STREAMS)}
         return {name: torch.from_numpy(np.array(array)) for name, array in (numbers | states).items()}
 
     def load_states(self, files: Sequence[Path]) -> None:
-        """Go on where the run that saved `files` (the state of each of its processes, however many) has stopped.
+        """Continue the run that saved `files` (the states of all its processes, however many).
 
         Raises:
-            UserError: The files are not of one point of one run, or of a version with other streams.
+            UserError: The files are not from one step of one run, or from a version with other streams.
         """
         self.close()
         self.row = common_row(files)
         self.states = newest_states(files, own_streams(self.rank, self.world_size))
 
     def close(self) -> None:
-        """End the background process. A batch asked for afterwards starts another, which continues."""
+        """Stop the background process. The next batch starts another, which continues."""
         if self.batches is not None:
             self.batches.close()
             self.batches = None
 
 
 def own_streams(rank: int, world_size: int) -> list[int]:
-    """The streams that have rows of this process."""
+    """The streams that contain rows of this process."""
     step = gcd(world_size, STREAMS)
     return list(range(rank % step, STREAMS, step))
 
@@ -121,26 +122,29 @@ def begin_filling(
 
 
 class Filler:
-    """Writes one process's rows, from row `row` of the run on, batch after batch."""
+    """Writes one process's rows, batch after batch, starting at row `row` of the run."""
 
-    def __init__(self, streams: dict[int, RowStream], rank: int, world_size: int, row: int, document_start: int | None):
+    def __init__(
+        self, streams: dict[int, RowStream], rank: int, world_size: int, row: int, document_start: int | None
+    ):
         self.streams, self.world_size, self.document_start = streams, world_size, document_start
         self.row = row + (rank - row) % world_size
-        self.tokens = TOKENS_BETWEEN_STATES  # since the last state: the first batch comes with one
+        self.tokens = TOKENS_BETWEEN_STATES  # since the last state: the first batch returns one
 
     def fill(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-        """Write the arrays (batch_size, width); now and then returns the state of the streams after it."""
+        """Write the arrays (batch_size, width); returns the streams' states every `TOKENS_BETWEEN_STATES` tokens."""
         for i in range(len(batch["input_ids"])):
             self.write({name: rows[i] for name, rows in batch.items()})
         self.tokens += batch["input_ids"].size
         if self.tokens < TOKENS_BETWEEN_STATES:
             return None
         self.tokens = 0
-        return {f"{n}.{name}": array for n, stream in self.streams.items() for name, array in stream.state_dict().items()}
+        states = {n: stream.state_dict() for n, stream in self.streams.items()}
+        return {f"{n}.{name}": array for n, state in states.items() for name, array in state.items()}
 
     def write(self, row: Row) -> None:
         stream = self.streams[self.row % STREAMS]
-        while stream.rows < self.row // STREAMS:  # rows of another process, or from before it was resumed
+        while stream.rows < self.row // STREAMS:  # rows of another process, or from before the resume
             stream.write(row)
         stream.write(row)
         if self.document_start is not None:
@@ -150,20 +154,20 @@ class Filler:
 
 def positions(ids: np.ndarray, document_start: int) -> np.ndarray:
     """Position (n,) of each token in its document."""
-    place = np.arange(len(ids))
-    return place - np.maximum.accumulate(np.where(ids == document_start, place, 0))
+    index = np.arange(len(ids))
+    return index - np.maximum.accumulate(np.where(ids == document_start, index, 0))
 
 
-def batches_here(begin: Callable[[], Fill], shapes: dict[str, tuple[int, int]]) -> Iterator:
-    """What `BackgroundBatches` does, by this process itself."""
+def foreground_batches(begin: Callable[[], Fill], shapes: dict[str, tuple[int, int]]) -> Iterator:
+    """Yield what `BackgroundBatches` does, computed in this process."""
     fill = begin()
     while True:
         batch = {name: torch.empty(shape, dtype=torch.long) for name, shape in shapes.items()}
         states = fill({name: tensor.numpy() for name, tensor in batch.items()})
-        yield {name: own(tensor) for name, tensor in batch.items()}, states
+        yield {name: copy_out(tensor) for name, tensor in batch.items()}, states
 
 
-def by_lane(states: dict[str, np.ndarray]) -> StreamStates:
+def by_stream(states: dict[str, np.ndarray]) -> StreamStates:
     streams = {int(name.partition(".")[0]) for name in states}
     return {stream: below(f"{stream}.", states) for stream in sorted(streams)}
 
@@ -174,14 +178,17 @@ def common_row(files: Sequence[Path]) -> int:
         with safe_open(file, "np") as state:
             rows.add(int(state.get_tensor("row")))
             if int(state.get_tensor("streams")) != STREAMS:
-                raise UserError(f"{file}: made by a version with other data streams; resume with that version or start anew")
+                raise UserError(
+                    f"{file}: made by a version with other data streams; resume with that version or start over"
+                )
     if len(rows) != 1:
-        raise UserError(f"{files[0] if files else 'the checkpoint'}: the states of the data are not of one step; use another checkpoint")
+        name = files[0] if files else "the checkpoint"
+        raise UserError(f"{name}: the states of the data are not of one step; use another checkpoint")
     return rows.pop()
 
 
 def newest_states(files: Sequence[Path], streams: Sequence[int]) -> StreamStates:
-    """The state of each stream, from the file in which it has come farthest."""
+    """The state of each stream, from the file in which it is furthest ahead."""
     newest: StreamStates = {}
     for file in files:
         with safe_open(file, "np") as saved:
@@ -193,7 +200,7 @@ def newest_states(files: Sequence[Path], streams: Sequence[int]) -> StreamStates
 
 
 class SavedStream:
-    """A stream's part of an open file; absent where the process that wrote it had nothing of that stream."""
+    """A stream's tensors in an open file; none if the process that wrote it did not use that stream."""
 
     def __init__(self, saved: safe_open, stream: int):
         self.saved, self.prefix = saved, f"stream.{stream}."

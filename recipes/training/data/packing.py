@@ -1,6 +1,6 @@
-"""Packing: documents and conversations into rows of one length, every row beginning with `<|bos|>`.
+"""Packs documents and conversations into rows of one length; every row begins with `<|bos|>`.
 
-Best fit, as in the original: cut rows from long texts with few losses (documents) or not at all (conversations).
+Best fit, as in the original: documents are cropped as little as possible, conversations never.
 """
 
 from bisect import bisect_left, insort
@@ -11,23 +11,23 @@ import numpy as np
 
 IGNORED = -100
 Ids = Sequence[int] | np.ndarray
-Conversation = tuple[Ids, Ids]  # token ids, and 1 where the token is to be learnt
+Conversation = tuple[Ids, Ids]  # token ids, and 1 for tokens to train on
 Item = TypeVar("Item")
 
 
 class Buffer(Generic[Item]):
-    """Items waiting for a row, refilled from batches so that at least `size` are on hand while there are any.
+    """Items waiting for a row, refilled from batches to at least `size` items as long as there are any.
 
     Batches are of pairs (length in tokens, item).
     """
 
     def __init__(self, batches: Iterable[Iterable[tuple[int, Item]]], size: int):
         self.batches, self.size = iter(batches), size
-        self.waiting: list[tuple[int, int, Item]] = []  # sorted: length, number of arrival, item
+        self.waiting: list[tuple[int, int, Item]] = []  # sorted: length, order of arrival, item
         self.arrived = 0
 
     def refill(self) -> bool:
-        """True while there is something to take."""
+        """Refill from the batches; False if nothing is left."""
         while len(self.waiting) < self.size:
             batch = next(self.batches, None)
             if batch is None:
@@ -41,7 +41,7 @@ class Buffer(Generic[Item]):
         self.arrived += 1
 
     def pop_longest_fitting(self, space: int) -> Item | None:
-        """The longest item of at most `space` tokens, the earliest of equals; None if there is none."""
+        """Remove and return the longest item of at most `space` tokens, earliest first; None if there is none."""
         end = bisect_left(self.waiting, (space + 1,))
         if end == 0:
             return None
@@ -53,27 +53,27 @@ class Buffer(Generic[Item]):
 
 
 def fill_with_documents(buffer: Buffer[np.ndarray], row: np.ndarray) -> bool:
-    """Write a row (capacity,) of documents, ids that begin with `<|bos|>`; False if they end before the row does.
+    """Write a row (capacity,) of documents, ids that begin with `<|bos|>`; False if there are too few to fill it.
 
-    Next comes the longest waiting document that still fits; when none does, the shortest is cut to fill the rest.
+    Takes the longest waiting document that still fits; if none does, crops the shortest to fill the rest.
     """
     end = 0
     while end < len(row) and buffer.refill():
         document = buffer.pop_longest_fitting(len(row) - end)
         if document is None:
             document = buffer.pop_shortest()
-        piece = document[: len(row) - end]
-        row[end : end + len(piece)] = piece
-        end += len(piece)
+        document = document[: len(row) - end]
+        row[end : end + len(document)] = document
+        end += len(document)
     return end == len(row)
 
 
 def fill_with_conversations(
     buffer: Buffer[Conversation], ids: np.ndarray, labels: np.ndarray, pad_token_id: int
 ) -> bool:
-    """Write a row of whole conversations into `ids` and `labels` (capacity,); False if there was none left.
+    """Write a row of uncropped conversations into `ids` and `labels` (capacity,); False if none was left.
 
-    Labels are the ids where the mask is 1 and -100 elsewhere, unshifted. What no conversation fits into is padding.
+    Labels are the ids where the mask is 1 and -100 elsewhere, unshifted. Space that no conversation fits is padded.
 
     Raises:
         ValueError: A conversation is longer than a row.
@@ -94,7 +94,7 @@ def fill_with_conversations(
 
 
 def pack_documents(batches: Iterable[Sequence[Ids]], capacity: int, buffer_size: int = 1000) -> Iterator[np.ndarray]:
-    """Rows (capacity,) int64 from batches of documents, until these end; a last, unfilled row is dropped."""
+    """Yield rows (capacity,) int64 from batches of documents until they end; drops a last, partial row."""
     sized = ([(len(document), np.asarray(document)) for document in batch] for batch in batches)
     buffer: Buffer[np.ndarray] = Buffer(sized, buffer_size)
     while fill_with_documents(buffer, row := np.empty(capacity, dtype=np.int64)):
@@ -104,9 +104,9 @@ def pack_documents(batches: Iterable[Sequence[Ids]], capacity: int, buffer_size:
 def pack_conversations(
     batches: Iterable[Sequence[Conversation]], capacity: int, pad_token_id: int, buffer_size: int = 100
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of ids and labels (capacity,) int64 from batches of conversations, until these end.
+    """Yield rows of ids and labels (capacity,) int64 from batches of conversations until they end.
 
-    No conversation is cut: one that is longer than a row or has nothing to learn must be left out before.
+    Conversations are not cropped: remove those longer than a row, or without a token to train on, before.
     """
     sized = ([(len(conversation[0]), conversation) for conversation in batch] for batch in batches)
     buffer: Buffer[Conversation] = Buffer(sized, buffer_size)

@@ -1,17 +1,17 @@
-"""Streams: the rows of a run, numbered once and for all, whatever the number of processes.
+"""Streams of rows: a fixed order of the rows of a run, for any number of processes.
 
-Row g of a run comes from stream g % STREAMS. A stream is an endless stream of packed rows, a function of the data, the
-tokenizer, the seed and the stream's number alone. So a run gets the same rows in the same order on one process or sixty-four,
-and continues on another number; a process tokenizes only for the streams it needs.
+Row g of a run comes from stream g % STREAMS. A stream is an endless sequence of packed rows, determined by the data,
+the tokenizer, the seed and the stream's number. So a run gets the same rows in the same order on one process or
+sixty-four, and can resume on another number; a process tokenizes only for the streams it needs.
 
-    1, 2, 4, 8, 16 processes    share the streams
+    1, 2, 4, 8, 16 processes    divide the streams among them
     32, 64, ...                 two, four, ... processes compute the same stream
-    3, 5, 7, ...                every process computes all streams, and leaves out what is another's
+    3, 5, 7, ...                every process computes all streams, and skips the rows of other processes
 
-Each stream packs from a buffer of its own, of 64 to 191 documents; 16 streams are filled from 2048 of them in about a second.
-Against the original's one buffer of 1000, cut off are 22.7 % instead of 22.4 % of the tokens of children's stories; of
-documents with lengths as on the web (lognormal), 24.5 % instead of 18.8 % after 30,000 rows, where the one buffer was
-still filling with documents that exceed a row (at least 21.7 % are cut off in the long run).
+Each stream packs from its own buffer of 64 to 191 documents; filling 16 streams from 2,048 documents takes about a
+second. Compared with the original's one 1,000-document buffer, 22.7 % of the tokens of children's stories are cropped
+instead of 22.4 %; of documents with web-like lengths (lognormal), 24.5 % instead of 18.8 % after 30,000 rows, where
+the one buffer was still filling with documents longer than a row (in the long run at least 21.7 % are cropped).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,15 +40,15 @@ from .documents import (
 from .packing import Buffer, Conversation, fill_with_conversations, fill_with_documents
 
 STREAMS = 16
-FEW = STREAMS * CHUNK_SIZE  # documents that are encoded only once, for all streams and epochs
-CHARACTERS_AT_ONCE = 2**22  # of documents that are encoded together
+FEW = STREAMS * CHUNK_SIZE  # up to this many documents are encoded only once, for all streams and epochs
+CHARACTERS_AT_ONCE = 2**22  # of the documents in one call of the encoder
 Row = dict[str, np.ndarray]  # name -> int64 (width,), written in place
-Document = tuple[int, np.ndarray]  # its tokens, and of their ids (n,) uint32 as many as a row can hold
-Encode = Callable[[list], list[Document | None]]  # None for a blank one
+Document = tuple[int, np.ndarray]  # length in tokens, and the ids (n,) uint32, cropped to a row
+Encode = Callable[[list], list[Document | None]]  # None for a blank document
 
 
 class RowStream(Protocol):
-    """An endless stream of rows that can be left and taken up again."""
+    """An endless, resumable stream of rows."""
 
     rows: int  # written so far
 
@@ -61,7 +61,7 @@ class RowStream(Protocol):
 
 
 class StreamMaker(Protocol):
-    """Makes the stream of a number. Must survive pickling, where processes are not forked."""
+    """Creates the stream of a number. Must be picklable where processes are not forked."""
 
     widths: dict[str, int]  # of the arrays that its streams write
 
@@ -69,9 +69,9 @@ class StreamMaker(Protocol):
 
 
 class TextStream:
-    """Rows full of documents, best-fit packed and cut.
+    """Rows of documents, best-fit packed and cropped.
 
-    The state holds the ids of the documents that wait in the buffer: nothing is read or encoded again.
+    The state holds the ids of the documents in the buffer: nothing is read or encoded again.
     """
 
     def __init__(self, documents: ShuffledDocuments | StreamedDocuments, encode: Encode, capacity: int):
@@ -104,27 +104,29 @@ class TextStream:
         check_fingerprint(self.fingerprint, state)
         self.rows = int(state["rows"])
         ends = np.cumsum(np.minimum(state["lengths"], self.capacity))
-        pieces = np.split(state["tokens"].astype(np.uint32), ends)
-        for length, ids in zip(state["lengths"].tolist(), pieces, strict=False):  # after the last end is nothing
+        documents = np.split(state["tokens"].astype(np.uint32), ends)
+        for length, ids in zip(state["lengths"].tolist(), documents, strict=False):  # the last split is empty
             self.buffer.add(length, ids)
         self.documents.load_state_dict(state)
 
 
 class ConversationStream:
-    """Rows of whole conversations, best-fit packed and padded."""
+    """Rows of uncropped conversations, best-fit packed and padded."""
 
-    def __init__(self, conversations: Sequence[Conversation], sampler: StridedSampler, pad_token_id: int, capacity: int):
+    def __init__(
+        self, conversations: Sequence[Conversation], sampler: StridedSampler, pad_token_id: int, capacity: int
+    ):
         self.conversations, self.sampler, self.pad_token_id = conversations, sampler, pad_token_id
         self.chunk_size = chunk_size(len(conversations), sampler.streams, CONVERSATIONS)
-        self.buffer: Buffer[tuple] = Buffer(self.dealt(), self.chunk_size // 2)
+        self.buffer: Buffer[tuple] = Buffer(self.sampled(), self.chunk_size // 2)
         self.fingerprint = np.array([capacity, len(conversations), sampler.epochs.seed])
         self.rows = 0
 
-    def dealt(self) -> Iterator[list[tuple[int, tuple]]]:
+    def sampled(self) -> Iterator[list[tuple[int, tuple]]]:
         while True:
-            yield [self.numbered(index) for index in self.sampler.take(self.chunk_size)]
+            yield [self.indexed(index) for index in self.sampler.take(self.chunk_size)]
 
-    def numbered(self, index: int) -> tuple[int, tuple]:
+    def indexed(self, index: int) -> tuple[int, tuple]:
         ids, mask = self.conversations[index]
         return len(ids), (ids, mask, index)
 
@@ -144,11 +146,11 @@ class ConversationStream:
         check_fingerprint(self.fingerprint, state)
         self.rows, self.sampler.cursor = int(state["rows"]), int(state["cursor"])
         for index in state["waiting"].tolist():
-            self.buffer.add(*self.numbered(index))
+            self.buffer.add(*self.indexed(index))
 
 
 class MixedStream:
-    """After every `every` rows of one stream a row of another; `first` rows of the first cycle are left out."""
+    """A row of `other` after every `every` rows of `usual`; the first cycle starts at its row `first`."""
 
     def __init__(self, usual: RowStream, other: RowStream, every: int, first: int):
         self.usual, self.other, self.every, self.first = usual, other, every, first
@@ -158,12 +160,12 @@ class MixedStream:
         return self.usual.rows + self.other.rows
 
     def write(self, row: Row) -> None:
-        place = (self.rows + self.first) % (self.every + 1)
-        (self.other if place == self.every else self.usual).write(row)
+        position = (self.rows + self.first) % (self.every + 1)
+        (self.other if position == self.every else self.usual).write(row)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        parts = {"usual": self.usual.state_dict(), "other": self.other.state_dict()}
-        state = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        states = {"usual": self.usual.state_dict(), "other": self.other.state_dict()}
+        state = {f"{stream}.{name}": value for stream, values in states.items() for name, value in values.items()}
         return {"rows": np.array(self.rows), **state}
 
     def load_state_dict(self, state: State) -> None:
@@ -178,12 +180,12 @@ def below(prefix: str, state: State) -> dict[str, np.ndarray]:
 def check_fingerprint(fingerprint: np.ndarray, state: State) -> None:
     """
     Raises:
-        UserError: The state is of a run with other data.
+        UserError: The state is from a run with other data.
     """
     if not np.array_equal(fingerprint, state["fingerprint"]):
         raise UserError(
-            "the checkpoint was made with other data (number of documents, seed or max_length); resume with the files and "
-            "settings it was made with, or start anew"
+            "the checkpoint was made with other data (number of documents, seed or max_length); resume with the files "
+            "and settings it was made with, or start over"
         )
 
 
@@ -195,7 +197,7 @@ class TextStreams:
     tokenizer: PreTrainedTokenizerFast
     max_length: int
     seed: int = 0
-    threads: int | None = None  # that encode; None: by the number of cores
+    threads: int | None = None  # for encoding; None: by the number of cores
 
     @property
     def widths(self) -> dict[str, int]:
@@ -207,22 +209,24 @@ class TextStreams:
 
     @cached_property
     def epochs(self) -> Epochs:
-        if not any(is_text(text) for text in self.texts["text"]):  # or a stream would wait for itself
+        if not any(is_text(text) for text in self.texts["text"]):  # or a stream would loop forever
             raise UserError("there is no text to train on, every document is empty; give other files")
         return Epochs(len(self.texts), self.seed)
 
     @cached_property
     def encoded(self) -> dict[int, Document | None]:
-        """Those of few documents that have been encoded, by index."""
+        """Cache of encoded documents by index, for small data sets."""
         return {}
 
     def __call__(self, stream: int) -> TextStream:
         if isinstance(self.texts, IterableDataset):
-            return TextStream(StreamedDocuments(self.texts, stream, STREAMS, self.seed), self.encode, self.max_length + 1)
-        return TextStream(ShuffledDocuments(StridedSampler(self.epochs, stream, STREAMS)), self.encode_at, self.max_length + 1)
+            streamed = StreamedDocuments(self.texts, stream, STREAMS, self.seed)
+            return TextStream(streamed, self.encode, self.max_length + 1)
+        shuffled = ShuffledDocuments(StridedSampler(self.epochs, stream, STREAMS))
+        return TextStream(shuffled, self.encode_at, self.max_length + 1)
 
     def encode_at(self, indices: list[int]) -> list[Document | None]:
-        """The documents at `indices`, which may repeat: of few documents, every stream takes the same ones again and again."""
+        """The documents at `indices`, which may repeat; small data sets are cached: every stream rereads them."""
         encoded = self.encoded if len(self.texts) <= FEW else {}
         missing = [index for index in dict.fromkeys(indices) if index not in encoded]
         if missing:
@@ -230,17 +234,17 @@ class TextStreams:
         return [encoded[index] for index in indices]
 
     def encode(self, texts: list[str | None]) -> list[Document | None]:
-        written = groups([text for text in texts if is_text(text)])
-        documents = (self.shortened(ids) for group in written for ids in self.encoder.encode(group))
+        batches = groups([text for text in texts if is_text(text)])
+        documents = (self.shortened(ids) for batch in batches for ids in self.encoder.encode(batch))
         return [next(documents) if is_text(text) else None for text in texts]
 
     def shortened(self, ids: np.ndarray) -> Document:
-        """What exceeds a row counts in choosing, but can never be written."""
+        """The full length, which packing needs, and at most one row of ids."""
         return len(ids), ids if len(ids) <= self.max_length + 1 else ids[: self.max_length + 1].copy()
 
 
 def groups(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts, no more of them at a time than are worth the memory of their ids."""
+    """Yield the texts in groups, to limit the memory of their ids."""
     group: list[str] = []
     for text in texts:
         group.append(text)
@@ -252,10 +256,10 @@ def groups(texts: Sequence[str]) -> Iterator[list[str]]:
 
 @dataclass
 class ConversationStreams:
-    """Streams of rendered conversations, as `recipes.training.data.conversations.render` leaves them: each fits and has something to learn.
+    """Streams of conversations from `recipes.training.data.conversations.render`, which fit a row.
 
     Raises:
-        UserError: There is none, or one is longer than a row or without a learnt token after its first.
+        UserError: There is none, or one is longer than a row or has no token to train on after its first.
     """
 
     conversations: Sequence[Conversation]
@@ -268,7 +272,8 @@ class ConversationStreams:
             raise UserError("there is no conversation to train on; give other files")
         for number, (ids, mask) in enumerate(self.conversations, start=1):
             if len(ids) > self.max_length + 1 or not np.any(mask[1:]):
-                raise UserError(f"conversation {number} has more than {self.max_length + 1} tokens or none to learn; leave it out")
+                problem = f"conversation {number} has more than {self.max_length + 1} tokens or none to train on"
+                raise UserError(f"{problem}; leave it out")
 
     @property
     def widths(self) -> dict[str, int]:
@@ -285,7 +290,7 @@ class ConversationStreams:
 
 @dataclass
 class MixedStreams:
-    """Streams of conversations with a row of text after every `replay_every` rows, no two streams in step.
+    """Streams of conversations with a row of text after every `replay_every` rows, offset differently per stream.
 
     Raises:
         UserError: `replay_every` is less than 1.
@@ -297,7 +302,9 @@ class MixedStreams:
 
     def __post_init__(self) -> None:
         if self.replay_every < 1:
-            raise UserError(f"replay_every {self.replay_every}: rows of conversations between rows of text; at least 1")
+            raise UserError(
+                f"replay_every {self.replay_every}: rows of conversations between rows of text; give at least 1"
+            )
 
     @property
     def widths(self) -> dict[str, int]:

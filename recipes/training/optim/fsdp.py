@@ -1,4 +1,4 @@
-"""FSDP2: one model sharded over all processes, for sizes whose weights, gradients and state do not fit on each."""
+"""FSDP2: one model sharded over all processes, if weights, gradients and state do not fit on each device."""
 
 import torch
 from accelerate import Accelerator
@@ -11,17 +11,17 @@ from modeling_nanochat.errors import UserError
 
 
 def shard_model(model: PreTrainedModel, accelerator: Accelerator) -> FSDPModule:
-    """Shard `model` in place, as the launch file's `fsdp_config` says: each decoder layer is a unit, all else is one more.
+    """Shard `model` in place, by the launch file's `fsdp_config`: one unit per decoder layer, and one for the rest.
 
-    `accelerator.prepare` would average gradients in bfloat16 and round the loss to it. It would also make the head a unit
-    of its own, whose weight is whole only while the head itself is called; the chunked loss takes the weight instead.
+    `accelerator.prepare` would average gradients in bfloat16 and round the loss to it. It would also make the head a
+    separate unit, whose weight is gathered only while the head is called; the chunked loss reads the weight directly.
 
     Raises:
         UserError: `fsdp_cpu_ram_efficient_loading` is set.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.cpu_ram_efficient_loading:
-        raise UserError("fsdp_cpu_ram_efficient_loading: here every process builds the whole model; set it to false")
+        raise UserError("fsdp_cpu_ram_efficient_loading: here every process builds the full model; set it to false")
     if plugin.activation_checkpointing:
         recompute_layers(model)
     options = {
@@ -31,28 +31,28 @@ def shard_model(model: PreTrainedModel, accelerator: Accelerator) -> FSDPModule:
     }
     for layer in model.base_model.layers:
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
-    # Resharded in any case: an evaluation would else leave the head whole, outside of any pass.
+    # Always resharded: an evaluation would otherwise leave the head gathered between passes.
     return fully_shard(model, reshard_after_forward=True, **options)
 
 
 def mixed_precision_policy(precision: str) -> MixedPrecisionPolicy:
-    """bfloat16 weights travel and compute, gradients are summed in float32, and outputs such as the loss stay as they are."""
+    """Gather and compute in bfloat16, reduce gradients in float32, and do not cast outputs such as the loss."""
     if precision == "no":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Keep only the layers' inputs for the backward pass; transformers 5.24 renamed how."""
+    """Turn on activation checkpointing, which transformers 5.24 renamed."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # under either name the first argument
+    enable({"use_reentrant": False})  # the first argument under either name
 
 
 def forget_failed_pass(module: nn.Module) -> bool:
-    """Make `module` ready for another pass after one that an exception has ended; False where that is not possible.
+    """Reset `module` after a pass that raised an exception; False if that is not possible.
 
-    Of sharded modules the next pass's gradients may still hold some of the failed one's: drop them too. They cannot be made
-    ready with torch older than 2.13, where gradients of a later pass could go missing.
+    The next pass's gradients of a sharded module may still include some of the failed pass: drop them too. With torch
+    older than 2.13 a sharded module cannot be reset, and gradients of a later pass could be lost.
     """
     if isinstance(module, FSDPModule):
         if not hasattr(module, "reset_iter_state"):

@@ -1,14 +1,14 @@
-"""The dial: batch size, number of steps, learning rates and weight decay of pretraining, all from a configuration's sizes.
+"""The dial: batch size, steps, learning rates and weight decay of pretraining, derived from a configuration's sizes.
 
-Two recipes. *classic* is the launch's: 20 tokens per parameter, 524,288 tokens per step, constants for the rest. *current*
-is today's: 12 tokens per parameter in matrices and head, and constants tuned at depth 12 that are carried over to other
-sizes by the number of training tokens D:
+Two recipes. *classic* is the launch's: 20 tokens per parameter, 524,288 tokens per step, constants for the rest.
+*current* is today's: 12 tokens per parameter in matrices and head, and constants tuned at depth 12 that are
+transferred to other sizes by the number of training tokens D:
 - batch size ∝ D^0.383, rounded to a power of two (arXiv 2505.13738)
 - learning rates ∝ sqrt(batch size), as for Adam
-- weight decay such that learning rate x weight decay x D / batch size, how often the run forgets its weights, stays the
-  same (arXiv 2405.13698)
+- weight decay such that learning rate x weight decay x D / batch size, the number of times a run forgets its weights,
+  stays constant (arXiv 2405.13698)
 
-What is given by name is taken as it is. AdamW's rates are meant for a width of 768; the optimizer's groups scale them.
+Values that are given are not changed. AdamW's rates hold at width 768; the optimizer's parameter groups scale them.
 """
 
 import copy
@@ -28,13 +28,13 @@ REFERENCE_BATCH_SIZE = 2**19
 BATCH_SIZE_EXPONENT = 0.383
 FEWEST_STEPS = 100  # the original's smallest model trains 528
 STEPS_PER_WARMUP_STEP = 10
-# Origins of a value that was not derived.
-GIVEN, RECIPES_OWN = TAKEN = ("given", "the recipe's")
+# Origins of values that were not derived
+GIVEN, RECIPE_DEFAULT = NOT_DERIVED = ("given", "recipe default")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Constants of a recipe; the defaults are the current one's. With `scales`, they hold for depth 12."""
+    """Constants of a recipe; the defaults are those of "current". If `scales`, they hold at depth 12."""
 
     scales: bool = True
     counted: str = "matrices and head"
@@ -54,7 +54,7 @@ class Recipe:
     final_weight_decay_fraction: float = 0.0
 
     def parameters(self, config: NanoChatConfig) -> int:
-        """Parameters that the horizon is counted by."""
+        """The parameters that tokens per parameter refers to."""
         return scaling_parameters(config) if self.scales else parameter_counts(config)["total"]
 
 
@@ -81,10 +81,10 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run of pretraining is made with.
+    """The resolved hyperparameters of a pretraining run.
 
-    `origins` says of each value where it comes from: "given", "the recipe's", or how it was derived. `flops` are those of the
-    model over the whole run, forward and backward. `learning_rate_factor` is already in the derived rates.
+    `origins` tells where each value comes from: "given", "recipe default", or how it was derived. `flops` are the
+    model's over the run, forward and backward. The derived rates already include `learning_rate_factor`.
     """
 
     recipe: str
@@ -120,20 +120,20 @@ class Plan:
         )
 
     def lines(self) -> list[str]:
-        """The plan, to be printed: what it amounts to, each derived value with its origin, then the others."""
+        """The plan as printed lines: its size, each derived value with its origin, then the other values."""
         counted = RECIPES[self.recipe].counted
         amount = (
             f"recipe {self.recipe}: {self.max_steps:,} steps of {self.total_batch_size:,} tokens = {self.tokens:,} "
             f"tokens, {self.tokens_per_parameter:.3g} per parameter of {counted}; {self.flops:.3g} FLOPs"
         )
-        named = {name: f"{name} {plain(getattr(self, name))}" for name in self.origins}
-        derived = [f"  derived: {named[name]} = {why}" for name, why in self.origins.items() if why not in TAKEN]
-        taken = [(kind, [named[name] for name, why in self.origins.items() if why == kind]) for kind in TAKEN]
-        return [amount] + derived + [f"  {kind}: {', '.join(names)}" for kind, names in taken if names]
+        named = {name: f"{name} {format_number(getattr(self, name))}" for name in self.origins}
+        derived = [f"  derived: {named[name]} = {why}" for name, why in self.origins.items() if why not in NOT_DERIVED]
+        others = [(kind, [named[name] for name, why in self.origins.items() if why == kind]) for kind in NOT_DERIVED]
+        return [amount] + derived + [f"  {kind}: {', '.join(names)}" for kind, names in others if names]
 
 
-def plain(value: float | None) -> str:
-    """A number as people write it: 524,288 or 0.0283; `none` for None."""
+def format_number(value: float | None) -> str:
+    """A readable number: 524,288 or 0.0283; `none` for None."""
     if value is None:
         return "none"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
@@ -159,27 +159,27 @@ def resolve_hyperparameters(
     momentum_steps: int | None = None,
     aspect_ratio: int | None = None,
 ) -> Plan:
-    """The plan of a run, from a plain or turbo configuration, in the dial's sizes or any others.
+    """The plan of a run, from a plain or turbo configuration of any size.
 
-    The number of steps comes from `max_steps`, else from `target_flops`, else from `target_param_data_ratio`. Batch size
-    and weight decay follow from the ratio's number of tokens in any case, as in the original.
+    The number of steps comes from `max_steps`, else from `target_flops`, else from `target_param_data_ratio`. Batch
+    size and weight decay always follow from the ratio's number of tokens, as in the original.
 
     Args:
-        config: Sizes of the model; its vocabulary counts.
+        config: The model's sizes; its vocabulary counts.
         recipe: "classic" or "current".
-        max_length: Tokens of a row; a step is a whole number of them.
-        max_steps: Optimizer steps; here and in the next three, -1 means None: derive it.
-        target_flops: Training FLOPs of the whole run.
-        target_param_data_ratio: Training tokens per parameter that the recipe counts.
+        max_length: Tokens per row; a step is a whole number of rows.
+        max_steps: Optimizer steps; for this and the next three, -1 means None: derive it.
+        target_flops: Training FLOPs of the run.
+        target_param_data_ratio: Training tokens per parameter, of the parameters that the recipe counts.
         total_batch_size: Tokens per optimizer step.
-        matrix_lr: This rate and the others are taken as they are; a derived one has `learning_rate_factor` in it.
-        aspect_ratio: What `config.from_depth` was called with, for the reference of depth 12; otherwise the usual one
-            if it gives this width, else the width per layer.
+        matrix_lr: This and the other rates are used as given; a derived rate includes `learning_rate_factor`.
+        aspect_ratio: The argument of `config.from_depth`, for the reference at depth 12; by default the usual ratio if
+            it gives this width, else the width per layer.
 
     Raises:
-        UserError: An unknown recipe, a value out of its range, or a run of less than one step.
+        UserError: The recipe is unknown, a value is out of range, or the run has less than one step.
     """
-    constants = recipe_named(recipe)
+    constants = get_recipe(recipe)
     sizes = {"max_steps": max_steps, "target_flops": target_flops, "total_batch_size": total_batch_size}
     sizes["target_param_data_ratio"] = target_param_data_ratio
     sizes = {name: given_or_none(value) for name, value in sizes.items()}
@@ -210,13 +210,13 @@ def resolve_hyperparameters(
         tokens=steps * batch,
         tokens_per_parameter=steps * batch / counted,
         flops=steps * flops_per_step,
-        origins=origins | why_rates | why_shape | {"max_grad_norm": RECIPES_OWN},
+        origins=origins | why_rates | why_shape | {"max_grad_norm": RECIPE_DEFAULT},
         **rates,
         **shape,
     )
 
 
-def recipe_named(name: str) -> Recipe:
+def get_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise UserError(f"recipe {name} is unknown; take {' or '.join(RECIPES)}")
     return RECIPES[name]
@@ -230,21 +230,21 @@ def check_ranges(
 ) -> None:
     """
     Raises:
-        UserError: A value out of its range; None is in all of them.
+        UserError: A value is out of range; None is always in range.
     """
     for name, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} is {value}; give a positive number, or leave it out")
     for name, value in not_negative.items():
         if value is not None and not 0 <= value < math.inf:
-            raise UserError(f"{name} is {value}; it must not be negative, nor infinite")
+            raise UserError(f"{name} is {value}; it must not be negative or infinite")
     for name, value in shares.items():
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{name} is {value}; it is a share, from 0 to 1")
 
 
 def given_or_none(value: float | None) -> float | None:
-    """None for -1, which stands for a value that is to be derived."""
+    """`value`, with -1 (derive it) replaced by None."""
     return None if value == -1 else value
 
 
@@ -255,7 +255,8 @@ def check_whole_rows(tokens: int | None, max_length: int) -> None:
     """
     if tokens is not None and tokens % max_length:
         raise UserError(
-            f"total_batch_size {tokens} must be a multiple of max_length {max_length}; take {whole_rows(tokens, max_length)}"
+            f"total_batch_size {tokens} must be a multiple of max_length {max_length}; "
+            f"take {whole_rows(tokens, max_length)}"
         )
 
 
@@ -265,7 +266,7 @@ def whole_rows(tokens: int, max_length: int) -> int:
 
 
 def reference(config: NanoChatConfig, aspect_ratio: int | None = None) -> NanoChatConfig:
-    """The same architecture and vocabulary at depth 12, to count its parameters; its other fields are not adapted."""
+    """The same architecture and vocabulary at depth 12, for counting parameters; other fields are not adapted."""
     heads, depth = config.num_attention_heads, config.num_hidden_layers
     per_head = config.hidden_size / heads
     if aspect_ratio is None:
@@ -283,23 +284,23 @@ def reference(config: NanoChatConfig, aspect_ratio: int | None = None) -> NanoCh
 
 
 def batch_size(constants: Recipe, given: int | None, tokens: int, growth: float, max_length: int) -> tuple[int, str]:
-    """Tokens per step and their origin; a derived batch leaves a tiny model's run enough steps.
+    """Tokens per step and their origin; a derived batch is small enough that tiny models get enough steps.
 
     Args:
         tokens: Training tokens by the ratio of tokens to parameters.
-        growth: The same, relative to depth 12's.
+        growth: `tokens` relative to depth 12.
     """
     if given is not None:
         return given, GIVEN
-    best, why = REFERENCE_BATCH_SIZE, RECIPES_OWN
+    best, why = REFERENCE_BATCH_SIZE, RECIPE_DEFAULT
     if constants.scales:
         best = 2 ** round(math.log2(REFERENCE_BATCH_SIZE * growth**BATCH_SIZE_EXPONENT))
         why = f"{REFERENCE_BATCH_SIZE:,} x {growth:.3g}^{BATCH_SIZE_EXPONENT}, to a power of two"
     if best * FEWEST_STEPS > tokens:
         best = 2 ** math.floor(math.log2(max(1, tokens / FEWEST_STEPS)))
         why = f"{tokens:,} tokens / {FEWEST_STEPS} steps, to a power of two"
-    whole = whole_rows(best, max_length)
-    return whole, why if whole == best else f"{best:,} to whole rows of {max_length:,}"
+    rounded = whole_rows(best, max_length)
+    return rounded, why if rounded == best else f"{best:,} to whole rows of {max_length:,}"
 
 
 def horizon(
@@ -308,7 +309,7 @@ def horizon(
     """Optimizer steps and their origin.
 
     Raises:
-        UserError: Less than one.
+        UserError: The run has less than one step.
     """
     if sizes["max_steps"] is not None:
         return sizes["max_steps"], GIVEN
@@ -331,8 +332,8 @@ def resolve_rates(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Learning rates and weight decay, with their origins.
 
-    Kept is learning rate x weight decay x D / batch size. With the derived learning rate this is the original's
-    weight decay x sqrt(batch size / reference) x reference D / D; a given rate stands in its place.
+    Learning rate x weight decay x D / batch size stays constant. With the derived learning rate this is the original's
+    weight decay x sqrt(batch size / reference) x reference D / D; a given rate replaces the derived one.
     """
     factor = learning_rate_factor(constants, batch)
     factors = {name: factor for name in given if name != "weight_decay"}
@@ -342,8 +343,8 @@ def resolve_rates(
     for name, value in given.items():
         usual = getattr(constants, name)
         values[name] = usual * factors[name] if value is None else value
-        how = "batch size, rate and tokens" if name == "weight_decay" else "the root of the batch size"
-        derived = f"{usual:g} x {factors[name]:.4g}, by {how}" if constants.scales else RECIPES_OWN
+        how = "batch size, rate and tokens" if name == "weight_decay" else "the square root of the batch size"
+        derived = f"{usual:g} x {factors[name]:.4g}, by {how}" if constants.scales else RECIPE_DEFAULT
         origins[name] = derived if value is None else GIVEN
     return values, origins
 
@@ -351,9 +352,9 @@ def resolve_rates(
 def resolve_shape(
     constants: Recipe, given: Mapping[str, float | None], steps: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """The schedule's values, with their origins; in a short run a warm-up that nobody gave is shorter."""
+    """The schedule's values, with their origins; short runs get a shorter warm-up unless one is given."""
     values = {name: getattr(constants, name) if value is None else value for name, value in given.items()}
-    origins = {name: RECIPES_OWN if value is None else GIVEN for name, value in given.items()}
+    origins = {name: RECIPE_DEFAULT if value is None else GIVEN for name, value in given.items()}
     longest = steps // STEPS_PER_WARMUP_STEP
     if given["warmup_steps"] is None and longest < constants.warmup_steps:
         values["warmup_steps"], origins["warmup_steps"] = longest, f"{steps} steps / {STEPS_PER_WARMUP_STEP}"

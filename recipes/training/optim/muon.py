@@ -1,11 +1,11 @@
-"""The arithmetic of Muon, as pure functions on matrices of one shape, stacked: (K, rows, columns).
+"""The arithmetic of Muon, as functions on stacks of equally shaped matrices: (K, rows, columns).
 
 Two recipes. The launch version (`newton_schulz`): Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon/),
 momentum and five Newton-Schulz iterations. Today's (`polar_express`): row equilibration (MuonEq, arXiv 2603.28254),
 Polar Express (arXiv 2505.16932), renormalisation (Muon+, arXiv 2602.21545), then per-neuron variance (NorMuon,
 arXiv 2510.05491) and cautious weight decay (arXiv 2411.16085).
 
-Rates are floats, or 0-d tensors where a compiled function must not be compiled anew for every value.
+Rates are floats, or 0-d tensors, so that a compiled function does not recompile for every value.
 """
 
 import torch
@@ -24,14 +24,14 @@ POLAR_EXPRESS = (
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where its products are faster than float32's; elsewhere float32: many CPUs only emulate bfloat16."""
+    """bfloat16 where its matrix products are faster than float32's, else float32: many CPUs only emulate bfloat16."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if device.type == "xpu" else torch.float32
 
 
 def nesterov(update: torch.Tensor, grad: torch.Tensor, momentum_buffer: torch.Tensor, momentum: Number) -> None:
-    """Write into `update` the gradient looking ahead along its moving average, which is moved on in place."""
+    """Write the Nesterov momentum update into `update`; updates `momentum_buffer` in place."""
     grad = grad.float()
     momentum_buffer.lerp_(grad, 1 - momentum)
     update.copy_(grad).lerp_(momentum_buffer, momentum)
@@ -44,20 +44,20 @@ def directions(
     orthogonalization: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Which way the matrices (K, rows, columns) go, in float32; moves `second_moments` on in place (see below)."""
+    """Directions of the matrices (K, rows, columns), in float32; updates `second_moments` in place (see below)."""
     if orthogonalization == "newton_schulz":
         return newton_schulz(updates, dtype)
     return normalize_variance(polar_express(updates, dtype), second_moments, beta2)
 
 
 def newton_schulz(updates: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Nearly the nearest semi-orthogonal matrices to `updates`, in float32: singular values of 0.7 to 1.2."""
+    """Approximately the nearest semi-orthogonal matrices to `updates`, in float32: singular values of 0.7 to 1.2."""
     x = updates.to(dtype)
     return iterated(x / (frobenius(x) + 1e-7).to(dtype), NEWTON_SCHULZ).float()
 
 
 def polar_express(updates: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices to `updates`, whose rows are made equally long; norm sqrt(min(sides))."""
+    """The nearest semi-orthogonal matrices to `updates` with equalised row norms; norm sqrt(min(sides))."""
     rows, columns = updates.shape[-2:]
     x = updates.to(dtype)
     row_norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -69,7 +69,7 @@ def polar_express(updates: torch.Tensor, dtype: torch.dtype = torch.float32) -> 
 
 
 def iterated(x: torch.Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> torch.Tensor:
-    """x <- a x + (b A + c A^2) x for each (a, b, c), A = x x^T; from the other side where that is smaller."""
+    """x <- a x + (b A + c A^2) x for each (a, b, c), A = x x^T; multiplied from the other side if that is smaller."""
     wide = x.shape[-2] <= x.shape[-1]
     for a, b, c in coefficients:
         gram = x @ x.mT if wide else x.mT @ x
@@ -92,7 +92,7 @@ def second_moment_shape(shape: torch.Size) -> torch.Size:
 def normalize_variance(updates: torch.Tensor, second_moments: torch.Tensor, beta2: Number) -> torch.Tensor:
     """Divide each neuron by its running root mean square, keeping each matrix's norm.
 
-    `second_moments` (K, rows, 1) or (K, 1, columns) is moved on in place.
+    Updates `second_moments` (K, rows, 1) or (K, 1, columns) in place.
     """
     axis = -1 if second_moments.shape[-1] == 1 else -2
     size = updates.shape[axis]
@@ -105,7 +105,7 @@ def normalize_variance(updates: torch.Tensor, second_moments: torch.Tensor, beta
 
 
 def descend(weight: torch.Tensor, update: torch.Tensor, lr: Number, weight_decay: Number | None) -> None:
-    """One step of `weight` along `update`; the decay only where the step shrinks the weight anyway (cautious)."""
+    """Step `weight` along `update`; weight decay applies only where the step shrinks the weight (cautious)."""
     exact = weight.float()
     if weight_decay is not None:
         shrinking = (update * exact >= 0) * exact

@@ -1,20 +1,20 @@
-"""Muon for the matrices, AdamW for everything else, in one `torch.optim.Optimizer`, on one process or on many.
+"""Muon for the matrices, AdamW for everything else, in one `torch.optim.Optimizer`, on one process or many.
 
-One class and one code path, so that state, learning rates and checkpoints live where Accelerate and TRL look for them.
-Two recipes, nanochat's launch version and today's; where Muon's formulas come from stands in `muon.py`, AdamW is
-torch's own fused kernel.
+One class and one code path, so that state, learning rates and checkpoints are where Accelerate and TRL look for them.
+Two recipes: nanochat's launch version and today's. `muon.py` names the sources of Muon's formulas; AdamW is torch's
+fused kernel.
 
 - Matrices of one shape are orthogonalised in one batched call, in bfloat16 where the hardware is fast at it.
-- With a process group, gradients are averaged here (no DDP): every process updates its part of each stack of matrices
-  and of each table's rows, and holds the state of that part alone. Reductions and gathers travel while other parts are
-  computed. Parameters cut by FSDP2 are updated where they lie; only what Muon must see whole travels.
-- State is written as named pieces by any number of processes, and read by any other number.
+- With a process group, gradients are averaged here (no DDP): each rank updates its shard of every stack of matrices
+  and of every table's rows, and holds only that shard's state. Communication overlaps with the computation of other
+  shards. Parameters sharded by FSDP2 are updated in place; only full matrices, which Muon needs, are exchanged.
+- State is written as named shards by any number of processes, and read by any other number.
 
 Why no library: none has this update. `torch.optim.Muon` is the launch recipe one matrix at a time, always in bfloat16
-(slow beyond use on CPUs that emulate it), unsharded. `muonium` 0.2, `pytorch-optimizer` 4.1 and `heavyball` 3.2 have
+(unusably slow on CPUs that emulate it), unsharded. `muonium` 0.2, `pytorch-optimizer` 4.1 and `heavyball` 3.2 have
 Polar Express, the first two NorMuon by rows, the first cautious decay and DTensor; none has row equilibration,
-renormalisation, variance by columns of wide matrices, or shards what every process holds. `dion` is not on PyPI.
-`ZeroRedundancyOptimizer` shards whole parameters, after DDP has averaged all of them everywhere, and fails in
+renormalisation, variance by columns of wide matrices, or shards replicated parameters. `dion` is not on PyPI.
+`ZeroRedundancyOptimizer` does not split parameters, relies on DDP to average all gradients on every rank, and fails in
 Accelerate's `save_state`.
 """
 
@@ -32,7 +32,7 @@ from recipes.training.device import compiler_available
 
 from . import muon
 from .parameter_groups import parameter_groups
-from .sharded_state import Slot, piece_name, read_slots
+from .sharded_state import Slot, read_slots, shard_name
 from .sharding import SMALL, FSDPUpdate, MatrixUpdate, ReplicatedUpdate, RowUpdate, ShardedUpdate, clip, round_robin
 
 DEFAULTS = {
@@ -42,26 +42,26 @@ DEFAULTS = {
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Parameter groups with `kind` "muon" (2-D matrices) or "adamw", each updated by its rule.
+    """An optimizer of parameter groups with `kind` "muon" (2-D matrices) or "adamw".
 
     Besides `lr`, a muon group has `momentum`, `beta2`, `weight_decay` and `orthogonalization` ("polar_express",
     today's recipe, or "newton_schulz", the launch version's), an adamw group `betas`, `eps` and `weight_decay`;
     schedules change them from outside. State per parameter, in float32: muon `momentum_buffer` (like the parameter)
-    and, today's only, `second_moment` (one value per row or column); adamw `step`, `exp_avg` and `exp_avg_sq`.
+    and, in today's recipe, `second_moment` (one value per row or column); adamw `step`, `exp_avg` and `exp_avg_sq`.
 
     Args:
         groups: Parameters, or (name, parameter) pairs, which `sharded_state_dict` and `load_sharded_state_dict` need.
-        process_group: With more than one process, each `grad` is the process's own; they are averaged, and consumed.
-            None: gradients are final, as under DDP or FSDP2.
-        max_grad_norm: Largest global norm of the averaged gradients; None: not clipped, and not computed.
-        compile: Compile Muon's functions, once per shape of matrix. Meant for CUDA. On two CPU cores it does not pay:
-            most of the step is products of matrices, and the rest goes matrix by matrix, within the cache.
+        process_group: With more than one process, each `grad` is local; gradients are averaged here, and consumed.
+            None: gradients are already averaged, as under DDP or FSDP2.
+        max_grad_norm: Maximum global norm of the averaged gradients; None: no clipping, and no norm is computed.
+        compile: Compile Muon's functions, once per matrix shape. Meant for CUDA. On two CPU cores it does not pay:
+            most of the step is matrix products, and the rest runs matrix by matrix, within the cache.
 
     Attributes:
         grad_norm: The global norm before clipping in the last step, a 0-d tensor.
 
     Raises:
-        ValueError: A muon group holds something that is not a matrix, or `kind` or `orthogonalization` is unknown.
+        ValueError: A muon group holds a tensor that is not a matrix, or `kind` or `orthogonalization` is unknown.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if compile:
             functions = [torch.compile(function, dynamic=False, fullgraph=True) for function in functions]
         self.nesterov, self.directions, self.descend = functions
-        self.number = torch.tensor if compile else float  # a changed float would compile anew
+        self.number = torch.tensor if compile else float  # a changed float would trigger recompilation
 
     def add_param_group(self, param_group: dict) -> None:
         kind = param_group.get("kind")
@@ -100,21 +100,25 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        shares = [(share, group) for group in self.param_groups for share in self.shares(group, self.to_update(group))]
-        for share, group in shares:
-            self.create_state(share, group)
-            share.launch()
+        updates = [
+            (update, group)
+            for group in self.param_groups
+            for update in self.sharded_updates(group, self.to_update(group))
+        ]
+        for update, group in updates:
+            self.create_state(update, group)
+            update.launch()
         if self.max_grad_norm is not None:
-            self.grad_norm = clip([share for share, _ in shares], self.max_grad_norm)
-        round_robin(self.update(share, group) for share, group in shares)
+            self.grad_norm = clip([update for update, _ in updates], self.max_grad_norm)
+        round_robin(self.run(update, group) for update, group in updates)
         return loss
 
     def to_update(self, group: dict) -> list[torch.Tensor]:
-        """Parameters with a gradient; all of them where another process may have one."""
+        """Parameters with a gradient; all of them if another rank may have one."""
         return [p for p in group["params"] if p.grad is not None or self.process_group or isinstance(p, DTensor)]
 
-    def shares(self, group: dict, params: Sequence[torch.Tensor]) -> Iterator[ShardedUpdate]:
-        """This process's shares of `params`: of each stack of matrices for Muon, of each tensor for AdamW."""
+    def sharded_updates(self, group: dict, params: Sequence[torch.Tensor]) -> Iterator[ShardedUpdate]:
+        """This rank's updates of `params`: one per stack of matrices for Muon, one per tensor for AdamW."""
         stacks = [[p] for p in params] if group["kind"] == "adamw" else by_shape(params)
         for stack in stacks:
             if isinstance(stack[0], DTensor):
@@ -128,117 +132,117 @@ class MuonAdamW(torch.optim.Optimizer):
             else:
                 yield RowUpdate(stack[0], self.process_group)
 
-    def update(self, share: ShardedUpdate, group: dict) -> Iterator[None]:
-        """The work on one share, with a `yield` wherever something has been sent off."""
+    def run(self, update: ShardedUpdate, group: dict) -> Iterator[None]:
+        """The work of one update, with a `yield` after each started communication."""
         if group["kind"] == "adamw":
-            return self.update_adamw(share, group)
-        return (self.update_shards if isinstance(share, FSDPUpdate) else self.update_matrices)(share, group)
+            return self.update_adamw(update, group)
+        return (self.update_shards if isinstance(update, FSDPUpdate) else self.update_matrices)(update, group)
 
-    def update_adamw(self, share: ShardedUpdate, group: dict) -> Iterator[None]:
-        for p, weight, grad in zip(share.owned, share.weights, share.gradients(), strict=True):
+    def update_adamw(self, update: ShardedUpdate, group: dict) -> Iterator[None]:
+        for p, weight, grad in zip(update.owned, update.weights, update.gradients(), strict=True):
             fused_adamw(weight, grad, self.state[p], group)
-        share.gather()
+        update.gather()
         yield
-        share.finish()
+        update.finish()
 
-    def update_matrices(self, share: ShardedUpdate, group: dict) -> Iterator[None]:
-        """Muon, all matrices of the share whole on this process."""
-        self.descend_all(share, self.orthogonalized(share, self.with_momentum(share, group), group), group)
-        share.gather()
+    def update_matrices(self, update: ShardedUpdate, group: dict) -> Iterator[None]:
+        """Muon on full matrices, which this rank owns."""
+        self.descend_all(update, self.orthogonalized(update, self.with_momentum(update, group), group), group)
+        update.gather()
         yield
-        share.finish()
+        update.finish()
 
-    def update_shards(self, share: FSDPUpdate, group: dict) -> Iterator[None]:
-        """Muon on rows of all matrices; in between, their owners see them whole."""
-        share.send(self.with_momentum(share, group))
+    def update_shards(self, update: FSDPUpdate, group: dict) -> Iterator[None]:
+        """Muon on rows of all matrices; their owners orthogonalise the full matrices in between."""
+        update.send(self.with_momentum(update, group))
         yield
-        share.send_back(self.orthogonalized(share, share.whole_matrices(), group))
+        update.send_back(self.orthogonalized(update, update.receive_matrices(), group))
         yield
-        self.descend_all(share, share.arrived_rows(), group)
+        self.descend_all(update, update.receive_rows(), group)
 
-    def with_momentum(self, share: ShardedUpdate, group: dict) -> torch.Tensor:
-        """Updates before orthogonalisation, stacked; moves the momentum on."""
-        updates, momentum = share.workspace(), self.number(group["momentum"])
-        for update, p, grad in zip(updates, share.owned, share.gradients(), strict=False):  # room may be filled up
-            self.nesterov(update[: len(grad)], grad, self.state[p]["momentum_buffer"], momentum)
-        return updates
+    def with_momentum(self, update: ShardedUpdate, group: dict) -> torch.Tensor:
+        """Updates before orthogonalisation, stacked; updates the momentum."""
+        buffer, momentum = update.workspace(), self.number(group["momentum"])
+        for target, p, grad in zip(buffer, update.owned, update.gradients(), strict=False):  # the buffer may be padded
+            self.nesterov(target[: len(grad)], grad, self.state[p]["momentum_buffer"], momentum)
+        return buffer
 
-    def orthogonalized(self, share: ShardedUpdate, updates: torch.Tensor, group: dict) -> torch.Tensor:
-        """The updates (K, rows, columns) of `share.matrices` in one batched call; moves their second moments on."""
-        if not share.matrices:
-            return updates
-        states = [self.state[p]["second_moment"] for p in share.matrices] if uses_second_moment(group) else []
+    def orthogonalized(self, update: ShardedUpdate, stacked: torch.Tensor, group: dict) -> torch.Tensor:
+        """The directions (K, rows, columns) of `update.matrices` in one batched call; updates their second moments."""
+        if not update.matrices:
+            return stacked
+        states = [self.state[p]["second_moment"] for p in update.matrices] if uses_second_moment(group) else []
         moments = torch.stack(states) if states else None
-        beta2, dtype = self.number(group["beta2"]), muon.iteration_dtype(updates.device)
-        updates = self.directions(updates, moments, beta2, group["orthogonalization"], dtype)
-        for number, state in enumerate(states):
-            state.copy_(moments[number])
-        return updates
+        beta2, dtype = self.number(group["beta2"]), muon.iteration_dtype(stacked.device)
+        directions = self.directions(stacked, moments, beta2, group["orthogonalization"], dtype)
+        for index, state in enumerate(states):
+            state.copy_(moments[index])
+        return directions
 
-    def descend_all(self, share: ShardedUpdate, updates: Iterable[torch.Tensor], group: dict) -> None:
-        """Tall matrices go further, by the root of rows / columns."""
-        rows, columns = share.params[0].shape
+    def descend_all(self, update: ShardedUpdate, directions: Iterable[torch.Tensor], group: dict) -> None:
+        """Step along `directions`; tall matrices take longer steps, by sqrt(rows / columns)."""
+        rows, columns = update.params[0].shape
         lr = self.number(group["lr"] * max(1.0, rows / columns) ** 0.5)
         weight_decay = self.number(group["weight_decay"]) if group["weight_decay"] else None
-        for weight, update in zip(share.weights, updates, strict=True):
-            self.descend(weight, update, lr, weight_decay)
+        for weight, direction in zip(update.weights, directions, strict=True):
+            self.descend(weight, direction, lr, weight_decay)
 
-    def slots(self, share: ShardedUpdate, group: dict) -> Iterator[Slot]:
-        """All state that belongs to `share`."""
-        for p in share.owned:
+    def slots(self, update: ShardedUpdate, group: dict) -> Iterator[Slot]:
+        """All state that belongs to `update`."""
+        for p in update.owned:
             if group["kind"] == "adamw":
                 yield Slot(p, "step", (), range(1))
             for key in ("exp_avg", "exp_avg_sq") if group["kind"] == "adamw" else ("momentum_buffer",):
-                yield Slot(p, key, tuple(p.shape), share.rows)
-        for p in share.matrices if uses_second_moment(group) else ():
+                yield Slot(p, key, tuple(p.shape), update.rows)
+        for p in update.matrices if uses_second_moment(group) else ():
             shape = muon.second_moment_shape(p.shape)
             yield Slot(p, "second_moment", shape, range(shape[0]))
 
-    def create_state(self, share: ShardedUpdate, group: dict) -> None:
-        for slot in self.slots(share, group):
+    def create_state(self, update: ShardedUpdate, group: dict) -> None:
+        for slot in self.slots(update, group):
             if slot.key not in self.state[slot.parameter]:
                 self.state[slot.parameter][slot.key] = slot.zeros()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, which however would round the state of bfloat16 parameters to bfloat16."""
+        """Like torch's, but does not round the state of bfloat16 parameters to bfloat16."""
         super().load_state_dict(state_dict)
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(numbers, params, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
+        for index, p in zip(indices, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
                 self.state[p][key] = value.to(p.device, copy=True)
 
     def sharded_state_dict(self) -> dict[str, torch.Tensor]:
-        """This process's state by parameter name and first row, for a safetensors file: the tensors, no copies.
+        """This rank's state by parameter name and first row, for a safetensors file; not copied.
 
         Raises:
-            ValueError: The optimizer was made without names.
+            ValueError: The optimizer was created without parameter names.
         """
         slots = self.named_slots()
-        return {piece_name(name, slot): self.state[slot.parameter][slot.key] for name, slot in slots.items()}
+        return {shard_name(name, slot): self.state[slot.parameter][slot.key] for name, slot in slots.items()}
 
     def load_sharded_state_dict(self, files: Sequence[Path]) -> None:
-        """Read what this process needs from the shares of all processes that wrote, however many they were.
+        """Load this rank's state from the files of all ranks that saved, however many there were.
 
-        Learning rates and the like are not state: they stay as they are.
+        Learning rates and other group options are not state: they are not changed.
 
         Raises:
-            ValueError: A state is missing or has another shape; names it.
+            ValueError: A state is missing or has another shape; the message names it.
         """
         for slot, tensor in read_slots(self.named_slots(), files):
             self.state[slot.parameter][slot.key].copy_(tensor.view(slot.own_shape))
 
     @torch.no_grad()
     def named_slots(self) -> dict[str, Slot]:
-        """All state of this process, `{parameter}.{state}`; made of zeros where there was no step yet."""
+        """All state of this rank, by `{parameter}.{state}`; zeros if there was no step yet."""
         named = {}
         for group in self.param_groups:
             if "param_names" not in group:
                 raise ValueError("state is written and read by name; give the optimizer (name, parameter) pairs")
             names = dict(zip(group["params"], group["param_names"], strict=True))
-            for share in self.shares(group, group["params"]):
-                self.create_state(share, group)
-                named |= {f"{names[slot.parameter]}.{slot.key}": slot for slot in self.slots(share, group)}
+            for update in self.sharded_updates(group, group["params"]):
+                self.create_state(update, group)
+                named |= {f"{names[slot.parameter]}.{slot.key}": slot for slot in self.slots(update, group)}
         return named
 
 
@@ -250,7 +254,7 @@ def by_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def compiles_on(device: torch.device) -> bool:
-    """Whether Muon's functions are to be compiled on `device`: where it pays, on CUDA, if a compiler works there."""
+    """Whether to compile Muon's functions on `device`: only on CUDA, where it pays, and if a compiler works."""
     return device.type == "cuda" and compiler_available("cuda")[0]
 
 
@@ -259,7 +263,7 @@ def uses_second_moment(group: dict) -> bool:
 
 
 def fused_adamw(weight: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor], group: dict) -> None:
-    """AdamW (arXiv 1711.05101) in place; in float32 whatever the parameter's dtype."""
+    """AdamW (arXiv 1711.05101) in place; in float32 for every parameter dtype."""
     exact, (beta1, beta2) = weight.float(), group["betas"]
     moments = ([state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]])
     rates = {key: group[key] for key in ("lr", "weight_decay", "eps")}
@@ -277,6 +281,6 @@ def muon_adamw(
     compile: bool = False,
     **recipe_and_rates: float | str,
 ) -> MuonAdamW:
-    """[`MuonAdamW`] over [`parameter_groups`], which says what `recipe` and rates there are."""
+    """[`MuonAdamW`] over [`parameter_groups`], which documents `recipe` and the rates."""
     groups = parameter_groups(model, **recipe_and_rates)
     return MuonAdamW(groups, process_group=process_group, max_grad_norm=max_grad_norm, compile=compile)

@@ -1,4 +1,4 @@
-"""Which rule each parameter of the models follows, at which rates: the groups of [`~recipes.training.optim.optimizer.MuonAdamW`]."""
+"""The parameter groups of [`~recipes.training.optim.optimizer.MuonAdamW`]: which update rule, at which rates."""
 
 from collections import defaultdict
 
@@ -20,11 +20,11 @@ def parameter_groups(
     scalar_lr: float = 0.5,
     weight_decay: float = 0.0,
 ) -> list[dict]:
-    """Groups of named parameters: every matrix inside the layers to Muon, all else to AdamW.
+    """Groups of named parameters: every matrix inside the layers uses Muon, everything else AdamW.
 
-    AdamW's rates of tables and head are given for a width of 768 and scale with 1/sqrt(width); Muon's needs no
-    scaling. `scalar_lr` is for turbo's scales on embedding and residual stream. `weight_decay` is Muon's in the recipe
-    "current" and AdamW's in "classic", whose Muon has none. Frozen parameters are left out.
+    AdamW's rates for embeddings and head hold at width 768 and scale with 1/sqrt(width); Muon's rate needs no scaling.
+    `scalar_lr` is for turbo's scales on embedding and residual stream. `weight_decay` applies to Muon in the recipe
+    "current", and to AdamW in "classic", whose Muon has none. Frozen parameters are skipped.
 
     Raises:
         UserError: The recipe is unknown, or has no rule for a parameter of this model.
@@ -63,7 +63,7 @@ def current_rules(
 
 
 def classic_rules(matrix_lr: float, unembedding_lr: float, embedding_lr: float, weight_decay: float) -> Rules:
-    """The launch version's; in AdamW everything else is the default of both recipes."""
+    """The launch version's rules; AdamW's other settings are the defaults of both recipes."""
     return {
         "head": {"lr": unembedding_lr, "weight_decay": weight_decay},
         "embedding": {"lr": embedding_lr, "weight_decay": weight_decay},
@@ -72,8 +72,8 @@ def classic_rules(matrix_lr: float, unembedding_lr: float, embedding_lr: float, 
 
 
 def role_of(name: str, parameter: torch.Tensor) -> str:
-    """Which rule a parameter of the models follows."""
-    parts = {
+    """The name of the rule that updates a parameter."""
+    patterns = {
         "lm_head": "head",
         "embed_tokens": "embedding",
         "value_embeds": "value_embeddings",
@@ -83,5 +83,6 @@ def role_of(name: str, parameter: torch.Tensor) -> str:
         "backout_lambda": "smear_and_backout",
     }
     return next(
-        (role for part, role in parts.items() if part in name), "matrices" if parameter.ndim == 2 else "vectors"
+        (role for pattern, role in patterns.items() if pattern in name),
+        "matrices" if parameter.ndim == 2 else "vectors",
     )

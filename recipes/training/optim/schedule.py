@@ -1,4 +1,4 @@
-"""Learning rate, momentum and weight decay as functions of the step: nanochat's trapezoid, of both recipes."""
+"""Learning rate, momentum and weight decay as functions of the step: nanochat's trapezoid, for both recipes."""
 
 import math
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ import torch
 class Schedule:
     """Multipliers and values at step `it` of `max_steps` (from 0). The defaults are the current recipe's.
 
-    The learning rate rises over `warmup_steps`, stays, and falls linearly over the last `warmdown_ratio` of the run to
-    `final_lr_fraction`. Muon's momentum rises from 0.85 to `peak_momentum` over `momentum_steps` and falls to
-    `final_momentum` with the warm-down; where they overlap, the rise has priority. Muon's weight decay falls with a half
-    cosine to `final_weight_decay_fraction`: 0 in the current recipe, 1 (no fall) in the classic one.
+    The learning rate rises over `warmup_steps`, stays constant, and falls linearly over the last `warmdown_ratio` of
+    the run to `final_lr_fraction`. Muon's momentum rises from 0.85 to `peak_momentum` over `momentum_steps` and falls
+    to `final_momentum` with the warm-down; where they overlap, the rise wins. Muon's weight decay falls along a half
+    cosine to `final_weight_decay_fraction`: 0 in the current recipe, 1 (constant) in the classic one.
     """
 
     max_steps: int
@@ -50,7 +50,7 @@ class Schedule:
         return cosine + (1 - cosine) * self.final_weight_decay_fraction
 
     def apply(self, optimizer: torch.optim.Optimizer, it: int) -> None:
-        """Set the rates of every parameter group for step `it`, from the values the group was made with."""
+        """Set the rates of every parameter group for step `it`, from the values the group was created with."""
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * self.learning_rate_multiplier(it)

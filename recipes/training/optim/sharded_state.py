@@ -1,6 +1,6 @@
-"""An optimizer's state in pieces: each process writes the rows it owns, any number of processes reads what it needs.
+"""Sharded optimizer state: each process writes the rows it owns; any number of processes can read them back.
 
-A piece is the tensor `{parameter}.{state}@{first row}` of a safetensors file.
+A shard is the tensor `{parameter}.{state}@{first row}` of a safetensors file.
 """
 
 import re
@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 @dataclass(frozen=True)
 class Slot:
-    """Rows `rows` of the state `key` of a parameter; `shape` is that of all its rows."""
+    """Rows `rows` of the state `key` of a parameter; `shape` is the full state's."""
 
     parameter: torch.Tensor
     key: str
@@ -32,7 +32,7 @@ class Slot:
         return torch.zeros(self.own_shape, dtype=torch.float32, device=self.parameter.device)
 
 
-class Piece(NamedTuple):
+class Shard(NamedTuple):
     start: int
     shape: list[int]
     file: Any
@@ -43,61 +43,61 @@ class Piece(NamedTuple):
         return self.start + self.shape[0]
 
 
-def piece_name(state: str, slot: Slot) -> str:
+def shard_name(state: str, slot: Slot) -> str:
     return f"{state}@{slot.rows.start}"
 
 
 def read_slots(slots: dict[str, Slot], files: Sequence[Path]) -> Iterator[tuple[Slot, torch.Tensor]]:
-    """Every slot with its rows; of the files only these are read.
+    """Yield every slot with its rows; nothing else is read from the files.
 
     Args:
-        slots: By the name of their state, `{parameter}.{state}`.
+        slots: Keyed by state name, `{parameter}.{state}`.
 
     Raises:
-        ValueError: A state is not there, not all of it, or in another shape.
+        ValueError: A state is missing, incomplete, or of another shape.
     """
     with ExitStack() as opened:
-        pieces = pieces_of([opened.enter_context(safe_open(path, "pt")) for path in files])
+        shards = shards_of([opened.enter_context(safe_open(path, "pt")) for path in files])
         for state, slot in slots.items():
-            check(state, slot, pieces[state])
-            yield slot, joined_rows(slot, pieces[state])
+            check(state, slot, shards[state])
+            yield slot, concatenated_rows(slot, shards[state])
 
 
-def pieces_of(files: Iterable[Any]) -> dict[str, list[Piece]]:
-    """All pieces of each state, in the order of their rows."""
+def shards_of(files: Iterable[Any]) -> dict[str, list[Shard]]:
+    """All shards of each state, ordered by row."""
     found = defaultdict(list)
     for file in files:
         for tensor in file.keys():
             if match := re.fullmatch(r"(.+)@(\d+)", tensor):
-                found[match[1]].append(Piece(int(match[2]), file.get_slice(tensor).get_shape() or [1], file, tensor))
-    for pieces in found.values():
-        pieces.sort(key=lambda piece: piece.start)
+                found[match[1]].append(Shard(int(match[2]), file.get_slice(tensor).get_shape() or [1], file, tensor))
+    for shards in found.values():
+        shards.sort(key=lambda shard: shard.start)
     return found
 
 
-def check(state: str, slot: Slot, pieces: Sequence[Piece]) -> None:
-    """All rows are there, and of the shape that the parameter has."""
+def check(state: str, slot: Slot, shards: Sequence[Shard]) -> None:
+    """Raise `ValueError` unless all rows are there, in the parameter's shape."""
     expected, stop = list(slot.shape or (1,)), 0
-    if not pieces:
+    if not shards:
         raise ValueError(f"optimizer state {state} is missing")
-    for piece in pieces:
-        if piece.shape[1:] != expected[1:] or piece.stop > expected[0]:
-            raise ValueError(f"optimizer state {piece.tensor} has shape {piece.shape}, the parameter needs {expected}")
-        if piece.start > stop:
+    for shard in shards:
+        if shard.shape[1:] != expected[1:] or shard.stop > expected[0]:
+            raise ValueError(f"optimizer state {shard.tensor} has shape {shard.shape}, the parameter needs {expected}")
+        if shard.start > stop:
             break
-        stop = max(stop, piece.stop)
+        stop = max(stop, shard.stop)
     if stop < expected[0]:
         raise ValueError(f"optimizer state {state}: row {stop} of {expected[0]} is missing")
 
 
-def joined_rows(slot: Slot, pieces: Sequence[Piece]) -> torch.Tensor:
-    """The slot's rows from the pieces that have them; a row that two pieces have is read once."""
+def concatenated_rows(slot: Slot, shards: Sequence[Shard]) -> torch.Tensor:
+    """The slot's rows, read from the shards that hold them; a row held twice is read once."""
     if not slot.shape:
-        return pieces[0].file.get_tensor(pieces[0].tensor)
-    parts, start = [torch.empty(0, *slot.shape[1:])], slot.rows.start
-    for piece in pieces:
-        stop = min(piece.stop, slot.rows.stop)
-        if piece.start <= start < stop:
-            parts.append(piece.file.get_slice(piece.tensor)[start - piece.start : stop - piece.start])
+        return shards[0].file.get_tensor(shards[0].tensor)
+    rows, start = [torch.empty(0, *slot.shape[1:])], slot.rows.start
+    for shard in shards:
+        stop = min(shard.stop, slot.rows.stop)
+        if shard.start <= start < stop:
+            rows.append(shard.file.get_slice(shard.tensor)[start - shard.start : stop - shard.start])
             start = stop
-    return torch.cat(parts)
+    return torch.cat(rows)

@@ -1,7 +1,8 @@
 """Every key of TRL's and transformers' argument classes, in one of three lists: handled, passed on or refused.
 
-The two classes have some 200 keys. Muon replaces their optimizer, the chat template and `recipes/training/data/conversations.py` their
-preparation of data, `recipes/training/stage.py` their model folder: what belongs to these would be accepted without any effect.
+The two classes have some 200 keys. Muon replaces their optimizer, the chat template and
+`recipes/training/data/conversations.py` their data preparation, `recipes/training/stage.py` their model folder: keys
+for these would be accepted without effect.
 """
 
 import argparse
@@ -28,23 +29,23 @@ from modeling_nanochat.errors import UserError
 from ..batch_size import is_out_of_memory
 from ..device import several_on_cpu
 
-# Keys that this repository reads itself, in both stages ...
+# Keys that this repository handles itself, in both stages ...
 HANDLED = {
     "output_dir",  # of the model; the trainer's own folder is beside it
     "push_to_hub", "hub_model_id", "hub_private_repo",  # the finished model folder, not the trainer's
     "resume_from_checkpoint",  # also `auto`
     "weight_decay",  # of Muon
-    "seed",  # also of what comes before the trainer
-    "bf16", "dataloader_pin_memory",  # by default what the device can do
+    "seed",  # also used before the trainer exists
+    "bf16", "dataloader_pin_memory",  # the default depends on the device
     "gradient_checkpointing", "gradient_checkpointing_kwargs",  # under the name of the installed transformers
     "activation_checkpointing", "activation_checkpointing_kwargs",
 }  # fmt: skip
-# ... and in one of them.
+# ... and in one of the stages.
 HANDLED_BY = {SFTConfig: {"max_length"}, GRPOConfig: {"log_completions"}}
 
-# Keys that the trainer reads, as given.
+# Keys that are passed to the trainer as given.
 PASSED_ON = {
-    # how long, at which rates
+    # duration and rates
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "neftune_noise_alpha",
     # the machine
@@ -63,8 +64,8 @@ PASSED_ON = {
 }  # fmt: skip
 PASSED_ON_BY = {
     SFTConfig: {
-        "include_num_input_tokens_seen", "loss_type", "average_tokens_across_devices", "packing", "packing_strategy", "dataset_num_proc",
-        "dataloader_drop_last", "data_seed", "train_sampling_strategy",
+        "include_num_input_tokens_seen", "loss_type", "average_tokens_across_devices", "packing", "packing_strategy",
+        "dataset_num_proc", "dataloader_drop_last", "data_seed", "train_sampling_strategy",
     },
     GRPOConfig: {
         # rollouts
@@ -82,14 +83,14 @@ PASSED_ON_BY = {
     },
 }  # fmt: skip
 
-# Keys that would change nothing, or break what this repository promises: what to do instead -> the keys.
+# Keys that would have no effect, or break a guarantee of this repository: what to do instead -> keys.
 OPTIMIZER = "the optimizer is Muon with AdamW: set matrix_lr, embedding_lr, unembedding_lr or init_lr_fraction"
-NO_EVALUATION = "no evaluation runs while training: run evals/evaluate_model.py on the finished model, and leave it out"
-LOADING = "the model and its tokenizer are those of model_name_or_path: leave it out"
+NO_EVALUATION = "there is no evaluation during training: run evals/evaluate_model.py afterwards, and leave it out"
+LOADING = "model and tokenizer are loaded from model_name_or_path: leave it out"
 COLUMNS = "train_files are read and rendered by the chat template: leave it out"
-LAUNCHER = "how many processes run, and how they share the model, is set by accelerate launch --config_file: leave it out"
-HUB = "the finished model is uploaded once, by push_to_hub, as whom `hf auth login` says: leave it out"
-PRECISION = "weights are float32 and the precision is bf16's to say: set bf16"
+LAUNCHER = "the number of processes and the sharding are set by accelerate launch --config_file: leave it out"
+HUB = "push_to_hub uploads the finished model once, with the account of `hf auth login`: leave it out"
+PRECISION = "weights are float32, and bf16 chooses the precision: set bf16"
 VLLM = "rollouts run in transformers, whose cache is checked first: leave it out"
 INSTEAD = {
     OPTIMIZER: {
@@ -127,21 +128,21 @@ INSTEAD = {
     "the loss is on the assistant's tokens only: recipes/midtrain.py trains on all tokens": {
         "assistant_only_loss", "completion_only_loss",
     },
-    "longer conversations are left out, none is cut: set max_length": {"truncation_mode"},
+    "longer conversations are skipped, none is cropped: set max_length": {"truncation_mode"},
     "the models have no such layers: leave it out": {"router_aux_loss_coef", "disable_dropout"},
     "there are no Liger kernels for these models: leave it out": {"use_liger_kernel", "liger_kernel_config"},
-    "training keeps no cache, and the finished model is written with its cache on: leave it out": {"use_cache"},
+    "training uses no cache, and the finished model is saved with its cache on: leave it out": {"use_cache"},
     "set gradient_checkpointing": {"activation_offloading"},
     "set packing": {"padding_free"},
-    "it is about to leave TRL, and no part of the models' fused loss: leave it out": {"label_smoothing_factor"},
+    "TRL will remove it, and the models' fused loss does not support it: leave it out": {"label_smoothing_factor"},
     "set per_device_train_batch_size": {"auto_find_batch_size"},
-    "a loss that is not finite ends the training: leave it out": {"logging_nan_inf_filter"},
-    "checkpoints hold all that going on needs: leave it out": {
+    "a loss that is not finite ends training: leave it out": {"logging_nan_inf_filter"},
+    "checkpoints hold everything needed to resume: leave it out": {
         "save_only_model", "restore_callback_states_from_checkpoint",
     },
     "set save_strategy and save_steps": {"enable_jit_checkpoint"},
 }  # fmt: skip
-# GRPO draws problems, and reduces its loss, by itself.
+# GRPO has its own sampling of problems and its own loss reduction.
 INSTEAD_BY = {
     SFTConfig: {},
     GRPOConfig: {
@@ -152,7 +153,7 @@ INSTEAD_BY = {
     },
 }
 
-# Keys that are read only where another one has one of these values (none named: any but 0, false and none).
+# Keys that are read only if another key has one of these values (empty: any but 0, false and none).
 NEEDS: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
     ("packing", (), ("packing_strategy",)),
     ("save_strategy", ("steps",), ("save_steps",)),
@@ -181,7 +182,7 @@ NEEDS: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
     ("use_adaptive_entropy", (), ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")),
 )  # fmt: skip
 
-# What the libraries find out only while they train, if at all.
+# Values that the libraries check only during training, if at all.
 CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
@@ -190,13 +191,13 @@ CHOICES = {
     "save_strategy": ("no", "steps", "epoch"),  # `best` needs an evaluation
 }
 LOSSES = {
-    SFTConfig: ("nll", "dft"),  # `chunked_nll` is their old name of `nll`
+    SFTConfig: ("nll", "dft"),  # `chunked_nll` is TRL's old name for `nll`
     GRPOConfig: ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
 }
 DICTIONARIES = {
     "lr_scheduler_kwargs", "generation_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
 }  # fmt: skip
-TINY = math.ulp(0.0)  # so that 0 is outside
+TINY = math.ulp(0.0)  # excludes 0
 RANGES = {
     **dict.fromkeys(
         (
@@ -228,80 +229,85 @@ RANGES = {
 }  # fmt: skip
 
 
-def by_what_the_device_can(settings: TrainingArguments) -> None:
-    """Fill in what was not set, before the libraries look at it: they would take bfloat16 and pinned memory for granted.
+def fill_device_defaults(settings: TrainingArguments) -> None:
+    """Fill in unset values before the libraries do, which assume that bfloat16 and pinned memory are available.
 
     Raises:
-        ValueError: bf16 is asked of a device without it.
+        ValueError: bf16 is set on a device without it.
     """
     settings.use_cpu = settings.use_cpu or several_on_cpu()
     able = settings.use_cpu or is_torch_bf16_gpu_available()
     if settings.bf16 is None:
         settings.bf16 = able and not settings.use_cpu
     elif settings.bf16 and not able:
-        raise ValueError("bf16 is not to be had on this device: leave it out, or set use_cpu to train on the CPU with it")
+        raise ValueError("bf16 is not available on this device: leave it out, or set use_cpu to use it on the CPU")
     if settings.dataloader_pin_memory is None:
         settings.dataloader_pin_memory = torch.cuda.is_available() and not settings.use_cpu
     if settings.ddp_find_unused_parameters is None:
-        settings.ddp_find_unused_parameters = False  # the models use all of theirs; to look for others takes time
-    if hasattr(settings, "activation_checkpointing"):  # transformers 5.24 renamed it, and warns of the old name
+        settings.ddp_find_unused_parameters = False  # all parameters are used; searching takes time
+    if hasattr(settings, "activation_checkpointing"):  # transformers 5.24 renamed it, and warns about the old name
         for old, new in (
             ("gradient_checkpointing", "activation_checkpointing"),
             ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
         ):
-            setattr(settings, new, getattr(settings, old) if getattr(settings, new) is None else getattr(settings, new))
+            value = getattr(settings, new)
+            setattr(settings, new, getattr(settings, old) if value is None else value)
             setattr(settings, old, None)
 
 
 @dataclass
-class DeviceDecides:
-    """Settings of both stages whose defaults are not the libraries'."""
+class DeviceDefaults:
+    """Settings of both stages whose defaults differ from the libraries'."""
 
-    bf16: bool | None = field(default=None, metadata={"help": "Train in bfloat16; by default where a GPU has it."})
-    dataloader_pin_memory: bool | None = field(default=None, metadata={"help": "By default where there is a CUDA GPU."})
+    bf16: bool | None = field(default=None, metadata={"help": "Train in bfloat16; default: if the GPU supports it."})
+    dataloader_pin_memory: bool | None = field(default=None, metadata={"help": "Default: if there is a CUDA GPU."})
     gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Compute activations again in the backward pass: less memory, slower."}
+        default=None, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
     )
 
 
 @dataclass
-class SFTSettings(DeviceDecides, SFTConfig):
+class SFTSettings(DeviceDefaults, SFTConfig):
     """`trl.SFTConfig` that starts on any device."""
 
-    max_length: int | None = field(default=None, metadata={"help": "Tokens of a row; by default the model's context."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens per row; default: the context length."})
 
     def __post_init__(self) -> None:
-        by_what_the_device_can(self)
+        fill_device_defaults(self)
         super().__post_init__()
 
 
 @dataclass
-class GRPOSettings(DeviceDecides, GRPOConfig):
+class GRPOSettings(DeviceDefaults, GRPOConfig):
     """`trl.GRPOConfig` that starts on any device."""
 
     def __post_init__(self) -> None:
-        by_what_the_device_can(self)
+        fill_device_defaults(self)
         super().__post_init__()
 
 
-def parse_settings(arguments: type, settings: type, args: Sequence[str] | None = None) -> tuple[Any, Any, dict[str, Any]]:
-    """Instances of both classes, and those of their keys that were given, from the command line and the --config file.
+def parse_settings(
+    arguments: type, settings: type, args: Sequence[str] | None = None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Parse command line and --config file into instances of both classes and a dictionary of the given keys.
 
     Args:
         arguments: The stage's own dataclass.
         settings: [`SFTSettings`] or [`GRPOSettings`].
 
     Raises:
-        UserError: A key was given that would have no effect, or a value out of its range; names the key.
+        UserError: A given key would have no effect, or a value is out of range; the message names the key.
     """
     words = list(sys.argv[1:] if args is None else args)
     given = given_values((arguments, settings), words)
     base = SFTConfig if issubclass(settings, SFTConfig) else GRPOConfig
-    refuse_without_effect(given, base, own={one.name for one in fields(arguments)})
+    refuse_without_effect(given, base, own={option.name for option in fields(arguments)})
     check_values(given, base)
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise UserError("fsdp: SFT and GRPO keep a whole model on each process; launch with accelerate_configs/ddp_8gpu.yaml")
-    with one_line():
+        raise UserError(
+            "fsdp: SFT and GRPO keep a full model on each process; launch with accelerate_configs/ddp_8gpu.yaml"
+        )
+    with settings_errors():
         parsed, filled = parse(arguments, settings, args=words)
     check_trackers(filled.report_to)
     for other, values, keys in NEEDS:
@@ -313,9 +319,9 @@ def parse_settings(arguments: type, settings: type, args: Sequence[str] | None =
 
 
 def given_values(dataclass_types: Sequence[type], words: list[str]) -> dict[str, Any]:
-    """Key -> value of all that stands in the --config file or on the command line, defaults or not.
+    """Key -> value of everything in the --config file or on the command line, even if it equals the default.
 
-    Empty if the parser refuses something: to say so is left to [`parse`].
+    Empty if the parser rejects something: [`parse`] reports it.
     """
 
     class Parser(TrlParser):
@@ -327,8 +333,8 @@ def given_values(dataclass_types: Sequence[type], words: list[str]) -> dict[str,
         action.default, action.required = argparse.SUPPRESS, False
     try:
         if config := config_path(words):
-            with open(config, encoding="utf-8") as text:
-                content = yaml.safe_load(text)
+            with open(config, encoding="utf-8") as file:
+                content = yaml.safe_load(file)
             parser.set_defaults(**{key: value for key, value in content.items() if key != "env"})
         return vars(parser.parse_known_args(words)[0])
     except (ValueError, TypeError, AttributeError, yaml.YAMLError):
@@ -337,16 +343,16 @@ def given_values(dataclass_types: Sequence[type], words: list[str]) -> dict[str,
 
 def refuse_without_effect(given: Collection[str], base: type, own: Collection[str]) -> None:
     """Raise [`UserError`] for the first key that is neither the stage's own, nor handled, nor passed on."""
-    taken = HANDLED | HANDLED_BY[base] | PASSED_ON | PASSED_ON_BY[base]
+    allowed = HANDLED | HANDLED_BY[base] | PASSED_ON | PASSED_ON_BY[base]
     instead = {key: text for lists in (INSTEAD, INSTEAD_BY[base]) for text, keys in lists.items() for key in keys}
     for key in given:
-        if key not in taken and key not in own:
-            unknown = f"nobody has tried this key of the installed {base.__module__.split('.')[0]} here: leave it out"
+        if key not in allowed and key not in own:
+            unknown = f"this key of the installed {base.__module__.split('.')[0]} is untested here: leave it out"
             raise UserError(f"{key} would have no effect: {instead.get(key, unknown)}")
 
 
 def check_values(given: dict[str, Any], base: type) -> None:
-    """Raise [`UserError`] for the first value that the libraries would refuse late or with a traceback."""
+    """Raise [`UserError`] for the first value that the libraries would reject late or with a traceback."""
     if given.get("max_steps", 1) < 1 and given["max_steps"] != -1:
         raise UserError(f"max_steps {given['max_steps']} trains nothing: give at least 1, or -1 for num_train_epochs")
     for key, value in given.items():
@@ -369,7 +375,7 @@ def check_dictionary(key: str, text: str) -> None:
     except ValueError:
         is_dictionary = False
     if not is_dictionary:
-        raise UserError(f"{key} must be a JSON object, for instance '{{\"name\": 1}}', not {text!r}")
+        raise UserError(f"{key} must be a JSON object, such as '{{\"name\": 1}}', not {text!r}")
 
 
 def check_trackers(names: list[str]) -> None:
@@ -381,11 +387,11 @@ def check_trackers(names: list[str]) -> None:
 
 
 @contextmanager
-def one_line() -> Iterator[None]:
-    """What a library says of the settings that it is given, as a [`UserError`]."""
+def settings_errors() -> Iterator[None]:
+    """Turn a library's errors about its settings into a [`UserError`]."""
     try:
         yield
     except (ValueError, TypeError, ImportError, NotImplementedError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"the trainer refuses its settings: {' '.join(str(error).split())}") from error
+        raise UserError(f"the trainer rejects its settings: {' '.join(str(error).split())}") from error

@@ -1,4 +1,4 @@
-"""What the two stages on TRL's trainers share: Muon, a watch on what is learnt, and log and record as in pretraining."""
+"""Code that the two stages on TRL's trainers share: Muon, the learning watch, log and record as in pretraining."""
 
 import json
 import shutil
@@ -27,12 +27,12 @@ from ..learning import LearningWatch
 from ..loop import advice_on_memory, gradient_norm
 from ..model_card import model_card
 from ..progress import LiveLine
-from ..setup import end
+from ..setup import end_training
 from ..stage import JsonlLogger, OutputArguments, beside, finish_stage, lines_up_to, push, settings
 from ..stopping import ending_together
-from .settings import one_line
+from .settings import settings_errors
 
-# What the trainers call it -> what the log calls it.
+# The trainer's name -> the log's name
 LOGGED = {
     "loss": "loss",
     "reward": "reward",
@@ -47,11 +47,11 @@ LOGGED = {
 
 @dataclass
 class RateArguments:
-    """Learning rates of the optimizer's groups; the trainer's scheduler scales all of them alike."""
+    """Learning rates of the optimizer's groups; the trainer's scheduler scales all of them equally."""
 
     matrix_lr: float = field(default=0.02, metadata={"help": "Muon's learning rate."})
-    embedding_lr: float = field(default=0.3, metadata={"help": "AdamW's rate of the embedding, at width 768."})
-    unembedding_lr: float = field(default=0.008, metadata={"help": "AdamW's rate of the head, at width 768."})
+    embedding_lr: float = field(default=0.3, metadata={"help": "AdamW's rate for embeddings, at width 768."})
+    unembedding_lr: float = field(default=0.008, metadata={"help": "AdamW's rate for the head, at width 768."})
     init_lr_fraction: float = field(default=1.0, metadata={"help": "Scales all three rates."})
 
     def scaled(self) -> dict[str, float]:
@@ -60,14 +60,14 @@ class RateArguments:
 
 
 class MuonTrainer:
-    """Mixed into a trainer: Muon and AdamW by our groups, at the rates in `muon_rates`; `learning` sees every step."""
+    """Trainer mixin: Muon and AdamW with our groups, at the rates in `muon_rates`; `learning` observes every step."""
 
     stage: str  # "sft" or "rl"
 
     def __init__(self, model: PreTrainedModel, *args: Any, muon_rates: dict[str, float], **kwargs: Any):
         self.muon_rates = muon_rates
         tokenizer = kwargs["processing_class"]
-        # What older trainers would set, and warn of; the finished folder has them as `set_special_tokens` does.
+        # Older trainers would set these, with a warning; in the finished folder `set_special_tokens` sets them.
         model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.step_loss: torch.Tensor | float = 0.0
         super().__init__(model, *args, **kwargs)
@@ -83,23 +83,23 @@ class MuonTrainer:
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         with warnings.catch_warnings():
-            # TRL 1.16 uses the names that these had before transformers 5.24
+            # TRL 1.16 uses the names from before transformers 5.24
             warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
             return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        self.step_loss = self.step_loss + loss.detach()  # micro-batches share the step's mean
+        self.step_loss = self.step_loss + loss.detach()  # each micro-batch adds its part of the step's mean
         return loss
 
     def newest(self, metric: str) -> float | None:
-        """The trainer's last measurement since it logged: its log itself may show every tenth step only."""
+        """The trainer's last measurement since it logged: its log may have only every tenth step."""
         values = self._metrics["train"].get(metric)
         return values[-1] if values else None
 
 
 class LearningCallback(TrainerCallback, ExportableState):
-    """Ends training at a loss or gradient that is not finite; reports, once each, signs that nothing is learnt."""
+    """Stops training if loss or gradients are not finite; reports each sign of failed learning once."""
 
     def __init__(self, trainer: MuonTrainer):
         self.trainer = trainer
@@ -108,11 +108,11 @@ class LearningCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.watch = LearningWatch(self.trainer.stage, state.max_steps)
         saved = state.stateful_callbacks.get(type(self).__name__)
-        if isinstance(saved, dict):  # the run goes on from a checkpoint
+        if isinstance(saved, dict):  # the run resumes from a checkpoint
             self.watch.load_state_dict(saved["attributes"])
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        """Raise [`UserError`], on all processes alike, before the optimizer uses what is not finite."""
+        """Raise [`UserError`] on all processes before the optimizer uses values that are not finite."""
         loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
         measured = torch.stack([torch.as_tensor(loss), gradient_norm(model).to(loss)])
         self.measured = self.trainer.accelerator.reduce(measured, "mean").tolist()  # one wait for the device
@@ -124,11 +124,11 @@ class LearningCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         loss, grad_norm = self.measured
-        all_alike = self.trainer.newest("frac_reward_zero_std")  # share of the groups without any difference in reward
+        all_alike = self.trainer.newest("frac_reward_zero_std")  # share of groups whose rewards are all equal
         found = self.watch.observe(
             state.global_step,
             loss=loss,
-            grad_norm=None if all_alike == 1 else grad_norm,  # it is 0 because of that
+            grad_norm=None if all_alike == 1 else grad_norm,  # 0 for that reason
             reward_std=None if all_alike is None else 1 - all_alike,
             clipped_ratio=self.trainer.newest("completions/clipped_ratio"),
         )
@@ -142,14 +142,14 @@ class LearningCallback(TrainerCallback, ExportableState):
 
 
 class JsonlLoggerCallback(TrainerCallback):
-    """The stage's live line, and the trainer's measurements in the stage's log."""
+    """Shows the progress line, and writes the trainer's measurements to the stage's log."""
 
     def __init__(self, log: JsonlLogger, bar: bool = True):
         self.stage_log, self.bar = log, bar
         self.last = (0.0, 0.0)
         self.live: LiveLine | None = None
         self.measured = ""
-        self.courses: dict[str, list[float]] = {"loss": [], "reward": []}
+        self.curves: dict[str, list[float]] = {"loss": [], "reward": []}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.live = LiveLine(state.max_steps, state.global_step, state.is_world_process_zero, self.bar)
@@ -163,9 +163,9 @@ class JsonlLoggerCallback(TrainerCallback):
         values = {name: float(logs[key]) for key, name in LOGGED.items() if key in logs}
         values["tokens"] = int(values.get("tokens", 0))
         values["tokens_per_second"] = self.tokens_per_second(values["tokens"])
-        for name in self.courses.keys() & values.keys():
-            self.courses[name].append(values[name])
-        measured = [f"{name} {values[name]:.3f}" for name in self.courses if name in values]
+        for name in self.curves.keys() & values.keys():
+            self.curves[name].append(values[name])
+        measured = [f"{name} {values[name]:.3f}" for name in self.curves if name in values]
         self.measured = ", ".join([*measured, f"{values['tokens_per_second']:,} tokens/s"])
         self.stage_log.log(step=state.global_step, **values)
 
@@ -174,14 +174,14 @@ class JsonlLoggerCallback(TrainerCallback):
             self.live.close()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Print how reward or loss went."""
+        """Print how reward or loss changed."""
         self.live.close()
-        name = "reward" if self.courses["reward"] else "loss"
-        if (values := self.courses[name]) and len(values) > 1:
+        name = "reward" if self.curves["reward"] else "loss"
+        if (values := self.curves[name]) and len(values) > 1:
             count = max(1, len(values) // 10)
-            first, last = (sum(part) / count for part in (values[:count], values[-count:]))
-            line = f"step {state.global_step:,}: {name} {last:.3f} over the last tenth of the steps, {first:.3f} over the first"
-            self.live.write([line])
+            first, last = (sum(tenth) / count for tenth in (values[:count], values[-count:]))
+            line = f"{name} {last:.3f} over the last tenth of the steps, {first:.3f} over the first"
+            self.live.write([f"step {state.global_step:,}: {line}"])
 
     def tokens_per_second(self, tokens: int) -> int:
         (seconds, before), self.last = self.last, (self.stage_log.seconds, tokens)
@@ -189,10 +189,10 @@ class JsonlLoggerCallback(TrainerCallback):
 
 
 def output_arguments(args: Any, training: TrainingArguments) -> OutputArguments:
-    """Where the model goes, in the words of all stages; the trainer itself keeps only its checkpoints, beside that folder.
+    """The common output arguments of all stages; the trainer keeps only its checkpoints, beside the model folder.
 
     Raises:
-        UserError: A required setting is missing. (Dataclasses with a required field cannot follow `TrainingArguments`.)
+        UserError: A required setting is missing. (Required fields of a dataclass cannot follow `TrainingArguments`.)
     """
     for name in ("model_name_or_path", "train_files"):
         if not getattr(args, name):
@@ -210,12 +210,12 @@ def output_arguments(args: Any, training: TrainingArguments) -> OutputArguments:
 
 
 def find_checkpoint(training: TrainingArguments) -> Path | None:
-    """The trainer's checkpoint that `resume_from_checkpoint` names: a folder, or `auto` for the newest, if there is one.
+    """The checkpoint that `resume_from_checkpoint` names: a folder, or `auto` for the newest, if there is one.
 
-    Without it, what lies there is cleared away.
+    Without it, existing checkpoints are deleted.
 
     Raises:
-        UserError: It is no checkpoint.
+        UserError: The folder is not a checkpoint.
     """
     resume = training.resume_from_checkpoint
     if resume == "auto":
@@ -224,9 +224,9 @@ def find_checkpoint(training: TrainingArguments) -> Path | None:
             print(f"no checkpoint in {training.output_dir} yet: training from the start")
     if resume is None:
         if training.process_index == 0:
-            discard(Path(training.output_dir))  # of another run: a later `auto` would take the newest of them
+            discard(Path(training.output_dir))  # of another run: a later `auto` would pick the newest
         return None
-    if missing := missing_in(Path(resume)):
+    if missing := missing_file(Path(resume)):
         raise UserError(
             f"resume_from_checkpoint {resume}: no checkpoint, {missing} is missing; give auto, or a folder such as "
             f"{training.output_dir}/checkpoint-500"
@@ -235,14 +235,14 @@ def find_checkpoint(training: TrainingArguments) -> Path | None:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that was not interrupted while it was written; None if there is none."""
+    """The newest complete checkpoint in `folder`; None if there is none."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    whole = [path for path in found if not missing_in(path)]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    complete = [path for path in found if not missing_file(path)]
+    return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
-def missing_in(checkpoint: Path) -> str | None:
-    """The first file that is not there or, as for the one that the trainer writes last, not to its end."""
+def missing_file(checkpoint: Path) -> str | None:
+    """The first missing file of a checkpoint, or the truncated one that was written last; None if complete."""
     for name in ("trainer_state.json", "optimizer.pt"):
         if not (checkpoint / name).is_file():
             return name
@@ -254,7 +254,7 @@ def missing_in(checkpoint: Path) -> str | None:
 
 
 def start_log(output_dir: str, training: TrainingArguments, checkpoint: Path | None) -> JsonlLogger:
-    """The stage's log; it goes on after `checkpoint`."""
+    """The stage's log, continued after `checkpoint`."""
     enabled = training.process_index == 0
     if checkpoint is None or not enabled:
         return JsonlLogger(output_dir, enabled)
@@ -273,46 +273,46 @@ def run_trl_stage(
     log: JsonlLogger,
     checkpoint: Path | None,
 ) -> None:
-    """Train; save, record and, if asked, upload the model. Called by every process.
+    """Train; save, record and, if requested, upload the model. Called by every process.
 
     Raises:
-        UserError: The trainer refuses its settings, there is too little data for a step, a loss or gradient is not finite,
-            or training ended before its last step.
+        UserError: The trainer rejects its settings, there is too little data for a step, a loss or gradient is not
+            finite, or training ended before its last step.
     """
-    checkpoints, progress = Path(training.output_dir), JsonlLoggerCallback(log, bar=not training.disable_tqdm)
+    checkpoints, logger = Path(training.output_dir), JsonlLoggerCallback(log, bar=not training.disable_tqdm)
     try:
         with ending_together():
             with advice_on_memory(lambda error: explain_out_of_memory(error, training)):
-                with one_line(), no_map_bars():
+                with settings_errors(), no_map_bars():
                     trainer = make_trainer()
-                trainer.add_callback(progress)
+                trainer.add_callback(logger)
                 for printer in (PrinterCallback, ProgressCallback):
-                    trainer.remove_callback(printer)  # a second bar, and whole dictionaries
+                    trainer.remove_callback(printer)  # they would print a second bar, and dictionaries
                 check_rows(training, len(trainer.train_dataset))
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = trainer.state
             if state.global_step < max(state.max_steps, 1):
-                raise UserError(f"training ended at step {state.global_step} of {state.max_steps}; no model was written")
+                raise UserError(f"training ended at step {state.global_step} of {state.max_steps}; no model was saved")
             if trainer.is_world_process_zero():
                 model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
                 written = record(args, training, given, output, trainer)
                 finish_stage(model, trainer.processing_class, output, log, written, model_card)
             trainer.accelerator.wait_for_everyone()
-        end(trainer.accelerator)
+        end_training(trainer.accelerator)
         if trainer.is_world_process_zero():
             push(output)
             keep_completions(checkpoints, beside(output.output_dir, "logs", ".completions"))
-            discard(checkpoints)  # last: if the folder or the upload failed, they are still there
+            discard(checkpoints)  # last: if saving or uploading failed, they are still there
     finally:
-        progress.close()
+        logger.close()
         if training.process_index == 0:
-            with suppress(OSError):  # it holds a checkpoint
+            with suppress(OSError):  # not empty: it holds a checkpoint
                 checkpoints.rmdir()
                 checkpoints.parent.rmdir()
 
 
 def explain_out_of_memory(error: BaseException, training: TrainingArguments) -> UserError:
-    """The error that tells which setting to lower, and which to raise with it for the same steps."""
+    """The error that names the setting to lower, and the one to raise to keep the same steps."""
     rows, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
     remedy = f"set it to {rows // 2} and gradient_accumulation_steps to {2 * passes}, or " if rows % 2 == 0 else ""
     if not training.gradient_checkpointing:
@@ -325,7 +325,7 @@ def explain_out_of_memory(error: BaseException, training: TrainingArguments) -> 
 
 @contextmanager
 def no_map_bars() -> Iterator[None]:
-    """Without the bars that `datasets` shows for each of the trainer's passes over data already tokenized."""
+    """Hide the bars that `datasets` shows for the trainer's passes over data already tokenized."""
     were_disabled = are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -336,7 +336,7 @@ def no_map_bars() -> Iterator[None]:
 
 
 def check_rows(training: TrainingArguments, rows: int) -> None:
-    """Raise [`UserError`] unless `rows` of training data make at least one step."""
+    """Raise [`UserError`] unless `rows` of training data are enough for one step."""
     if hasattr(training, "num_generations"):
         wanted, what = training.generation_batch_size // training.num_generations, "problems"
         advice = "more problems, or lower per_device_train_batch_size or gradient_accumulation_steps"
@@ -345,11 +345,11 @@ def check_rows(training: TrainingArguments, rows: int) -> None:
         wanted = wanted if training.dataloader_drop_last else 1
         advice = "more conversations, or lower per_device_train_batch_size"
     if rows < wanted:
-        raise UserError(f"train_files: {rows} {what} make no step, one takes {wanted}; give {advice}")
+        raise UserError(f"train_files: {rows} {what} are too few for a step, which takes {wanted}; give {advice}")
 
 
 def keep_completions(checkpoints: Path, target: Path) -> None:
-    """Move what `log_completions` has written to where the logs are."""
+    """Move the files of `log_completions` beside the logs."""
     if (checkpoints / "completions").is_dir():
         shutil.rmtree(target, ignore_errors=True)
         shutil.move(checkpoints / "completions", target)
@@ -358,7 +358,7 @@ def keep_completions(checkpoints: Path, target: Path) -> None:
 def record(
     args: Any, training: TrainingArguments, given: dict[str, Any], output: OutputArguments, trainer: MuonTrainer
 ) -> dict[str, Any]:
-    """The stage's record: the stage's own settings, and the trainer's that were given or that the device decided."""
+    """The stage's record: its own settings, and the trainer's that were given or depend on the device."""
     values = training.to_dict() | settings(output)
     used = {"bf16", "dataloader_pin_memory", "gradient_checkpointing", "output_dir"} | given.keys()
     if training.max_steps > 0:
@@ -375,7 +375,7 @@ def record(
 
 
 def run_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make a run what it is, as they were given."""
-    free = {"resume_from_checkpoint", "output_dir", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private_repo"}
-    free |= {"attn_implementation"}
+    """The settings that define a run, as given."""
+    free = {"resume_from_checkpoint", "attn_implementation", "output_dir", "overwrite_output_dir"}
+    free |= {"push_to_hub", "hub_model_id", "hub_private_repo"}
     return {key: value for key, value in given.items() if key not in free}

@@ -92,7 +92,7 @@ def test_other_weights_are_found_out(run, monkeypatch, capsys):
         return model
 
     monkeypatch.setattr(throughput, "build_model", tampered)
-    with pytest.raises(UserError, match=r"plain eager, plain generate: other results"):
+    with pytest.raises(UserError, match=r"plain eager, plain generate: results differ"):
         run(architectures=["transformers", "plain"])
     assert capsys.readouterr().out.count("equal weights give equal results: NO") == 2
 
@@ -170,7 +170,7 @@ def test_peak_memory_is_of_training_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["plain", "llama"]}, "'llama' is none of transformers, plain, turbo"),
+        ({"architectures": ["plain", "llama"]}, "'llama' is not one of transformers, plain, turbo"),
         ({"depths": [4, 0]}, r"depths is \[4, 0\]; it must be at least 1"),
         ({"sequence_length": 1}, "sequence_length is 1; it must be at least 2"),
         ({"train_batch_size": -1}, "train_batch_size is -1; it must be at least 0"),

@@ -87,7 +87,7 @@ def test_limits_and_empty_replies_are_told(capsys):
         ("/top_k 2.5", "top_k must be a whole number of at least 0, not 2.5"),
         ("/top_k " + "9" * 400, "[top_k 999"),
         ("/help", "/temperature X"),
-        ("/nonsense", "there is no /nonsense"),
+        ("/nonsense", "unknown command /nonsense"),
     ],
 )
 def test_commands_answer(line, answer, capsys):

@@ -88,7 +88,7 @@ def test_an_ignored_cache_exceeds_both_limits_tenfold(architecture, way, ignored
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_ignored_cache_is_one_line_with_the_versions(dtype, ignored_cache):
-    with pytest.raises(UserError, match=rf"generate does not get .* transformers {metadata.version('transformers')}") as raised:
+    with pytest.raises(UserError, match=rf"generate computes other logits .* transformers {metadata.version('transformers')}") as raised:
         check_cached_decoding(trained_like("plain", 0, dtype))
     assert "\n" not in str(raised.value)
 
@@ -174,14 +174,14 @@ def test_chat_and_training_warn_of_such_versions_once_and_go_on(toy_model_and_to
 
 
 def test_the_chat_refuses_a_model_whose_cache_is_ignored(toy_model_folder, ignored_cache):
-    with pytest.raises(UserError, match="does not get from the model's cache"):
+    with pytest.raises(UserError, match="computes other logits with the model's cache"):
         chat.start([str(toy_model_folder), "--prompt", "Hi"])
 
 
 def test_the_page_refuses_a_model_whose_cache_is_ignored(toy_model_folder, ignored_cache):
     pytest.importorskip("gradio")
     page = runpy.run_path(str(Path(__file__).parents[3] / "space" / "app.py"))
-    with pytest.raises(UserError, match="does not get from the model's cache"):
+    with pytest.raises(UserError, match="computes other logits with the model's cache"):
         page["start"]([str(toy_model_folder)])
 
 
@@ -194,6 +194,6 @@ def test_grpo_refuses_a_model_whose_cache_is_ignored_and_leaves_nothing(
     settings |= {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "max_steps": 1}
     words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     monkeypatch.setattr("sys.argv", ["grpo.py", *words])
-    with pytest.raises(UserError, match="does not get from the model's cache"):
+    with pytest.raises(UserError, match="computes other logits with the model's cache"):
         grpo.main()
     assert not (tmp_path / "run" / "rl").exists() and not (tmp_path / "run" / "stages").exists()

@@ -274,10 +274,10 @@ def with_tensor(name: str, *shape: int):
         (with_tensor("transformer.h.0.attn.bias", 32), "unknown: transformer.h.0.attn.bias"),
         (with_tensor("transformer.h.2.attn.c_q.weight", 32, 32), "have 3 layers, model_config says 2"),
         (with_tensor("lm_head.weight", VOCAB, 33), "lm_head.weight has shape (300, 33)"),
-        (with_tensor("lm_head.weight", VOCAB - 1, 32), "the sizes ask for (300, 32) or (320, 32)"),
+        (with_tensor("lm_head.weight", VOCAB - 1, 32), "the sizes require (300, 32) or (320, 32)"),
         (with_tensor("lm_head.weight", PADDED + 64, 32), "lm_head.weight has shape (384, 32)"),
         (with_tensor("_orig_mod.lm_head.weight", VOCAB, 32), "tensors twice"),
-        (lambda w: w.update(lm_head=3), "something else than named tensors"),
+        (lambda w: w.update(lm_head=3), "something other than named tensors"),
         (lambda w: w.update({"lm_head.weight": w["lm_head.weight"].long()}), "lm_head.weight is int64"),
     ],
 )
@@ -309,7 +309,7 @@ def test_layouts_between_launch_and_current_are_refused_by_name(turbo, tmp_path,
         ({"n_embd": 64}, "has shape (300, 32)"),
         ({"n_kv_head": 2}, "attn.c_k.weight has shape (16, 32)"),
         ({"n_head": 3}, "n_head 3 must divide n_embd 32"),
-        ({"vocab_size": 321}, "ask for (321, 32) or (384, 32)"),
+        ({"vocab_size": 321}, "require (321, 32) or (384, 32)"),
         ({"vocab_size": "300"}, "vocab_size is '300', expected a positive whole number"),
         ({"n_embd": None}, "n_embd is None"),
         ({"sequence_len": 0}, "sequence_len is 0"),
@@ -330,7 +330,7 @@ def test_unknown_window_letters_are_refused(turbo, tmp_path, capsys):
 def test_missing_and_damaged_files_are_named(plain, tmp_path, capsys):
     meta, weights = plain / "meta_000003.json", plain / "model_000003.pt"
     weights.write_bytes(weights.read_bytes()[:2000])
-    assert "model_000003.pt: refused, since it is damaged" in refusal(capsys, plain, tmp_path / "out")
+    assert "model_000003.pt: refused, because it is damaged" in refusal(capsys, plain, tmp_path / "out")
     meta.write_text("{")
     assert "meta_000003.json: not valid JSON" in refusal(capsys, plain, tmp_path / "out")
     meta.write_text("[]")
@@ -397,7 +397,7 @@ def test_a_pickled_tokenizer_needs_the_flag(tokenizer, tmp_path, capsys):
     apart = tmp_path / "apart"
     apart.mkdir()
     shutil.move(folder / "tokenizer.pkl", apart)
-    assert "give the model's tokenizer by --tokenizer" in refusal(capsys, folder, tmp_path / "out", "--allow_pickle")
+    assert "give the model's tokenizer with --tokenizer" in refusal(capsys, folder, tmp_path / "out", "--allow_pickle")
     out = convert(folder, tmp_path / "out", "--allow_pickle", "--tokenizer", str(apart))
     assert AutoTokenizer.from_pretrained(out).get_vocab() == tokenizer.get_vocab()
 
@@ -544,13 +544,13 @@ def test_turbo_settings_that_the_original_fixes_are_refused(changes, turbo, tmp_
     folder = convert(turbo, tmp_path / "hub")
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
-    assert f"other values than {next(iter(changes))}" in refusal(capsys, folder, tmp_path / "out", "--to", "original")
+    assert f"fixed values other than {next(iter(changes))}" in refusal(capsys, folder, tmp_path / "out", "--to", "original")
 
 
 def test_a_folder_of_the_wrong_kind_is_told_where_to_go(plain, tmp_path, capsys):
     folder = convert(plain, tmp_path / "hub")
-    assert "--to original makes a checkpoint of it" in refusal(capsys, folder, tmp_path / "out")
-    assert "a checkpoint of the original already" in refusal(capsys, plain, tmp_path / "out", "--to", "original")
+    assert "--to original makes it a checkpoint" in refusal(capsys, folder, tmp_path / "out")
+    assert "already a checkpoint of the original" in refusal(capsys, plain, tmp_path / "out", "--to", "original")
     (folder / "model.safetensors").unlink()
     assert "has no model.safetensors" in refusal(capsys, folder, tmp_path / "out", "--to", "original")
 
@@ -564,7 +564,7 @@ def test_what_is_there_is_replaced_only_when_asked_and_never_the_input(plain, tm
     convert(plain, out, "--overwrite_output_dir", "true")
     assert not (out / "notes.txt").exists() and (out / "model.safetensors").is_file()
     told = refusal(capsys, plain, tmp_path, "--overwrite_output_dir", "true")
-    assert "holds the input" in told and (plain / "model_000003.pt").is_file()
+    assert "contains the input" in told and (plain / "model_000003.pt").is_file()
 
 
 def test_of_a_hub_repository_only_the_needed_step_is_downloaded(plain, tmp_path, monkeypatch, capsys):

@@ -174,7 +174,7 @@ def test_failed_gates_end_the_command_with_an_error(run, monkeypatch, tmp_path):
         "check": name, "title": "t", "status": "failed" if name == "g1" else "passed", "reason": None, "seconds": 0.0,
         "figures": {}, "gates": [],
     })  # fmt: skip
-    with pytest.raises(UserError, match=r"^g1: not as it should be; .*checks.jsonl has the figures"):
+    with pytest.raises(UserError, match=r"^g1: failed; .*checks.jsonl has the figures"):
         run("--only", "g0", "g1")
     assert run("--only", "g3").count('"check": "g3') == len([name for name in CHECKS if name.startswith("g3")])
 
@@ -182,9 +182,9 @@ def test_failed_gates_end_the_command_with_an_error(run, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "g0", "g99"], "only: 'g99' is none of g0, g2, "),
+        (["--only", "g0", "g99"], "only: 'g99' is not one of g0, g2, "),
         (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
-        (["--original", "no/such/folder"], "original: no/such/folder is no folder"),
+        (["--original", "no/such/folder"], "original: no/such/folder is not a folder"),
         (["--limit", "0"], "limit is 0; it must be at least 1"),
         (["--output", "/dev/null/x"], "output: .* cannot be written"),
     ],

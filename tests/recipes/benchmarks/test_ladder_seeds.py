@@ -187,8 +187,8 @@ def test_a_finished_ladder_is_evaluated_once_and_the_table_written(finished_ladd
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--recipe", "absent"], "recipe: 'absent' is none"),
-        (["--seeds", "0", "0"], "seeds: give at least one, and each once"),
+        (["--recipe", "absent"], "recipe: 'absent' does not exist"),
+        (["--seeds", "0", "0"], "seeds: give at least one, without duplicates"),
         (["--refusal", ""], "refusal is empty"),
     ],
 )

@@ -65,9 +65,9 @@ def test_what_the_stages_take_passes(files, given):
     [
         ({"midtrain_files": ["@sharegpt.jsonl"]}, "mid: .*sharegpt.jsonl:1: no `messages`"),
         ({"sft_files": ["@prose.jsonl"]}, "sft: .*prose.jsonl:1: not valid JSON"),
-        ({"sft_files": ["me/chats"]}, "sft: .*me/chats is no local file, and a Hub dataset cannot be read here"),
+        ({"sft_files": ["me/chats"]}, "sft: .*me/chats is not a local file, and a Hub dataset cannot be read here"),
         ({"grpo_files": ["@chats.jsonl"]}, "rl: .*chats.jsonl:1: expected `question`"),
-        ({"grpo_files": ["me/problems"]}, "rl: .*me/problems is no local file"),
+        ({"grpo_files": ["me/problems"]}, "rl: .*me/problems is not a local file"),
         ({"grpo_files": ["@nowhere.jsonl"]}, "rl: .*nowhere.jsonl"),
         ({"eval_files": ["chats=@chats.jsonl"]}, "base.eval: .*chats.jsonl:1: not a GSM8K"),
         ({"eval_files": ["a=me/problems"]}, "base.eval: me/problems: no such file"),

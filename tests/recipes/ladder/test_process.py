@@ -106,7 +106,7 @@ def test_a_stopped_one_may_write_and_takes_its_children_along(tmp_path, how):
 
     written, ready = tmp_path / "written", tmp_path / "written.ready"
     threading.Thread(target=interrupt).start()
-    with pytest.raises(UserError, match="^stopped; this goes on where this one was$"):
+    with pytest.raises(UserError, match="^stopped; this continues from here$"):
         call([sys.executable, *ENDING[how], write_script(tmp_path, STOPPED), str(written)], {}, again="this")
     assert written.read_text() == str(int(signal.SIGTERM))
     with pytest.raises(ProcessLookupError):

@@ -140,9 +140,9 @@ def test_another_stages_checkpoints_stay(tmp_path):
     [
         ("file/base", "file cannot be written"),
         ("file/runs/base", "cannot be written"),
-        ("file", "is not the name of a folder"),
-        ("link", "is not the name of a folder"),
-        ("..", "is not the name of a folder"),
+        ("file", "is not a folder name"),
+        ("link", "is not a folder name"),
+        ("..", "is not a folder name"),
         ("a/base", "a/logs cannot be written"),
         ("b/base", "b/checkpoints cannot be written"),
         ("/proc/nowhere/base", "cannot be written"),

@@ -187,11 +187,11 @@ def test_without_a_checkpoint_auto_starts_anew(start, capsys):
 @pytest.mark.parametrize(
     ("stage", "settings", "message"),
     [
-        ("rl", {"per_device_train_batch_size": 80}, "16 problems make no step, one takes 20"),
-        ("sft", {"per_device_train_batch_size": 17, "dataloader_drop_last": "true"}, "16 rows make no step, one takes 17"),
+        ("rl", {"per_device_train_batch_size": 80}, "16 problems are too few for a step, which takes 20"),
+        ("sft", {"per_device_train_batch_size": 17, "dataloader_drop_last": "true"}, "16 rows are too few for a step, which takes 17"),
         ("sft", {"max_steps": 0}, "max_steps 0 trains nothing"),
         ("sft", {"num_train_epochs": 0}, "num_train_epochs must be more than 0"),
-        ("sft", {"max_length": 1000}, "max_length 1000 is beyond the model's context of 256 tokens"),
+        ("sft", {"max_length": 1000}, "max_length 1000 exceeds the model's context of 256 tokens"),
         ("sft", {"max_steps": 1, "reward_weights": "1"}, "reward_weights"),
         ("rl", {"reward_weights": "1 2"}, "reward_weights"),
         ("rl", {"importance_sampling_level": "token", "sync_ref_model": "true", "beta": 0}, "sync_ref_model"),
@@ -207,7 +207,7 @@ def test_no_step_no_model(stage, settings, message, start, tmp_path):
 
 def test_one_problem_is_refused_before_the_model_is_read(start, tmp_path, monkeypatch):
     (tmp_path / "rl.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n")
-    with pytest.raises(UserError, match="1 problems make no step, one takes 2"):
+    with pytest.raises(UserError, match="1 problems are too few for a step, which takes 2"):
         start("rl", model_name_or_path=tmp_path / "no model there")
 
 

@@ -258,7 +258,7 @@ def test_conversations_that_cannot_be_learnt_from_are_refused():
         ConversationStreams([], 0, MAX_LENGTH)
     with pytest.raises(UserError, match="conversation 2 has more than 33 tokens"):
         ConversationStreams([([1, 2], [0, 1]), ([1] * 34, [0] + [1] * 33)], 0, MAX_LENGTH)
-    with pytest.raises(UserError, match="conversation 1 .* none to learn"):
+    with pytest.raises(UserError, match="conversation 1 .* none to train on"):
         ConversationStreams([([1, 2], [1, 0])], 0, MAX_LENGTH)
 
 
@@ -301,7 +301,7 @@ def test_text_that_no_row_can_hold_is_told(tokenizer, part_files):
     long = "the cat sat\n" * 500
     tokens = len(encode_documents(tokenizer, [long])[0]) - 1
     told = line([long, None, "", "cat"], 100)
-    assert told.startswith("train_files: of a document only the first 100 tokens fit a row: about ")
+    assert told.startswith("train_files: only the first 100 tokens of a document fit a row: about ")
     assert abs(float(told.split("about ")[1].split(" %")[0]) - 100 * 100 / tokens) < 0.2
     assert line([long], tokens // 2 - 10) and line([long], tokens // 2 + 10) is None
     assert line(["the cat sat\n" * 10] * 40 + [long], 100) is not None

@@ -67,7 +67,7 @@ def entry_and_words(line):
         if word in COMMANDS:
             return *COMMANDS[word].split(":"), words[position + 1 :]
         if word == "-m" and words[position + 1].startswith(ROOMS):
-            return words[position + 1], "main", words[position + 2 :]
+            return f"{words[position + 1]}.__main__", "main", words[position + 2 :]
         if word.endswith(".py") and words[position - 1] != "-m":
             assert (ROOT / word).is_file(), f"no script {word}"
             module = str(Path(word).with_suffix("")).replace(os.sep, ".")
@@ -105,9 +105,11 @@ def parse_only(monkeypatch):
 
 
 def load(module):
-    if not module.startswith("space."):
+    if not module.startswith(("space.", ".ci.")):
         return importlib.import_module(module)
-    spec = importlib.util.spec_from_file_location("space_app", ROOT / f"{module.replace('.', '/')}.py")
+    words = module.split(".") if module.startswith("space") else [".ci", module.rpartition(".")[2]]
+    path = ROOT.joinpath(*words).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location(f"script_{words[-1]}", path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
@@ -121,7 +123,7 @@ def stands_for_a_persons_own(words):
 def test_the_documents_have_commands_of_every_script():
     entries = {entry[0] for _, line in documented() if (entry := entry_and_words(line))}
     scripts = {"recipes.run", "recipes.pretrain", "recipes.midtrain", "recipes.sft", "recipes.grpo", "recipes.pocket.world"}
-    scripts |= {"tokenizer_train.train", "evals.evaluate_model", "evals.report", "space.app", "modeling_nanochat.chat"}
+    scripts |= {"tokenizer_train.train", "evals.evaluate_model", "evals.report", "space.app", "modeling_nanochat.chat.__main__"}
     assert scripts <= entries
 
 

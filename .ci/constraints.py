@@ -15,8 +15,7 @@ HEADER = (
     "# Versions that passed the tests, written by `make constraints`: pip install -c constraints.txt -e '.[all]'\n"
 )
 SPACE_HEADER = (
-    "# The versions of ../constraints.txt, written by `make constraints`; "
-    "gradio comes with README.md's sdk_version.\n"
+    "# The versions of ../constraints.txt, written by `make constraints`; gradio comes with README.md's sdk_version.\n"
 )
 
 

@@ -95,9 +95,7 @@ class EvaluateArguments:
     batch_size: int = field(default=32, metadata={"help": "Prompts per forward pass."})
     max_new_tokens: int = field(default=96, metadata={"help": "Tokens per reply, tool results included."})
     temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy decoding."})
-    top_k: int | None = field(
-        default=None, metadata={"help": "Sample among the k most likely tokens; all if unset."}
-    )
+    top_k: int | None = field(default=None, metadata={"help": "Sample among the k most likely tokens; all if unset."})
     num_samples: int = field(default=6, metadata={"help": "Sample conversations to keep, over all tasks."})
     output_predictions: str | None = field(
         default=None, metadata={"help": "JSONL file for all predictions (task, index, right, reply); none if unset."}

@@ -117,7 +117,10 @@ def tokenizer_parts(run: RunFolder, picture: str | None) -> list[str]:
     parts = [markdown_table(table_rows(run.tokenizer)), TABLE_NOTE]
     parts += ["\n".join(f"- {line}" for line in lines)] if (lines := notes(run.tokenizer)) else []
     parts += [f"![Bytes per token](report/{picture})"] if picture else []
-    parts += [markdown_table(statistics_rows(statistics)), f"Longest tokens: {', '.join(map(code, statistics['longest']))}"]
+    parts += [
+        markdown_table(statistics_rows(statistics)),
+        f"Longest tokens: {', '.join(map(code, statistics['longest']))}",
+    ]
     if examples := statistics["unreachable"]["examples"]:
         parts.append(f"Never produced by encoding their own bytes: {', '.join(map(code, examples))}")
     return parts
@@ -134,7 +137,9 @@ def progress_lines(run: RunFolder) -> list[str]:
     _, rewards = run.series("rl", "reward")
     if tenth := len(rewards) // 10:
         first, last = sum(rewards[:tenth]) / tenth, sum(rewards[-tenth:]) / tenth
-        lines.append(f"- RL: mean reward {first:.3f} over the first {tenth} logged steps, {last:.3f} over the last {tenth}")
+        lines.append(
+            f"- RL: mean reward {first:.3f} over the first {tenth} logged steps, {last:.3f} over the last {tenth}"
+        )
     return ["\n".join(lines)] if lines else []
 
 
@@ -284,7 +289,11 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def terminal_summary(run: RunFolder) -> str:
     """Return the summary table, RL against SFT, and one conversation of the last model, preferring tool calls."""
-    parts = [aligned_table(summary_rows(run)), *evaluation_notes(run), "RL against SFT\n" + "\n".join(comparisons(run))]
+    parts = [
+        aligned_table(summary_rows(run)),
+        *evaluation_notes(run),
+        "RL against SFT\n" + "\n".join(comparisons(run)),
+    ]
     parts += marked_warnings(run)
     samples = next((r["samples"] for s in reversed(MODELS) if (r := run.results.get(s, {})).get("samples")), [])
     calling = [sample for sample in samples if any(message.get("tool_calls") for message in sample["messages"])]

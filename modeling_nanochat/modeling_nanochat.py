@@ -112,9 +112,7 @@ def by_blocks(config: NanoChatConfig, attention_mask: torch.Tensor | None, cache
     return flexible and attention_mask is None and cache is None
 
 
-def block_mask(
-    inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None, window: int | None = None
-) -> BlockMask:
+def block_mask(inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None, window: int | None = None) -> BlockMask:
     """FlexAttention's mask: each token sees its own document up to itself, at most the last `window` tokens.
 
     transformers' own mask functions break a compiled graph: they set an argument that torch warns about.

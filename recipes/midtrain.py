@@ -47,9 +47,7 @@ class MidtrainArguments(CardArguments):
     model_name_or_path: str = field(metadata={"help": "Base model: folder or Hub id."})
     train_files: list[str] = field(metadata={"help": "JSONL: conversations, GSM8K, ARC or MMLU records."})
     replay_files: list[str] | None = field(default=None, metadata={"help": "Raw text to mix in, as in pretraining."})
-    replay_every: int | None = field(
-        default=None, metadata={"help": "Conversation rows per row of replayed text, 4."}
-    )
+    replay_every: int | None = field(default=None, metadata={"help": "Conversation rows per row of replayed text, 4."})
     assistant_only_loss: bool = field(
         default=False, metadata={"help": "Loss on assistant tokens only; the original uses all tokens here."}
     )

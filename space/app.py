@@ -132,7 +132,9 @@ def heading(engine: Engine, title: str) -> str:
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     size = f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
     note = stage_note(engine.model)
-    about = f"<p>{size} parameters, {engine.context} tokens of context</p>" + (f"<p>{escape(note)}</p>" if note else "")
+    about = f"<p>{size} parameters, {engine.context} tokens of context</p>" + (
+        f"<p>{escape(note)}</p>" if note else ""
+    )
     return f"<h1>{escape(title)}</h1>{about}"
 
 

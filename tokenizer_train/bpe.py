@@ -68,7 +68,9 @@ def train_tokenizer(
 
 def check_request(vocab_size: int, split_pattern: str) -> None:
     if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"vocab_size {vocab_size} is too small; 256 bytes and 9 special tokens need {SMALLEST_VOCABULARY}")
+        raise UserError(
+            f"vocab_size {vocab_size} is too small; 256 bytes and 9 special tokens need {SMALLEST_VOCABULARY}"
+        )
     if split_pattern not in SPLIT_PATTERNS:
         raise UserError(f"split_pattern {split_pattern!r} is unknown; use one of {', '.join(SPLIT_PATTERNS)}")
 

@@ -177,7 +177,15 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
     names = [vocabulary["name"] for vocabulary in record["vocabularies"]]
     heads = [f"{vocabulary['name']} ({vocabulary['entries']:,})" for vocabulary in record["vocabularies"]]
     others = names[:-1]
-    rows = [["text", "bytes", *(cell for head in heads for cell in (head, "ratio")), "per word", *(f"vs {n}" for n in others)]]
+    rows = [
+        [
+            "text",
+            "bytes",
+            *(cell for head in heads for cell in (head, "ratio")),
+            "per word",
+            *(f"vs {n}" for n in others),
+        ]
+    ]
     for text in record["texts"]:
         counts = [c for n in names for c in (f"{text['tokens'][n]:,}", f"{text['bytes_per_token'][n]:.2f}")]
         fewer = [f"{text['fewer_percent'][name]:+.1f} %" for name in others]

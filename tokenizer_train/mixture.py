@@ -80,7 +80,10 @@ def characters_in(dataset: "Dataset | IterableDataset", doc_cap: int) -> float:
     import pyarrow.compute as pc
 
     texts = dataset.data.column("text")
-    return sum(pc.sum(pc.min_element_wise(pc.utf8_length(part), doc_cap, skip_nulls=False)).as_py() or 0 for part in texts.chunks)
+    return sum(
+        pc.sum(pc.min_element_wise(pc.utf8_length(part), doc_cap, skip_nulls=False)).as_py() or 0
+        for part in texts.chunks
+    )
 
 
 def one_after_the_other(sources: Sequence[Source], doc_cap: int, max_chars: int) -> Iterator[str]:

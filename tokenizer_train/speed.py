@@ -1,6 +1,6 @@
 """Measure the speed of tokenizer training and encoding with every available library, and compare the results.
 
-    python tokenizer_train/speed.py --train_files 'text/*.parquet' --vocab_size 32768
+python tokenizer_train/speed.py --train_files 'text/*.parquet' --vocab_size 32768
 """
 
 import signal

@@ -168,7 +168,9 @@ class Reading:
 
 
 def cut_line(sources: list[Source], doc_cap: int) -> str:
-    cut, left_out = (sum(getattr(source, key) for source in sources) for key in ("documents_cut", "characters_left_out"))
+    cut, left_out = (
+        sum(getattr(source, key) for source in sources) for key in ("documents_cut", "characters_left_out")
+    )
     return (
         f"{cut:,} of them longer than {doc_cap:,} characters: {left_out:,} characters were skipped; raise --doc_cap "
         "to read more of each, or separate the documents within, in a .txt file by blank lines"
@@ -182,7 +184,9 @@ def save(tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
             save_tokenizer(tokenizer, folder)
             save_file({"token_bytes": token_bytes(tokenizer)}, folder / "token_bytes.safetensors")
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror or error}); pass another --output_dir") from error
+        raise UserError(
+            f"{target} cannot be written ({error.strerror or error}); pass another --output_dir"
+        ) from error
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> float:

@@ -93,7 +93,9 @@ def load_baselines(
         UserError: `folder` does not exist, or a file in it is not the vocabulary that its name says.
     """
     if folder is not None and not Path(folder).is_dir():
-        raise UserError(f"vocabularies_dir {folder}: no such folder; give one with encoder.json and cl100k_base.tiktoken")
+        raise UserError(
+            f"vocabularies_dir {folder}: no such folder; give one with encoder.json and cl100k_base.tiktoken"
+        )
     loaders = {published.name: lambda p=published: read_published(p, folder) for published in PUBLISHED}
     for name, where in (named or {}).items():
         loaders[name] = lambda name=name, where=where: hugging_face_vocabulary(name, where)
@@ -112,7 +114,9 @@ def read_published(published: Published, folder: str | None) -> Vocabulary:
         download(published)
         path = find_file(published, folder)
     if path is None:
-        raise MissingVocabulary(f"downloaded, but tiktoken keeps no cache; set TIKTOKEN_CACHE_DIR, or {help_with(published)}")
+        raise MissingVocabulary(
+            f"downloaded, but tiktoken keeps no cache; set TIKTOKEN_CACHE_DIR, or {help_with(published)}"
+        )
     ranks = read_ranks(path.read_bytes(), published)
     return Vocabulary(published.name, published.entries, published.file, counter(ranks, published.pattern))
 
@@ -149,7 +153,9 @@ def download(published: Published) -> None:
     try:
         import tiktoken
     except ImportError as error:
-        raise MissingVocabulary(f"tiktoken would download it; pip install tiktoken, or {help_with(published)}") from error
+        raise MissingVocabulary(
+            f"tiktoken would download it; pip install tiktoken, or {help_with(published)}"
+        ) from error
     outcome: list[Exception | None] = []
 
     def fetch() -> None:

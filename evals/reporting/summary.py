@@ -52,13 +52,19 @@ def short_figure(record: dict[str, Any]) -> str:
 
 def warnings(run: RunFolder) -> list[str]:
     """Return the stages' warnings of failed training, see `recipes/training/learning.py`."""
-    return [f"{name}: {text}" for stage, name in MODELS.items() for text in run.stages.get(stage, {}).get("warnings", ())]
+    return [
+        f"{name}: {text}" for stage, name in MODELS.items() for text in run.stages.get(stage, {}).get("warnings", ())
+    ]
 
 
 def evaluation_notes(run: RunFolder) -> list[str]:
     """Return the notes in the evaluation records."""
-    records = [(name, record) for stage, name in MODELS.items() for record in run.results.get(stage, {}).get("records", ())]
-    return [f"{name}, {record['task'].replace('_', ' ')}: {record['note']}" for name, record in records if "note" in record]
+    records = [
+        (name, record) for stage, name in MODELS.items() for record in run.results.get(stage, {}).get("records", ())
+    ]
+    return [
+        f"{name}, {record['task'].replace('_', ' ')}: {record['note']}" for name, record in records if "note" in record
+    ]
 
 
 def comparisons(run: RunFolder, before: str = "sft", after: str = "rl") -> list[str]:

@@ -46,7 +46,9 @@ def draw_bars(record: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("bytes per token")
         axis.grid(visible=False, axis="x")
         axis.margins(y=0.08)
-        axis.legend(frameon=False, fontsize=8, ncols=min(6, len(vocabularies)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axis.legend(
+            frameon=False, fontsize=8, ncols=min(6, len(vocabularies)), loc="lower center", bbox_to_anchor=(0.5, 1.0)
+        )
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None}, facecolor="white")
 

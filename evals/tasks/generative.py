@@ -11,7 +11,9 @@ from .formats import match_answers
 from .task_files import Task
 
 # Thai, Lao, Burmese, Khmer, kana and Chinese characters, which are written without spaces between words.
-UNSPACED_RANGES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNSPACED_RANGES = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
 UNSPACED = re.compile(f"[{UNSPACED_RANGES}]")
 SPACED = rf"[^\W{UNSPACED_RANGES}]"  # letters and digits of all other scripts
 

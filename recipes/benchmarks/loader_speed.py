@@ -1,6 +1,6 @@
 """Measures the data loader alone: tokens/s and MB/s of text, without a model.
 
-    python recipes/benchmarks/loader_speed.py --tokenizer runs/tokenizer --train_files 'text/*.parquet'
+python recipes/benchmarks/loader_speed.py --tokenizer runs/tokenizer --train_files 'text/*.parquet'
 """
 
 import signal

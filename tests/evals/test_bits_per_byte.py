@@ -71,14 +71,20 @@ def test_each_token_is_predicted_once():
     tokenizer = golden_tokenizer()
     rows = text_rows(tokenizer, TEXT * 5, max_length=16, max_tokens=10_000)
     stream = [rows[0][0]] + [token for row in rows for token in row[1:]]
-    assert stream == [t for text in TEXT * 5 for t in [491, *tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]]]
+    assert stream == [
+        t
+        for text in TEXT * 5
+        for t in [491, *tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]]
+    ]
     assert sum(map(len, text_rows(tokenizer, TEXT * 5, max_length=16, max_tokens=40))) <= 40 + 3
 
 
 def test_of_an_enormous_document_only_what_is_measured_is_encoded(monkeypatch):
     tokenizer, text, encoded = golden_tokenizer(), "The cat sat on the mat. " * 5_000, []
     monkeypatch.setattr(bulk_encoding, "PART", 2_000)
-    monkeypatch.setattr(BulkEncoder, "text_ids", lambda self, part, ids=BulkEncoder.text_ids: encoded.append(part) or ids(self, part))
+    monkeypatch.setattr(
+        BulkEncoder, "text_ids", lambda self, part, ids=BulkEncoder.text_ids: encoded.append(part) or ids(self, part)
+    )
     rows = text_rows(tokenizer, [text, "never read"], max_length=16, max_tokens=400)
     assert len(encoded) == 1
     ids = [*rows[0], *(token for row in rows[1:] for token in row[1:])]

@@ -88,7 +88,9 @@ def test_a_question_with_a_history_is_asked_after_it(toy_model_folder, files, mo
         return [[{"role": "assistant", "content": "red"}]] * len(asked)
 
     monkeypatch.setattr("evals.evaluate_model.generate_replies", generate)
-    args = arguments(toy_model_folder, files, eval_files=[f"later={files / 'later.jsonl'}"], text_files=[], max_length=None)
+    args = arguments(
+        toy_model_folder, files, eval_files=[f"later={files / 'later.jsonl'}"], text_files=[], max_length=None
+    )
     results = run_evaluation(args)
     question = [*turns, {"role": "user", "content": "Which?"}]
     assert seen[0] == question and results["records"][0]["value"] == 1.0
@@ -147,7 +149,9 @@ def test_the_same_evaluation_twice_gives_the_same_figures(toy_model_folder, file
 def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, files):
     long = {"question": "word " * 400, "answer": "#### 1"}
     (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
-    args = arguments(toy_model_folder, files, eval_files=[f"long={files / 'long.jsonl'}"], text_files=[], max_length=None)
+    args = arguments(
+        toy_model_folder, files, eval_files=[f"long={files / 'long.jsonl'}"], text_files=[], max_length=None
+    )
     (record,) = run_evaluation(args)["records"]
     assert (record["value"], record["n"], record["settings"]["questions_beyond_context"]) == (0.0, 1, 1)
 
@@ -203,7 +207,9 @@ def test_the_same_answer_to_different_questions_is_noted(answers, references, no
     assert same_answer(answers, references) == note
 
 
-def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(toy_model_folder, files, monkeypatch, capsys):
+def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(
+    toy_model_folder, files, monkeypatch, capsys
+):
     """Of every kind of task; what it answers is shown as a reader would see it."""
     colours = [{"question": "Which?", "answer": colour, "rivals": ["blue"]} for colour in ("red", "green")]
     mats = [{"query": "The cat sat on the", "choices": ["mat.", "lamp."], "gold": gold} for gold in (0, 1)]
@@ -211,10 +217,15 @@ def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(toy_
         (files / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     reply = [{"role": "assistant", "content": "Hello.\n#### 7"}]
     monkeypatch.setattr("evals.evaluate_model.generate_replies", lambda engine, asked, **_: [reply] * len(asked))
-    monkeypatch.setattr("evals.evaluate_model.predict_letters", lambda model, tokenizer, questions, **_: ["C"] * len(questions))
+    monkeypatch.setattr(
+        "evals.evaluate_model.predict_letters", lambda model, tokenizer, questions, **_: ["C"] * len(questions)
+    )
     monkeypatch.setattr("evals.evaluate_model.predict_choices", lambda model, tokenizer, tasks, **_: [1] * len(tasks))
     args = arguments(toy_model_folder, files)
-    words = [f"--{name}={value}" for name, value in (("model_name_or_path", args.model_name_or_path), ("output_file", args.output_file))]
+    words = [
+        f"--{name}={value}"
+        for name, value in (("model_name_or_path", args.model_name_or_path), ("output_file", args.output_file))
+    ]
     monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *words, "--eval_files", *args.eval_files])
     main()
     written = json.loads(Path(args.output_file).read_text(encoding="utf-8"))["records"]
@@ -233,7 +244,9 @@ def test_every_prediction_is_kept_with_the_reply_and_agrees_with_the_record(toy_
     args = arguments(toy_model_folder, files, output_predictions=str(files / "predictions.jsonl"))
     records = {record["task"]: record for record in run_evaluation(args)["records"]}
     rows = [row for _, row in read_jsonl(args.output_predictions)]
-    assert [(row["task"], row["index"]) for row in rows] == [(name, i) for name in TASKS for i in range(len(TASKS[name]))]
+    assert [(row["task"], row["index"]) for row in rows] == [
+        (name, i) for name in TASKS for i in range(len(TASKS[name]))
+    ]
     for name in TASKS:
         of_task = [row for row in rows if row["task"] == name]
         assert sum(row["right"] for row in of_task) / len(of_task) == pytest.approx(records[name]["value"])
@@ -315,7 +328,11 @@ def test_the_script_reads_yaml_and_prints_one_line_or_the_table(toy_model_folder
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--verbose", "true"])
     main()
     said = capsys.readouterr().out
-    assert said.splitlines()[1:] == table.splitlines()[1:] and said.splitlines()[-1].split()[:2] == ["cloze", "accuracy"] and said.endswith("  2\n")
+    assert (
+        said.splitlines()[1:] == table.splitlines()[1:]
+        and said.splitlines()[-1].split()[:2] == ["cloze", "accuracy"]
+        and said.endswith("  2\n")
+    )
     (record,) = json.loads((files / "out.json").read_text(encoding="utf-8"))["records"]
     assert record["settings"]["max_examples"] == 2
 

@@ -148,11 +148,15 @@ def test_a_stage_that_learned_nothing_is_marked_and_an_evaluation_noted(run_fold
         write(file, content)
     run = read_run(run_folder)
     text = render(run, {})
-    assert "\n\n> ⚠ RL: no completion ended by itself from step 1 to step 60\n\n> ⚠ RL: the loss did not fall\n\n" in text
+    assert (
+        "\n\n> ⚠ RL: no completion ended by itself from step 1 to step 60\n\n> ⚠ RL: the loss did not fall\n\n" in text
+    )
     assert text.index("⚠") < text.index("## Summary")
     assert "\n- RL, problems: the same answer to all 200 questions: 7\n" in text
     printed = terminal_summary(run)
-    assert "⚠ RL: the loss did not fall" in printed and "RL, problems: the same answer to all 200 questions: 7" in printed
+    assert (
+        "⚠ RL: the loss did not fall" in printed and "RL, problems: the same answer to all 200 questions: 7" in printed
+    )
 
 
 def test_a_run_that_learned_is_not_marked(run_folder):
@@ -226,7 +230,9 @@ def test_the_report_draws_what_the_tokenizers_evaluation_writes(toy_model_folder
     from tokenizer_train.evaluate import TokenizerEvaluateArguments, evaluate_tokenizer
     from tokenizer_train.evaluate import table_rows as printed_rows
 
-    record = evaluate_tokenizer(TokenizerEvaluateArguments(tokenizer=str(toy_model_folder), baselines=[f"same={toy_model_folder}"]))
+    record = evaluate_tokenizer(
+        TokenizerEvaluateArguments(tokenizer=str(toy_model_folder), baselines=[f"same={toy_model_folder}"])
+    )
     write(tmp_path / "results" / "tokenizer.json", record)
     run = read_run(tmp_path)
     assert "| korean | 1,060 |" in write_report(run).read_text(encoding="utf-8")
@@ -291,7 +297,11 @@ def test_a_conversation_shows_calls_and_results():
         ("stages/base.json", "{", "base.json: not valid JSON"),
         ("stages/base.json", "[]", "base.json: lacks"),
         ("results/base.json", "{}", "base.json: lacks model, seconds, records"),
-        ("results/tokenizer.json", '{"seconds": 1}', "tokenizer.json: lacks settings, vocabularies, missing, texts, statistics"),
+        (
+            "results/tokenizer.json",
+            '{"seconds": 1}',
+            "tokenizer.json: lacks settings, vocabularies, missing, texts, statistics",
+        ),
         ("logs/base.jsonl", "{", "base.jsonl:1"),
     ],
 )

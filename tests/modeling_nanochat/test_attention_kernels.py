@@ -74,7 +74,13 @@ def pretraining_evaluations(monkeypatch, bits_per_byte=None):
     monkeypatch.setattr(pretrain, "validation", lambda *args: bits_per_byte)
     monkeypatch.setattr(pretrain, "load_core", lambda folder: ["a task"])
     args = SimpleNamespace(
-        val_files=[], eval_tokens=1, core_dir="x", core_steps=1, core_max_per_task=1, sample_steps=1, sample_prompts=["x"]
+        val_files=[],
+        eval_tokens=1,
+        core_dir="x",
+        core_steps=1,
+        core_max_per_task=1,
+        sample_steps=1,
+        sample_prompts=["x"],
     )
     loop = SimpleNamespace(max_length=1, eval_steps=1)
     accelerator = SimpleNamespace(is_fsdp2=False, process_index=0, num_processes=1)

@@ -43,7 +43,13 @@ def test_a_reply_is_parsed_whole_and_token_by_token(reply, message):
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(st.sampled_from([*WORDS, *IDS.values(), IDS["<|python_start|>"], IDS["<|python_end|>"]]), min_size=1, max_size=14))
+@given(
+    st.lists(
+        st.sampled_from([*WORDS, *IDS.values(), IDS["<|python_start|>"], IDS["<|python_end|>"]]),
+        min_size=1,
+        max_size=14,
+    )
+)
 def test_engine_and_parser_agree_on_every_sequence_of_tokens(ids):
     """Up to where generation stops: at the end of the turn or of a call."""
     ends = {IDS[name] for name in ("<|assistant_end|>", "<|python_end|>", "<|bos|>", PAD)}

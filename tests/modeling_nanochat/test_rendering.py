@@ -73,7 +73,11 @@ def test_what_is_rendered_stays_when_the_conversation_goes_on(tokenizer, name):
     messages = converted(name)
     whole, _ = render_one({"messages": messages}, tokenizer)
     for end in range(1, len(messages)):
-        ids = tokenizer.apply_chat_template(messages[:end], return_dict=False) if messages[end - 1]["role"] != "system" else []
+        ids = (
+            tokenizer.apply_chat_template(messages[:end], return_dict=False)
+            if messages[end - 1]["role"] != "system"
+            else []
+        )
         assert whole[: len(ids)] == ids
         if messages[end]["role"] == "assistant":
             prompt = tokenizer.apply_chat_template(messages[:end], add_generation_prompt=True, return_dict=False)
@@ -104,7 +108,11 @@ def test_calls_become_messages():
     result = {"role": "tool", "name": "python", "content": "2"}
     assert from_original([{"role": "user", "content": "?"}, {"role": "assistant", "content": parts}], "here") == [
         {"role": "user", "content": "?"},
-        {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "tool_calls": [call]},
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            "tool_calls": [call],
+        },
         result,
         {"role": "assistant", "content": "", "tool_calls": [call, call]},
         result,
@@ -127,7 +135,9 @@ def test_calls_become_messages():
 )
 def test_parts_in_disorder_are_refused(parts, words):
     with pytest.raises(UserError, match=f"^f:1, message 2.*{words}"):
-        to_conversation({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": parts}]}, "f:1")
+        to_conversation(
+            {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": parts}]}, "f:1"
+        )
 
 
 def test_only_an_assistant_calls():
@@ -148,7 +158,11 @@ def test_every_list_of_parts_is_converted_or_refused(tokenizer, parts):
         assert has_call_parts(messages)
         return
     text = tokenizer.decode(render_one(conversation, tokenizer)[0])
-    written = {"text": "{}", "python": "<|python_start|>{}<|python_end|>", "python_output": "<|output_start|>{}<|output_end|>"}
+    written = {
+        "text": "{}",
+        "python": "<|python_start|>{}<|python_end|>",
+        "python_output": "<|output_start|>{}<|output_end|>",
+    }
     turn = "".join(written[part["type"]].format(part["text"]) for part in parts)
     assert text == f"<|bos|><|user_start|>?<|user_end|><|assistant_start|>{turn}<|assistant_end|>"
 
@@ -157,7 +171,11 @@ TOOLS = [{"type": "function", "function": {"name": "lookup", "description": "Fin
 
 
 def test_tools_of_a_record_are_written_before_the_first_question(tokenizer):
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "!"},
+    ]
     text = tokenizer.decode(render_one(to_conversation({"messages": messages, "tools": TOOLS}, "here"), tokenizer)[0])
     listed = '{"name": "lookup", "description": "Finds <|bos|>.", "parameters": {}}'
     assert text.startswith(f"<|bos|><|user_start|>Functions in Python:\n{listed}\n\nBe brief.\n\n?<|user_end|>")
@@ -165,7 +183,9 @@ def test_tools_of_a_record_are_written_before_the_first_question(tokenizer):
 
 def test_half_a_character_in_a_tools_description_is_read_as_a_replacement_character(tokenizer):
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ids, _ = render_one({"messages": messages, "tools": [{"function": {"name": "f", "description": "\ud800"}}]}, tokenizer)
+    ids, _ = render_one(
+        {"messages": messages, "tools": [{"function": {"name": "f", "description": "\ud800"}}]}, tokenizer
+    )
     assert '"description": "\ufffd"' in tokenizer.decode(ids)
 
 
@@ -207,8 +227,13 @@ def test_calls_that_cannot_be_written_are_refused(function, words):
 def test_the_forms_that_calls_come_in(tokenizer):
     """Nested as OpenAI has them, flat, and with the keys that a table fills with None."""
     nested = calling({"name": "python", "arguments": {"code": "1+1", "city": None}})
-    flat = [nested[0], nested[1] | {"tool_calls": [{"function": None, "name": "python", "arguments": {"code": "1+1"}}]}]
-    first, second = (render_one(to_conversation({"messages": messages}, "f:1"), tokenizer) for messages in (nested, flat))
+    flat = [
+        nested[0],
+        nested[1] | {"tool_calls": [{"function": None, "name": "python", "arguments": {"code": "1+1"}}]},
+    ]
+    first, second = (
+        render_one(to_conversation({"messages": messages}, "f:1"), tokenizer) for messages in (nested, flat)
+    )
     assert first == second and "<|python_start|>1+1<|python_end|>" in tokenizer.decode(first[0])
 
 
@@ -230,7 +255,11 @@ def test_only_an_assistants_message_has_calls(role):
 
 
 def test_a_developers_message_is_a_system_message(tokenizer):
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "!"},
+    ]
     ids = render_one(to_conversation({"messages": messages}, "f:1"), tokenizer)
     messages[0] = {"role": "developer", "content": "Be brief."}
     assert render_one(to_conversation({"messages": messages}, "f:1"), tokenizer) == ids
@@ -291,15 +320,24 @@ def test_another_functions_call_is_a_call_in_python(tokenizer):
         (calling({"name": "python", "arguments": {"code": 5}}), "code of a call"),
         (calling({"name": "python", "arguments": {"code": None}}), "code of a call"),
         (calling({"name": "python", "arguments": {"city": None}}), "code of a call"),
-        (calling({"name": "python", "arguments": {"expression": "1+1"}}), "code as the argument 'code' and no other, not 'expression'"),
+        (
+            calling({"name": "python", "arguments": {"expression": "1+1"}}),
+            "code as the argument 'code' and no other, not 'expression'",
+        ),
         (calling({"name": "python", "arguments": {"code": "1", "timeout": 3}}), "no other, not 'timeout'"),
         (calling({"name": "python", "arguments": '{"code": "5"}'}), "not a JSON string"),
         (calling({"name": "python"}), "arguments must be a dict"),
         (calling({"arguments": {"code": "5"}}), "call has no name"),
         (calling({"name": "", "arguments": {"code": "5"}}), "call has no name"),
-        ([{"role": "assistant", "tool_calls": {"name": "python", "arguments": {"code": "5"}}}], "tool_calls must be a list"),
+        (
+            [{"role": "assistant", "tool_calls": {"name": "python", "arguments": {"code": "5"}}}],
+            "tool_calls must be a list",
+        ),
         ([{"role": "assistant", "tool_calls": "5"}], "tool_calls must be a list"),
-        ([{"role": "user", "content": "?", "tool_calls": [{"name": "f", "arguments": {}}]}], "only a message of the assistant"),
+        (
+            [{"role": "user", "content": "?", "tool_calls": [{"name": "f", "arguments": {}}]}],
+            "only a message of the assistant",
+        ),
         ([{"role": "assistant", "content": "a", "function_call": {"name": "f"}}], "function_call is not read"),
         ([{"role": "assistant", "content": 0}], "list of text parts"),
         ([{"role": "assistant", "content": {}}], "list of text parts"),
@@ -323,5 +361,7 @@ def test_documents_are_not_dropped_silently(tokenizer):
 
 
 def test_what_trl_renders_to_see_what_follows_a_call_is_an_empty_call(tokenizer):
-    text = tokenizer.decode(tokenizer.apply_chat_template(calling({"name": "python", "arguments": {}}), return_dict=False))
+    text = tokenizer.decode(
+        tokenizer.apply_chat_template(calling({"name": "python", "arguments": {}}), return_dict=False)
+    )
     assert text.endswith("<|assistant_start|><|python_start|><|python_end|>")

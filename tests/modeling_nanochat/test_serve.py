@@ -61,7 +61,11 @@ def test_chat_completions_with_a_tool(ask, tokenizer, text):
     messages = messages_of((text, [(text, [("", text, text)], "")]))[:-1]
     call = messages[2]["tool_calls"][0]
     call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-    schema = {"name": text, "description": text, "parameters": {"type": "object", "properties": {text: {"type": "string"}}}}
+    schema = {
+        "name": text,
+        "description": text,
+        "parameters": {"type": "object", "properties": {text: {"type": "string"}}},
+    }
     usage = ask(
         "/v1/chat/completions", messages=messages, tools=[{"type": "function", "function": schema}], max_tokens=1
     )

@@ -53,9 +53,15 @@ def test_special_tokens_come_last_and_survive_a_save(tokenizer, tmp_path):
 def test_the_template_is_saved_where_each_library_looks_for_it(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert config["chat_template"] == (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == tokenizer.chat_template
+    assert (
+        config["chat_template"]
+        == (tmp_path / "chat_template.jinja").read_text(encoding="utf-8")
+        == tokenizer.chat_template
+    )
     tokenizer.save_pretrained(tmp_path / "alone")
-    assert config.pop("chat_template") and config == json.loads((tmp_path / "alone" / "tokenizer_config.json").read_text())
+    assert config.pop("chat_template") and config == json.loads(
+        (tmp_path / "alone" / "tokenizer_config.json").read_text()
+    )
 
 
 def test_several_templates_and_none_are_saved_as_well(tokenizer, tmp_path):
@@ -121,8 +127,10 @@ def test_too_small_a_vocabulary_is_refused():
 def test_a_strange_tokenizer_is_refused(tokenizer, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
-    strange = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer.from_str(
-        tokenizer.backend_tokenizer.to_str().replace("<|user_start|>", "<|strange|>")
-    ))
+    strange = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer.from_str(
+            tokenizer.backend_tokenizer.to_str().replace("<|user_start|>", "<|strange|>")
+        )
+    )
     with pytest.raises(UserError, match="user_start"):
         special_token_ids(strange)

@@ -69,7 +69,12 @@ def test_weights_move_only_where_rewards_differ_within_a_group(toy_model_folder,
     rates = {"matrix_lr": 0.02, "embedding_lr": 0.0, "unembedding_lr": 0.0}
     prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": "What is 12+7?"}]}] * 4)
     trainer = NanoChatGRPOTrainer(
-        model=model, args=args, train_dataset=prompts, processing_class=tokenizer, reward_funcs=reward, muon_rates=rates
+        model=model,
+        args=args,
+        train_dataset=prompts,
+        processing_class=tokenizer,
+        reward_funcs=reward,
+        muon_rates=rates,
     )
     trainer.train()
     moved = any(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)

@@ -39,7 +39,9 @@ def pretrain(tmp_path, tokenizer, **options):
     return subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("architecture", "words"), [("plain", "carries no code"), ("turbo", "trust_remote_code=True")])
+@pytest.mark.parametrize(
+    ("architecture", "words"), [("plain", "carries no code"), ("turbo", "trust_remote_code=True")]
+)
 def test_both_architectures_learn_and_leave_a_folder(architecture, words, toy_model_and_tokenizer, tmp_path):
     done = pretrain(tmp_path, toy_model_and_tokenizer[1], architecture=architecture, max_steps=8)
     assert done.returncode == 0, done.stderr

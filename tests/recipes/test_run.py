@@ -164,7 +164,9 @@ def orphan_finished(run_dir):
 def test_an_evaluation_that_an_orphan_finished_is_not_done_again(tmp_path, config):
     result = tmp_path / "results" / "base.json"
     result.parent.mkdir()
-    step, path = touching_step(tmp_path, config, "base.eval", "--output_file", str(result), code="open({!r}, 'a').write('x')")
+    step, path = touching_step(
+        tmp_path, config, "base.eval", "--output_file", str(result), code="open({!r}, 'a').write('x')"
+    )
     with pytest.raises(UserError, match=r"base.eval was stopped before its end"):  # no result
         run_all(tmp_path, step)
     result.write_text("{}")
@@ -200,7 +202,9 @@ def test_a_run_that_stops_early_leaves_later_models_of_others_alone(tmp_path, co
 def test_a_stage_that_was_stopped_goes_on_unless_it_is_to_be_redone(tmp_path, config):
     (tmp_path / "checkpoints" / "base" / "step-00000004").mkdir(parents=True)
     stopped = making_step(tmp_path, config, ending="")
-    with pytest.raises(UserError, match="base was stopped before its end; the same command continues from its checkpoint"):
+    with pytest.raises(
+        UserError, match="base was stopped before its end; the same command continues from its checkpoint"
+    ):
         run_all(tmp_path, stopped)
     with pytest.raises(UserError, match="the same command without --from continues"):
         run_all(tmp_path, stopped, first="base")
@@ -359,7 +363,9 @@ def test_a_run_from_before_the_tokenizers_evaluation_gets_it_and_keeps_the_rest(
     _, evaluation = steps("tokenizer", RECIPES / "pocket", args, parse_overrides([]))
     run_step(evaluation, tmp_path / "run", redo=False)
     record = json.loads((tmp_path / "run" / "results" / "tokenizer.json").read_text())
-    assert record["texts"][-1]["bytes"] == len("The cat sat on the mat.") and record["vocabularies"][-1]["entries"] == 320
+    assert (
+        record["texts"][-1]["bytes"] == len("The cat sat on the mat.") and record["vocabularies"][-1]["entries"] == 320
+    )
     assert {path.stem for path in (tmp_path / "run" / "finished").iterdir()} == {"tokenizer", "tokenizer.eval", "base"}
 
 
@@ -411,7 +417,10 @@ def test_a_recipe_that_lacks_a_yaml_or_has_a_broken_one_is_refused_before_anythi
     recipe = tmp_path / "recipes" / "pocket"
     shutil.copytree(RECIPES / "pocket", recipe)
     monkeypatch.setattr("recipes.run.RECIPES", recipe.parent)
-    for spoil, complaint in (((recipe / name).unlink, "cannot be read"), (lambda: (recipe / name).write_text("[a"), "not valid YAML")):
+    for spoil, complaint in (
+        ((recipe / name).unlink, "cannot be read"),
+        (lambda: (recipe / name).write_text("[a"), "not valid YAML"),
+    ):
         spoil()
         with pytest.raises(UserError, match=f"{name}: {complaint}"):
             call_main(monkeypatch, tmp_path / "run")
@@ -463,7 +472,9 @@ def test_what_env_sets_is_what_accelerate_launch_sets_for_one_process_on_the_cpu
 
 def test_files_that_are_not_given_are_those_of_the_recipes_yaml_in_this_runs_folder(tmp_path):
     shutil.copytree(RECIPES / "pocket", tmp_path / "mine")
-    (tmp_path / "mine" / "eval.yaml").write_text("eval_files: [riddles=runs/pocket/data/eval/riddles.jsonl, own=runs/pocket.jsonl]\n")
+    (tmp_path / "mine" / "eval.yaml").write_text(
+        "eval_files: [riddles=runs/pocket/data/eval/riddles.jsonl, own=runs/pocket.jsonl]\n"
+    )
     args = RunArguments(run_dir="runs/x", accelerate_config="accelerate_configs/cpu.yaml")
     _, evaluation = steps("mid", tmp_path / "mine", args, parse_overrides([]))
     assert evaluation.settings["eval_files"] == ["riddles=runs/x/data/eval/riddles.jsonl", "own=runs/pocket.jsonl"]
@@ -496,7 +507,9 @@ def test_a_trl_stage_does_not_go_on_with_other_settings_than_its_checkpoint(tmp_
         run_all(tmp_path, making_step(tmp_path, config, "sft", "--max_steps", "8", ending=""))
     (tmp_path / "checkpoints" / "sft" / "checkpoint-4").mkdir(parents=True)
     other = making_step(tmp_path, config, "sft", "--max_steps", "9")
-    with pytest.raises(UserError, match=r"sft has checkpoints of other settings \(max_steps: 8 is now 9\).*--from sft"):
+    with pytest.raises(
+        UserError, match=r"sft has checkpoints of other settings \(max_steps: 8 is now 9\).*--from sft"
+    ):
         run_all(tmp_path, other)
     assert run_all(tmp_path, other, first="sft") == ["sft"]
 

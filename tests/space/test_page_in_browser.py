@@ -81,7 +81,9 @@ def ask(page, question):
 
 
 def finished(page, turns):
-    page.wait_for_function(f"document.querySelectorAll('.question').length == {turns} && document.querySelector('.actions')")
+    page.wait_for_function(
+        f"document.querySelectorAll('.question').length == {turns} && document.querySelector('.actions')"
+    )
     page.wait_for_selector("button.stop-button", state="detached")
 
 
@@ -131,7 +133,10 @@ def test_copying_gives_what_was_written(visit, served):
 
 def test_calls_are_boxes_that_open_on_a_click(visit, served):
     engine, _ = served
-    code, output = "print('```<b>1</b>```')\n# [x](http://example.com)", "<img src=http://example.com/a.png>\n\n```text\n${1}"
+    code, output = (
+        "print('```<b>1</b>```')\n# [x](http://example.com)",
+        "<img src=http://example.com/a.png>\n\n```text\n${1}",
+    )
     engine.events = says(TextDelta("Let me see. "), ToolCall(code), ToolResult(output), TextDelta("Done."))
     page = visit()
     ask(page, "Hi")
@@ -217,7 +222,9 @@ def test_a_refused_question_says_why_and_can_be_edited(visit, served):
     assert page.locator("textarea").input_value() == "lamp " * 400
     page.locator("textarea").fill("")
     page.locator("textarea").press("Enter")
-    page.wait_for_timeout(1500)  # nothing shows when the empty question was seen to; until then the page takes no other
+    page.wait_for_timeout(
+        1500
+    )  # nothing shows when the empty question was seen to; until then the page takes no other
     engine.events = says(TextDelta("Hello."))
     ask(page, "Hi")
     assert texts(page, ".question .text") == ["Hi"]

@@ -65,7 +65,10 @@ def test_the_only_endpoint_is_the_chat(page):
         (("   ",), "the message is empty"),
         (("a" * 9000,), "at most 8000"),
         (("lamp " * 400,), "the question itself is too long"),
-        *[(("hi", x), "temperature must be a number from 0 to 2") for x in (9.0, float("nan"), float("inf"), None, True)],
+        *[
+            (("hi", x), "temperature must be a number from 0 to 2")
+            for x in (9.0, float("nan"), float("inf"), None, True)
+        ],
         *[(("hi", 1.0, x), "top_k must be a whole number from 0 to 200") for x in (-3, 2.5, "3")],
         *[(("hi", 1.0, 3, x), "max_new_tokens must be a whole number from 1 to 1024") for x in (5000, 0, 1.5)],
     ],
@@ -133,7 +136,9 @@ def test_a_turn_is_the_messages_that_the_engine_would_have():
 
 
 def test_a_stopped_call_and_a_turn_without_a_reply_are_left_out():
-    assert taken(TextDelta("Let me"), ToolCall("while True: pass")).reply() == [{"role": "assistant", "content": "Let me"}]
+    assert taken(TextDelta("Let me"), ToolCall("while True: pass")).reply() == [
+        {"role": "assistant", "content": "Let me"}
+    ]
     turns = [taken(ToolCall("while True: pass")), app.Turn("lamp", note="refused"), taken(TextDelta("Yes."), DONE)]
     asked = app.conversation(turns, "And?")
     assert [message["content"] for message in asked] == ["12+7?", "Yes.", "And?"]

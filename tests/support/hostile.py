@@ -17,7 +17,17 @@ PIECES = [  # may combine to control tokens and escapes, within a text or across
 ]  # fmt: skip
 NESTED = ["<|<|bos|>bos|>", "<|user_<|bos|>start|>", "<|bos|><|bos|>", "<<|bos|>|bos|>"]
 # For tests too slow for generated texts: each control token, nested ones, fragments at both ends, escapes.
-EDGES = ["<|bos|", "<", "|>", ">bos|>", f"<|{ESCAPE}", PART_END, f"{ESCAPE}bos|>", f"<|{ESCAPE}bos|><|bos|>", "＜｜bos｜＞"]
+EDGES = [
+    "<|bos|",
+    "<",
+    "|>",
+    ">bos|>",
+    f"<|{ESCAPE}",
+    PART_END,
+    f"{ESCAPE}bos|>",
+    f"<|{ESCAPE}bos|><|bos|>",
+    "＜｜bos｜＞",
+]
 HOSTILE = [f"a{text}" for text in SPECIAL_TOKENS] + [text + "b" for text in NESTED] + EDGES
 
 
@@ -26,7 +36,9 @@ def texts(*pieces: str) -> st.SearchStrategy[str]:
 
 
 ANY = texts(*SPECIAL_TOKENS, *NESTED, *PIECES)
-UNSPELLED = texts(*(piece for piece in PIECES if not SPELLED.search(piece))).filter(lambda text: not SPELLED.search(text))
+UNSPELLED = texts(*(piece for piece in PIECES if not SPELLED.search(piece))).filter(
+    lambda text: not SPELLED.search(text)
+)
 
 
 def contents(text: st.SearchStrategy[str]) -> st.SearchStrategy[str | list[dict]]:
@@ -37,7 +49,9 @@ def part(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def conversations(heard: st.SearchStrategy[str], written: st.SearchStrategy[str] | None = None) -> st.SearchStrategy[tuple]:
+def conversations(
+    heard: st.SearchStrategy[str], written: st.SearchStrategy[str] | None = None
+) -> st.SearchStrategy[tuple]:
     """An optional system message, and turns: question, calls (text before, code, result), answer.
 
     `heard` generates texts of users and tools, `written` the model's (default: `heard`).

@@ -22,8 +22,32 @@ from tokenizer_train.bpe import (
 )
 
 # few different characters, so that pairs meet often and often tie; and what patterns and engines may see differently
-WORDS = ["a", "b", "aa", "ab", "ba", "the", "'s", "'LL", "'ſ", "12", "123", " ", "  ", "\n", "\r\n", "\t", "\0", "é", "漢", "😀", "!!"]
-TEXTS = st.lists(st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=3)), max_size=30).map("".join), max_size=5)
+WORDS = [
+    "a",
+    "b",
+    "aa",
+    "ab",
+    "ba",
+    "the",
+    "'s",
+    "'LL",
+    "'ſ",
+    "12",
+    "123",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\0",
+    "é",
+    "漢",
+    "😀",
+    "!!",
+]
+TEXTS = st.lists(
+    st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=3)), max_size=30).map("".join), max_size=5
+)
 
 
 def by_both(texts, entries, pattern):
@@ -46,10 +70,18 @@ def test_both_trainers_merge_the_same(texts, entries, pattern):
 @pytest.mark.parametrize("pattern", SPLIT_PATTERNS)
 def test_every_character_is_counted_alike(pattern):
     """Letters, numbers, blanks and the case folding of contractions, whatever version of Unicode the two have."""
-    planes = [*range(0xD800), *range(0xE000, 0xFDD0), *range(0xFDD1, 0x20000), *range(0x2FF00, 0x32400), *range(0xE0000, 0xE0200)]
+    planes = [
+        *range(0xD800),
+        *range(0xE000, 0xFDD0),
+        *range(0xFDD1, 0x20000),
+        *range(0x2FF00, 0x32400),
+        *range(0xE0000, 0xE0200),
+    ]
     for start in range(0, len(planes), 20_000):
         characters = list(map(chr, planes[start : start + 20_000]))
-        texts = ["".join(f"{c}1{c}'{c}a'l{c} {c}\n" for c in characters[i : i + 50]) for i in range(0, len(characters), 50)]
+        texts = [
+            "".join(f"{c}1{c}'{c}a'l{c} {c}\n" for c in characters[i : i + 50]) for i in range(0, len(characters), 50)
+        ]
         fast, plain = by_both(texts, 1500, pattern)
         assert fast == plain, hex(planes[start])
 
@@ -76,7 +108,9 @@ def test_a_long_document_counts_as_a_whole(monkeypatch, pattern):
     assert trained_by_tokenizers(parts, 700, pattern) == trained_by_rustbpe(parts, 700, pattern) == whole
 
 
-@pytest.mark.parametrize("text", [" " * 1_000_000 + "x", "x" + " \n" * 500_000 + "y", "\n" * 1_000_000, "a" * 1_000_000])
+@pytest.mark.parametrize(
+    "text", [" " * 1_000_000 + "x", "x" + " \n" * 500_000 + "y", "\n" * 1_000_000, "a" * 1_000_000]
+)
 def test_monotonous_documents_are_read(text):
     """As they are, the first three are more than `rustbpe`'s regular expressions can take."""
     parts = list(parts_of(text))
@@ -122,7 +156,9 @@ def test_threads_do_not_matter():
     )
     settings = [{"RAYON_NUM_THREADS": "1"}, {"RAYON_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "true"}]
     found = {
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ | more).stdout
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ | more
+        ).stdout
         for more in settings
     }
     assert len(found) == 1 and found.pop().count("'") == 2

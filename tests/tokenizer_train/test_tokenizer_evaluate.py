@@ -30,8 +30,39 @@ from tokenizer_train.vocabularies import PUBLISHED, load_baselines, parse_baseli
 from tokenizer_train.vocabulary_statistics import KINDS, kind_of, vocabulary_statistics
 
 SIZES = {"news": 1728, "korean": 1060, "code": 1393, "math": 1349, "science": 1156}
-ODD = [" \n ", "a\r\n\r\n b", "12345 678", "I'LL they'Ve ſ", "\u3000\u00a0x", "नमस्ते 한국 🙂", "<|endoftext|>", "x\n\n\n", "\t\tif", "!!\n"]
-PIECES = [" ", "\n", "\r\n", "\t", "a", "'s", "'LL", "12", "345", "é", "한", "’", "!?", "\u00a0", "\u200b", "\x85", "²", "_", "🙂"]
+ODD = [
+    " \n ",
+    "a\r\n\r\n b",
+    "12345 678",
+    "I'LL they'Ve ſ",
+    "\u3000\u00a0x",
+    "नमस्ते 한국 🙂",
+    "<|endoftext|>",
+    "x\n\n\n",
+    "\t\tif",
+    "!!\n",
+]
+PIECES = [
+    " ",
+    "\n",
+    "\r\n",
+    "\t",
+    "a",
+    "'s",
+    "'LL",
+    "12",
+    "345",
+    "é",
+    "한",
+    "’",
+    "!?",
+    "\u00a0",
+    "\u200b",
+    "\x85",
+    "²",
+    "_",
+    "🙂",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +155,9 @@ def test_token_counts_are_those_of_tiktoken(library, empty_cache, request):
 
     fill_cache(empty_cache)
     documents = mixed_documents()
-    expected = {p.name: [len(tiktoken.get_encoding(p.encoding).encode_ordinary(d)) for d in documents] for p in PUBLISHED}
+    expected = {
+        p.name: [len(tiktoken.get_encoding(p.encoding).encode_ordinary(d)) for d in documents] for p in PUBLISHED
+    }
     if library == "tokenizers":
         request.getfixturevalue("without_tiktoken")
     found, missing = load_baselines(str(shared("data/tokenizers")))
@@ -158,7 +191,11 @@ def test_what_cannot_be_had_offline_is_named_at_once():
 
 @pytest.mark.parametrize(
     ("behaviour", "words"),
-    [(lambda name: time.sleep(2), "not downloaded within"), (lambda name: 1 / 0, "ZeroDivisionError"), (str, "keeps no cache")],
+    [
+        (lambda name: time.sleep(2), "not downloaded within"),
+        (lambda name: 1 / 0, "ZeroDivisionError"),
+        (str, "keeps no cache"),
+    ],
 )
 def test_a_download_that_fails_or_hangs_is_given_up(behaviour, words, monkeypatch):
     monkeypatch.setattr(vocabularies, "is_offline_mode", lambda: False)
@@ -208,7 +245,9 @@ def test_ranks_of_gpt2_are_the_bytes_behind_its_symbols():
 
 def test_the_record_holds_the_launch_table(toy_folder, tmp_path):
     val = write_texts(tmp_path / "val.jsonl", ["The cat sat.", "Is it <|bos|> 한?"])
-    record = evaluated(toy_folder, val_files=[val], vocabularies_dir=str(shared("data/tokenizers")), baselines=[f"toy={toy_folder}"])
+    record = evaluated(
+        toy_folder, val_files=[val], vocabularies_dir=str(shared("data/tokenizers")), baselines=[f"toy={toy_folder}"]
+    )
     assert [v["name"] for v in record["vocabularies"]] == ["GPT-2", "GPT-4", "toy", "ours"]
     assert [t["name"] for t in record["texts"]] == [*SIZES, "val"] and record["missing"] == {}
     tokenizer, row = toy_tokenizer(), record["texts"][-1]
@@ -326,7 +365,7 @@ def test_statistics_count_every_token_once():
 
 
 def test_tokens_that_are_never_given_are_found():
-    """"b c" is cut by the split pattern; "abc" is merged from "a" and "bc", but "ab" comes first."""
+    """ "b c" is cut by the split pattern; "abc" is merged from "a" and "bc", but "ab" comes first."""
     symbols = byte_symbols()
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
     merges = [("a", "b"), ("b", "c"), ("a", "bc"), ("b", symbols[32]), ("b" + symbols[32], "c")]

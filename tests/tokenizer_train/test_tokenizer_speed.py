@@ -10,7 +10,10 @@ from tokenizer_train import speed
 
 def text_file(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(f"The cat's {i} mats, 12345 naïve 漢字 <|bos|> of {i} kinds." for i in range(200)), encoding="utf-8")
+    path.write_text(
+        "\n\n".join(f"The cat's {i} mats, 12345 naïve 漢字 <|bos|> of {i} kinds." for i in range(200)),
+        encoding="utf-8",
+    )
     return str(path)
 
 

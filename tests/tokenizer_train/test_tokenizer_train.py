@@ -218,7 +218,14 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     for times in (1000, 20_000):  # 3 and 60 MB
         files = tmp_path / f"{times}.parquet"
         pq.write_table(pa.table({"text": [line] * times}), files, row_group_size=1024, use_dictionary=False)
-        words = ["--train_files", str(files), "--output_dir", str(tmp_path / str(times) / "tokenizer"), "--vocab_size", "300"]
+        words = [
+            "--train_files",
+            str(files),
+            "--output_dir",
+            str(tmp_path / str(times) / "tokenizer"),
+            "--vocab_size",
+            "300",
+        ]
         # by a shell: the peak that is told begins with that of the process that started this one
         command = ["sh", "-c", '"$@"; exit', "sh", sys.executable, "-c", program, *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -279,7 +286,10 @@ def test_one_enormous_document_is_cut_and_that_is_told(run, tmp_path, name, caps
     assert (record["characters"], record["documents"], record["documents_cut"]) == (10_000, 1, 1)
     assert record["characters_left_out"] == record["sources"][0]["characters_left_out"] == len(text) - 10_000
     told = [line for line in capsys.readouterr().out.splitlines() if "--doc_cap" in line]
-    assert len(told) == 1 and f"1 of them longer than 10,000 characters: {record['characters_left_out']:,} characters" in told[0]
+    assert (
+        len(told) == 1
+        and f"1 of them longer than 10,000 characters: {record['characters_left_out']:,} characters" in told[0]
+    )
 
 
 def test_documents_that_fit_are_not_told_to_be_cut(train, tmp_path, capsys):
@@ -299,7 +309,9 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path):
     program = "import sys; from tokenizer_train import train as t; r = t.Reading.__iter__\n"
     program += "def told(self):\n for text in r(self):\n  print('reading', flush=True); yield text\n"
     program += "t.Reading.__iter__ = told; t.main()"
-    started = subprocess.Popen([words[0], "-c", program, *words[2:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        [words[0], "-c", program, *words[2:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert started.stdout.readline() == "reading\n"
     started.send_signal(signal.SIGINT)
     began = time.monotonic()

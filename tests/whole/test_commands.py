@@ -45,10 +45,14 @@ def run_interrupted(command, libraries):
 
 
 def test_there_are_the_commands_that_the_readme_tells_of():
-    assert {"recipes/run.py", "recipes/sft.py", "evals/report.py", "space/app.py", "tokenizer_train/train.py"} <= set(SCRIPTS)
+    assert {"recipes/run.py", "recipes/sft.py", "evals/report.py", "space/app.py", "tokenizer_train/train.py"} <= set(
+        SCRIPTS
+    )
 
 
-@pytest.mark.parametrize("words", [[script] for script in SCRIPTS] + [["-m", module] for module in MODULES], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [[script] for script in SCRIPTS] + [["-m", module] for module in MODULES], ids=" ".join
+)
 def test_ctrl_c_during_the_imports_ends_a_command_without_a_word(words, interrupted_libraries):
     result = run_interrupted([sys.executable, *words], interrupted_libraries)
     assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")  # a shell calls it 130
@@ -70,7 +74,9 @@ def test_the_installed_commands_are_those_that_end_on_ctrl_c():
 def test_a_library_user_keeps_keyboard_interrupts(interrupted_libraries, tmp_path):
     """In a notebook, a test or a script of one's own, Ctrl-C during the import is the exception it always was."""
     mine = tmp_path / "mine.py"
-    mine.write_text("try:\n    from modeling_nanochat import NanoChatConfig\nexcept KeyboardInterrupt:\n    print('caught')\n")
+    mine.write_text(
+        "try:\n    from modeling_nanochat import NanoChatConfig\nexcept KeyboardInterrupt:\n    print('caught')\n"
+    )
     for command in ([str(mine)], ["-m", "mine"], ["-c", mine.read_text()]):
         path = os.pathsep.join([str(interrupted_libraries), str(ROOT), str(tmp_path)])
         result = run([sys.executable, *command], env=os.environ | {"PYTHONPATH": path})
@@ -106,7 +112,9 @@ def sigint_as_before():
 @pytest.mark.parametrize("script", [*SCRIPTS, *MODULES])
 def test_every_command_has_help_with_its_options(script, capsys, monkeypatch, sigint_as_before):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
-    run_as_main = runpy.run_module if script in MODULES else lambda name, **how: runpy.run_path(str(ROOT / name), **how)
+    run_as_main = (
+        runpy.run_module if script in MODULES else lambda name, **how: runpy.run_path(str(ROOT / name), **how)
+    )
     monkeypatch.delitem(sys.modules, script, raising=False)  # runpy warns of a module that is there already
     with pytest.raises(SystemExit) as end:
         run_as_main(script, run_name="__main__")
@@ -147,7 +155,9 @@ def test_ctrl_c_while_a_command_winds_up_is_no_traceback():
 
 
 def test_a_job_in_the_background_goes_on_ignoring_ctrl_c():
-    process = start_command("os.kill(os.getpid(), signal.SIGINT); print('done')", "signal.signal(signal.SIGINT, signal.SIG_IGN)")
+    process = start_command(
+        "os.kill(os.getpid(), signal.SIGINT); print('done')", "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    )
     assert process.communicate(timeout=10) == ("done\n", "")
 
 

@@ -122,8 +122,21 @@ def stands_for_a_persons_own(words):
 
 def test_the_documents_have_commands_of_every_script():
     entries = {entry[0] for _, line in documented() if (entry := entry_and_words(line))}
-    scripts = {"recipes.run", "recipes.pretrain", "recipes.midtrain", "recipes.sft", "recipes.grpo", "recipes.pocket.world"}
-    scripts |= {"tokenizer_train.train", "evals.evaluate_model", "evals.report", "space.app", "modeling_nanochat.chat.__main__"}
+    scripts = {
+        "recipes.run",
+        "recipes.pretrain",
+        "recipes.midtrain",
+        "recipes.sft",
+        "recipes.grpo",
+        "recipes.pocket.world",
+    }
+    scripts |= {
+        "tokenizer_train.train",
+        "evals.evaluate_model",
+        "evals.report",
+        "space.app",
+        "modeling_nanochat.chat.__main__",
+    }
     assert scripts <= entries
 
 

@@ -141,7 +141,9 @@ VALUES = st.recursive(
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(ANY, ANY, VALUES), min_size=1, max_size=2), ANY, ANY)
 def test_tool_descriptions(tokenizer, functions, system, question):
-    schemas = [{"name": f"f{name}", "description": words, "parameters": {words: value}} for name, words, value in functions]
+    schemas = [
+        {"name": f"f{name}", "description": words, "parameters": {words: value}} for name, words, value in functions
+    ]
     tools = [{"type": "function", "function": schema} for schema in schemas]
     messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     lines = "".join(json.dumps(schema, ensure_ascii=False) + "\n" for schema in schemas)

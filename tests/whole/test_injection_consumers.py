@@ -31,7 +31,10 @@ from recipes.training.data.streams import ConversationStreams, TextStreams
 from recipes.training.trl.settings import GRPOSettings, SFTSettings
 
 HALF, READ_AS = "a\ud800<|bos|>", "a\ufffd<|bos|>"  # JSON and terminals can write half a surrogate pair
-CHATS = [(HOSTILE[i - 1], [(text, [(HOSTILE[i - 2], "12+7", HOSTILE[i - 3])], HOSTILE[i - 4])]) for i, text in enumerate(HOSTILE)]
+CHATS = [
+    (HOSTILE[i - 1], [(text, [(HOSTILE[i - 2], "12+7", HOSTILE[i - 3])], HOSTILE[i - 4])])
+    for i, text in enumerate(HOSTILE)
+]
 CHATS += [(None, [(text, [], HOSTILE[i - 1]), (HOSTILE[i - 2], [], text)]) for i, text in enumerate(HOSTILE)]
 RATES = {"matrix_lr": 0.02, "embedding_lr": 0.0, "unembedding_lr": 0.0}
 CPU = {"use_cpu": True, "save_strategy": "no", "report_to": "none"}
@@ -109,11 +112,15 @@ def fed(trainer: SFTTrainer) -> list[tuple[list, str]]:
     """What each row of the one batch is, and what of it is learnt."""
     tokenizer, (batch,) = trainer.processing_class, trainer.get_train_dataloader()
     rows = zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True)
-    return sorted((read(tokenizer, ids[real].tolist()), tokenizer.decode(ids[labels != -100])) for ids, real, labels in rows)
+    return sorted(
+        (read(tokenizer, ids[real].tolist()), tokenizer.decode(ids[labels != -100])) for ids, real, labels in rows
+    )
 
 
 def sft_config(folder, **settings) -> SFTSettings:
-    return SFTSettings(output_dir=str(folder), max_length=512, per_device_train_batch_size=len(CHATS), **CPU, **settings)
+    return SFTSettings(
+        output_dir=str(folder), max_length=512, per_device_train_batch_size=len(CHATS), **CPU, **settings
+    )
 
 
 def test_sft_as_the_recipe_feeds_it(toy_model_folder, conversations, tmp_path):

@@ -34,7 +34,12 @@ CALL = {"type": "function", "function": {"name": "python", "arguments": {"code":
         [user(), assistant()],
         [{"role": "system", "content": "s"}, user(), assistant(), user()],
         [user(), assistant("", [CALL]), {"role": "tool", "name": "python", "content": "2"}, assistant("2")],
-        [user(), {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "2"}, assistant()],
+        [
+            user(),
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "2"},
+            assistant(),
+        ],
     ],
 )
 def test_good_conversations_pass(messages):
@@ -68,7 +73,12 @@ def test_bad_conversations_are_named(messages, words):
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("{nonsense", "not valid JSON"), ("[1, 2]", "expected an object with `role`"), ("3", "expected a JSON object"), ('{"text": "x"}', "messages")],
+    [
+        ("{nonsense", "not valid JSON"),
+        ("[1, 2]", "expected an object with `role`"),
+        ("3", "expected a JSON object"),
+        ('{"text": "x"}', "messages"),
+    ],
 )
 def test_a_bad_line_is_named_with_its_file(tmp_path, line, words):
     path = tmp_path / "chats.jsonl"

@@ -122,12 +122,20 @@ def test_everything_that_the_tested_versions_depend_on_has_a_tested_version():
             continue  # another version has other dependencies
         for line in found.requires or ():
             other = Requirement(line)
-            if other.marker is None or any(other.marker.evaluate({"extra": extra}) for extra in (requirement.extras or {""})):
+            if other.marker is None or any(
+                other.marker.evaluate({"extra": extra}) for extra in (requirement.extras or {""})
+            ):
                 todo.append((other, name))
 
 
 def test_constraints_name_no_build_no_installer_and_nothing_of_cuda():
-    installed = {"torch": "2.13.0+cpu", "pip": "26.0", "modeling-nanochat": "0.1.0", "numpy": "2.4.6", "triton": "3.6.0"}
+    installed = {
+        "torch": "2.13.0+cpu",
+        "pip": "26.0",
+        "modeling-nanochat": "0.1.0",
+        "numpy": "2.4.6",
+        "triton": "3.6.0",
+    }
     written = constraints.constraints(installed | {"nvidia-cublas": "13.1", "cuda-toolkit": "13.0"})
     assert written.splitlines()[1:] == ["numpy==2.4.6", "torch==2.13.0"]
     assert (ROOT / "constraints.txt").read_text() == constraints.constraints(PINS)
@@ -170,7 +178,11 @@ def test_what_is_imported_is_compiled_once_also_where_python_is_told_not_to(monk
 @pytest.mark.parametrize(
     ("libraries_set", "output", "advice"),
     [
-        ("tested", "ERROR: No matching distribution found for torch==2.13.0", "make PYTHON=.* or .*make LIBRARIES=ranges"),
+        (
+            "tested",
+            "ERROR: No matching distribution found for torch==2.13.0",
+            "make PYTHON=.* or .*make LIBRARIES=ranges",
+        ),
         ("oldest", "ERROR: ResolutionImpossible", "the oldest libraries cannot be installed with Python"),
         ("tested", "WARNING: Retrying (Retry(total=0)\nERROR: from versions: none", "check the network"),
         ("tested", "ERROR: [Errno 28] No space left on device", "the disk is full"),
@@ -248,7 +260,14 @@ def test_an_unknown_set_is_one_line(tmp_path):
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess:
-    outer = {"MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "LIBRARIES", "VENV", "PYTHON"}  # of the `make test` that runs this
+    outer = {
+        "MAKEFLAGS",
+        "MAKEOVERRIDES",
+        "MFLAGS",
+        "LIBRARIES",
+        "VENV",
+        "PYTHON",
+    }  # of the `make test` that runs this
     env = {name: value for name, value in os.environ.items() if name not in outer}
     return subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
@@ -262,7 +281,9 @@ def test_make_installs_again_when_the_versions_change(tmp_path, changed):
 
 
 @needs_make
-@pytest.mark.parametrize(("libraries_set", "venv"), [("tested", ".venv"), ("oldest", ".venv-oldest"), ("newest", ".venv-newest")])
+@pytest.mark.parametrize(
+    ("libraries_set", "venv"), [("tested", ".venv"), ("oldest", ".venv-oldest"), ("newest", ".venv-newest")]
+)
 def test_each_set_has_an_environment_of_its_own(libraries_set, venv):
     planned = make("--dry-run", "--always-make", "test", f"LIBRARIES={libraries_set}").stdout
     assert f".ci/install.py {venv} {libraries_set}\n" in planned and f"\n{venv}/bin/ruff" in planned
@@ -274,7 +295,10 @@ def test_an_old_python_or_none_is_one_line(tmp_path):
     pretend = "import sys; sys.version_info, sys.version = (3, 10, 4), '3.10.4 (main)'; exec(sys.argv[1])"
     old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{pretend}" "$2"\n')
     old.chmod(0o755)
-    for python, told in ((old, "Python 3.11 or newer is needed, this is 3.10.4"), (tmp_path / "none", "no such program")):
+    for python, told in (
+        (old, "Python 3.11 or newer is needed, this is 3.10.4"),
+        (tmp_path / "none", "no such program"),
+    ):
         ended = make("install", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}")
         lines = [line for line in (ended.stdout + ended.stderr).splitlines() if not line.startswith("make")]
         assert ended.returncode and len(lines) == 1 and told in lines[0]
@@ -374,7 +398,11 @@ def test_the_report_groups_failing_tests_by_their_error():
     )
     lines = what_broke.failures(report)
     assert lines[0] == "3 of 4 tests failed."
-    assert lines.index("**2 ×** `OSError: … … of …`") < lines.index("- b.four") < lines.index("**1 ×** `TypeError: no cache`")
+    assert (
+        lines.index("**2 ×** `OSError: … … of …`")
+        < lines.index("- b.four")
+        < lines.index("**1 ×** `TypeError: no cache`")
+    )
 
 
 def test_the_report_tells_why_no_test_ran(tmp_path, capsys):

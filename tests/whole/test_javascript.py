@@ -51,7 +51,10 @@ RESULT = {"role": "tool", "name": "python", "content": "2"}
 ONE_AND_ONE = ("python", {"code": "1+1"})
 WEATHER = {"city": 'P"a<|bos|>é', "days": 3, "wet": True, "no": None, "deep": {"k": [1.5, False, []], "items": {}}}
 TOOLS = [
-    {"type": "function", "function": {"name": "weather", "description": "Of a <|bos|> “city”.", "parameters": {"a": [1, {}]}}},
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "Of a <|bos|> “city”.", "parameters": {"a": [1, {}]}},
+    },
     {"name": "now", "parameters": {}},
     {"type": "function", "function": {"name": "python"}},
 ]
@@ -69,17 +72,34 @@ SHOWN = {
     "a system message of parts": [{"role": "system", "content": parts("Be", " brief.")}, user("Hi")],
     "a call": [user("1+1?"), model("Hm. ", ONE_AND_ONE)],
     "a call without text": [user("1+1?"), {"role": "assistant", "tool_calls": model("", ONE_AND_ONE)["tool_calls"]}],
-    "a flat call": [user("1+1?"), {"role": "assistant", "tool_calls": [{"name": "python", "arguments": {"code": "1+1"}}]}],
+    "a flat call": [
+        user("1+1?"),
+        {"role": "assistant", "tool_calls": [{"name": "python", "arguments": {"code": "1+1"}}]},
+    ],
     "a call, its result, an answer": [user("1+1?"), model("Hm. ", ONE_AND_ONE), RESULT, model("It is 2.")],
-    "two calls, two results": [user("?"), model("", ONE_AND_ONE, ("python", {"code": ""})), RESULT, RESULT, model("2.")],
+    "two calls, two results": [
+        user("?"),
+        model("", ONE_AND_ONE, ("python", {"code": ""})),
+        RESULT,
+        RESULT,
+        model("2."),
+    ],
     "a call that a question follows": [user("1+1?"), model("", ONE_AND_ONE), user("Well?"), model("2.")],
     "a call without arguments": [user("?"), model("", ("python", {}))],
     "an argument of nothing": [user("?"), model("", ("python", {"code": "1+1", "city": None}))],
-    "another function": [user("?"), model("Hm.", ("weather", WEATHER)), {"role": "tool", "content": parts("wet")}, model("Wet.")],
+    "another function": [
+        user("?"),
+        model("Hm.", ("weather", WEATHER)),
+        {"role": "tool", "content": parts("wet")},
+        model("Wet."),
+    ],
     "arguments by names of methods": [user("?"), model("", ("keep", {"items": [1], "keys": "a", "get": 2}))],
     "parts": [user(parts("a", "", "<|bos", "|>b")), model(parts("c", "d"))],
     "no parts": [user([]), model([])],
-    "control tokens": [user("".join(SPECIAL_TOKENS)), model("<|assistant_end|>", ("python", {"code": "'<|python_end|>'"}))],
+    "control tokens": [
+        user("".join(SPECIAL_TOKENS)),
+        model("<|assistant_end|>", ("python", {"code": "'<|python_end|>'"})),
+    ],
     "escapes": [user(f"<|{ESCAPE}bos|><|{ESCAPE}{ESCAPE}{ESCAPE}|>"), model(f"{ESCAPE}<|<|bos|>bos|>")],
     "template": [user("{{ bos_token }}{% endgeneration %}{# no #}"), model("\\ufdd0 '\"\\n \r\n\t")],
     "scripts": [user("naïve 日本 한국어 👩‍👩‍👧 ٣٣ ½ e\u0301"), model("don't WE'LL 12345  \n\n\n  x")],
@@ -95,7 +115,9 @@ REFUSED = {
     "code of another type": {"messages": [user("?"), model("", ("python", {"code": 1}))]},
     "arguments as a string": {"messages": [user("?"), model("", ("python", '{"code": "1"}'))]},
     "a call without a name": {"messages": [user("?"), {"role": "assistant", "tool_calls": [{"arguments": {}}]}]},
-    "calls as a mapping": {"messages": [user("?"), {"role": "assistant", "tool_calls": {"name": "f", "arguments": {}}}]},
+    "calls as a mapping": {
+        "messages": [user("?"), {"role": "assistant", "tool_calls": {"name": "f", "arguments": {}}}]
+    },
     "a question that calls": {"messages": [user("?") | {"tool_calls": [{"name": "f", "arguments": {}}]}]},
     "the older form of calls": {"messages": [user("?"), model("") | {"function_call": {"name": "f"}}]},
     "an image": {"messages": [user([{"type": "image", "url": "b"}])]},

@@ -52,7 +52,9 @@ def test_each_folder_opens_by_itself(run_dir, stage):
     model = AutoModelForCausalLM.from_pretrained(run_dir / stage)
     tokenizer = AutoTokenizer.from_pretrained(run_dir / stage)
     assert len(tokenizer) == model.config.vocab_size == 400
-    ids = torch.tensor([tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_dict=True)["input_ids"]])
+    ids = torch.tensor(
+        [tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_dict=True)["input_ids"]]
+    )
     assert torch.isfinite(model(ids).logits).all()
     assert "transformers" in (run_dir / stage / "README.md").read_text()
 
@@ -161,18 +163,24 @@ def write_jsonl(path, records):
 def own_files(tmp_path_factory):
     """A person's files: two kinds of text, conversations, GSM8K, MMLU; nothing of the generated world."""
     folder = tmp_path_factory.mktemp("own")
-    texts = [f"Story {i}. A fox met {i} hens near the {'old mill' if i % 2 else 'river'} and sat down." for i in range(900)]
+    texts = [
+        f"Story {i}. A fox met {i} hens near the {'old mill' if i % 2 else 'river'} and sat down." for i in range(900)
+    ]
     Dataset.from_dict({"text": texts[:600]}).to_parquet(folder / "text.parquet")
     chats = [
         {"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"I say {i}."}]}
         for i in range(120)
     ]
     sums = [
-        {"question": f"What is {i} + 2?", "answer": f"{i} + 2 = <<{i}+2={i + 2}>>{i + 2}\n#### {i + 2}"} for i in range(60)
+        {"question": f"What is {i} + 2?", "answer": f"{i} + 2 = <<{i}+2={i + 2}>>{i + 2}\n#### {i + 2}"}
+        for i in range(60)
     ]
     mmlu = [{"question": f"{i}?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
     return {
-        "pretrain_files": [str(folder / "text.parquet"), write_jsonl(folder / "more.jsonl", [{"text": t} for t in texts[600:800]])],
+        "pretrain_files": [
+            str(folder / "text.parquet"),
+            write_jsonl(folder / "more.jsonl", [{"text": t} for t in texts[600:800]]),
+        ],
         "val_files": [str((folder / "val.txt").write_text("\n\n".join(texts[800:])) and folder / "val.txt")],
         "midtrain_files": [write_jsonl(folder / "chats.jsonl", chats), write_jsonl(folder / "gsm8k.jsonl", sums)],
         "sft_files": [str(folder / "chats.jsonl")],

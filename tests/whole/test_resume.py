@@ -116,11 +116,14 @@ def midtraining(world, undisturbed, tmp_path_factory):
         return " ".join(generator.choices(training.WORDS, k=generator.randint(2, 8)))
 
     conversations = [
-        {"messages": [{"role": "user", "content": said()}, {"role": "assistant", "content": said()}]} for _ in range(80)
+        {"messages": [{"role": "user", "content": said()}, {"role": "assistant", "content": said()}]}
+        for _ in range(80)
     ]
     file = tmp_path_factory.mktemp("conversations") / "train.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in conversations))
-    return partial(training.midtrain_arguments, undisturbed, file, replay_files=world / "train.parquet", replay_every=2)
+    return partial(
+        training.midtrain_arguments, undisturbed, file, replay_files=world / "train.parquet", replay_every=2
+    )
 
 
 def test_midtraining_goes_on_after_a_kill_and_after_a_signal_bit_for_bit(midtraining, forks, tmp_path):

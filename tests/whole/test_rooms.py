@@ -48,7 +48,9 @@ def imports(name: str) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {f"{source}.{alias.name}" if f"{source}.{alias.name}" in MODULES else source for alias in node.names}
+            found |= {
+                f"{source}.{alias.name}" if f"{source}.{alias.name}" in MODULES else source for alias in node.names
+            }
     return {module for module in found if module in MODULES}
 
 
@@ -58,7 +60,9 @@ def strings(name: str) -> list[str]:
     told = {
         id(node.body[0].value)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body and isinstance(node.body[0], ast.Expr)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
     }
     nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in told)
     return [node.value for node in nodes if isinstance(node.value, str)]
@@ -107,6 +111,8 @@ def test_there_is_no_circle_of_imports():
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES.values()}), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in MODULES.values()}), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_a_folder_can_be_taken_in_at_a_glance(folder):
     assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MODULES_OF_A_FOLDER

@@ -71,9 +71,7 @@ def check_against_cpu(setting: Setting, report: Report, name: str, config: NanoC
             check_recompiles(report, name, run)
 
 
-def check_gradients(
-    dtype: torch.dtype, report: Report, title: str, found: Gradients, expected: Gradients
-) -> None:
+def check_gradients(dtype: torch.dtype, report: Report, title: str, found: Gradients, expected: Gradients) -> None:
     """Compare all gradients in float32, in bfloat16 only those of matrices and tables, see [`check_scales`]."""
     if dtype != torch.float32:
         found = {key: gradient for key, gradient in found.items() if not is_scale(gradient)}
@@ -294,9 +292,7 @@ def model_on(device: str, config: NanoChatConfig) -> PreTrainedModel:
     return fill_weights(kind(config)).to(device)
 
 
-def reference_pass(
-    model: nn.Module, batch: Batch, dtype: torch.dtype = torch.float32
-) -> tuple[float, Gradients]:
+def reference_pass(model: nn.Module, batch: Batch, dtype: torch.dtype = torch.float32) -> tuple[float, Gradients]:
     """Loss and gradients of a loader's batch on the CPU, under autocast to `dtype`."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = model(**model_inputs(batch, torch.device("cpu")), use_cache=False).loss

@@ -95,9 +95,15 @@ def test_whole_words_only():
 
 def test_words_of_scripts_without_spaces_are_found_in_running_text():
     assert has_word("他有12个苹果。", "12") and has_word("他有12个苹果。", "苹果") and has_word("小明住在北京", "北京")
-    assert has_word("他叫Mira吗", "Mira") and has_word("拼写是学,校。", "学,校") and has_word("ミラは東京に住む", "東京")
+    assert (
+        has_word("他叫Mira吗", "Mira") and has_word("拼写是学,校。", "学,校") and has_word("ミラは東京に住む", "東京")
+    )
     assert not has_word("他有12个苹果。", "2") and not has_word("他有12个苹果。", "橙子")
-    assert not has_word("小,学,校", "学,校") and not has_word("学,校,长", "学,校") and not has_word("他叫Miranda吗", "Mira")
+    assert (
+        not has_word("小,学,校", "学,校")
+        and not has_word("学,校,长", "学,校")
+        and not has_word("他叫Miranda吗", "Mira")
+    )
 
 
 def test_a_match_needs_the_answer_and_no_rival():

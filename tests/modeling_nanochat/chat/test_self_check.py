@@ -68,7 +68,9 @@ def test_the_originals_weights_pass(make):
     check_cached_decoding(make())
 
 
-@pytest.mark.parametrize("make", [lambda: random_model("plain"), lambda: ARCHITECTURES["turbo"][1](ARCHITECTURES["turbo"][0].from_depth(2))])
+@pytest.mark.parametrize(
+    "make", [lambda: random_model("plain"), lambda: ARCHITECTURES["turbo"][1](ARCHITECTURES["turbo"][0].from_depth(2))]
+)
 def test_wild_and_untrained_weights_pass(make):
     check_cached_decoding(make().eval())
 
@@ -88,7 +90,9 @@ def test_an_ignored_cache_exceeds_both_limits_tenfold(architecture, way, ignored
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_ignored_cache_is_one_line_with_the_versions(dtype, ignored_cache):
-    with pytest.raises(UserError, match=rf"generate computes other logits .* transformers {metadata.version('transformers')}") as raised:
+    with pytest.raises(
+        UserError, match=rf"generate computes other logits .* transformers {metadata.version('transformers')}"
+    ) as raised:
         check_cached_decoding(trained_like("plain", 0, dtype))
     assert "\n" not in str(raised.value)
 
@@ -140,7 +144,10 @@ def test_training_marks_what_is_generated(toy_model_and_tokenizer):
     ("before", "after"),
     [
         ("{%- generation -%}", "{{- ' ' -}}{%- generation -%}"),  # training reads a blank that no prompt ends with
-        ("and not ns.open -%}{{- '<|assistant_start|>'", "-%}{{- '<|assistant_start|>'"),  # a second start behind a result
+        (
+            "and not ns.open -%}{{- '<|assistant_start|>'",
+            "-%}{{- '<|assistant_start|>'",
+        ),  # a second start behind a result
         ("{%- generation -%}", "{%- generation -%}{%- endgeneration -%}"),  # nothing is marked
     ],
 )
@@ -159,15 +166,22 @@ def test_versions_outside_of_the_tested_ones_are_named_with_both(monkeypatch):
     assert untested_versions() == []
     real = self_check.version
     for installed in ("5.16.0", "6.0.0"):
-        monkeypatch.setattr(self_check, "version", lambda name, v=installed: v if name == "transformers" else real(name))
+        monkeypatch.setattr(
+            self_check, "version", lambda name, v=installed: v if name == "transformers" else real(name)
+        )
         (line,) = [line for line in untested_versions() if line.startswith("transformers ")]
         assert installed in line and ">=5.17" in line
 
 
-def test_chat_and_training_warn_of_such_versions_once_and_go_on(toy_model_and_tokenizer, tmp_path, monkeypatch, capsys):
+def test_chat_and_training_warn_of_such_versions_once_and_go_on(
+    toy_model_and_tokenizer, tmp_path, monkeypatch, capsys
+):
     real = self_check.version
     monkeypatch.setattr(self_check, "version", lambda name: "9.9.9" if name == "transformers" else real(name))
-    for start in (lambda: Engine(*toy_model_and_tokenizer), lambda: check_output(OutputArguments(str(tmp_path / "base")))):
+    for start in (
+        lambda: Engine(*toy_model_and_tokenizer),
+        lambda: check_output(OutputArguments(str(tmp_path / "base"))),
+    ):
         start()
         lines = capsys.readouterr().err.splitlines()
         assert [line.split(" is ")[0] for line in lines] == ["warning: transformers 9.9.9"]
@@ -189,7 +203,9 @@ def test_grpo_refuses_a_model_whose_cache_is_ignored_and_leaves_nothing(
     toy_model_folder, ignored_cache, tmp_path, monkeypatch
 ):
     problems = tmp_path / "problems.jsonl"
-    problems.write_text("".join(json.dumps({"question": f"{i}+7?", "answer": f"#### {i + 7}"}) + "\n" for i in range(8)))
+    problems.write_text(
+        "".join(json.dumps({"question": f"{i}+7?", "answer": f"#### {i + 7}"}) + "\n" for i in range(8))
+    )
     settings = {"model_name_or_path": toy_model_folder, "train_files": problems, "output_dir": tmp_path / "run" / "rl"}
     settings |= {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "max_steps": 1}
     words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]

@@ -544,7 +544,9 @@ def test_turbo_settings_that_the_original_fixes_are_refused(changes, turbo, tmp_
     folder = convert(turbo, tmp_path / "hub")
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
-    assert f"fixed values other than {next(iter(changes))}" in refusal(capsys, folder, tmp_path / "out", "--to", "original")
+    assert f"fixed values other than {next(iter(changes))}" in refusal(
+        capsys, folder, tmp_path / "out", "--to", "original"
+    )
 
 
 def test_a_folder_of_the_wrong_kind_is_told_where_to_go(plain, tmp_path, capsys):

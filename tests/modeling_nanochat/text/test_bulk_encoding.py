@@ -145,7 +145,9 @@ def test_every_character_is_split_alike(pattern):
 def test_what_is_a_character_in_other_versions_of_unicode_only(library, character):
     """U+11DE0 is a digit and U+323B0 a letter in Unicode 17."""
     tokenizer = telling_tokenizer("cl100k")
-    same_as_tokenizer(encoder_by(library, tokenizer), tokenizer, [f"{character}. {character}a{character}1{character}\na{character}"])
+    same_as_tokenizer(
+        encoder_by(library, tokenizer), tokenizer, [f"{character}. {character}a{character}1{character}\na{character}"]
+    )
 
 
 @every_library
@@ -199,7 +201,15 @@ def test_a_long_document_is_shared_by_the_threads(tokenizer, library, threads):
 @every_library
 @pytest.mark.parametrize(
     "text",
-    ["a" * 300_000, "\n" * 300_000, " " * 300_000 + "x", "1" * 300_000, "漢" * 300_000, "'" * 300_000, "<|bos|>" * 50_000],
+    [
+        "a" * 300_000,
+        "\n" * 300_000,
+        " " * 300_000 + "x",
+        "1" * 300_000,
+        "漢" * 300_000,
+        "'" * 300_000,
+        "<|bos|>" * 50_000,
+    ],
     ids=["one letter", "newlines", "blanks then x", "digits", "one ideograph", "quotes", "control tokens"],
 )
 def test_monotonous_documents(encoders, pattern, library, text):
@@ -268,7 +278,9 @@ def test_gigatoken_loaded_anew(tokenizer, monkeypatch):
     assert encoder.exact.encoding is not first
 
 
-@pytest.mark.parametrize("known", [r"\s?\w+|\W", exact_encoders.KNOWN_TO_GIGATOKEN["qwen2"]], ids=["unknown", "other ids"])
+@pytest.mark.parametrize(
+    "known", [r"\s?\w+|\W", exact_encoders.KNOWN_TO_GIGATOKEN["qwen2"]], ids=["unknown", "other ids"]
+)
 def test_a_gigatoken_that_cuts_otherwise_is_left_alone(tokenizers, known, monkeypatch):
     monkeypatch.setitem(exact_encoders.KNOWN_TO_GIGATOKEN, "cl100k", known)
     assert type(BulkEncoder(tokenizers["cl100k"]).exact) is TiktokenEncoder

@@ -109,7 +109,9 @@ def test_hub_ids(name):
     assert is_hub_id(name)
 
 
-@pytest.mark.parametrize("name", ["me/a.jsonl", "me/a.jsonl.gz", "me/a.TXT.xz", "./a", "a.parquet", "me/b/c", "me/*", "/a"])
+@pytest.mark.parametrize(
+    "name", ["me/a.jsonl", "me/a.jsonl.gz", "me/a.TXT.xz", "./a", "a.parquet", "me/b/c", "me/*", "/a"]
+)
 def test_paths_are_no_hub_ids(name):
     assert not is_hub_id(name)
 

@@ -101,7 +101,11 @@ def test_the_command_runs_checks_in_their_own_processes_and_ends_in_a_table(tmp_
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in output.read_text().splitlines()]
     assert [json.loads(line) for line in done.stdout.splitlines()[:3]] == results
-    assert [(one["check"], one["status"]) for one in results] == [("g0", "passed"), ("g1", "passed"), ("g3_whole", "skipped")]
+    assert [(one["check"], one["status"]) for one in results] == [
+        ("g0", "passed"),
+        ("g1", "passed"),
+        ("g3_whole", "skipped"),
+    ]
     assert results[0]["figures"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert results[0]["figures"]["matmul_tflops"] > 0 and results[2]["reason"] == "needs a GPU"
     assert "g1" in done.stdout.splitlines()[-2] and "===== g0" in output.with_suffix(".log").read_text()
@@ -161,7 +165,9 @@ def test_while_a_check_runs_that_measures_no_time_others_are_made_ready(monkeypa
 def test_what_makes_checks_ready_runs_beside_a_block_and_ends_with_it(monkeypatch, setting, tmp_path):
     monkeypatch.setattr(gpu_check, "MOST_WAIT", 0.1)
     ready = tmp_path / "ready"
-    register(monkeypatch, tmp_path, "pass", f"import os, time; open('{ready}', 'w').write(str(os.getpid())); time.sleep(60)")
+    register(
+        monkeypatch, tmp_path, "pass", f"import os, time; open('{ready}', 'w').write(str(os.getpid())); time.sleep(60)"
+    )
     with open(tmp_path / "log", "w", encoding="utf-8") as log, gpu_check.preparing(["probe"], setting, log):
         end = time.monotonic() + 30
         while not (ready.exists() and ready.read_text()) and time.monotonic() < end:
@@ -222,7 +228,9 @@ def test_gradients_of_scales_are_judged_by_how_far_rounding_moves_them(setting):
     model = right.model_on("cpu", config).train()
     batches = [make_batch(setting, config, 2, 48, seed) for seed in range(4)]
     rounding = right.rounding_of_scales(model, batches, torch.bfloat16)
-    assert rounding.keys() == {f"model.{name}" for name in ("backout_lambda", "resid_lambdas", "smear_lambda", "x0_lambdas")}
+    assert rounding.keys() == {
+        f"model.{name}" for name in ("backout_lambda", "resid_lambdas", "smear_lambda", "x0_lambdas")
+    }
     exact, rounded = (right.reference_pass(model, batches[0], dtype)[1] for dtype in (torch.float32, torch.bfloat16))
     wrong = {key: gradient * 1.5 if key == "model.x0_lambdas" else gradient for key, gradient in exact.items()}
     found = Report(lambda *_: None)

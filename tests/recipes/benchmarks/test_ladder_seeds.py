@@ -80,7 +80,9 @@ def two_seeds():
         of_seed.records = {"base": [record("cloze", 0.9, 2, "cloze")], "mid": []}
         for stage, marks in (("sft", right), ("rl", (1, 1))):
             of_seed.records[stage] = [record("facts", sum(marks) / 2, 2), record("unknown", 1.0, 1)]
-            of_seed.predictions[stage] = predictions(*marks) + predictions(1, task="unknown", reply="I do not know that.")
+            of_seed.predictions[stage] = predictions(*marks) + predictions(
+                1, task="unknown", reply="I do not know that."
+            )
         seeds[seed] = of_seed
     seeds[1].predictions["rl"][1]["reply"] = "I do not know that."
     return seeds
@@ -164,7 +166,9 @@ def test_a_finished_ladder_is_evaluated_once_and_the_table_written(finished_ladd
     assert rows["seconds, evaluation and report included"] == ["120", "120"]
     assert rows["peak memory of a stage, GiB"] == ["0.50", "0.50"]
     sampled = json.loads((run / "evaluation" / "sampled" / "results.json").read_text())["records"]
-    assert [(r["task"], r["settings"]["temperature"], r["settings"]["top_k"]) for r in sampled] == [("identity", 0.6, 50)]
+    assert [(r["task"], r["settings"]["temperature"], r["settings"]["top_k"]) for r in sampled] == [
+        ("identity", 0.6, 50)
+    ]
 
     evaluated = []
     real = ladder_seeds.run_evaluation
@@ -181,7 +185,10 @@ def test_a_finished_ladder_is_evaluated_once_and_the_table_written(finished_ladd
     again.write_text(again.read_text().replace("2026-01-01", "2026-01-02"))
     (tmp_path / "more.jsonl").write_text(json.dumps(FACT) + "\n")
     call(monkeypatch, run, "--sampled_files", f"more={tmp_path / 'more.jsonl'}")
-    assert [(args.model_name_or_path, len(args.eval_files)) for args in evaluated] == [(str(run / "rl"), 4), (str(run / "rl"), 2)]
+    assert [(args.model_name_or_path, len(args.eval_files)) for args in evaluated] == [
+        (str(run / "rl"), 4),
+        (str(run / "rl"), 2),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def test_a_curve_of_other_settings_is_not_taken_for_one_of_these(tmp_path, monke
     """Whether a folder is what was asked for is for the training to say: it knows its settings."""
     (tmp_path / "plain-classic" / "base").mkdir(parents=True)
     asked = []
-    monkeypatch.setattr("subprocess.run", lambda command, **_: asked.append(command) or subprocess.CompletedProcess(command, 1))
+    monkeypatch.setattr(
+        "subprocess.run", lambda command, **_: asked.append(command) or subprocess.CompletedProcess(command, 1)
+    )
     words = {"output_dir": tmp_path, "tokenizer": "t", "train_files": "a", "val_files": "b", "depth": 6}
     monkeypatch.setattr("sys.argv", ["learning_curves.py", *(f"--{key}={value}" for key, value in words.items())])
     with pytest.raises(UserError, match="plain-classic/base failed"):
@@ -85,7 +87,12 @@ def test_the_scripts_run(script, tmp_path):
     world = training.write_world(tmp_path / "world")
     own = {
         "training_speed": {"steps": 8, "repeats": 1, "processes": 2, "total_batch_size": 256},
-        "learning_curves": {"output_dir": tmp_path / "curves", "max_steps": 6, "eval_steps": 3, "total_batch_size": 256},
+        "learning_curves": {
+            "output_dir": tmp_path / "curves",
+            "max_steps": 6,
+            "eval_steps": 3,
+            "total_batch_size": 256,
+        },
     }[script]
     common = {
         "tokenizer": world / "tokenizer",

@@ -41,7 +41,9 @@ def tracked(config, rows: int, accumulates: bool) -> int:
 def as_on_an_accelerator(monkeypatch):
     """torch without CUDA cannot run autograd on CUDA's tensors, not even without data: the CPU's, in CUDA's chunks."""
     monkeypatch.setattr(softcapped_loss, "chunk_logits", lambda device: softcapped_loss.affordable_chunk(0))
-    monkeypatch.setattr(modeling_nanochat.modeling_nanochat, "is_only_a_weight", lambda layer: True)  # of another class here
+    monkeypatch.setattr(
+        modeling_nanochat.modeling_nanochat, "is_only_a_weight", lambda layer: True
+    )  # of another class here
 
 
 @pytest.mark.parametrize("accumulates", [True, False])
@@ -59,7 +61,9 @@ def test_layers_take_what_an_h100_has_measured(architecture, check, rows):
     results = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     figures = next(result["figures"] for result in results if result["check"] == check)
     measured = (figures["8 layers"]["peak_gib"] - figures["4 layers"]["peak_gib"]) * 2**30
-    few, more = (make_config(architecture, {"plain": 20, "turbo": 24}[architecture], num_hidden_layers=n) for n in (4, 8))
+    few, more = (
+        make_config(architecture, {"plain": 20, "turbo": 24}[architecture], num_hidden_layers=n) for n in (4, 8)
+    )
     predicted = [training_bytes(config, rows, LENGTH, accumulates=False)["total"] for config in (few, more)]
     stored = 4 * rows * LENGTH * 2 * few.intermediate_size
     assert predicted[1] - predicted[0] + stored == pytest.approx(measured, rel=0.1)

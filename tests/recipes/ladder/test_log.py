@@ -11,7 +11,15 @@ STAGES = ["data", "tokenizer", "base", "mid", "sft", "rl", "report"]
 
 
 def figure(task, value, error=0.004, metric="accuracy", n=200):
-    return {"task": task, "metric": metric, "value": value, "standard_error": error, "n": n, "settings": {}, "model": "m"}
+    return {
+        "task": task,
+        "metric": metric,
+        "value": value,
+        "standard_error": error,
+        "n": n,
+        "settings": {},
+        "model": "m",
+    }
 
 
 RECORDS = [
@@ -50,7 +58,10 @@ def test_an_evaluation_is_a_line_with_its_notes_and_a_reply_that_uses_the_tool(t
 
 
 def test_a_tokenizer_is_a_line_about_the_text_that_it_was_not_trained_on(tmp_path):
-    texts = [{"name": name, "bytes_per_token": {"GPT-2": 3.9, "ours": ours}} for name, ours in (("train", 3.8), ("val", 3.7))]
+    texts = [
+        {"name": name, "bytes_per_token": {"GPT-2": 3.9, "ours": ours}}
+        for name, ours in (("train", 3.8), ("val", 3.7))
+    ]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"vocabularies": [], "texts": texts}))
     (line,) = outcome_lines(tmp_path / "tokenizer.json")
     assert "text val: GPT-2 3.90, ours 3.70" in line
@@ -86,5 +97,7 @@ def test_the_end_says_what_was_trained_what_it_cost_how_good_it_is_where_the_rep
 
 def test_a_run_that_ends_early_says_up_to_where(tmp_path):
     lines = closing_lines("pocket", tmp_path, ["data"], 3.2, "the same command without --to")
-    assert " ".join(lines).startswith(f"trained: pocket up to data in {tmp_path} cost:") and "report" not in "".join(lines)
+    assert " ".join(lines).startswith(f"trained: pocket up to data in {tmp_path} cost:") and "report" not in "".join(
+        lines
+    )
     assert lines[-1] == "next:    the same command without --to"

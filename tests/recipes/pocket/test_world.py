@@ -98,7 +98,12 @@ def number_pairs(text: str) -> set[tuple[int, int]]:
 
 
 def test_same_seed_same_bytes_and_another_seed_another_world(tmp_path):
-    small = {"pretrain_characters": 30_000, "midtrain_conversations": 100, "sft_conversations": 50, "grpo_problems": 50}
+    small = {
+        "pretrain_characters": 30_000,
+        "midtrain_conversations": 100,
+        "sft_conversations": 50,
+        "grpo_problems": 50,
+    }
     first, second = (digests(generate(tmp_path / name, **small)) for name in "ab")
     other = digests(generate(tmp_path / "c", seed=1, **small))
     assert first == second
@@ -145,7 +150,9 @@ def test_every_seed_gives_a_world_with_enough_held_out(seed):
 def test_everything_is_ascii(data):
     for path in data.rglob("*.json*"):
         assert path.read_text(encoding="utf-8").isascii()
-    assert all(text.isascii() for name in ("train", "val") for text in documents(data / "pretrain" / f"{name}.parquet"))
+    assert all(
+        text.isascii() for name in ("train", "val") for text in documents(data / "pretrain" / f"{name}.parquet")
+    )
 
 
 # Conversations and problems
@@ -347,7 +354,9 @@ def test_number_pairs_of_the_evaluation_are_in_no_training_text(data, closed_wor
 
 def test_people_and_counted_things_of_the_evaluation_never_meet_in_training(data, closed_world, training_texts):
     def pairs(text: str) -> set[tuple[str, str]]:
-        return set(itertools.product(words(text) & set(closed_world.people), words(text) & set(closed_world.texts["counted"])))
+        return set(
+            itertools.product(words(text) & set(closed_world.people), words(text) & set(closed_world.texts["counted"]))
+        )
 
     # by message and by line: a longer text may speak of one person after another
     trained = [m["content"] for messages in conversations(data) for m in messages]
@@ -373,14 +382,18 @@ def test_validation_stories_have_heroes_and_objects_that_training_keeps_apart(da
     kept = set(closed_world.heroes[True])
 
     def pairs(text: str) -> set[tuple[str, str]]:
-        return set(itertools.product(words(text) & set(closed_world.people), words(text) & set(closed_world.texts["objects"])))
+        return set(
+            itertools.product(words(text) & set(closed_world.people), words(text) & set(closed_world.texts["objects"]))
+        )
 
     single = [line for text in documents(data / "pretrain" / "train.parquet") for line in text.splitlines()]
     single += [m["content"] for messages in conversations(data) for m in messages]
     trained = set().union(*map(pairs, single))
     assert len(trained) > 250
     assert not trained & kept
-    stories = [line for text in documents(data / "pretrain" / "val.parquet") for line in text.splitlines() if pairs(line)]
+    stories = [
+        line for text in documents(data / "pretrain" / "val.parquet") for line in text.splitlines() if pairs(line)
+    ]
     assert len(stories) > 20
     assert all(pairs(story) & kept for story in stories)
 

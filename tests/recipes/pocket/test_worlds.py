@@ -360,7 +360,9 @@ def pattern_of(template: str, texts: facts.Texts) -> str:
     met: set[str] = set()
     pattern = ""
     for text, slot, _, _ in Formatter().parse(template):
-        pattern += re.escape(text) + ("" if not slot else f"(?P={slot})" if slot in met else f"(?P<{slot}>{fillings[slot]})")
+        pattern += re.escape(text) + (
+            "" if not slot else f"(?P={slot})" if slot in met else f"(?P<{slot}>{fillings[slot]})"
+        )
         met.add(slot)
     return pattern
 

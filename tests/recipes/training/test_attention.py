@@ -56,7 +56,9 @@ def test_what_is_named_or_stands_in_the_models_folder_comes_first(machine):
 
 @pytest.mark.parametrize("name", ["flash_attention", "someone/flash-attn3", "flex"])
 def test_names_that_nobody_knows_are_refused_before_anything_is_read(name):
-    with pytest.raises(UserError, match=rf"^attn_implementation {name}: there are only sdpa, flex_attention, .*eager and "):
+    with pytest.raises(
+        UserError, match=rf"^attn_implementation {name}: there are only sdpa, flex_attention, .*eager and "
+    ):
         LoopArguments(attn_implementation=name)
 
 

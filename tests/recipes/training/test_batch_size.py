@@ -37,7 +37,9 @@ def on_cuda(monkeypatch):
     thorough = []
     monkeypatch.setattr(batch_size, "peak_bytes", batch_size.peak_bytes)
     without_cuda()
-    monkeypatch.setattr(batch_size, "clear_device_cache", lambda garbage_collection: thorough.append(garbage_collection))  # noqa: PLW0108
+    monkeypatch.setattr(
+        batch_size, "clear_device_cache", lambda garbage_collection: thorough.append(garbage_collection)
+    )  # noqa: PLW0108
     return thorough
 
 

@@ -54,13 +54,17 @@ class Passes:
         torch.compiler.reset()
         self.forward, self.backward = [], []
         backend = aot_autograd(
-            fw_compiler=self.keep(self.forward), bw_compiler=self.keep(self.backward), partition_fn=min_cut_rematerialization_partition
+            fw_compiler=self.keep(self.forward),
+            bw_compiler=self.keep(self.backward),
+            partition_fn=min_cut_rematerialization_partition,
         )
         compiled = torch.compile(model, backend=backend, dynamic=False)
         for _ in range(2):
             model.zero_grad()
             with autocast(dtype):
-                self.loss = compiled(input_ids=IDS, shift_labels=IDS, use_cache=False, num_items_in_batch=torch.tensor(TOKENS)).loss
+                self.loss = compiled(
+                    input_ids=IDS, shift_labels=IDS, use_cache=False, num_items_in_batch=torch.tensor(TOKENS)
+                ).loss
             self.loss.backward()
 
     @staticmethod
@@ -74,8 +78,16 @@ class Passes:
     def saved(self) -> list[torch.Tensor]:
         """What the forward graph hands to the backward graph for every token, activations that is."""
         outputs = self.forward[0].graph.output_node().args[0]
-        values = [node.meta["val"] for node in outputs if hasattr(node, "meta") and isinstance(node.meta.get("val"), torch.Tensor)]
-        return [tensor for tensor in values if tensor.numel() >= TOKENS * WIDTH and TOKENS in (tensor.shape[0], tensor[..., 0].numel())]
+        values = [
+            node.meta["val"]
+            for node in outputs
+            if hasattr(node, "meta") and isinstance(node.meta.get("val"), torch.Tensor)
+        ]
+        return [
+            tensor
+            for tensor in values
+            if tensor.numel() >= TOKENS * WIDTH and TOKENS in (tensor.shape[0], tensor[..., 0].numel())
+        ]
 
     def gradients(self) -> list[torch.Tensor]:
         outputs = self.backward[0].graph.output_node().args[0]

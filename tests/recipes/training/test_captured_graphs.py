@@ -151,7 +151,9 @@ def test_flex_attention_gives_the_loss_and_gradients_of_sdpa(flexible, architect
     """In float64, as the scalars' gradients are sums over everything, whose rounding in float32 hides other differences."""
     reference, model = random_model(architecture).double().train(), flexible(architecture).double().train()
     loss = optimizer_step(reference, torch.float32, positions)
-    assert optimizer_step(captured(model, autograd=True)[0], torch.float32, positions).item() == pytest.approx(loss.item(), rel=1e-6)
+    assert optimizer_step(captured(model, autograd=True)[0], torch.float32, positions).item() == pytest.approx(
+        loss.item(), rel=1e-6
+    )
     for (name, one), other in zip(reference.named_parameters(), model.parameters(), strict=True):
         if one.grad is not None:
             assert (one.grad - other.grad).norm() <= 1e-6 * one.grad.norm() + 1e-9, name  # the loss is of float32

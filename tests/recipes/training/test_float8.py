@@ -63,7 +63,9 @@ def loss_of(model: NanoChatForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], use_cache=False).loss
 
 
-def course(depth: int, rows: int, ids: torch.Tensor, held_out: torch.Tensor, scale_error: float | None = None) -> Course:
+def course(
+    depth: int, rows: int, ids: torch.Tensor, held_out: torch.Tensor, scale_error: float | None = None
+) -> Course:
     """Train a model of `depth` from scratch on all of `ids`; in float8 unless `scale_error` is None."""
     config = NanoChatConfig.from_depth(depth, vocab_size=VOCABULARY, max_position_embeddings=LENGTH)
     torch.manual_seed(0)
@@ -77,7 +79,9 @@ def course(depth: int, rows: int, ids: torch.Tensor, held_out: torch.Tensor, sca
         for layer in layers:
             layer.scale_error = scale_error
     steps = len(ids) // rows
-    plan = resolve_hyperparameters(config, "current", max_length=LENGTH, max_steps=steps, total_batch_size=rows * LENGTH)
+    plan = resolve_hyperparameters(
+        config, "current", max_length=LENGTH, max_steps=steps, total_batch_size=rows * LENGTH
+    )
     optimizer, schedule = muon_adamw(model, **{name: getattr(plan, name) for name in RATES}), plan.schedule()
     losses = []
     for step, batch in enumerate(batches(ids, rows)):
@@ -131,7 +135,10 @@ def test_rounding_keeps_as_many_digits_as_the_format_has(dtype):
 def test_the_emulation_computes_what_torchao_computes():
     torchao = pytest.importorskip("torchao.float8")
     torch.manual_seed(0)
-    ours, theirs = torch.nn.Sequential(torch.nn.Linear(128, 256, bias=False)), torch.nn.Sequential(torch.nn.Linear(128, 256, bias=False))
+    ours, theirs = (
+        torch.nn.Sequential(torch.nn.Linear(128, 256, bias=False)),
+        torch.nn.Sequential(torch.nn.Linear(128, 256, bias=False)),
+    )
     theirs.load_state_dict(ours.state_dict())
     convert = {"module_filter_fn": computes_in_float8}
     ours = float8.convert_to_float8_training(ours, config=float8.Float8LinearConfig(), **convert)

@@ -112,7 +112,9 @@ def loop_arguments(**more):
 
 def plan_of(model, max_steps, **more):
     rates = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008, "warmup_steps": 2, "momentum_steps": 5}
-    return resolve_hyperparameters(model.config, "current", max_length=16, max_steps=max_steps, total_batch_size=64, **rates | more)
+    return resolve_hyperparameters(
+        model.config, "current", max_length=16, max_steps=max_steps, total_batch_size=64, **rates | more
+    )
 
 
 def rows(count, seed=0):
@@ -150,7 +152,17 @@ def run(tmp_path, name, tokenizer, *, some=None, model=None, max_steps=20, reque
     checkpoints = Checkpoints(tmp_path / "checkpoints" / name, accelerator)
     loader = EndlessBatches(some or rows(64))
     progress = train(
-        accelerator, model, module, optimizer, loader, plan, args, log, checkpoints, evaluations=evaluations, decode=str
+        accelerator,
+        model,
+        module,
+        optimizer,
+        loader,
+        plan,
+        args,
+        log,
+        checkpoints,
+        evaluations=evaluations,
+        decode=str,
     )
     return model, progress
 
@@ -206,7 +218,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_the_batc
         before.update({name: p.clone() for name, p in model.named_parameters()})
         return {}, []
 
-    with pytest.raises(UserError, match=r"step 10 \(process 0, rows 42 to 43 of the data, beginning '\[60, 61, 62, 63") as error:
+    with pytest.raises(
+        UserError, match=r"step 10 \(process 0, rows 42 to 43 of the data, beginning '\[60, 61, 62, 63"
+    ) as error:
         run(tmp_path, "c", toy_model_and_tokenizer[1], some=some, model=model, evaluations=(Evaluation(1, keep),))
     assert "optimizer has not used it" in str(error.value)
     for name, p in model.named_parameters():
@@ -316,7 +330,9 @@ def test_of_long_rows_fewer_go_through_the_model_at_once(toy_model_and_tokenizer
     monkeypatch.setattr(recipes.training.evaluation, "MAX_TOKENS", 50)
     model, seen = small_model().eval(), []
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
-    model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     measured = validation(Accelerator(cpu=True), rows(8), toy_model_and_tokenizer[1], 8)(model)
     assert set(seen) <= {(3, 16), (2, 16)} and math.isfinite(measured)
 

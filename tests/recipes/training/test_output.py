@@ -59,12 +59,16 @@ def killed_at(change: int, work) -> bool:
 
 
 def listing(run: Path) -> set[str]:
-    return {path.name for path in run.iterdir()} - {".base.lock"} | {f"stages/{p.name}" for p in (run / "stages").iterdir()}
+    return {path.name for path in run.iterdir()} - {".base.lock"} | {
+        f"stages/{p.name}" for p in (run / "stages").iterdir()
+    }
 
 
 def steps_of(run: Path) -> tuple[str, int]:
     """What the model and its record say."""
-    return (run / "base" / "README.md").read_text().split()[2], json.loads((run / "stages" / "base.json").read_text())["steps"]
+    return (run / "base" / "README.md").read_text().split()[2], json.loads((run / "stages" / "base.json").read_text())[
+        "steps"
+    ]
 
 
 def test_wherever_its_ending_is_killed_a_run_goes_on_or_is_found_finished(toy_model_and_tokenizer, tmp_path):
@@ -173,8 +177,12 @@ def test_a_full_disk_is_said_before_any_work(tmp_path):
 @pytest.mark.parametrize("stage", [pretrain, midtrain])
 def test_the_stages_check_their_output_before_any_work(stage, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    needed = {"pretrain": "--tokenizer t --val_files v", "midtrain": "--model_name_or_path m"}[stage.__name__.split(".")[1]]
-    monkeypatch.setattr("sys.argv", ["x", *needed.split(), "--train_files", "f", "--output_dir", str(tmp_path / "file" / "base")])
+    needed = {"pretrain": "--tokenizer t --val_files v", "midtrain": "--model_name_or_path m"}[
+        stage.__name__.split(".")[1]
+    ]
+    monkeypatch.setattr(
+        "sys.argv", ["x", *needed.split(), "--train_files", "f", "--output_dir", str(tmp_path / "file" / "base")]
+    )
     with pytest.raises(UserError, match="cannot be written"):  # and not that there are no such files
         stage.main()
 
@@ -233,7 +241,11 @@ def world(tmp_path_factory):
 
 
 def test_a_base_model_that_learns_nothing_says_so_also_after_it_was_resumed(world, forks, tmp_path):
-    output, says, still = tmp_path / "run" / "base", tmp_path / "said", {"matrix_lr": 0, "embedding_lr": 0, "unembedding_lr": 0}
+    output, says, still = (
+        tmp_path / "run" / "base",
+        tmp_path / "said",
+        {"matrix_lr": 0, "embedding_lr": 0, "unembedding_lr": 0},
+    )
     arguments = training.pretrain_arguments(world, output, resume="auto", **still)
     assert training.run(forks, arguments, before=training.ask_to_stop_after_a_checkpoint) == 0
     assert not output.exists()
@@ -244,7 +256,11 @@ def test_a_base_model_that_learns_nothing_says_so_also_after_it_was_resumed(worl
     said = says.read_text()
     assert f"warning: {warning}" in said and "going on after step" in said
     assert f"> ⚠ Base: {warning}" in render(read_run(output.parent), {})
-    assert sorted(path.name for path in output.parent.iterdir() if path.name != ".base.lock") == ["base", "logs", "stages"]
+    assert sorted(path.name for path in output.parent.iterdir() if path.name != ".base.lock") == [
+        "base",
+        "logs",
+        "stages",
+    ]
 
     written = (output / "model.safetensors").stat().st_mtime_ns
     assert training.run(forks, arguments, processes=2, says=says) == 0

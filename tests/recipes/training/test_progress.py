@@ -56,14 +56,20 @@ def test_only_the_main_process_writes(clock, capfd):
 @pytest.fixture
 def report(clock, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "training_flops_per_token", lambda config, length: 1)
-    accelerator = SimpleNamespace(is_main_process=True, num_processes=1, device=SimpleNamespace(type="cpu"), log=lambda *a, **k: None)
+    accelerator = SimpleNamespace(
+        is_main_process=True, num_processes=1, device=SimpleNamespace(type="cpu"), log=lambda *a, **k: None
+    )
     plan, args = SimpleNamespace(max_steps=300), SimpleNamespace(max_length=8, logging_steps=10, report_to="none")
     log = JsonlLogger(tmp_path / "base")
-    return ProgressReport(accelerator, PretrainedConfig(), plan, args, log, progress.StepTimer(), TrainState(), watch=None)
+    return ProgressReport(
+        accelerator, PretrainedConfig(), plan, args, log, progress.StepTimer(), TrainState(), watch=None
+    )
 
 
 def evaluate(report, step):
-    report.evaluated(TrainState(steps=step), {"bits_per_byte": 3 - step / 100}, [f"{3 - step / 100:.4f} bits per byte"])
+    report.evaluated(
+        TrainState(steps=step), {"bits_per_byte": 3 - step / 100}, [f"{3 - step / 100:.4f} bits per byte"]
+    )
     report.evaluated(TrainState(steps=step), {"samples": ["Once", "One day"]}, ["'Once'", "'One day'"])
 
 
@@ -85,4 +91,8 @@ def test_printed_are_the_last_evaluation_and_one_every_ten_minutes_all_of_them_a
 def test_verbose_prints_every_evaluation_whole(report, monkeypatch, capfd):
     monkeypatch.setenv("NANOCHAT_VERBOSE", "1")
     evaluate(report, 100)
-    assert capfd.readouterr().out.splitlines() == ["step 100: 2.0000 bits per byte", "step 100: 'Once'", "step 100: 'One day'"]
+    assert capfd.readouterr().out.splitlines() == [
+        "step 100: 2.0000 bits per byte",
+        "step 100: 'Once'",
+        "step 100: 'One day'",
+    ]

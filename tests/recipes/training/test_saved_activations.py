@@ -55,7 +55,9 @@ def saved_compiled(layers: int) -> int:
     found = []
 
     def partition(joint, inputs, **options):
-        forward_graph, backward_graph = min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **options)
+        forward_graph, backward_graph = min_cut_rematerialization_partition(
+            joint, inputs, compiler="inductor", **options
+        )
         found.append((forward_graph, options["num_fwd_outputs"]))
         return forward_graph, backward_graph
 

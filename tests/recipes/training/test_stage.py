@@ -39,7 +39,9 @@ def test_a_stage_leaves_a_whole_folder_a_log_and_a_record(finished, toy_model_an
     model, _tokenizer = toy_model_and_tokenizer
     opened = AutoModelForCausalLM.from_pretrained(finished / "base")
     assert torch.equal(opened.lm_head.weight, model.lm_head.weight)
-    ends = AutoTokenizer.from_pretrained(finished / "base").convert_tokens_to_ids(["<|assistant_end|>", "<|python_end|>", "<|bos|>", "<|output_start|>"])
+    ends = AutoTokenizer.from_pretrained(finished / "base").convert_tokens_to_ids(
+        ["<|assistant_end|>", "<|python_end|>", "<|bos|>", "<|output_start|>"]
+    )
     assert opened.generation_config.eos_token_id == ends
     line = json.loads((finished / "logs" / "base.jsonl").read_text())
     assert (line["step"], line["loss"]) == (1, 2.5) and line["seconds"] >= 0
@@ -106,8 +108,12 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"url": f"{self.url}/me/toy"})
         elif "/preupload/" in path:
             files = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith("safetensors") else "regular",
-                 "shouldIgnore": False, "oid": None}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith("safetensors") else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
                 for f in json.loads(body)["files"]
             ]
             self.answer({"files": files})

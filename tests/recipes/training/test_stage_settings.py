@@ -41,7 +41,10 @@ def words(settings):
 def test_a_wrong_word_is_refused_with_the_choices(key, wrong, choices, tmp_path):
     file = tmp_path / "pretrain.yaml"
     file.write_text(f"tokenizer: t\ntrain_files: [a]\nval_files: [b]\n{key}: {wrong}\n")
-    for attempt in (lambda: pretrain(**{key: wrong}), lambda: parse(PretrainArguments, LoopArguments, args=["--config", str(file)])):
+    for attempt in (
+        lambda: pretrain(**{key: wrong}),
+        lambda: parse(PretrainArguments, LoopArguments, args=["--config", str(file)]),
+    ):
         with pytest.raises(UserError, match=key) as caught:
             attempt()
         assert wrong in str(caught.value) and all(choice in str(caught.value) for choice in choices)
@@ -69,7 +72,11 @@ def test_the_trackers_are_accelerates():
         (pretrain, {"warmdown_ratio": 1.5}, "warmdown_ratio is 1.5; it is a share"),
         (pretrain, {"seed": -1}, "seed is -1"),
         (pretrain, {"seed": 2**32}, "seed is 4294967296"),
-        (pretrain, {"total_batch_size": 1000, "max_length": 64}, "total_batch_size 1000 must be a multiple of max_length 64; take 1024"),
+        (
+            pretrain,
+            {"total_batch_size": 1000, "max_length": 64},
+            "total_batch_size 1000 must be a multiple of max_length 64; take 1024",
+        ),
         (pretrain, {"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
         (pretrain, {"core_steps": 5}, "core_steps has no effect without core_dir"),
         (pretrain, {"core_max_per_task": 5}, "core_max_per_task has no effect without core_dir"),

@@ -116,7 +116,9 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_bit_identical(stage, start,
     expected, found = load_file(undisturbed / "model.safetensors"), load_file(output / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     key = "loss" if stage == "sft" else "completion_tokens"
-    assert [(row["step"], row[key]) for row in log_of(output)] == [(row["step"], row[key]) for row in log_of(undisturbed)]
+    assert [(row["step"], row[key]) for row in log_of(output)] == [
+        (row["step"], row[key]) for row in log_of(undisturbed)
+    ]
     assert record_of(output)["warnings"] == record_of(undisturbed)["warnings"]
     assert not (output.parent / "checkpoints").exists()
 
@@ -151,7 +153,9 @@ def test_a_run_from_the_start_leaves_no_older_checkpoint_to_go_on_from(start, tm
 def test_the_end_says_how_loss_or_reward_went(start, capfd):
     start("sft", max_steps=4, logging_steps=1)
     said = capfd.readouterr()
-    assert re.search(r"^step 4: loss \d\.\d{3} over the last tenth of the steps, \d\.\d{3} over the first$", said.out, re.MULTILINE)
+    assert re.search(
+        r"^step 4: loss \d\.\d{3} over the last tenth of the steps, \d\.\d{3} over the first$", said.out, re.MULTILINE
+    )
     assert "\r" not in said.out and "{" not in said.out
 
 
@@ -174,7 +178,9 @@ def stop_before_step(monkeypatch, step):
 
 def test_what_to_resume_from_must_be_a_checkpoint(start, tmp_path):
     (tmp_path / "nowhere").mkdir()
-    with pytest.raises(UserError, match="resume_from_checkpoint .*nowhere: no checkpoint, trainer_state.json is missing"):
+    with pytest.raises(
+        UserError, match="resume_from_checkpoint .*nowhere: no checkpoint, trainer_state.json is missing"
+    ):
         start("sft", resume_from_checkpoint=tmp_path / "nowhere")
     assert not (tmp_path / "run" / "sft").exists()
 
@@ -188,7 +194,11 @@ def test_without_a_checkpoint_auto_starts_anew(start, capsys):
     ("stage", "settings", "message"),
     [
         ("rl", {"per_device_train_batch_size": 80}, "16 problems are too few for a step, which takes 20"),
-        ("sft", {"per_device_train_batch_size": 17, "dataloader_drop_last": "true"}, "16 rows are too few for a step, which takes 17"),
+        (
+            "sft",
+            {"per_device_train_batch_size": 17, "dataloader_drop_last": "true"},
+            "16 rows are too few for a step, which takes 17",
+        ),
         ("sft", {"max_steps": 0}, "max_steps 0 trains nothing"),
         ("sft", {"num_train_epochs": 0}, "num_train_epochs must be more than 0"),
         ("sft", {"max_length": 1000}, "max_length 1000 exceeds the model's context of 256 tokens"),
@@ -248,7 +258,10 @@ def test_grpo_reports_once_that_nothing_is_learnt_whatever_is_logged(start, caps
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: no group")]
     assert said == [line for line in said if "from step 1 to step 10" in line]
     assert len(said) == 1
-    assert any("no group of completions differed in reward from step 1 to step 12" in line for line in record_of(output)["warnings"])
+    assert any(
+        "no group of completions differed in reward from step 1 to step 12" in line
+        for line in record_of(output)["warnings"]
+    )
 
 
 def test_grpo_reports_that_no_completion_ends_by_itself(start, monkeypatch, toy_model_and_tokenizer):
@@ -277,7 +290,9 @@ def test_the_libraries_have_nothing_to_warn_of(stage, start, recwarn, caplog, mo
     for library in ("transformers", "trl", "accelerate", "datasets"):
         monkeypatch.setattr(logging.getLogger(library), "propagate", True)
     start(stage, max_steps=1)
-    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning | UserWarning)] == []
+    assert [
+        str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning | UserWarning)
+    ] == []
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
 
 
@@ -293,7 +308,10 @@ def test_two_processes_train_one_model(stage, start, tmp_path):
     assert together["steps"] == 2
     assert (tmp_path / "together" / stage / "model.safetensors").exists()
     if stage == "sft":  # rollouts are drawn anew in every process
-        expected, found = load_file(alone / "model.safetensors"), load_file(tmp_path / "together" / stage / "model.safetensors")
+        expected, found = (
+            load_file(alone / "model.safetensors"),
+            load_file(tmp_path / "together" / stage / "model.safetensors"),
+        )
         assert max((found[name] - expected[name]).abs().mean() for name in expected) < 1e-5
 
 
@@ -332,7 +350,9 @@ def test_a_process_without_memory_ends_all_with_one_line(stage, start, tmp_path)
     words[words.index("--max_steps") + 1] = "2"
     script, started = {"rl": "grpo"}.get(stage, stage), time.monotonic()
     assert run(forkserver(), words, stage=script, processes=2, before=fails_in_the_second_process, says=said) == 1
-    assert time.monotonic() - started < 60  # seconds, the start of the processes included; gloo would wait for half an hour
+    assert (
+        time.monotonic() - started < 60
+    )  # seconds, the start of the processes included; gloo would wait for half an hour
     text = said.read_text()
     errors = [line for line in text.splitlines() if "error" in line.lower()]
     assert len(errors) == 1 and "Traceback" not in text, text

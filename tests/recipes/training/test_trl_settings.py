@@ -110,7 +110,9 @@ def test_no_list_has_a_key_that_the_libraries_do_not_have():
     known = {one.name for _, _, config in STAGES.values() for one in fields(config)}
     listed = {key for _, _, config in STAGES.values() for keys in lists_of(config) for key in keys}
     assert listed - known <= NEWER
-    assert trl_settings.RANGES.keys() | trl_settings.CHOICES.keys() <= listed | {one.name for one in fields(SFTArguments)}
+    assert trl_settings.RANGES.keys() | trl_settings.CHOICES.keys() <= listed | {
+        one.name for one in fields(SFTArguments)
+    }
 
 
 def words(**settings: object) -> list[str]:
@@ -208,7 +210,11 @@ def test_a_key_that_came_with_a_newer_library_is_refused_until_it_was_tried(monk
 
 @pytest.mark.parametrize("other, values, keys", trl_settings.NEEDS)
 def test_what_nothing_reads_without_another_key_is_refused(other, values, keys):
-    off = {"loss_type": "cispo" if "cispo" not in values else "sapo", "save_strategy": "no", "logging_strategy": "epoch"}
+    off = {
+        "loss_type": "cispo" if "cispo" not in values else "sapo",
+        "save_strategy": "no",
+        "logging_strategy": "epoch",
+    }
     for key in keys:
         if key in NEWER and key not in {one.name for one in fields(SFTConfig)}:
             continue
@@ -263,7 +269,9 @@ def test_an_impossible_value_is_one_line_that_names_its_key(stage, settings, mes
 def test_a_launch_that_shards_the_model_is_refused(stage, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     arguments, config, _ = STAGES[stage]
-    with pytest.raises(UserError, match="keep a full model on each process; launch with accelerate_configs/ddp_8gpu.yaml"):
+    with pytest.raises(
+        UserError, match="keep a full model on each process; launch with accelerate_configs/ddp_8gpu.yaml"
+    ):
         parse_settings(arguments, config, words(output_dir="out"))
 
 
@@ -297,7 +305,11 @@ def test_gradient_checkpointing_is_on_under_either_of_its_names(key, examples, r
     trainer = live_trainer("sft", examples, **{key: "true", "max_steps": 1})
     assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
     trainer.train()
-    assert any(module.gradient_checkpointing for module in trainer.model.modules() if hasattr(module, "gradient_checkpointing"))
+    assert any(
+        module.gradient_checkpointing
+        for module in trainer.model.modules()
+        if hasattr(module, "gradient_checkpointing")
+    )
 
 
 def test_weight_decay_is_muons(examples):

@@ -41,7 +41,9 @@ def streams(tokenizer):
 @pytest.fixture
 def talk(tokenizer, streams):
     rng = np.random.default_rng(0)
-    rendered = [(np.array([319, *rng.integers(0, 250, n)]), np.array([0, *([1] * n)])) for n in rng.integers(2, 20, 80)]
+    rendered = [
+        (np.array([319, *rng.integers(0, 250, n)]), np.array([0, *([1] * n)])) for n in rng.integers(2, 20, 80)
+    ]
     return MixedStreams(ConversationStreams(rendered, 319, MAX_LENGTH), streams, replay_every=2)
 
 
@@ -58,7 +60,10 @@ def equal(batches, others):
 
 def run_on(make_stream, world_size, rows, batch_size=2, files=()):
     """(rows of the run in their order, states) of `world_size` processes that each take their share of `rows` rows."""
-    loaders = [Loader(make_stream, batch_size=batch_size, rank=r, world_size=world_size, background=False) for r in range(world_size)]
+    loaders = [
+        Loader(make_stream, batch_size=batch_size, rank=r, world_size=world_size, background=False)
+        for r in range(world_size)
+    ]
     for loader in loaders if files else []:
         loader.load_states(files)
     start = loaders[0].row
@@ -164,7 +169,9 @@ def test_another_batch_size_gets_the_same_rows(streams, tmp_path):
     assert torch.equal(torch.cat([first, second]), in_one_go)
 
 
-@pytest.mark.parametrize(("world_size", "count"), [(1, 16), (2, 8), (8, 2), (16, 1), (64, 1), (3, 16), (6, 8), (24, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "count"), [(1, 16), (2, 8), (8, 2), (16, 1), (64, 1), (3, 16), (6, 8), (24, 2)]
+)
 def test_processes_share_the_lanes(world_size, count):
     shares = [own_streams(rank, world_size) for rank in range(world_size)]
     assert all(len(share) == count for share in shares)
@@ -345,7 +352,14 @@ def test_the_speed_of_the_loader_alone(toy_model_and_tokenizer, tmp_path, monkey
 
     toy_model_and_tokenizer[1].save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("the cat sat on the mat\n\n" * 50)
-    arguments = ["--tokenizer", str(tmp_path / "tokenizer"), "--train_files", str(tmp_path / "a.txt"), "--seconds", "0.1"]
+    arguments = [
+        "--tokenizer",
+        str(tmp_path / "tokenizer"),
+        "--train_files",
+        str(tmp_path / "a.txt"),
+        "--seconds",
+        "0.1",
+    ]
     monkeypatch.setattr(sys, "argv", ["loader_speed.py", *arguments, "--max_length", "64"])
     main()
     assert re.match(r"first batch after \d+\.\d s, then [\d,]+ tokens/s = [\d.]+ MB/s", capsys.readouterr().out)

@@ -22,7 +22,9 @@ def endless(items, size):
 @pytest.mark.parametrize("case", range(7))
 def test_documents_are_packed_as_the_original_packs_them(case):
     golden = golden_json("packing.json")["bestfit"][case]
-    documents = [[0] + [(d + 1) * 1000 + j for j in range(1, n)] for d, n in enumerate(golden["doc_lengths_including_bos"])]
+    documents = [
+        [0] + [(d + 1) * 1000 + j for j in range(1, n)] for d, n in enumerate(golden["doc_lengths_including_bos"])
+    ]
     rows = pack_documents(
         endless(documents, golden["tokenizer_batch_size"]), golden["row_capacity"], golden["buffer_size"]
     )

@@ -265,7 +265,9 @@ def test_conversations_that_cannot_be_learnt_from_are_refused():
 def test_text_is_mixed_in_at_the_given_rate_and_not_by_all_lanes_at_once(tokenizer):
     texts = TextStreams(Dataset.from_dict({"text": ["cat " * 100]}), tokenizer, MAX_LENGTH)
     streams = MixedStreams(ConversationStreams(conversations(40), 900, MAX_LENGTH), texts, replay_every=4)
-    is_text = np.array([[900 not in row["input_ids"] for row in written(streams(stream), 20)] for stream in range(STREAMS)])
+    is_text = np.array(
+        [[900 not in row["input_ids"] for row in written(streams(stream), 20)] for stream in range(STREAMS)]
+    )
     assert (is_text.sum(axis=1) == 4).all()
     assert set(is_text.sum(axis=0)) == {3, 4}  # of the 16 rows that come after each other
 

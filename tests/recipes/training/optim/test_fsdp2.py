@@ -1,6 +1,5 @@
 """A model that FSDP2 has cut over processes: the same course as on one, and checkpoints that go both ways."""
 
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -61,7 +60,9 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
-            kind = "sum" if "reduce_scatter" in str(function) else "gather" if "allgather" in str(function) else "other"
+            kind = (
+                "sum" if "reduce_scatter" in str(function) else "gather" if "allgather" in str(function) else "other"
+            )
             self.dtypes.setdefault(kind, set()).update(t.dtype for t in args if torch.is_tensor(t))
         return function(*args, **kwargs or {})
 

@@ -76,7 +76,9 @@ def test_steps_come_before_flops_and_flops_before_the_ratio():
     plan = resolve_hyperparameters(config, "current", max_length=2048, **every | {"max_steps": -1})
     per_step = training_flops_per_token(config, 2048) * plan.total_batch_size
     assert plan.max_steps == round(1e18 / per_step) and abs(plan.flops - 1e18) <= per_step / 2
-    plan = resolve_hyperparameters(config, "current", max_length=2048, **every | {"max_steps": None, "target_flops": -1})
+    plan = resolve_hyperparameters(
+        config, "current", max_length=2048, **every | {"max_steps": None, "target_flops": -1}
+    )
     assert plan.max_steps == 3 * scaling_parameters(config) // 2**19
 
 
@@ -109,7 +111,9 @@ def test_a_given_batch_size_enters_rates_and_weight_decay():
 def test_how_often_weights_are_forgotten_never_changes(matrix_lr, batch, depth):
     """Learning rate x weight decay x training tokens / batch size, whichever of them is given."""
     config = NanoChatConfig.from_depth(depth, vocab_size=32768)
-    plan = resolve_hyperparameters(config, "current", max_length=2048, total_batch_size=2048 * batch, matrix_lr=matrix_lr, max_steps=5)
+    plan = resolve_hyperparameters(
+        config, "current", max_length=2048, total_batch_size=2048 * batch, matrix_lr=matrix_lr, max_steps=5
+    )
     tokens = 12 * scaling_parameters(config)
     reference_tokens = 12 * scaling_parameters(NanoChatConfig.from_depth(12, vocab_size=32768))
     forgotten = plan.matrix_lr * plan.weight_decay * tokens / plan.total_batch_size

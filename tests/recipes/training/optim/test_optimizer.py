@@ -233,7 +233,9 @@ def test_compiled_it_does_the_same_and_no_schedule_compiles_anew():
 @pytest.mark.parametrize("works", [True, False])
 def test_muon_is_compiled_on_cuda_where_a_compiler_works(monkeypatch, works):
     tried = []
-    monkeypatch.setattr("recipes.training.optim.optimizer.compiler_available", lambda device: tried.append(device) or (works, ""))
+    monkeypatch.setattr(
+        "recipes.training.optim.optimizer.compiler_available", lambda device: tried.append(device) or (works, "")
+    )
     assert compiles_on(torch.device("cuda:1")) == works
     assert not compiles_on(torch.device("cpu")) and tried == ["cuda"]
 

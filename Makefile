@@ -31,8 +31,9 @@ install: $(INSTALLED)  ## create the virtual environment with the libraries
 
 test: lint pytest  ## what CI runs: lint, pytest
 
-lint: $(INSTALLED)  ## ruff
+lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # The chat template is also rendered in JavaScript if npm is installed; otherwise that test is skipped.
 pytest: $(INSTALLED)  ## the tests that need no GPU and little time

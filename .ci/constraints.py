@@ -1,4 +1,4 @@
-"""Write the installed versions to constraints.txt, and those that a Space needs to space/requirements.txt.
+"""Write the installed versions to constraints.txt, a Space's to space/requirements.txt, ruff's to its hooks.
 
 Run by `make constraints` in a fresh environment with the newest versions that pyproject.toml allows.
 """
@@ -6,6 +6,7 @@ Run by `make constraints` in a fresh environment with the newest versions that p
 import re
 import sys
 from importlib import metadata
+from pathlib import Path
 
 from libraries import ROOT, name_of, read_constraints, read_project
 
@@ -26,15 +27,20 @@ def main() -> None:
     (ROOT / "constraints.txt").write_text(constraints(installed), encoding="utf-8")
     pins = read_constraints()
     (ROOT / "space" / "requirements.txt").write_text(space_requirements(read_project(), pins), encoding="utf-8")
-    card = ROOT / "space" / "README.md"
-    text = re.sub(r"(?m)^sdk_version: .*$", f"sdk_version: {pins['gradio']}", card.read_text(encoding="utf-8"))
-    card.write_text(text, encoding="utf-8")
+    set_version(ROOT / "space" / "README.md", "sdk_version: ", pins["gradio"])
+    set_version(ROOT / ".pre-commit-config.yaml", "    rev: v", pins["ruff"])
 
 
 def constraints(installed: dict[str, str]) -> str:
     """The text of constraints.txt; `2.13.0+cpu` becomes 2.13.0, which every build of 2.13.0 satisfies."""
     kept = sorted(name for name in installed if not LEFT_OUT.fullmatch(name))
     return HEADER + "".join(f"{name}=={installed[name].partition('+')[0]}\n" for name in kept)
+
+
+def set_version(path: Path, before: str, version: str) -> None:
+    """Replace the version on the lines of `path` that begin with `before`."""
+    text = re.sub(rf"(?m)^({re.escape(before)})[\w.]+", rf"\g<1>{version}", path.read_text(encoding="utf-8"))
+    path.write_text(text, encoding="utf-8")
 
 
 def space_requirements(project: dict, pins: dict[str, str]) -> str:

@@ -22,7 +22,8 @@ def main() -> None:
     print(f"{sum(lines.values()):,} lines in {len(paths)} files")
     cuts = quantiles([length for length, _ in lengths], n=10)
     print(
-        f"{len(lengths):,} functions: median {cuts[4]:.0f} lines, 90th percentile {cuts[8]:.0f}, longest {lengths[-1][0]}"
+        f"{len(lengths):,} functions: median {cuts[4]:.0f} lines, 90th percentile {cuts[8]:.0f}, "
+        f"longest {lengths[-1][0]}"
     )
     print("longest:", ", ".join(f"{where} {length}" for length, where in reversed(lengths[-5:])))
     print(f"files over {LONG_FILE} lines:", listed({path: n for path, n in lines.items() if n > LONG_FILE}))

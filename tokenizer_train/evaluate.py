@@ -207,8 +207,8 @@ def missing_lines(record: dict[str, Any]) -> list[str]:
 def statistics_lines(statistics: dict[str, Any]) -> list[str]:
     sizes, entries = statistics["token_bytes"], statistics["entries"] - statistics["special_tokens"]
     lines = [
-        f"tokens: {statistics['entries']:,}, of these {statistics['special_tokens']} special; bytes of the others: min "
-        f"{sizes['min']}, max {sizes['max']}, mean {sizes['mean']:.2f}, std {sizes['std']:.2f}",
+        f"tokens: {statistics['entries']:,}, of these {statistics['special_tokens']} special; bytes of the others: "
+        f"min {sizes['min']}, max {sizes['max']}, mean {sizes['mean']:.2f}, std {sizes['std']:.2f}",
         "kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in statistics["kinds"].items()),
         "longest: " + "  ".join(json.dumps(token, ensure_ascii=False) for token in statistics["longest"][:5]),
         f"never produced by encoding their own bytes: {statistics['unreachable']['tokens']}",

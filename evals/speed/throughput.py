@@ -1,7 +1,8 @@
 """Measure training and decoding speed and training memory of transformers' own NanoChat and this package's models.
 
     python evals/speed/throughput.py
-    python evals/speed/throughput.py --depths 12 20 24 --train_batch_size 16 --sequence_length 2048 --architectures plain turbo
+    python evals/speed/throughput.py --depths 12 20 24 --train_batch_size 16 --sequence_length 2048 \\
+        --architectures plain turbo
 
 Candidates alternate in one process, so that disturbances affect all of them alike; figures are medians. Candidates
 with equal weights must agree, or the command fails; not in bfloat16, where rounding decides close choices. Memory is

@@ -27,7 +27,10 @@ PLAIN_BPE = {  # required of the model in tokenizer.json
 }
 # Our patterns as gigatoken knows them. `\s*[\r\n]+` ends at the last line break of the blanks, as `\s*[\r\n]` does.
 # It knows nanochat's only with three digits, which is equivalent if no run of digits is longer than two.
-CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 KNOWN_TO_GIGATOKEN = {
     "nanochat": CL100K,
     "cl100k": CL100K,
@@ -37,7 +40,10 @@ KNOWN_TO_GIGATOKEN = {
 # Code points; all others are private or unassigned.
 IN_USE = (range(0xD800), range(0xE000, 0x34000), range(0xE0000, 0xE0200))
 LOADED_ANEW_AFTER = 2**28  # characters: gigatoken caches every word it has seen, up to 7 bytes per character
-PROBE = " It's ſ'ſ WE'LL  a\t\tb \n\n c\r\n\r\n  1 22 333 4444 55555 ٣٣٣٣ ½¾²³ naïve é 漢字かな 한국어 😀👩‍👩‍👧 ... !?\n\n//\x00\u200b\u3000 <|bos|>  "
+PROBE = (
+    " It's ſ'ſ WE'LL  a\t\tb \n\n c\r\n\r\n  1 22 333 4444 55555 "
+    "٣٣٣٣ ½¾²³ naïve é 漢字かな 한국어 😀👩‍👩‍👧 ... !?\n\n//\x00\u200b\u3000 <|bos|>  "
+)
 
 
 def exact_encoder(tokenizer: Tokenizer, pattern: str | None) -> Encode | None:

@@ -26,7 +26,8 @@ ARCHITECTURES = {
     "`trust_remote_code=True` runs. Where `modeling-nanochat` is installed and imported, none of it is run.",
 }
 
-LIMITS = """It is small, makes things up, and knows nothing but its training text. Do not rely on it, and run what it writes
+LIMITS = """\
+It is small, makes things up, and knows nothing but its training text. Do not rely on it, and run what it writes
 only in isolation."""
 
 # Extra arguments to load a folder in Python: no library ships turbo.

@@ -14,7 +14,7 @@ from modeling_nanochat.loading import load_model_and_tokenizer
 
 @pytest.fixture
 def cached_model(toy_model_folder, tmp_path, monkeypatch):
-    """`me/toy` in a cache of its own as the Hub's client leaves it: links to blobs that lie outside of the snapshot."""
+    """`me/toy` in a cache of its own as the Hub's client leaves it: links to blobs that lie outside the snapshot."""
     repository = tmp_path / "cache" / "models--me--toy"
     snapshot = repository / "snapshots" / ("a" * 40)
     for folder in (repository / "refs", repository / "blobs", snapshot):

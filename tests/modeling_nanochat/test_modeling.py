@@ -39,7 +39,7 @@ def golden_targets(tensors):
 def unfused(monkeypatch):
     """FlexAttention as written out in torch: on a CPU with AVX2 alone torch 2.13 reads memory nobody wrote.
 
-    That happens with heads of 16 and 40, 56, 72 … keys. Compiled for CPUs it cannot train, and no stage takes it there.
+    That happens with heads of 16 and 40, 56, 72 … keys. Compiled for CPUs it cannot train, and no stage uses it there.
     """
     monkeypatch.setattr(transformers_flex, "WrappedFlexAttention", lambda training: lambda: flex_attention)
 

@@ -1,4 +1,4 @@
-"""What the model wrote, as transformers parses it and as the engine reads it; and padding, which must be no content."""
+"""What the model wrote, as transformers parses it and as the engine reads it; and padding, which is no content."""
 
 import itertools
 

@@ -58,9 +58,9 @@ def test_weights_move_only_where_rewards_differ_within_a_group(toy_model_folder,
     model, tokenizer = load_model_and_tokenizer(toy_model_folder, dtype=torch.float32, device="cpu")
     before = {name: p.clone() for name, p in model.named_parameters() if "layers" in name}
     args = GRPOSettings(
-        output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=4, max_completion_length=6, max_steps=1,
-        beta=0.0, scale_rewards="none", loss_type="bnpo", bf16=False, use_cpu=True, save_strategy="no", report_to="none",
-        disable_tqdm=True,
+        output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=4, max_completion_length=6,
+        max_steps=1, beta=0.0, scale_rewards="none", loss_type="bnpo", bf16=False, use_cpu=True, save_strategy="no",
+        report_to="none", disable_tqdm=True,
     )  # fmt: skip
 
     def reward(completions, **kwargs):

@@ -465,7 +465,10 @@ def test_only_one_process_on_the_cpu_goes_without_accelerate_launch(tmp_path):
 
 
 def test_what_env_sets_is_what_accelerate_launch_sets_for_one_process_on_the_cpu():
-    code = "import os; from accelerate import Accelerator; a = Accelerator(); print(a.device, a.num_processes, a.mixed_precision)"
+    code = (
+        "import os; from accelerate import Accelerator; a = Accelerator(); "
+        "print(a.device, a.num_processes, a.mixed_precision)"
+    )
     command = [*launcher("accelerate_configs/cpu.yaml"), "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "cpu 1 no\n"
 
@@ -515,7 +518,10 @@ def test_a_trl_stage_does_not_go_on_with_other_settings_than_its_checkpoint(tmp_
 
 
 def report_step(run_dir):
-    code = "import pathlib, sys; pathlib.Path(sys.argv[sys.argv.index('--run_dir') + 1], 'report.md').open('a').write('x')"
+    code = (
+        "import pathlib, sys; "
+        "pathlib.Path(sys.argv[sys.argv.index('--run_dir') + 1], 'report.md').open('a').write('x')"
+    )
     return Step("report", [sys.executable, "-c", code], None, ["--run_dir", str(run_dir)])
 
 
@@ -530,7 +536,10 @@ def test_the_report_is_written_again_only_when_there_is_something_new(tmp_path, 
     assert run_all(tmp_path, base, evaluation, report) == ["report"]
 
 
-SAYING = "import os, sys; print('a table', os.environ.get('NANOCHAT_VERBOSE')); print('a warning', file=sys.stderr); open({!r}, 'a')"
+SAYING = (
+    "import os, sys; print('a table', os.environ.get('NANOCHAT_VERBOSE')); "
+    "print('a warning', file=sys.stderr); open({!r}, 'a')"
+)
 
 
 @pytest.mark.parametrize(

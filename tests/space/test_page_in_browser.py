@@ -1,4 +1,4 @@
-"""The chat page in Chromium: what is written is what is read, by the model and by the visitor, and nothing else happens."""
+"""The chat page in Chromium: the model and the visitor read exactly what is written, and nothing else happens."""
 
 import shutil
 import threading
@@ -21,7 +21,10 @@ TEXTS = [
     "![i](http://example.com/y.png) [l](http://example.com) http://example.com <http://example.com>",
     "<img src=http://example.com/a.png onerror=document.title='x'><video src=//example.com/v></video>",
     "<style>* { display: none }</style><div style='position:fixed;inset:0;background:url(//example.com/b)'>x</div>",
-    "<form action=//example.com><input name=a></form><details><summary>s</summary>d</details><iframe src=//example.com>",
+    (
+        "<form action=//example.com><input name=a></form><details><summary>s</summary>d</details>"
+        "<iframe src=//example.com>"
+    ),
     "<script>document.title = 'x'</script><svg onload=\"document.title='x'\"/>",
     "$x$ $$\\frac{1}{2}$$ \\(a\\) \\[b\\] ${document.title='x'} {{value}} {{{value}}}",
     "`a` ```b``` ````c```` `````d````` ``````e``````\n```python\n1\n```",
@@ -51,7 +54,7 @@ def served(toy_model_and_tokenizer):
 
 @pytest.fixture
 def visit(browser, served):
-    """Opens the page in a window of its own; at the end no window may have asked another host for anything, or failed."""
+    """Opens the page in its own window; at the end no window may have asked another host for anything, or failed."""
     engine, url = served
     contexts, requests, errors = [], [], []
 
@@ -222,9 +225,8 @@ def test_a_refused_question_says_why_and_can_be_edited(visit, served):
     assert page.locator("textarea").input_value() == "lamp " * 400
     page.locator("textarea").fill("")
     page.locator("textarea").press("Enter")
-    page.wait_for_timeout(
-        1500
-    )  # nothing shows when the empty question was seen to; until then the page takes no other
+    # Nothing shows when the empty question was seen to; until then the page takes no other.
+    page.wait_for_timeout(1500)
     engine.events = says(TextDelta("Hello."))
     ask(page, "Hi")
     assert texts(page, ".question .text") == ["Hi"]

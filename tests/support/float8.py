@@ -1,7 +1,8 @@
 """Stand-in for torchao's float8 layers: float32 values rounded to float8.
 
-Follows torchao's defaults: inputs and weights in e4m3, output gradients in e5m2, with dynamic per-tensor scaling of the
-maximum to the format's maximum. The products of the rounded values are computed in float32, as in torchao's emulation.
+Follows torchao's defaults: inputs and weights in e4m3, output gradients in e5m2, with dynamic per-tensor scaling of
+the maximum to the format's maximum. The products of the rounded values are computed in float32, as in torchao's
+emulation.
 """
 
 from dataclasses import dataclass

@@ -9,11 +9,12 @@ from modeling_nanochat.tokenization_nanochat import ESCAPE, PART_END, SPECIAL_TO
 SPELLED = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 PIECES = [  # may combine to control tokens and escapes, within a text or across a boundary
     "<", "|", ">", "<|", "|>", "<|<|", "|>|>", "<|bos|", "bos|>", "<|user_", "start|>", "<|assistant_end|", "end|>",
-    ESCAPE, ESCAPE * 2, ESCAPE * 3, f"<|{ESCAPE}", PART_END, f"<|{ESCAPE}bos|>", f"<{ESCAPE}|bos|>", f"<|bos{ESCAPE}|>",
-    "\u200b", "<|\u200bbos|>", "<|b\u00ados|>", "\u202e", ">|sob|<", "＜｜bos｜＞", "<｜bos｜>", "≺|bos|≻", "<|bоs|>", "<|BOS|>",
-    "\u0301", "<\u0338|bos|>", "\x00", "\ufeff", "\ufffd", "\uffff", "\U0010fffe", "&lt;|bos|&gt;", "\\ufdd0", "%3C|bos|%3E",
-    "{{ bos_token }}", "{% endgeneration %}", "{{- '<|bos|>' -}}", "CONTINUE_FINAL_MESSAGE_TAG ", "{content}", "</s>", '"', "\\",
-    "'", "```", " ", "  ", "\n", "\r\n", "\t", "\u2028", "a", "12", "é", "日本", "🦙", "👩‍👩‍👧", "bos", "user_start",
+    ESCAPE, ESCAPE * 2, ESCAPE * 3, f"<|{ESCAPE}", PART_END, f"<|{ESCAPE}bos|>", f"<{ESCAPE}|bos|>",
+    f"<|bos{ESCAPE}|>", "\u200b", "<|\u200bbos|>", "<|b\u00ados|>", "\u202e", ">|sob|<", "＜｜bos｜＞", "<｜bos｜>",
+    "≺|bos|≻", "<|bоs|>", "<|BOS|>", "\u0301", "<\u0338|bos|>", "\x00", "\ufeff", "\ufffd", "\uffff",
+    "\U0010fffe", "&lt;|bos|&gt;", "\\ufdd0", "%3C|bos|%3E", "{{ bos_token }}", "{% endgeneration %}",
+    "{{- '<|bos|>' -}}", "CONTINUE_FINAL_MESSAGE_TAG ", "{content}", "</s>", '"', "\\", "'",
+    "```", " ", "  ", "\n", "\r\n", "\t", "\u2028", "a", "12", "é", "日本", "🦙", "👩‍👩‍👧", "bos", "user_start",
 ]  # fmt: skip
 NESTED = ["<|<|bos|>bos|>", "<|user_<|bos|>start|>", "<|bos|><|bos|>", "<<|bos|>|bos|>"]
 # For tests too slow for generated texts: each control token, nested ones, fragments at both ends, escapes.

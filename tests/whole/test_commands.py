@@ -23,8 +23,10 @@ SCRIPTS = sorted(
     if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
 )
 # Whatever a command imports first stands for all libraries: it is there that Ctrl-C comes.
-LIBRARIES = "accelerate datasets evaluate gradio huggingface_hub matplotlib numpy psutil pyarrow safetensors spaces tokenizers torch"
-LIBRARIES = [*LIBRARIES.split(), "tqdm", "transformers", "trl", "yaml"]
+LIBRARIES = [
+    "accelerate", "datasets", "evaluate", "gradio", "huggingface_hub", "matplotlib", "numpy", "psutil", "pyarrow",
+    "safetensors", "spaces", "tokenizers", "torch", "tqdm", "transformers", "trl", "yaml",
+]  # fmt: skip
 PRESS_CTRL_C = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
 
 

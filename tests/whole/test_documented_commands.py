@@ -1,4 +1,4 @@
-"""Every command in docstrings, READMEs and CONTRIBUTING goes through its script's own parser, without doing any work."""
+"""Every command in docstrings, READMEs and CONTRIBUTING goes through its script's own parser and does no work."""
 
 import argparse
 import ast

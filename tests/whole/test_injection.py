@@ -1,4 +1,4 @@
-"""No text in a conversation becomes a control token, and none of it gets lost. With a plain `AutoTokenizer`, as everybody has."""
+"""No text in a conversation becomes a control token, and none is lost. With a plain `AutoTokenizer`, as users have."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +80,7 @@ def test_prefixes_are_preserved(tokenizer, conversation):
 @settings(max_examples=100, deadline=None)
 @given(conversations(ANY, UNSPELLED))
 def test_replies_are_parsed_to_the_character(tokenizer, conversation):
-    """Whatever stands before. Only in the reply: `parse_response` decodes, then cannot tell spelled tokens from real ones."""
+    """Whatever comes before. Only in the reply: `parse_response` decodes, then spelled tokens look like real ones."""
     messages = messages_of(conversation)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -177,7 +177,7 @@ def test_a_role_is_one_of_the_templates(tokenizer, role):
 @settings(max_examples=100, deadline=None)
 @given(contents(ANY), UNSPELLED.filter(lambda text: f"<|{ESCAPE}" not in text), ANY)
 def test_a_reply_to_be_continued(tokenizer, question, begun, text):
-    """A string that the template escapes cannot be continued, see below; a list of parts that ends in an empty one can."""
+    """A string that the template escapes cannot be continued, see below; a list whose last part is empty can."""
     for content in (begun.rstrip() + ".", [part(text), part("")]):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
         pieces = read(tokenizer, rendered(tokenizer, messages, continue_final_message=True))
@@ -205,7 +205,7 @@ def test_transformers_own_remedy_changes_nothing(tokenizer, conversation):
 @settings(max_examples=500, deadline=None)
 @given(ANY)
 def test_raw_text(tokenizer, text):
-    """`split_special_tokens` keeps control tokens out; without it they are read, as whoever renders to text first needs it."""
+    """`split_special_tokens` keeps control tokens out; without it they are read, as rendering to text needs."""
     bos, *ids = tokenizer(text, split_special_tokens=True).input_ids
     assert bos == tokenizer.bos_token_id and not set(ids) & set(tokenizer.get_added_vocab().values())
     read_as = [name for name, _ in read(tokenizer, tokenizer(text).input_ids)]

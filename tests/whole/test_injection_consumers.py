@@ -278,7 +278,7 @@ def test_space(engine, text):
 @settings(max_examples=300, deadline=None)
 @given(contents(ANY), ANY, ANY.filter(bool), ANY, ANY)
 def test_a_turn_with_a_call_is_read_and_rendered_alike(tokenizer, asked, said, code, result, answer):
-    """The engine goes by ids: what the model spells stays text, and the finished turn is rendered to the same ids again."""
+    """The engine goes by ids: what the model spells stays text, and the finished turn is rendered to the same ids."""
     codec, messages = ChatCodec(tokenizer), messages_of((None, [(asked, [(said, code, result)], answer)]))
     turn = Turn(codec, tool=lambda code: result, max_length=9999)
     call = [*codec.encode(said), codec.python_start, *codec.encode(code), codec.python_end]

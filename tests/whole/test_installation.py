@@ -150,6 +150,18 @@ def test_a_space_installs_the_tested_versions():
     assert front["sdk_version"] == PINS["gradio"]
 
 
+def test_pre_commit_runs_the_tested_ruff():
+    (ruff,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert ruff["rev"] == f"v{PINS['ruff']}"
+
+
+def test_a_new_version_replaces_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("a: 1\n    rev: v0.17.6  # written\nrev: v0.17.6\n")
+    constraints.set_version(path, "    rev: v", "0.18.10")
+    assert path.read_text() == "a: 1\n    rev: v0.18.10  # written\nrev: v0.17.6\n"
+
+
 # Installing
 
 
@@ -260,14 +272,8 @@ def test_an_unknown_set_is_one_line(tmp_path):
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess:
-    outer = {
-        "MAKEFLAGS",
-        "MAKEOVERRIDES",
-        "MFLAGS",
-        "LIBRARIES",
-        "VENV",
-        "PYTHON",
-    }  # of the `make test` that runs this
+    # of the `make test` that runs this
+    outer = {"MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "LIBRARIES", "VENV", "PYTHON"}
     env = {name: value for name, value in os.environ.items() if name not in outer}
     return subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
@@ -286,7 +292,9 @@ def test_make_installs_again_when_the_versions_change(tmp_path, changed):
 )
 def test_each_set_has_an_environment_of_its_own(libraries_set, venv):
     planned = make("--dry-run", "--always-make", "test", f"LIBRARIES={libraries_set}").stdout
-    assert f".ci/install.py {venv} {libraries_set}\n" in planned and f"\n{venv}/bin/ruff" in planned
+    assert f".ci/install.py {venv} {libraries_set}\n" in planned
+    for command in ("ruff check .", "ruff format --check .", "python -m pytest"):
+        assert f"{venv}/bin/{command}\n" in planned
 
 
 @needs_make

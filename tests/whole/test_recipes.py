@@ -1,4 +1,4 @@
-"""Every YAML in the repository loads into the dataclasses of its script, and no room imports one that it must not know."""
+"""Every YAML in the repository loads into its script's dataclasses, and no room imports one that it must not know."""
 
 import ast
 from pathlib import Path

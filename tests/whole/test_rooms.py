@@ -1,4 +1,4 @@
-"""Which part of the project may know which: arrows between the rooms and inside `recipes/training`, no circle of imports."""
+"""Which part of the project may know which: arrows between rooms and inside `recipes/training`, no import circle."""
 
 import ast
 import re

@@ -50,8 +50,8 @@ PASSED_ON = {
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "neftune_noise_alpha",
     # the machine
     "use_cpu", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps",
-    "accelerator_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
-    "ddp_timeout", "full_determinism",
+    "accelerator_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_static_graph", "ddp_timeout", "full_determinism",
     # data
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "dataloader_in_order", "shuffle_dataset", "pad_to_multiple_of",
@@ -69,15 +69,18 @@ PASSED_ON_BY = {
     },
     GRPOConfig: {
         # rollouts
-        "num_generations", "generation_batch_size", "steps_per_generation", "max_completion_length", "temperature", "top_p",
-        "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation", "max_tool_calling_iterations",
+        "num_generations", "generation_batch_size", "steps_per_generation", "max_completion_length", "temperature",
+        "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation",
+        "max_tool_calling_iterations",
         # loss
         "beta", "num_iterations", "epsilon", "epsilon_high", "delta", "loss_type", "scale_rewards", "reward_weights",
-        "multi_objective_aggregation", "importance_sampling_level", "mask_truncated_completions", "top_entropy_quantile",
-        "off_policy_mask_threshold", "use_bias_correction_kl", "cast_lm_head_to_fp32",
-        "sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
+        "multi_objective_aggregation", "importance_sampling_level", "mask_truncated_completions",
+        "top_entropy_quantile", "off_policy_mask_threshold", "use_bias_correction_kl", "cast_lm_head_to_fp32",
+        "sapo_temperature_neg", "sapo_temperature_pos",
+        "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
         "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
-        "entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target",
+        "entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta",
+        "entropy_target",
         # logs
         "num_completions_to_print", "log_unique_prompts",
     },
@@ -105,7 +108,8 @@ INSTEAD = {
     },
     PRECISION: {"fp16"},
     LOADING: {
-        "model_init_kwargs", "trust_remote_code", "eos_token", "pad_token", "chat_template_path", "chat_template_kwargs",
+        "model_init_kwargs", "trust_remote_code", "eos_token", "pad_token", "chat_template_path",
+        "chat_template_kwargs",
     },
     COLUMNS: {
         "remove_unused_columns", "length_column_name", "dataset_text_field", "dataset_kwargs", "log_multimodal",
@@ -210,9 +214,9 @@ RANGES = {
     ),
     **dict.fromkeys(
         (
-            "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed", "top_k", "beta",
-            "epsilon", "epsilon_high", "entropy_coef", "entropy_coef_min", "entropy_coef_delta", "neftune_noise_alpha",
-            "matrix_lr", "embedding_lr", "unembedding_lr",
+            "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed", "top_k",
+            "beta", "epsilon", "epsilon_high", "entropy_coef", "entropy_coef_min", "entropy_coef_delta",
+            "neftune_noise_alpha", "matrix_lr", "embedding_lr", "unembedding_lr",
         ),
         (0, math.inf),
     ),

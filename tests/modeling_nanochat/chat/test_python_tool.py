@@ -113,8 +113,7 @@ def test_an_interpreter_that_does_not_start_is_one_line(monkeypatch):
         return Path("/one/two").parents[4]
 
     monkeypatch.setattr("pydantic_monty.Monty", start)
-    monkeypatch.setattr(
-        python_tool, "sandbox_pool", python_tool.sandbox_pool.__wrapped__
-    )  # not the one that runs already
+    # not the one that runs already
+    monkeypatch.setattr(python_tool, "sandbox_pool", python_tool.sandbox_pool.__wrapped__)
     with pytest.raises(UserError, match=r"cannot start pydantic-monty \(IndexError\(4\)\): install it"):
         check_sandbox()

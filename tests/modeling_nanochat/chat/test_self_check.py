@@ -34,7 +34,7 @@ from recipes.training.stage import OutputArguments, check_output
 
 
 def trained_like(architecture: str, seed: int, dtype: torch.dtype = torch.float32, depth: int = 4):
-    """Weights of the size that training gives them: nothing is zero, and logits have a standard deviation of about 1."""
+    """Weights of the size that training gives them: none is zero, and logits have a standard deviation of about 1."""
     config_class, model_class = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
     model = model_class(config_class.from_depth(depth, aspect_ratio=32, head_dim=32, vocab_size=1536))
@@ -46,7 +46,7 @@ def trained_like(architecture: str, seed: int, dtype: torch.dtype = torch.float3
 
 @pytest.fixture
 def ignored_cache(monkeypatch):
-    """What transformers 5.24 did to models that knew the cache by its earlier name only: it is passed, and not seen."""
+    """What transformers 5.24 did to models that knew the cache by its earlier name only: it is passed and not seen."""
     for model_class in (NanoChatModel, NanoChatTurboModel):
         forward = model_class.forward
 
@@ -144,10 +144,8 @@ def test_training_marks_what_is_generated(toy_model_and_tokenizer):
     ("before", "after"),
     [
         ("{%- generation -%}", "{{- ' ' -}}{%- generation -%}"),  # training reads a blank that no prompt ends with
-        (
-            "and not ns.open -%}{{- '<|assistant_start|>'",
-            "-%}{{- '<|assistant_start|>'",
-        ),  # a second start behind a result
+        # a second start behind a result
+        ("and not ns.open -%}{{- '<|assistant_start|>'", "-%}{{- '<|assistant_start|>'"),
         ("{%- generation -%}", "{%- generation -%}{%- endgeneration -%}"),  # nothing is marked
     ],
 )

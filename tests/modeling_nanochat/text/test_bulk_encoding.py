@@ -33,7 +33,10 @@ from tokenizer_train.bpe import train_tokenizer
 
 LIBRARIES = {"gigatoken": GigatokenEncoder, "tiktoken": TiktokenEncoder, "tokenizers": None}
 # words, so that merges of every rank meet; contractions, numbers and runs of blanks, where the pattern is intricate
-WORDS = "the THE cat's it'LL we've don't I'm 1 12 123 4567 ١٢٣٤ 1½²³ naïve Straße ſ ǅ 漢字 かな 한국어 😀 👩‍👩‍👧 é ́ . ,, !? /// {} \x00 \u200b"
+WORDS = (
+    "the THE cat's it'LL we've don't I'm 1 12 123 4567 "
+    "١٢٣٤ 1½²³ naïve Straße ſ ǅ 漢字 かな 한국어 😀 👩‍👩‍👧 é ́ . ,, !? /// {} \x00 \u200b"
+)
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(WORDS.split(" ")),
@@ -113,7 +116,7 @@ def test_a_document_cut_at_every_possible_place_has_its_ids(encoders, pattern, t
 
 
 def telling_tokenizer(pattern):
-    """One whose ids tell letters, numbers, blanks and signs apart, as each kind is in one piece with others of these."""
+    """Its ids tell letters, numbers, blanks and signs apart, as each kind is in one piece with others of these."""
     bytes_ = byte_symbols()
     pairs = [(left, lead) for left in ("a", "1", bytes_[ord(" ")]) for lead in bytes_[0xC2:0xF5]]
     pairs += [(last, right) for last in bytes_[0x80:0xC0] for right in ("a", "1", ".", bytes_[ord("\n")])]

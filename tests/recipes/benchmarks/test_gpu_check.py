@@ -262,8 +262,11 @@ def test_logits_count_where_the_first_choice_leads_by_more_than_rounding_moves_i
     rounding = torch.full_like(right, 0.1)
     close = right + torch.tensor([0.0, 0.15, 0.0])  # turns the second choice, which is too close to be sure of
     assert compare(close, right, rounding) == {
-        "largest": pytest.approx(0.15), "relative": pytest.approx(0.15 * 2**0.5 / 0.1 / 6**0.5), "decided": 0.5, "equal": 1.0
-    }  # fmt: skip
+        "largest": pytest.approx(0.15),
+        "relative": pytest.approx(0.15 * 2**0.5 / 0.1 / 6**0.5),
+        "decided": 0.5,
+        "equal": 1.0,
+    }
     assert compare(right.flip(-1), right, rounding)["equal"] == 0.0
 
 

@@ -73,7 +73,7 @@ def record(task, value, n, kind="match", metric="accuracy"):
 
 
 def two_seeds():
-    """Facts 50 and 100 % after SFT; after RL one gained, none lost in seed 0; one refusal in four replies of seed 1."""
+    """Facts 50 and 100 % after SFT; after RL one gained, none lost in seed 0; a refusal in four replies of seed 1."""
     seeds = {}
     for seed, right in ((0, (1, 0)), (1, (1, 1))):
         of_seed = SeedResults(seconds=100 + 20 * seed, peak_memory_mib=1024)

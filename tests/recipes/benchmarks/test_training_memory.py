@@ -41,9 +41,8 @@ def tracked(config, rows: int, accumulates: bool) -> int:
 def as_on_an_accelerator(monkeypatch):
     """torch without CUDA cannot run autograd on CUDA's tensors, not even without data: the CPU's, in CUDA's chunks."""
     monkeypatch.setattr(softcapped_loss, "chunk_logits", lambda device: softcapped_loss.affordable_chunk(0))
-    monkeypatch.setattr(
-        modeling_nanochat.modeling_nanochat, "is_only_a_weight", lambda layer: True
-    )  # of another class here
+    # of another class here
+    monkeypatch.setattr(modeling_nanochat.modeling_nanochat, "is_only_a_weight", lambda layer: True)
 
 
 @pytest.mark.parametrize("accumulates", [True, False])

@@ -117,9 +117,8 @@ def test_fewer_problems_than_a_step_takes_are_refused(files):
 
 
 def test_grpo_without_an_interpreter_for_its_tool_is_refused(files, monkeypatch):
-    monkeypatch.setattr(
-        python_tool, "sandbox_pool", python_tool.sandbox_pool.__wrapped__
-    )  # not the one that runs already
+    # not the one that runs already
+    monkeypatch.setattr(python_tool, "sandbox_pool", python_tool.sandbox_pool.__wrapped__)
     monkeypatch.setitem(sys.modules, "pydantic_monty", None)
     with pytest.raises(UserError, match="rl: .*pydantic-monty"):
         check(files)

@@ -23,7 +23,8 @@ import atexit, json, os, signal, sys
 atexit.register(print, "at exit", flush=True)
 found = {
     "argv": sys.argv, "name": __name__, "told": os.environ["TOLD"], "pid": os.getpid(), "group": os.getpgid(0),
-    "torch": "torch" in sys.modules, "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
+    "torch": "torch" in sys.modules,
+    "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
     "int": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
     "default": [signal.getsignal(number) == signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGHUP)],
 }

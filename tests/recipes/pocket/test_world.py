@@ -286,8 +286,10 @@ def test_what_the_world_does_not_hold_is_refused_and_nothing_else_is(data, close
 
 
 def test_no_evaluation_question_or_statement_is_in_any_training_text(data, training_text):
-    for name in ("facts", "problems", "spelling", "stories", "dialogue_sums", "dialogue_words", "references", "reference_sums",
-                 "unknown", "shown/problems", "shown/stories"):  # fmt: skip
+    for name in (
+        "facts", "problems", "spelling", "stories", "dialogue_sums", "dialogue_words", "references", "reference_sums",
+        "unknown", "shown/problems", "shown/stories",
+    ):  # fmt: skip
         for row in evaluation(data, name):
             assert row["question"] not in training_text
     asked = {m["content"] for messages in conversations(data) for m in messages if m["role"] == "user"}

@@ -1,4 +1,4 @@
-"""Every world in recipes/pocket/worlds: its file is complete and consistent, and what is made of it is well-formed and held out."""
+"""Every world in recipes/pocket/worlds: its file is complete and consistent, its data well-formed and held out."""
 
 import copy
 import functools

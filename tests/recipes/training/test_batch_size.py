@@ -38,8 +38,8 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(batch_size, "peak_bytes", batch_size.peak_bytes)
     without_cuda()
     monkeypatch.setattr(
-        batch_size, "clear_device_cache", lambda garbage_collection: thorough.append(garbage_collection)
-    )  # noqa: PLW0108
+        batch_size, "clear_device_cache", lambda *, garbage_collection: thorough.append(garbage_collection)
+    )
     return thorough
 
 
@@ -74,7 +74,7 @@ def test_the_cache_is_emptied_after_every_trial(on_cuda):
 
 
 class Device:
-    """A CUDA device on which a row takes 100 bytes uncompiled and `compiled_row` bytes compiled, beside the gradients."""
+    """A CUDA device on which a row takes 100 bytes, or `compiled_row` bytes compiled, beside the gradients."""
 
     def __init__(self, monkeypatch, model, free: int, compiled_row: int = 80):
         self.gradients = 4 * sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""In which numbers the compiler is asked to compute: loss, hidden states, gradients, attention; in training, evaluation, decoding."""
+"""The dtypes that the compiler gets: loss, hidden states, gradients, attention; in training, evaluation, decoding."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the compiler is given: which attention is asked for, in which dtypes, in how many graphs. No compiler is needed."""
+"""What the compiler is given: which attention, in which dtypes, in how many graphs. No compiler is needed."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -148,7 +148,7 @@ def block_mask(node: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
 @pytest.mark.parametrize("positions", [None, PACKED[1]])
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_flex_attention_gives_the_loss_and_gradients_of_sdpa(flexible, architecture, positions):
-    """In float64, as the scalars' gradients are sums over everything, whose rounding in float32 hides other differences."""
+    """In float64: the scalars' gradients are sums over everything, and float32 rounding hides other differences."""
     reference, model = random_model(architecture).double().train(), flexible(architecture).double().train()
     loss = optimizer_step(reference, torch.float32, positions)
     assert optimizer_step(captured(model, autograd=True)[0], torch.float32, positions).item() == pytest.approx(

@@ -126,7 +126,7 @@ FILL_THE_DISK = """
     import resource, sys, torch
     from accelerate import Accelerator
     from modeling_nanochat.errors import UserError
-    from recipes.checkpoint import Checkpoints
+    from recipes.training.checkpoint import Checkpoints
     checkpoints = Checkpoints(sys.argv[1], Accelerator(cpu=True))
     def save(step, numbers):
         checkpoints.save(step, {}, {"optimizer": {"a": torch.zeros(numbers)}}, lambda: {"w": torch.ones(8)})
@@ -138,7 +138,8 @@ FILL_THE_DISK = """
         save(20, 1_000_000)
     except UserError as error:
         print(error)
-        print([c.step for c in checkpoints.present()], checkpoints.find("auto").step, list(checkpoints.folder.glob(".*")))
+        present, hidden = [c.step for c in checkpoints.present()], list(checkpoints.folder.glob(".*"))
+        print(present, checkpoints.find("auto").step, hidden)
 """
 
 
@@ -152,7 +153,7 @@ def fill_the_disk(tmp_path, *prefix, limited=False):
 
 
 def small_disk(tmp_path):
-    """A prefix that runs a command with a 1 MiB file system at tmp_path/disk; None where the system does not allow it."""
+    """A prefix that runs a command with a 1 MiB file system at tmp_path/disk; None where the system forbids it."""
     (tmp_path / "disk").mkdir()
     mount = f'mount -t tmpfs -o size=1m tmpfs {tmp_path}/disk && exec "$@"'
     prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]

@@ -62,7 +62,7 @@ def snippet(folder):
 def run_snippet(folder, capsys, caplog):
     """What the card's code prints, with the most likely token each time in place of the pipeline's sampling.
 
-    No warning may come with it, neither Python's nor in transformers' log; those that come once in a process count as new.
+    No warning may come with it, neither Python's nor in transformers' log; those given once per process count as new.
     """
     default = TextGenerationPipeline._default_generation_config
     logging.warning_once.cache_clear()

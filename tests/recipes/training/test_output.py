@@ -1,4 +1,4 @@
-"""The output folder: checked before any work, held by one trainer, and in order again wherever its ending was interrupted."""
+"""The output folder: checked before any work, held by one trainer, in order again after an interrupted end."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""float8 runs on torchao where that is installed, emulated; elsewhere on a stand-in with torchao's names and contracts."""
+"""float8 on torchao where that is installed, emulated; elsewhere on a stand-in with torchao's names and contracts."""
 
 import os
 import sys

@@ -350,16 +350,16 @@ def test_a_process_without_memory_ends_all_with_one_line(stage, start, tmp_path)
     words[words.index("--max_steps") + 1] = "2"
     script, started = {"rl": "grpo"}.get(stage, stage), time.monotonic()
     assert run(forkserver(), words, stage=script, processes=2, before=fails_in_the_second_process, says=said) == 1
-    assert (
-        time.monotonic() - started < 60
-    )  # seconds, the start of the processes included; gloo would wait for half an hour
+    # seconds, the start of the processes included; gloo would wait for half an hour
+    assert time.monotonic() - started < 60
     text = said.read_text()
     errors = [line for line in text.splitlines() if "error" in line.lower()]
     assert len(errors) == 1 and "Traceback" not in text, text
     batch, lower = {"sft": (4, "max_length"), "rl": (8, "max_completion_length")}[stage]
     assert errors[0].startswith(
-        f"error: out of memory with per_device_train_batch_size {batch}: set it to {batch // 2} and gradient_accumulation_steps to "
-        f"2, or set gradient_checkpointing to true, or lower {lower} (CUDA out of memory"
+        f"error: out of memory with per_device_train_batch_size {batch}: set it to {batch // 2} and "
+        f"gradient_accumulation_steps to 2, or set gradient_checkpointing to true, or lower {lower} "
+        "(CUDA out of memory"
     )
     assert not (tmp_path / "run" / stage).exists()
 

@@ -1,4 +1,4 @@
-"""Every key of TRL's argument classes: handled with an effect, read by the live trainer as given, or refused by name."""
+"""Every key of TRL's argument classes: handled with an effect, read by the trainer as given, or rejected by name."""
 
 import json
 from collections import Counter
@@ -22,20 +22,20 @@ STAGES = {"sft": (SFTArguments, SFTSettings, SFTConfig), "grpo": (GRPOArguments,
 NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # not in transformers 5.17
 # Every key that is passed on, with a value that is not its default.
 SHARED_EXAMPLES = {
-    "num_train_epochs": "2.5", "max_steps": "7", "per_device_train_batch_size": "4", "gradient_accumulation_steps": "2",
-    "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}', "warmup_steps": "3.0",
-    "max_grad_norm": "0.5", "neftune_noise_alpha": "2.0",
-    "use_cpu": "true", "tf32": "false", "torch_compile": "true", "torch_compile_backend": "eager",
-    "torch_compile_mode": "default", "torch_empty_cache_steps": "5", "accelerator_config": '{"even_batches": false}',
-    "ddp_find_unused_parameters": "true", "ddp_bucket_cap_mb": "12", "ddp_broadcast_buffers": "false",
-    "ddp_static_graph": "true", "ddp_timeout": "60", "full_determinism": "true",
+    "num_train_epochs": "2.5", "max_steps": "7", "per_device_train_batch_size": "4",
+    "gradient_accumulation_steps": "2", "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}', "warmup_steps": "3.0", "max_grad_norm": "0.5",
+    "neftune_noise_alpha": "2.0", "use_cpu": "true", "tf32": "false", "torch_compile": "true",
+    "torch_compile_backend": "eager", "torch_compile_mode": "default", "torch_empty_cache_steps": "5",
+    "accelerator_config": '{"even_batches": false}', "ddp_find_unused_parameters": "true", "ddp_bucket_cap_mb": "12",
+    "ddp_broadcast_buffers": "false", "ddp_static_graph": "true", "ddp_timeout": "60", "full_determinism": "true",
     "dataloader_num_workers": "1", "dataloader_persistent_workers": "true", "dataloader_prefetch_factor": "3",
     "dataloader_multiprocessing_context": "fork", "dataloader_in_order": "false", "pad_to_multiple_of": "8",
     "logging_strategy": "epoch", "logging_steps": "3", "logging_first_step": "true",
     "log_level": "error", "log_level_replica": "error",
-    "log_on_each_node": "false", "disable_tqdm": "true", "report_to": "tensorboard", "run_name": "mine", "project": "ours",
-    "trackio_space_id": "me/space", "trackio_bucket_id": "me/bucket", "trackio_static_space_id": "me/static",
-    "skip_memory_metrics": "false", "debug": "underflow_overflow",
+    "log_on_each_node": "false", "disable_tqdm": "true", "report_to": "tensorboard", "run_name": "mine",
+    "project": "ours", "trackio_space_id": "me/space", "trackio_bucket_id": "me/bucket",
+    "trackio_static_space_id": "me/static", "skip_memory_metrics": "false", "debug": "underflow_overflow",
     "save_strategy": "epoch", "save_steps": "9", "save_total_limit": "3", "save_on_each_node": "true",
     "ignore_data_skip": "true",
 }  # fmt: skip
@@ -49,12 +49,12 @@ EXAMPLES = {
     "grpo": SHARED_EXAMPLES | {
         "shuffle_dataset": "false", "num_generations": "4", "generation_batch_size": "16", "steps_per_generation": "2",
         "max_completion_length": "6", "temperature": "0.7", "top_p": "0.9", "top_k": "9", "min_p": "0.01",
-        "repetition_penalty": "1.1", "generation_kwargs": '{"no_repeat_ngram_size": 3}', "cache_implementation": "static",
-        "max_tool_calling_iterations": "2", "beta": "0.1", "num_iterations": "2", "epsilon": "0.1", "epsilon_high": "0.3",
-        "delta": "2.0", "loss_type": "bnpo", "scale_rewards": "batch", "reward_weights": "2.0",
-        "multi_objective_aggregation": "normalize_then_sum", "importance_sampling_level": "sequence",
-        "mask_truncated_completions": "true", "top_entropy_quantile": "0.5", "off_policy_mask_threshold": "0.5",
-        "use_bias_correction_kl": "false", "cast_lm_head_to_fp32": "true",
+        "repetition_penalty": "1.1", "generation_kwargs": '{"no_repeat_ngram_size": 3}',
+        "cache_implementation": "static", "max_tool_calling_iterations": "2", "beta": "0.1", "num_iterations": "2",
+        "epsilon": "0.1", "epsilon_high": "0.3", "delta": "2.0", "loss_type": "bnpo", "scale_rewards": "batch",
+        "reward_weights": "2.0", "multi_objective_aggregation": "normalize_then_sum",
+        "importance_sampling_level": "sequence", "mask_truncated_completions": "true", "top_entropy_quantile": "0.5",
+        "off_policy_mask_threshold": "0.5", "use_bias_correction_kl": "false", "cast_lm_head_to_fp32": "true",
         "sapo_temperature_neg": "1.2", "sapo_temperature_pos": "1.1", "vespo_k_pos": "2.5", "vespo_lambda_pos": "2.6",
         "vespo_k_neg": "2.7", "vespo_lambda_neg": "2.8",
         "sync_ref_model": "true", "ref_model_mixup_alpha": "0.5", "ref_model_sync_steps": "3",
@@ -76,7 +76,8 @@ BESIDE = {
     "dataloader_in_order": {"dataloader_num_workers": "1"},
     "save_steps": {"save_strategy": "steps"}, "save_total_limit": {"save_strategy": "epoch"},
     "save_on_each_node": {"save_strategy": "epoch"}, "ignore_data_skip": {"resume_from_checkpoint": "auto"},
-    "packing": {"max_length": "64"}, "packing_strategy": {"packing": "true", "max_length": "64"}, "num_completions_to_print": {"log_completions": "true"},
+    "packing": {"max_length": "64"}, "packing_strategy": {"packing": "true", "max_length": "64"},
+    "num_completions_to_print": {"log_completions": "true"},
     "log_unique_prompts": {"log_completions": "true"}, "sync_ref_model": {"beta": "0.1"},
     "use_bias_correction_kl": {"beta": "0.1"},
     "ref_model_mixup_alpha": {"beta": "0.1", "sync_ref_model": "true"},

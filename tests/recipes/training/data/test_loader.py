@@ -1,4 +1,4 @@
-"""The loader: the same rows in the same global order for any number of processes, exact continuation, a worker that never lingers."""
+"""The loader: one global order of rows for any number of processes, exact continuation, no worker left behind."""
 
 import os
 import pickle

@@ -65,7 +65,7 @@ def test_rows_of_documents_are_full_and_every_piece_is_a_beginning(lengths, capa
 
 
 def packed_step_by_step(documents, batch_size, capacity, buffer_size):
-    """The original's words: the longest that fits, of equals the first; else the shortest, of equals the first, cut."""
+    """As in the original: the longest that fits, of equals the first; else the shortest, of equals the first, cut."""
     batches, waiting, row = iter(batched(documents, batch_size)), [], []
     while True:
         while len(waiting) < buffer_size:

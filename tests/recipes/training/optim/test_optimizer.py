@@ -297,8 +297,8 @@ def test_ten_steps_of_turbo_are_the_originals():
         if renamed(original) == name
     }
     assert len(differences) == len(list(model.parameters()))
-    # AdamW divides by a gradient's size: where one nearly cancels, rounding decides. Of the 32,000 embedding values one
-    # ends up to 1.5e-3 off, on some CPUs and with some attention functions, also in float64.
+    # AdamW divides by a gradient's size: where one nearly cancels, rounding decides. Of the 32,000 embedding values
+    # one ends up to 1.5e-3 off, on some CPUs and with some attention functions, also in float64.
     for name, difference in differences.items():
         assert (difference > 3e-4).sum() <= difference.numel() // 10_000 and difference.mean() < 1e-5, name
     assert torch.cat([difference.flatten() for difference in differences.values()]).mean() < 1e-6

@@ -210,7 +210,7 @@ def test_without_weights_all_is_read_in_order_files_and_hub_alike(run, tmp_path,
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """Streamed, since the pages of a file that is mapped into memory count as the process's own."""
     program = (
-        "import resource; from modeling_nanochat import sources; sources.WHOLE_UP_TO = 0;"
+        "import resource; from modeling_nanochat.text import sources; sources.WHOLE_UP_TO = 0;"
         "from tokenizer_train.train import main; main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     line = " ".join(TEXTS)[:3000]

@@ -126,7 +126,7 @@ FILL_THE_DISK = """
     import resource, sys, torch
     from accelerate import Accelerator
     from modeling_nanochat.errors import UserError
-    from recipes.checkpoint import Checkpoints
+    from recipes.training.checkpoint import Checkpoints
     checkpoints = Checkpoints(sys.argv[1], Accelerator(cpu=True))
     def save(step, numbers):
         checkpoints.save(step, {}, {"optimizer": {"a": torch.zeros(numbers)}}, lambda: {"w": torch.ones(8)})

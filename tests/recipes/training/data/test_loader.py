@@ -286,7 +286,7 @@ def test_closing_ends_the_background_process(streams):
 SCRIPT = """
 import os, signal, sys, time
 sys.path[:0] = {path!r}
-from recipes.loader import Loader
+from recipes.training.data.loader import Loader
 
 class RowStream:
     rows = 0

@@ -65,7 +65,7 @@ class ConvertArguments:
     )
     step: int | None = field(
         default=None,
-        metadata={"help": "Step to read (default: the largest), or with --to original to write (default: 0)."},
+        metadata={"help": "Step to read, the largest if empty; with --to original the step to write, 0 if empty."},
     )
     tokenizer: str | None = field(
         default=None,

@@ -35,10 +35,11 @@ lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The chat template is also rendered in JavaScript if npm is installed; otherwise that test is skipped.
-pytest: $(INSTALLED)  ## the tests that need no GPU and little time
+# The chat template is also rendered in JavaScript if npm is installed; otherwise that test is skipped. One thread per
+# process: on two cores, two threads next to a busy process are many times slower.
+pytest: $(INSTALLED)  ## the tests that need no GPU and little time, two files at a time
 	@npm install --prefix $(VENV)/js --no-audit --no-fund --loglevel error $(JAVASCRIPT) >/dev/null 2>&1 || echo "no npm, or no network: the chat template is not tested in JavaScript"
-	HF_HUB_OFFLINE=1 NODE_PATH=$(abspath $(VENV)/js/node_modules) $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NODE_PATH=$(abspath $(VENV)/js/node_modules) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 gpu-check: $(INSTALLED)  ## check kernels, gradients, speed and stages on this machine's GPU, in eight minutes
 	$(BIN)/python recipes/benchmarks/gpu_check.py

@@ -293,7 +293,7 @@ def test_make_installs_again_when_the_versions_change(tmp_path, changed):
 def test_each_set_has_an_environment_of_its_own(libraries_set, venv):
     planned = make("--dry-run", "--always-make", "test", f"LIBRARIES={libraries_set}").stdout
     assert f".ci/install.py {venv} {libraries_set}\n" in planned
-    for command in ("ruff check .", "ruff format --check .", "python -m pytest"):
+    for command in ("ruff check .", "ruff format --check .", "python -m pytest -n 2 --dist loadfile"):
         assert f"{venv}/bin/{command}\n" in planned
 
 

@@ -3,7 +3,8 @@
 A checkpoint is a folder `<run>/checkpoints/<stage>/step-00000500` of safetensors and JSON files. It is written under a
 temporary name; every file is flushed to disk; `complete.json`, the marker, lists every file with its size and SHA-256
 and is written last; then the folder is renamed. Only after that are older checkpoints deleted. A folder without a
-marker, or that does not match it, is not a checkpoint. Loading runs no code: there is no pickle in it.
+marker, or that does not match it, is not a checkpoint. Loading runs no code: there is no pickle in it. A checkpoint of
+another `FORMAT` is refused.
 
 Training waits only until its tensors are copied to CPU memory. A thread writes, flushes and hashes the files;
 `complete`, which the loop calls once all processes have done so, writes the marker.
@@ -38,6 +39,7 @@ from modeling_nanochat.folders import flush
 
 from .processes import on_main_process
 
+FORMAT = 2  # of files and states; raise it when one of them changes. Checkpoints without a version are of format 1
 MARKER = "complete.json"
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
@@ -58,8 +60,21 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The `state` passed to [`Checkpoints.save`]."""
-        return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        """The `state` passed to [`Checkpoints.save`].
+
+        Raises:
+            UserError: It was written in another format.
+        """
+        # The version is in this file and not in the marker, because a flipped bit here is detected as damage
+        state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        version = state.pop("format", 1)
+        if version != FORMAT:
+            raise UserError(
+                f"{self.folder} has checkpoint format {version}, this version of nanochat resumes format {FORMAT}; "
+                "train from scratch with --overwrite_output_dir true and without --resume, or resume with the version "
+                "that wrote it"
+            )
+        return state
 
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.folder / "model.safetensors")
@@ -160,7 +175,7 @@ class Checkpoints:
         model = weights()
         if self.accelerator.is_main_process:
             tensors["model"] = model
-        text = json.dumps(state) if self.accelerator.is_main_process else None
+        text = json.dumps({"format": FORMAT} | state) if self.accelerator.is_main_process else None
         copies = {name: copied(content) for name, content in tensors.items()}
         self.unfinished = Unfinished(step, unfinished, self.writer.submit(write_files, unfinished, copies, text))
 

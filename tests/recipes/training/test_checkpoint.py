@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, verified before use, and good for any number of processes."""
 
+import json
 import os
 import random
 import shutil
@@ -18,15 +19,19 @@ from safetensors.torch import load_file
 
 import recipes.training.checkpoint
 from modeling_nanochat.errors import UserError
+from recipes.training.arguments import LoopArguments
 from recipes.training.checkpoint import (
+    FORMAT,
     Checkpoint,
     Checkpoints,
     Damaged,
     random_state,
     restore_random_state,
     set_random_state,
+    sha256,
     verify,
 )
+from recipes.training.setup import find_checkpoint
 
 
 @pytest.fixture
@@ -122,11 +127,39 @@ def test_when_all_are_damaged_it_says_so(checkpoints):
         checkpoints.find(str(checkpoints.folder / "step-00000010"))
 
 
+def rewrite(folder, **changes):
+    """Change state.json as if another version had written it; None removes a key."""
+    path, marker = folder / "state.json", folder / "complete.json"
+    state = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
+    files = json.loads(marker.read_text())["files"]
+    files["state.json"] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    marker.write_text(json.dumps({"files": files}))
+
+
+@pytest.mark.parametrize(("version", "named"), [(None, 1), (FORMAT - 1, FORMAT - 1), (FORMAT + 1, FORMAT + 1)])
+def test_a_checkpoint_of_another_format_is_refused(checkpoints, version, named):
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    folder = checkpoints.folder / "step-00000020"
+    rewrite(folder, format=version)
+    for resume in ("auto", str(folder)):
+        with pytest.raises(UserError) as refused:
+            find_checkpoint(checkpoints, LoopArguments(resume=resume), {})
+        said = str(refused.value)
+        assert said.startswith(
+            f"{folder} has checkpoint format {named}, this version of nanochat resumes format {FORMAT};"
+        )
+        assert "train from scratch with --overwrite_output_dir true and without --resume, or" in said
+        assert "\n" not in said
+    assert checkpoints.find(str(checkpoints.folder / "step-00000010")).state == {"progress": {"steps": 10}}
+
+
 FILL_THE_DISK = """
     import resource, sys, torch
     from accelerate import Accelerator
     from modeling_nanochat.errors import UserError
-    from recipes.checkpoint import Checkpoints
+    from recipes.training.checkpoint import Checkpoints
     checkpoints = Checkpoints(sys.argv[1], Accelerator(cpu=True))
     def save(step, numbers):
         checkpoints.save(step, {}, {"optimizer": {"a": torch.zeros(numbers)}}, lambda: {"w": torch.ones(8)})

@@ -117,7 +117,12 @@ def is_finished(step: Step, run_dir: Path) -> bool:
 
 
 def has_checkpoints(name: str, run_dir: Path) -> bool:
-    return name in RESUME and any((run_dir / "checkpoints" / name).glob("*-*"))
+    folder = run_dir / "checkpoints" / name
+    if name not in RESUME or not folder.is_dir():
+        return False
+    from recipes.training.checkpoint import checkpoint_folders  # imports torch, which finished runs do without
+
+    return bool(checkpoint_folders(folder))
 
 
 def difference(finished: dict, wanted: dict) -> str:

@@ -25,7 +25,7 @@ from recipes.training.optim.optimizer import MuonAdamW, compiles_on, muon_adamw
 from .arguments import LoopArguments
 from .attention import evaluation_attention
 from .batch_size import explain_in_evaluation, explain_out_of_memory, is_out_of_memory
-from .checkpoint import Checkpoint, Checkpoints, restore_random_state
+from .checkpoint import Checkpoint, Checkpoints, RunState, restore_random_state
 from .device import convert_to_float8, evaluation_precision
 from .evaluation import Evaluation
 from .learning import LearningWatch
@@ -85,7 +85,9 @@ def train(
         Stopped: On SIGTERM or Ctrl-C, after writing a checkpoint.
     """
     watch = LearningWatch(stage, plan.max_steps)
-    train_state = restore(resume_from, optimizer, loader, watch, accelerator) if resume_from else TrainState()
+    train_state = TrainState()
+    if resume_from:
+        restore(resume_from, train_state, optimizer, loader, watch, accelerator)
     batch_size, processes = loader.batch_size, accelerator.num_processes
     accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, processes)
     schedule, timer = plan.schedule(), StepTimer()
@@ -100,10 +102,12 @@ def train(
         return step == plan.max_steps or bool(args.save_steps and step % args.save_steps == 0)
 
     def save() -> None:
-        state = {"progress": vars(train_state), "seconds": log.seconds, "run_config": run_config or {}}
-        state |= {"learning": watch.state_dict(), "processes": processes, "per_device_train_batch_size": batch_size}
-        shares = {"optimizer": optimizer.sharded_state_dict(), "data": loader.state()}
-        checkpoints.save(train_state.steps, state, shares, lambda: full_state_dict(accelerator, module, model))
+        progress = {"train_state": train_state.state_dict(), "learning": watch.state_dict(), "seconds": log.seconds}
+        state = RunState(
+            **progress, run_config=run_config or {}, processes=processes, per_device_train_batch_size=batch_size
+        )
+        shards = {"optimizer": optimizer.sharded_state_dict(), "data": loader.state_dict()}
+        checkpoints.save(train_state.steps, state, shards, lambda: full_state_dict(accelerator, module, model))
 
     advice = advice_on_memory(lambda error: explain_out_of_memory(error, batch_size, args.max_length))
     with stop_request() as request, GarbageFreezer() as garbage, report, advice:
@@ -132,7 +136,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             timer.lap("optimizer")
-            train_state = train_state.after(loss, plan.total_batch_size)
+            train_state.add_step(loss, plan.total_batch_size)
             report.step(train_state, schedule, norms)
             garbage.after_step(train_state.steps)
             timer.lap("rest")
@@ -188,15 +192,26 @@ def advice_on_memory(explain: Callable[[BaseException], UserError]) -> Iterator[
 
 
 def restore(
-    checkpoint: Checkpoint, optimizer: MuonAdamW, loader: Loader, watch: LearningWatch, accelerator: Accelerator
-) -> TrainState:
-    """Restore optimizer, data, random generators and learning watch; the weights were loaded before."""
-    if "learning" in checkpoint.state:
-        watch.load_state_dict(checkpoint.state["learning"])
-    optimizer.load_sharded_state_dict(checkpoint.shares("optimizer"))
-    loader.load_states(checkpoint.shares("data"))
+    checkpoint: Checkpoint,
+    train_state: TrainState,
+    optimizer: MuonAdamW,
+    loader: Loader,
+    watch: LearningWatch,
+    accelerator: Accelerator,
+) -> None:
+    """Restore everything but the weights, which were loaded before.
+
+    Raises:
+        UserError: The states of the data do not belong together.
+    """
+    train_state.load_state_dict(checkpoint.state.train_state)
+    watch.load_state_dict(checkpoint.state.learning)
+    optimizer.load_sharded_state_dict(checkpoint.shards("optimizer"))
+    try:
+        loader.load_state_dict(checkpoint.shards("data"))
+    except UserError as error:
+        raise UserError(f"{checkpoint.folder}: {error}") from error
     restore_random_state(checkpoint, accelerator)
-    return TrainState(**checkpoint.state["progress"])
 
 
 def full_state_dict(

@@ -120,7 +120,7 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
     accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, accelerator.num_processes)
     if accelerator.is_main_process:
         announce(model, plan, accumulation, batch_size, accelerator.num_processes, resume_from)
-    resumed = {"step": resume_from.step, "seconds": resume_from.state["seconds"]} if resume_from else {}
+    resumed = {"step": resume_from.step, "seconds": resume_from.state.seconds} if resume_from else {}
     log = JsonlLogger(output.output_dir, accelerator.is_main_process, **resumed)
     loader = Loader(
         stage.make_stream,
@@ -201,7 +201,7 @@ def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, run_config: d
         if checkpoints.accelerator.is_main_process:
             print(f"no checkpoint in {checkpoints.folder} yet: training from the start")
         return None
-    before = checkpoint.state["run_config"]
+    before = checkpoint.state.run_config
     changed = sorted(key for key in before.keys() | run_config.keys() if before.get(key) != run_config.get(key))
     if changed:
         key = changed[0]
@@ -233,8 +233,8 @@ def choose_batch_size(
             f"total_batch_size {plan.total_batch_size} is {rows} rows, which {processes} processes cannot divide "
             f"evenly; make it a multiple of {args.max_length * processes}"
         )
-    if resume_from and resume_from.state["processes"] == processes:
-        return resume_from.state["per_device_train_batch_size"]  # another size would round differently
+    if resume_from and resume_from.state.processes == processes:
+        return resume_from.state.per_device_train_batch_size  # another size would round differently
 
     def trial(batch_size: int) -> None:
         accumulate(accelerator, module, [trial_batch(batch_size, args)])

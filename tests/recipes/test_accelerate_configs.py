@@ -127,7 +127,7 @@ import json, sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from recipes.precision import accelerator_options
+from recipes.training.device import accelerator_options
 accelerator = Accelerator(**accelerator_options())
 rank = torch.tensor(accelerator.process_index + 1.0)
 facts = {

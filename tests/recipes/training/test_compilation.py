@@ -19,7 +19,7 @@ WITHOUT_COMPILER = """
 import torch
 from accelerate import Accelerator
 from modeling_nanochat.errors import UserError
-from recipes.compilation import maybe_compile
+from recipes.training.device import maybe_compile
 accelerator, model = Accelerator(cpu=True), torch.nn.Linear(2, 2)
 assert maybe_compile(model, False, accelerator) is model
 assert maybe_compile(model, None, accelerator) is model

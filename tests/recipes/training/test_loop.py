@@ -15,8 +15,11 @@ from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
 from recipes.pretrain import PretrainArguments
 from recipes.training.arguments import LoopArguments
-from recipes.training.checkpoint import Checkpoints
+from recipes.training.checkpoint import Checkpoints, RunState
+from recipes.training.data.loader import Loader
+from recipes.training.data.streams import STREAMS, TextStreams
 from recipes.training.evaluation import Evaluation, bits_per_byte_evaluation, validation
+from recipes.training.learning import LearningWatch
 from recipes.training.loop import (
     accumulate,
     accumulation_steps,
@@ -24,9 +27,11 @@ from recipes.training.loop import (
     gradient_norm,
     model_inputs,
     prepare,
+    restore,
     train,
 )
 from recipes.training.optim.hyperparameters import resolve_hyperparameters
+from recipes.training.progress import TrainState
 from recipes.training.setup import define
 from recipes.training.stage import JsonlLogger, OutputArguments
 from recipes.training.stopping import Stopped, stop_request
@@ -137,7 +142,7 @@ class EndlessBatches:
         self.taken += 1
         return {"input_ids": torch.stack([row["input_ids"] for row in self.some[first : first + self.batch_size]])}
 
-    def state(self):
+    def state_dict(self):
         return {"taken": torch.tensor(self.taken)}
 
 
@@ -318,6 +323,19 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, toy_model_
         run(tmp_path, "e", toy_model_and_tokenizer[1], evaluations=(ask,))
     assert Checkpoints(tmp_path / "checkpoints" / "e", Accelerator(cpu=True)).find("auto").step == 4
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_data_states_that_do_not_fit_are_refused_with_the_checkpoint_they_are_from(tmp_path):
+    accelerator, watch = Accelerator(cpu=True), LearningWatch("base", 4)
+    _, optimizer = prepare(accelerator, small_model(), plan_of(small_model(), 4))
+    data = {"row": torch.tensor(8), "streams": torch.tensor(STREAMS + 1)}
+    state = RunState(train_state=TrainState(steps=2, loss=1.0).state_dict(), learning=watch.state_dict())
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / "f", accelerator)
+    checkpoints.save(2, state, {"optimizer": optimizer.sharded_state_dict(), "data": data}, dict)
+    checkpoints.complete()
+    loader = Loader(TextStreams(None, None, max_length=16), batch_size=2)
+    with pytest.raises(UserError, match="step-00000002: made by a version with other data streams; resume with that"):
+        restore(checkpoints.find("auto"), TrainState(), optimizer, loader, watch, accelerator)
 
 
 def test_a_batch_that_does_not_divide_is_refused():

@@ -31,6 +31,7 @@ from recipes.training.loop import (
     train,
 )
 from recipes.training.optim.hyperparameters import resolve_hyperparameters
+from recipes.training.optim.overrides import Overrides
 from recipes.training.progress import TrainState
 from recipes.training.setup import define
 from recipes.training.stage import JsonlLogger, OutputArguments
@@ -117,9 +118,8 @@ def loop_arguments(**more):
 
 def plan_of(model, max_steps, **more):
     rates = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008, "warmup_steps": 2, "momentum_steps": 5}
-    return resolve_hyperparameters(
-        model.config, "current", max_length=16, max_steps=max_steps, total_batch_size=64, **rates | more
-    )
+    overrides = Overrides(max_steps=max_steps, total_batch_size=64, **rates | more)
+    return resolve_hyperparameters(model.config, "current", overrides, max_length=16)
 
 
 def rows(count, seed=0):

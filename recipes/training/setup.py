@@ -19,11 +19,12 @@ from recipes.training.optim.optimizer import MuonAdamW
 
 from .arguments import FREE_TO_CHANGE, LoopArguments
 from .attention import choose_attention
-from .batch_size import find_batch_size, smallest
+from .batch_size import accumulation_steps, find_batch_size, smallest
 from .checkpoint import Checkpoint, Checkpoints
 from .device import accelerator_options, is_compiled, maybe_compile
 from .evaluation import Evaluation
-from .loop import accumulate, accumulation_steps, full_state_dict, prepare, train
+from .learning import LearningWatch
+from .loop import RunParts, accumulate, full_state_dict, prepare, train
 from .model_card import model_card
 from .stage import JsonlLogger, OutputArguments, beside, finish_stage, push, settings
 from .stopping import Outcomes, Stopped, ending_together
@@ -129,23 +130,13 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
         world_size=accelerator.num_processes,
         document_start=stage.tokenizer.bos_token_id if args.document_masking else None,
     )
+    watch = LearningWatch(str(stage.record["stage"]), plan.max_steps)
+    run = RunParts(accelerator, model, module, optimizer, loader, log, watch, run_config)
     try:
-        train_state = train(
-            accelerator,
-            model,
-            module,
-            optimizer,
-            loader,
-            plan,
-            args,
-            log,
-            checkpoints,
-            resume_from=resume_from,
-            run_config=run_config,
-            evaluations=stage.evaluations,
-            decode=stage.tokenizer.decode,
-            stage=str(stage.record["stage"]),
-        )
+        if resume_from:
+            run.restore(resume_from)
+        decode = stage.tokenizer.decode
+        train_state = train(run, plan, args, checkpoints, evaluations=stage.evaluations, decode=decode)
     finally:
         loader.close()
     weights = full_state_dict(accelerator, module, model)

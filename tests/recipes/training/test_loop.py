@@ -15,24 +15,23 @@ from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
 from recipes.pretrain import PretrainArguments
 from recipes.training.arguments import LoopArguments
-from recipes.training.checkpoint import Checkpoints, RunState
+from recipes.training.batch_size import accumulation_steps
+from recipes.training.checkpoint import Checkpoints
 from recipes.training.data.loader import Loader
 from recipes.training.data.streams import STREAMS, TextStreams
 from recipes.training.evaluation import Evaluation, bits_per_byte_evaluation, validation
 from recipes.training.learning import LearningWatch
 from recipes.training.loop import (
+    RunParts,
     accumulate,
-    accumulation_steps,
     all_reduce_loss,
     gradient_norm,
     model_inputs,
     prepare,
-    restore,
     train,
 )
 from recipes.training.optim.hyperparameters import resolve_hyperparameters
 from recipes.training.optim.overrides import Overrides
-from recipes.training.progress import TrainState
 from recipes.training.setup import define
 from recipes.training.stage import JsonlLogger, OutputArguments
 from recipes.training.stopping import Stopped, stop_request
@@ -155,20 +154,9 @@ def run(tmp_path, name, tokenizer, *, some=None, model=None, max_steps=20, reque
         measure = validation(accelerator, rows(8, seed=5), tokenizer, 8)
         evaluations = (bits_per_byte_evaluation(measure, args.eval_steps),)
     checkpoints = Checkpoints(tmp_path / "checkpoints" / name, accelerator)
-    loader = EndlessBatches(some or rows(64))
-    progress = train(
-        accelerator,
-        model,
-        module,
-        optimizer,
-        loader,
-        plan,
-        args,
-        log,
-        checkpoints,
-        evaluations=evaluations,
-        decode=str,
-    )
+    loader, watch = EndlessBatches(some or rows(64)), LearningWatch("base", max_steps)
+    parts = RunParts(accelerator, model, module, optimizer, loader, log, watch)
+    progress = train(parts, plan, args, checkpoints, evaluations=evaluations, decode=str)
     return model, progress
 
 
@@ -325,17 +313,18 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, toy_model_
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_data_states_that_do_not_fit_are_refused_with_the_checkpoint_they_are_from(tmp_path):
-    accelerator, watch = Accelerator(cpu=True), LearningWatch("base", 4)
-    _, optimizer = prepare(accelerator, small_model(), plan_of(small_model(), 4))
-    data = {"row": torch.tensor(8), "streams": torch.tensor(STREAMS + 1)}
-    state = RunState(train_state=TrainState(steps=2, loss=1.0).state_dict(), learning=watch.state_dict())
+def test_data_states_that_do_not_fit_are_refused_with_the_checkpoint_they_are_from(tmp_path, monkeypatch):
+    accelerator, model = Accelerator(cpu=True), small_model()
+    module, optimizer = prepare(accelerator, model, plan_of(model, 4))
+    loader, watch = Loader(TextStreams(None, None, max_length=16), batch_size=2), LearningWatch("base", 4)
+    parts = RunParts(accelerator, model, module, optimizer, loader, JsonlLogger(tmp_path / "f"), watch)
+    parts.train_state.add_step(1.0, tokens=64)
     checkpoints = Checkpoints(tmp_path / "checkpoints" / "f", accelerator)
-    checkpoints.save(2, state, {"optimizer": optimizer.sharded_state_dict(), "data": data}, dict)
+    parts.save(checkpoints)
     checkpoints.complete()
-    loader = Loader(TextStreams(None, None, max_length=16), batch_size=2)
-    with pytest.raises(UserError, match="step-00000002: made by a version with other data streams; resume with that"):
-        restore(checkpoints.find("auto"), TrainState(), optimizer, loader, watch, accelerator)
+    monkeypatch.setattr("recipes.training.data.loader.STREAMS", STREAMS + 1)
+    with pytest.raises(UserError, match="step-00000001: made by a version with other data streams; resume with that"):
+        parts.restore(checkpoints.find("auto"))
 
 
 def test_a_batch_that_does_not_divide_is_refused():

@@ -23,7 +23,7 @@ from typing import Any
 
 from evals.reporting.curves import draw_curves
 from evals.reporting.records import aligned_table
-from evals.reporting.run_folder import MODELS, STAGES, RunFolder, read_run
+from evals.reporting.run_folder import MODELS, REPORTED, RunFolder, read_run
 from evals.reporting.summary import NOTHING, comparisons, evaluation_notes, summary_rows, warnings
 from evals.reporting.tokenizer_section import (
     PICTURE,
@@ -129,7 +129,7 @@ def tokenizer_parts(run: RunFolder, picture: str | None) -> list[str]:
 def progress_lines(run: RunFolder) -> list[str]:
     """Return the curves' end points: bits per byte before and after, mean reward at the start and end."""
     lines = []
-    for stage in ("base", "mid"):
+    for stage in MODELS:
         steps, values = run.series(stage, "bits_per_byte")
         if len(values) > 1:
             change = f"{values[0]:.3f} before the first step, {values[-1]:.3f} after step {steps[-1]}"
@@ -145,15 +145,15 @@ def progress_lines(run: RunFolder) -> list[str]:
 
 def header(run: RunFolder) -> list[str]:
     """Return start, duration, missing stages, machine, versions and commit, one line each."""
-    records = [run.stages[stage] for stage in STAGES if stage in run.stages]
+    records = [run.stages[stage] for stage in REPORTED if stage in run.stages]
     lines = []
     if times := [start for record in records if (start := started(record))]:
         lines.append(f"started: {min(times):%Y-%m-%d %H:%M} UTC")
-    stages = sum(run.wall_seconds(stage) or 0 for stage in ("data", *STAGES))
-    evaluation = sum(run.evaluation_seconds(stage) or 0 for stage in STAGES)
+    stages = sum(run.wall_seconds(stage) or 0 for stage in ("data", *REPORTED))
+    evaluation = sum(run.evaluation_seconds(stage) or 0 for stage in REPORTED)
     parts = f"stages {duration(stages)}, evaluation {duration(evaluation)}"
     lines.append(f"wall time: {duration(stages + evaluation)} ({parts})")
-    if missing := [name for stage, name in STAGES.items() if stage not in run.stages]:
+    if missing := [name for stage, name in REPORTED.items() if stage not in run.stages]:
         lines.append(f"missing stages: {', '.join(missing)}")
     for key in ("machine", "versions"):
         lines += [f"{key}: {text}" for text in unique(inline(without_memory(record.get(key))) for record in records)]
@@ -202,7 +202,7 @@ def as_text(value: Any) -> str:
 
 def stage_rows(run: RunFolder) -> list[list[str]]:
     rows = [["stage", "wall time", "evaluation", "steps", "tokens", "parameters", "tokens/s", "memory"]]
-    for stage, name in STAGES.items():
+    for stage, name in REPORTED.items():
         record, result = run.stages.get(stage), run.results.get(stage)
         seconds = run.evaluation_seconds(stage) if result or (stage == "tokenizer" and run.tokenizer) else None
         evaluation = duration(seconds) if seconds is not None else NOTHING
@@ -228,7 +228,7 @@ def throughput(run: RunFolder, stage: str) -> str:
 
 
 def settings_sections(run: RunFolder) -> list[str]:
-    named = {name: run.stages[stage].get("settings", {}) for stage, name in STAGES.items() if stage in run.stages}
+    named = {name: run.stages[stage].get("settings", {}) for stage, name in REPORTED.items() if stage in run.stages}
     if run.tokenizer is not None:
         named["Evaluation of the tokenizer"] = run.tokenizer["settings"]
     for stage, result in run.results.items():

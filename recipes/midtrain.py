@@ -18,7 +18,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -35,7 +35,8 @@ from recipes.training.data.packing import Conversation
 from recipes.training.data.streams import ConversationStreams, MixedStreams, TextStreams
 from recipes.training.evaluation import bits_per_byte_evaluation, conversation_rows, validation
 from recipes.training.model_card import CardArguments
-from recipes.training.optim.hyperparameters import Plan, check_ranges, resolve_hyperparameters
+from recipes.training.optim.hyperparameters import Plan, resolve_hyperparameters
+from recipes.training.optim.overrides import check_ranges
 from recipes.training.setup import LoopStage, given, make_accelerator, run_stage
 from recipes.training.stage import OutputArguments, check_output
 
@@ -128,21 +129,20 @@ def make_plan(
         UserError: The epochs amount to less than half a step.
     """
     resolve = partial(resolve_hyperparameters, model.config, loop.training_recipe, max_length=loop.max_length)
-    rates = loop.rates() | {"weight_decay": loop.weight_decay or 0.0}
-    if loop.max_steps >= 0:
-        return resolve(max_steps=loop.max_steps, **rates)
+    overrides = replace(loop.overrides(), weight_decay=loop.weight_decay or 0.0)
+    if overrides.max_steps is not None:
+        return resolve(overrides)
     tokens = args.num_train_epochs * sum(len(ids) for ids, _ in train_set)
     if args.replay_files:
         tokens *= 1 + 1 / args.replay_every
-    if rates["total_batch_size"] is None:
-        rates["total_batch_size"] = resolve(max_steps=1, **rates).total_batch_size
-    steps = round(tokens / rates["total_batch_size"])
+    batch = resolve(replace(overrides, max_steps=1)).total_batch_size
+    steps = round(tokens / batch)
     if steps < 1:
         raise UserError(
             f"num_train_epochs {args.num_train_epochs:g}: {tokens:,.0f} tokens are less than one step of "
-            f"{rates['total_batch_size']:,}; raise num_train_epochs, lower total_batch_size, or give max_steps"
+            f"{batch:,}; raise num_train_epochs, lower total_batch_size, or give max_steps"
         )
-    return resolve(max_steps=steps, **rates)
+    return resolve(replace(overrides, max_steps=steps, total_batch_size=batch))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +41,8 @@ from recipes.training.arguments import LoopArguments
 from recipes.training.data.documents import out_of_reach
 from recipes.training.data.streams import TextStreams
 from recipes.training.evaluation import Evaluation, bits_per_byte_evaluation, text_rows, validation
-from recipes.training.optim.hyperparameters import Plan, check_ranges, given_or_none, resolve_hyperparameters
+from recipes.training.optim.hyperparameters import Plan, resolve_hyperparameters
+from recipes.training.optim.overrides import check_ranges, given_or_none
 from recipes.training.setup import LoopStage, given, make_accelerator, run_stage
 from recipes.training.stage import OutputArguments, check_output
 
@@ -123,15 +124,13 @@ def main() -> None:
 
 
 def make_plan(model: NanoChatForCausalLM, args: PretrainArguments, loop: LoopArguments) -> Plan:
-    targets = ("target_flops", "target_param_data_ratio")
+    targets = {"target_flops": args.target_flops, "target_param_data_ratio": args.target_param_data_ratio}
     return resolve_hyperparameters(
         model.config,
         loop.training_recipe,
+        replace(loop.overrides(), **targets),
         max_length=loop.max_length,
-        max_steps=loop.max_steps,
         aspect_ratio=args.aspect_ratio,
-        **{name: getattr(args, name) for name in targets},
-        **loop.rates(),
     )
 
 

@@ -26,9 +26,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from recipes.ladder.arguments import STAGES, RunArguments, parse_overrides, stage_number
+from recipes.ladder.arguments import LADDER, RunArguments, parse_overrides, stage_number
 from recipes.ladder.commands import RECIPES, ROOT, steps
 from recipes.ladder.execution import only_run, run_step
 from recipes.ladder.log import closing_lines, outcome_lines, title
@@ -47,7 +48,7 @@ def main() -> None:
     overrides, run_dir = parse_overrides(args.set), Path(args.run_dir)
     started = time.perf_counter()
     with only_run(run_dir) as lock:
-        ladder = {stage: steps(stage, RECIPES / recipe, args, overrides) for stage in STAGES[: last + 1]}
+        ladder = {stage: steps(stage, RECIPES / recipe, args, overrides) for stage in LADDER[: last + 1]}
         ladder = {stage: of_stage for stage, of_stage in ladder.items() if of_stage}
         plan = make_plan(ladder, run_dir, first)
         os.environ.update(stage_environment(args.verbose))
@@ -82,7 +83,7 @@ def print_skipped(plan: list[tuple[Step, bool, bool]], run_dir: Path) -> None:
 
 def chat_commands(ladder: dict[str, list[Step]], run_dir: str) -> str:
     """Commands to chat with the last model that can, or how to continue if there is none yet."""
-    trained = [stage for stage in ("mid", "sft", "rl") if stage in ladder]
+    trained = [stage.name for stage in STAGES.values() if stage.chats and stage.name in ladder]
     if not trained:
         return "the same command without --to"
     python, model = min(os.path.relpath(sys.executable), sys.executable, key=len), f"{run_dir}/{trained[-1]}"

@@ -31,8 +31,7 @@ import gradio as gr
 
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.chat.engine import Engine, Event, Finished, TextDelta, ToolCall, ToolResult
-from modeling_nanochat.chat.examples import example_questions
-from modeling_nanochat.chat.stages import stage_note
+from modeling_nanochat.chat.examples import example_questions, stage_note
 from modeling_nanochat.cli import OneLineParser
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
@@ -131,7 +130,7 @@ def build_demo(engine: Engine, title: str, examples: Sequence[str] = ()) -> gr.B
 def heading(engine: Engine, title: str) -> str:
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     size = f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
-    note = stage_note(engine.model)
+    note = stage_note(engine.model.name_or_path)
     about = f"<p>{size} parameters, {engine.context} tokens of context</p>" + (
         f"<p>{escape(note)}</p>" if note else ""
     )

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.sources import read_jsonl
 
-MODELS = {"base": "Base", "mid": "Mid", "sft": "SFT", "rl": "RL"}
-STAGES = {"tokenizer": "Tokenizer"} | MODELS
+MODELS = {stage.name: stage.title for stage in STAGES.values()}
+REPORTED = {"tokenizer": "Tokenizer"} | MODELS
 
 
 @dataclass
@@ -65,7 +66,7 @@ def read_run(path: str | Path) -> RunFolder:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run folder, for example runs/pocket")
     run = RunFolder(path)
-    for stage in STAGES:
+    for stage in REPORTED:
         if (file := path / "stages" / f"{stage}.json").is_file():
             run.stages[stage] = read_object(file, ("stage", "seconds"))
         if (file := path / "results" / f"{stage}.json").is_file() and stage in MODELS:

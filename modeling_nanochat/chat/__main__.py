@@ -21,9 +21,8 @@ from ..cli import OneLineParser
 from ..errors import UserError, exit_on_user_error
 from ..loading import load_model_and_tokenizer
 from .engine import Engine, Finished, TextDelta, ToolCall, ToolResult
-from .examples import example_questions
+from .examples import example_questions, stage_note
 from .sampling import check_setting, describe
-from .stages import stage_note
 
 HELP = """/temperature X   0 takes the most likely token, 1 is plain sampling, at most 2 (now {temperature})
 /top_k N         sample among the N most likely tokens, 0 among all (now {top_k})
@@ -209,7 +208,7 @@ def start(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
     engine = Engine(*load_model_and_tokenizer(name))
     chat = Chat(engine, **options, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
-    if note := stage_note(engine.model):
+    if note := stage_note(engine.model.name_or_path):
         print(f"note: {note}", file=sys.stderr)
     if prompt is not None:
         chat.ask(prompt)

@@ -1,5 +1,6 @@
-"""Example questions for a model: the `widget` of its model card, which the Hub's pages also show.
+"""What a model card tells a chat: example questions, which the Hub's pages also show, and the stage of training.
 
+    tags: [nanochat, sft]
     widget:
     - messages:
       - role: user
@@ -16,6 +17,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 
 from ..errors import UserError
+from .stages import STAGES
 
 MAX_EXAMPLES, MAX_CHARACTERS = 6, 200
 MAX_CARD_BYTES = 2**20  # more than any hand-written card; its YAML would take seconds
@@ -37,6 +39,19 @@ def card_metadata(folder: str | Path | None) -> dict[str, Any]:
     except Exception:  # a card is free text: YAML or not, UTF-8 or not
         return {}
     return metadata if isinstance(metadata, dict) else {}
+
+
+def training_stage(folder: str | Path | None) -> str | None:
+    """The stage in the tags of `folder`'s model card, a key of `STAGES`; None if unknown."""
+    tags = card_metadata(folder).get("tags")
+    tags = tags if isinstance(tags, list) and "nanochat" in tags else []
+    return next((stage for stage in STAGES if stage in tags), None)
+
+
+def stage_note(folder: str | Path | None) -> str:
+    """What a user should know before the first question to the model in `folder`; empty if there is nothing."""
+    stage = training_stage(folder)
+    return STAGES[stage].note if stage else ""
 
 
 def question_of(entry: Any) -> str | None:

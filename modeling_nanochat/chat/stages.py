@@ -1,25 +1,50 @@
-"""The training stage of a model folder, and what to expect of it in a chat."""
+"""The table of training stages, from which scripts, ladder, reports, model cards and chats take their names."""
 
-from transformers import PreTrainedModel
-
-from .examples import card_metadata
-
-# What a user should know before the first question; a finished chat model needs no note.
-STAGES = {
-    "base": "a base model: it continues text and has never seen a conversation, so expect no answers; "
-    "chat with the model after midtraining, SFT or GRPO",
-    "mid": "a midtrained model: it has seen conversations among other text; the model after SFT answers better",
-    "sft": "",
-    "rl": "",
-}
+from dataclasses import dataclass
 
 
-def training_stage(model: PreTrainedModel) -> str | None:
-    """The key of `STAGES` for `model`, from the tags of its model card; None if unknown."""
-    tags = card_metadata(model.name_or_path).get("tags")
-    tags = tags if isinstance(tags, list) and "nanochat" in tags else []
-    return next((stage for stage in STAGES if stage in tags), None)
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table.
+
+    Attributes:
+        name: The stage's folder in a run, and the name of its log, record and results.
+        script: The name of its script and of its YAML file, without suffix.
+        title: Its name in reports.
+        predecessor: The stage whose model it starts from.
+        on_trl: Trained by one of TRL's trainers instead of our own loop.
+        note: What a user should know before the first question to its model; a finished chat model needs no note.
+    """
+
+    name: str
+    script: str
+    title: str
+    predecessor: str | None = None
+    on_trl: bool = False
+    note: str = ""
+
+    @property
+    def chats(self) -> bool:
+        """Whether its model has been trained on conversations."""
+        return self.predecessor is not None
+
+    @property
+    def resume(self) -> str:
+        """Its script's option to resume from a checkpoint."""
+        return "resume_from_checkpoint" if self.on_trl else "resume"
 
 
-def stage_note(model: PreTrainedModel) -> str:
-    return STAGES.get(training_stage(model), "")
+BASE_NOTE = (
+    "a base model: it continues text and has never seen a conversation, so expect no answers; "
+    "chat with the model after midtraining, SFT or GRPO"
+)
+MID_NOTE = "a midtrained model: it has seen conversations among other text; the model after SFT answers better"
+
+ROWS = (
+    Stage("base", "pretrain", "Base", note=BASE_NOTE),
+    Stage("mid", "midtrain", "Mid", predecessor="base", note=MID_NOTE),
+    Stage("sft", "sft", "SFT", predecessor="mid", on_trl=True),
+    Stage("rl", "grpo", "RL", predecessor="sft", on_trl=True),
+)
+STAGES = {stage.name: stage for stage in ROWS}  # in the order of training
+SCRIPTS = {stage.script: stage for stage in ROWS}

@@ -28,13 +28,14 @@ from evals.report import markdown_table
 from evals.reporting.records import summary_line, write_json, write_whole
 from evals.reporting.run_folder import MODELS, read_object, read_run
 from evals.reporting.summary import NOTHING
+from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.text.sources import read_jsonl
 from recipes.ladder.commands import RECIPES
 from recipes.ladder.step import read_yaml
 
-SEEDED = ("data", "base", "mid", "sft", "rl")
+SEEDED = ("data", *MODELS)
 UNKNOWN = "unknown"  # the task that asks about things outside the world
 SAMPLED = "sampled"
 PREDICTIONS = "predictions.jsonl"
@@ -124,7 +125,7 @@ def evaluate_stages(run: Path, args: LadderSeedsArguments) -> None:
     files = task_files(run / "data" / "eval")
     text = [str(path) for path in [run / "data" / "pretrain" / "val.parquet"] if path.is_file()]
     for stage in MODELS:
-        evaluate_once(run, stage, stage, args, eval_files=files, text_files=text, base_model=stage == "base")
+        evaluate_once(run, stage, stage, args, eval_files=files, text_files=text, base_model=not STAGES[stage].chats)
     if sampled := [*task_files(run / "data" / "eval" / "shown"), *args.sampled_files]:
         evaluate_once(run, "rl", SAMPLED, args, eval_files=sampled, **PAGE)
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from modeling_nanochat.chat.stages import SCRIPTS, STAGES
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.sources import first_line
 
-STAGES = ("data", "tokenizer", "base", "mid", "sft", "rl", "report")
-ALIASES = {"pretrain": "base", "midtrain": "mid", "grpo": "rl"}
+LADDER = ("data", "tokenizer", *STAGES, "report")
 
 
 @dataclass
@@ -44,26 +44,32 @@ class RunArguments:
         default=None,
         metadata={
             "aliases": ["--from"],
-            "help": f"Redo this and all later stages, keeping earlier ones: {', '.join(STAGES)}.",
+            "help": f"Redo this and all later stages, keeping earlier ones: {', '.join(LADDER)}.",
         },
     )
     to_stage: str = field(default="report", metadata={"aliases": ["--to"], "help": "Stop after this stage."})
 
 
 def stage_number(name: str) -> int:
-    name = ALIASES.get(name, name)
-    if name not in STAGES:
-        raise UserError(f"{name!r} is not a stage; there are {', '.join(STAGES)} (or pretrain, midtrain, grpo)")
-    return STAGES.index(name)
+    stage = folder_name(name)
+    if stage not in LADDER:
+        aliases = ", ".join(script for script in SCRIPTS if script not in LADDER)
+        raise UserError(f"{name!r} is not a stage; there are {', '.join(LADDER)} (or {aliases})")
+    return LADDER.index(stage)
+
+
+def folder_name(stage: str) -> str:
+    """The name of a stage that may be given by its script's: `pretrain` -> `base`."""
+    return SCRIPTS[stage].name if stage in SCRIPTS else stage
 
 
 def parse_overrides(words: list[str]) -> dict[str, list[str]]:
     """`["base.depth=6"]` -> `{"base": ["--depth", "6"]}`; also accepts the stages "eval" and "tokenizer_eval"."""
-    overrides: dict[str, list[str]] = {stage: [] for stage in (*STAGES, "eval", "tokenizer_eval")}
+    overrides: dict[str, list[str]] = {stage: [] for stage in (*LADDER, "eval", "tokenizer_eval")}
     for word in words:
         key, equals, value = word.partition("=")
         stage, dot, name = key.partition(".")
-        stage = ALIASES.get(stage, stage)
+        stage = folder_name(stage)
         if not equals or not dot or not name or stage not in overrides:
             raise UserError(f"--set {word}: expected stage.key=value, where stage is one of {', '.join(overrides)}")
         overrides[stage] += [f"--{name}", *override_values(word, value)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from modeling_nanochat.chat.stages import STAGES, Stage
 from modeling_nanochat.errors import UserError
 
 from .arguments import RunArguments
@@ -13,8 +14,6 @@ from .step import Step, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
-SCRIPTS = {"base": "pretrain", "mid": "midtrain", "sft": "sft", "rl": "grpo"}
-PREDECESSOR = {"mid": "base", "sft": "mid", "rl": "sft"}
 # The settings of `accelerate_configs/cpu.yaml`; none of them needs a launcher.
 ONE_CPU_PROCESS = {
     "compute_environment": "LOCAL_MACHINE",
@@ -48,11 +47,12 @@ def steps(stage: str, recipe: Path, args: RunArguments, overrides: dict[str, lis
         arguments = ["--train_files", *files(args, "pretrain_files", recipe), *output, *more]
         train = Step("tokenizer", script("tokenizer_train/train.py"), recipe / "tokenizer.yaml", arguments)
         return [train, tokenizer_evaluation_step(recipe, args, overrides["tokenizer_eval"])]
+    row = STAGES[stage]
     train = Step(
         stage,
-        launcher(args.accelerate_config) + script(f"recipes/{SCRIPTS[stage]}.py")[1:],
-        recipe / f"{SCRIPTS[stage]}.yaml",
-        [*inputs(stage, args, recipe), *(examples(args) if stage != "base" else []), *output, *more],
+        launcher(args.accelerate_config) + script(f"recipes/{row.script}.py")[1:],
+        recipe / f"{row.script}.yaml",
+        [*inputs(row, args, recipe), *(examples(args) if row.chats else []), *output, *more],
     )
     return [train, evaluation_step(stage, recipe, args, overrides["eval"])]
 
@@ -101,13 +101,13 @@ def threads_on_cpu(accelerate_config: dict) -> list[int]:
     return [max(1, cores // processes)]
 
 
-def inputs(stage: str, args: RunArguments, recipe: Path) -> list[str]:
+def inputs(stage: Stage, args: RunArguments, recipe: Path) -> list[str]:
     """The arguments that name a training stage's model and files."""
-    if stage == "base":
+    if stage.predecessor is None:
         return ["--tokenizer", f"{args.run_dir}/tokenizer", *text_files(args, recipe)]
-    model = ["--model_name_or_path", f"{args.run_dir}/{PREDECESSOR[stage]}"]
-    replay = ["--replay_files", *files(args, "pretrain_files", recipe)] if stage == "mid" else []
-    return [*model, "--train_files", *files(args, f"{SCRIPTS[stage]}_files", recipe), *replay]
+    model = ["--model_name_or_path", f"{args.run_dir}/{stage.predecessor}"]
+    replay = ["--replay_files", *files(args, "pretrain_files", recipe)] if stage.name == "mid" else []
+    return [*model, "--train_files", *files(args, f"{stage.script}_files", recipe), *replay]
 
 
 def text_files(args: RunArguments, recipe: Path) -> list[str]:
@@ -125,7 +125,7 @@ def evaluation_step(stage: str, recipe: Path, args: RunArguments, more: list[str
     arguments = ["--model_name_or_path", f"{args.run_dir}/{stage}", "--output_file", output_file]
     arguments += ["--eval_files", *files(args, "eval_files", recipe)]
     arguments += ["--text_files", *files(args, "val_files", recipe)]
-    base = ["--base_model", "true"] if stage == "base" else []
+    base = [] if STAGES[stage].chats else ["--base_model", "true"]
     return Step(f"{stage}.eval", script("evals/evaluate_model.py"), recipe / "eval.yaml", [*arguments, *base, *more])
 
 

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evals.reporting.records import write_json
+from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError
 
-from .arguments import STAGES
+from .arguments import LADDER
 from .commands import ROOT
 from .process import call, stage_environment
-from .step import RESUME, Step, has_checkpoints, is_own, marker
+from .step import Step, has_checkpoints, is_own, marker
 
 
 def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None, verbose: bool = False) -> None:
@@ -32,7 +33,7 @@ def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None, ver
     write_json(marker(step.name, run_dir, "started"), wanted)
     # The plan has checked that an existing folder is this run's. world.py replaces only a world, without the flag.
     overwrite = ["--overwrite_output_dir", "true"] if step.makes_folder and step.name != "data" else []
-    resume = [RESUME[step.name], "auto"] if has_checkpoints(step.name, run_dir) and not redo else []
+    resume = [f"--{STAGES[step.name].resume}", "auto"] if has_checkpoints(step.name, run_dir) and not redo else []
     command = [*step.command, *overwrite, *resume]
     if verbose:
         print(command_line(command), flush=True)
@@ -72,7 +73,7 @@ def forget(step: Step, run_dir: Path) -> None:
     """Mark the step and everything this run derived from its previous result as unfinished."""
     names = [step.name]
     if step.makes_folder:
-        names += [name for stage in STAGES[STAGES.index(step.name) :] for name in (stage, f"{stage}.eval")]
+        names += [name for stage in LADDER[LADDER.index(step.name) :] for name in (stage, f"{stage}.eval")]
     for name in names:
         if not is_own(name, run_dir):
             continue

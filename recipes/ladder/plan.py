@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError
 
-from .arguments import STAGES
+from .arguments import LADDER
 from .step import Step, difference, has_checkpoints, is_finished, is_own, read_marker
 
 
@@ -22,7 +23,7 @@ def make_plan(ladder: dict[str, list[Step]], run_dir: Path, first: int | None) -
     for stage, of_stage in ladder.items():
         for step in of_stage:
             wanted = step.fingerprint(run_dir)
-            redo = first is not None and STAGES.index(stage) >= first
+            redo = first is not None and LADDER.index(stage) >= first
             todo = redo or is_to_do(step, run_dir, wanted, stale, keep=first is not None)
             todo = todo or (stage == "report" and report_is_old(plan, run_dir))
             stale = stale or (todo and step.makes_folder)  # later steps depend on what it replaces
@@ -37,7 +38,7 @@ def is_to_do(step: Step, run_dir: Path, wanted: dict, stale: bool, keep: bool) -
             return False
         raise UserError(
             f"{step.result} exists but was not created by this run; give --from {step.name} to replace it, --from "
-            f"{STAGES[STAGES.index(step.name) + 1]} to continue from it, or another --run_dir"
+            f"{LADDER[LADDER.index(step.name) + 1]} to continue from it, or another --run_dir"
         )
     if stale or not is_finished(step, run_dir):
         refuse_other_settings(step, run_dir, wanted)
@@ -63,7 +64,7 @@ def report_is_old(plan: list[tuple[Step, bool, bool]], run_dir: Path) -> bool:
 
 def refuse_other_settings(step: Step, run_dir: Path, wanted: dict) -> None:
     """Raise [`UserError`] if TRL would resume a checkpoint with other settings; our own loop checks this itself."""
-    if step.name not in ("sft", "rl") or not has_checkpoints(step.name, run_dir):
+    if not (has_checkpoints(step.name, run_dir) and STAGES[step.name].on_trl):
         return
     before = read_marker(step, run_dir)
     if change := before and difference(before, wanted):

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError
-
-# The resume option of stages with checkpoints; the others are short and start over.
-RESUME = {"base": "--resume", "mid": "--resume", "sft": "--resume_from_checkpoint", "rl": "--resume_from_checkpoint"}
 
 
 @dataclass
@@ -117,7 +115,13 @@ def is_finished(step: Step, run_dir: Path) -> bool:
 
 
 def has_checkpoints(name: str, run_dir: Path) -> bool:
-    return name in RESUME and any((run_dir / "checkpoints" / name).glob("*-*"))
+    """Whether the step can resume; steps other than training are short and start over."""
+    folder = run_dir / "checkpoints" / name
+    if name not in STAGES or not folder.is_dir():
+        return False
+    from recipes.training.checkpoint import checkpoint_folders  # imports torch, which finished runs do without
+
+    return bool(checkpoint_folders(folder))
 
 
 def difference(finished: dict, wanted: dict) -> str:

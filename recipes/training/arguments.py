@@ -6,7 +6,7 @@ from typing import Literal
 from modeling_nanochat.errors import UserError
 
 from .attention import AttentionArguments, check_attention
-from .optim.hyperparameters import check_ranges, check_whole_rows, given_or_none
+from .optim.overrides import Overrides, check_ranges, given_or_none
 
 Tracker = Literal[
     "none", "all", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -57,36 +57,22 @@ class LoopArguments(AttentionArguments):
         Raises:
             UserError: A number is out of range, or would train nothing.
         """
-        sizes = ("max_length", "total_batch_size", "per_device_train_batch_size", "max_steps", "logging_steps")
-        shares = ("warmdown_ratio", "final_lr_fraction")
-        others = {"eval_steps": self.eval_steps, "save_steps": self.save_steps, "seed": self.seed}
+        self.overrides().check(self.max_length)
+        positive = ("per_device_train_batch_size", "logging_steps")
         check_ranges(
-            positive={name: given_or_none(getattr(self, name)) for name in sizes},
-            not_negative={name: rate for name, rate in self.rates().items() if name not in sizes} | others,
-            shares={name: getattr(self, name) for name in shares},
+            positive={name: given_or_none(getattr(self, name)) for name in positive},
+            not_negative={name: getattr(self, name) for name in ("eval_steps", "save_steps", "seed")},
+            shares={},
         )
-        check_whole_rows(given_or_none(self.total_batch_size), self.max_length)
         check_attention(self.attn_implementation)
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}; give one below 2^32")
 
-    def rates(self) -> dict[str, float | int | None]:
-        """The given rates, batch size and schedule, as keyword arguments of `resolve_hyperparameters`."""
-        return {name: getattr(self, name) for name in RATES}
+    def overrides(self) -> Overrides:
+        """The given steps, batch size, rates and schedule."""
+        return Overrides(**{key: value for key, value in vars(self).items() if key in Overrides.__dataclass_fields__})
 
 
-RATES = (
-    "total_batch_size",
-    "matrix_lr",
-    "embedding_lr",
-    "unembedding_lr",
-    "scalar_lr",
-    "weight_decay",
-    "warmup_steps",
-    "warmdown_ratio",
-    "final_lr_fraction",
-    "momentum_steps",
-)
 # May change when a run is resumed: affects measurements and speed, not the training.
 FREE_TO_CHANGE = {
     "per_device_train_batch_size",

@@ -69,6 +69,21 @@ def find_batch_size(
     raise explain_out_of_memory(trials.error or "another process is out of memory", 1, max_length)
 
 
+def accumulation_steps(total_batch_size: int, batch_size: int, max_length: int, world_size: int) -> int:
+    """Forward passes per optimizer step.
+
+    Raises:
+        UserError: `total_batch_size` is not a whole number of passes.
+    """
+    tokens = batch_size * max_length * world_size
+    if total_batch_size % tokens:
+        raise UserError(
+            f"total_batch_size {total_batch_size} must be a multiple of {tokens} (per_device_train_batch_size "
+            f"{batch_size} x max_length {max_length} x {world_size} processes)"
+        )
+    return total_batch_size // tokens
+
+
 def divisors(number: int) -> list[int]:
     """All divisors, from the largest to 1."""
     return [divisor for divisor in range(number, 0, -1) if number % divisor == 0]

@@ -3,47 +3,70 @@
 A checkpoint is a folder `<run>/checkpoints/<stage>/step-00000500` of safetensors and JSON files. It is written under a
 temporary name; every file is flushed to disk; `complete.json`, the marker, lists every file with its size and SHA-256
 and is written last; then the folder is renamed. Only after that are older checkpoints deleted. A folder without a
-marker, or that does not match it, is not a checkpoint. Loading runs no code: there is no pickle in it.
+marker, or that does not match it, is not a checkpoint. Loading runs no code: there is no pickle in it. A checkpoint of
+another `FORMAT` is refused.
 
 Training waits only until its tensors are copied to CPU memory. A thread writes, flushes and hashes the files;
 `complete`, which the loop calls once all processes have done so, writes the marker.
 
 Each process writes its shard of optimizer and data state, and reads what it needs from all shards: the number of
-processes may change between runs (see `MuonAdamW.load_sharded_state_dict`, `Loader.load_states`). With several
+processes may change between runs (see `MuonAdamW.load_sharded_state_dict`, `Loader.load_state_dict`). With several
 machines the folder must be on shared storage.
+
+Only this module knows names and contents of these files: others hand over states and get them back.
 """
 
 import hashlib
 import json
-import random
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import flush
 
 from .processes import on_main_process
+from .random_state import random_state, set_random_state
 
+FORMAT = 2  # of files and states; raise it when one of them changes. Checkpoints without a version are of format 1
 MARKER = "complete.json"
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
 class Damaged(Exception):
     """A checkpoint that cannot be trusted; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The plain values of a checkpoint, which state.json holds.
+
+    Attributes:
+        train_state: `TrainState.state_dict()`.
+        learning: `LearningWatch.state_dict()`.
+        run_config: The settings that define the run.
+        seconds: Since the run's start, without interruptions.
+        processes: Number of processes that saved, each with `per_device_train_batch_size` rows per pass.
+    """
+
+    train_state: dict[str, Any] = field(default_factory=dict)
+    learning: dict[str, Any] = field(default_factory=dict)
+    run_config: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    processes: int = 1
+    per_device_train_batch_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,16 +80,29 @@ class Checkpoint:
         return int(STEP_FOLDER.fullmatch(self.folder.name)[1])
 
     @property
-    def state(self) -> dict[str, Any]:
-        """The `state` passed to [`Checkpoints.save`]."""
-        return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+    def state(self) -> RunState:
+        """The `state` passed to [`Checkpoints.save`].
+
+        Raises:
+            UserError: It was written in another format.
+        """
+        # The version is in this file and not in the marker, because a flipped bit here is detected as damage
+        state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        version = state.pop("format", 1)
+        if version != FORMAT:
+            raise UserError(
+                f"{self.folder} has checkpoint format {version}, this version of nanochat resumes format {FORMAT}; "
+                "train from scratch with --overwrite_output_dir true and without --resume, or resume with the version "
+                "that wrote it"
+            )
+        return RunState(**state)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.folder / "model.safetensors")
 
-    def shares(self, kind: str) -> list[Path]:
-        """The "optimizer", "data" or "random" files of all processes that saved, ordered by rank."""
-        return sorted(self.folder.glob(f"{kind}-*-of-*.safetensors"))
+    def shards(self, kind: str) -> list[safe_open]:
+        """The "optimizer", "data" or "random" state of each process that saved, by rank; tensors are read lazily."""
+        return [safe_open(path, "pt") for path in sorted(self.folder.glob(f"{kind}-*-of-*.safetensors"))]
 
 
 @dataclass(frozen=True)
@@ -137,15 +173,15 @@ class Checkpoints:
         return Checkpoint(path)
 
     def save(
-        self, step: int, state: dict[str, Any], shares: dict[str, dict[str, torch.Tensor]], weights: Callable[[], dict]
+        self, step: int, state: RunState, shards: dict[str, dict[str, torch.Tensor]], weights: Callable[[], dict]
     ) -> None:
         """Start writing the checkpoint of `step`, which is valid after [`complete`]. Called by every process.
 
         Completes the previous checkpoint first. The arguments may change once this returns.
 
         Args:
-            state: Plain values; the main process's are saved.
-            shares: This process's tensors by kind: "optimizer", "data"; the random generators' states are added.
+            state: The main process's is saved.
+            shards: This process's tensors by kind: "optimizer", "data"; the random generators' states are added.
             weights: Returns the full model's tensors, at least on the main process; called by every process.
 
         Raises:
@@ -155,12 +191,12 @@ class Checkpoints:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         unfinished = self.folder / f".step-{step:08d}.unfinished"
         self.together(lambda: self.start(unfinished), main_only=True)
-        tensors = {f"{kind}-{rank:05d}-of-{world_size:05d}": share for kind, share in shares.items()}
+        tensors = {f"{kind}-{rank:05d}-of-{world_size:05d}": shard for kind, shard in shards.items()}
         tensors[f"random-{rank:05d}-of-{world_size:05d}"] = random_state(self.accelerator.device)
         model = weights()
         if self.accelerator.is_main_process:
             tensors["model"] = model
-        text = json.dumps(state) if self.accelerator.is_main_process else None
+        text = json.dumps({"format": FORMAT} | asdict(state)) if self.accelerator.is_main_process else None
         copies = {name: copied(content) for name, content in tensors.items()}
         self.unfinished = Unfinished(step, unfinished, self.writer.submit(write_files, unfinished, copies, text))
 
@@ -229,6 +265,12 @@ class Checkpoints:
         """Delete all checkpoints."""
         if self.accelerator.is_main_process:
             discard(self.folder)
+
+
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """Step -> folder of a stage's checkpoints, valid or not, oldest first; also of those that TRL's trainers write."""
+    found = [(re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name), path) for path in folder.glob("*-*")]
+    return dict(sorted((int(name[1]), path) for name, path in found if name))
 
 
 def discard(folder: Path, only_leftovers: bool = False) -> None:
@@ -300,35 +342,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of this process's random generators, as tensors."""
-    version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *words]),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy_keys": torch.from_numpy(keys.astype(np.int64)),
-        "numpy": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
-    }
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restore the states returned by [`random_state`]."""
-    version, *words = states["python"].tolist()
-    gauss = states["python_gauss"].tolist()
-    random.setstate((version, tuple(words), gauss[0] if gauss else None))
-    position, has_gauss, cached = states["numpy"].tolist()
-    keys = states["numpy_keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
 def restore_random_state(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
     """Restore each process's random generators; a rank that had not saved any keeps those of the seed."""
-    files = checkpoint.shares("random")
-    if accelerator.process_index < len(files):
-        set_random_state(load_file(files[accelerator.process_index]), accelerator.device)
+    shards = checkpoint.shards("random")
+    if accelerator.process_index < len(shards):
+        shard = shards[accelerator.process_index]
+        set_random_state({name: shard.get_tensor(name) for name in shard.keys()}, accelerator.device)

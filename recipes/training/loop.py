@@ -7,7 +7,8 @@ that was stopped, killed or moved to other machines continues with the next step
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NoReturn
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,8 @@ from recipes.training.optim.optimizer import MuonAdamW, compiles_on, muon_adamw
 
 from .arguments import LoopArguments
 from .attention import evaluation_attention
-from .batch_size import explain_in_evaluation, explain_out_of_memory, is_out_of_memory
-from .checkpoint import Checkpoint, Checkpoints, restore_random_state
+from .batch_size import accumulation_steps, explain_in_evaluation, explain_out_of_memory, is_out_of_memory
+from .checkpoint import Checkpoint, Checkpoints, RunState, restore_random_state
 from .device import convert_to_float8, evaluation_precision
 from .evaluation import Evaluation
 from .learning import LearningWatch
@@ -36,122 +37,127 @@ from .stopping import Stopped, StopRequest, stop_request
 Batch = dict[str, torch.Tensor]
 
 
-def accumulation_steps(total_batch_size: int, batch_size: int, max_length: int, world_size: int) -> int:
-    """Forward passes per optimizer step.
+@dataclass(frozen=True)
+class RunParts:
+    """The parts of a run, whose states make a checkpoint.
 
-    Raises:
-        UserError: `total_batch_size` is not a whole number of passes.
+    Attributes:
+        module, optimizer: As returned by [`prepare`].
+        loader: This process's micro-batches: `input_ids` (batch_size, max_length + 1), optionally `labels` of the same
+            shape (unshifted, -100 where the loss is masked) and `position_ids` (batch_size, max_length).
+        run_config: The settings that define this run.
     """
-    tokens = batch_size * max_length * world_size
-    if total_batch_size % tokens:
-        raise UserError(
-            f"total_batch_size {total_batch_size} must be a multiple of {tokens} (per_device_train_batch_size "
-            f"{batch_size} x max_length {max_length} x {world_size} processes)"
+
+    accelerator: Accelerator
+    model: PreTrainedModel
+    module: torch.nn.Module
+    optimizer: MuonAdamW
+    loader: Loader
+    log: JsonlLogger
+    watch: LearningWatch
+    run_config: dict[str, object] = field(default_factory=dict)
+    train_state: TrainState = field(default_factory=TrainState)
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Start writing a checkpoint; called by all processes together."""
+        state = RunState(
+            train_state=self.train_state.state_dict(),
+            learning=self.watch.state_dict(),
+            run_config=self.run_config,
+            seconds=self.log.seconds,
+            processes=self.accelerator.num_processes,
+            per_device_train_batch_size=self.loader.batch_size,
         )
-    return total_batch_size // tokens
+        shards = {"optimizer": self.optimizer.sharded_state_dict(), "data": self.loader.state_dict()}
+        weights = partial(full_state_dict, self.accelerator, self.module, self.model)
+        checkpoints.save(self.train_state.steps, state, shards, weights)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Restore everything but the weights, which were loaded before.
+
+        Raises:
+            UserError: The states of the data do not belong together.
+        """
+        state = checkpoint.state
+        self.train_state.load_state_dict(state.train_state)
+        self.watch.load_state_dict(state.learning)
+        self.optimizer.load_sharded_state_dict(checkpoint.shards("optimizer"))
+        try:
+            self.loader.load_state_dict(checkpoint.shards("data"))
+        except UserError as error:
+            raise UserError(f"{checkpoint.folder}: {error}") from error
+        restore_random_state(checkpoint, self.accelerator)
 
 
 def train(
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    module: torch.nn.Module,
-    optimizer: MuonAdamW,
-    loader: Loader,
+    run: RunParts,
     plan: Plan,
     args: LoopArguments,
-    log: JsonlLogger,
     checkpoints: Checkpoints,
     *,
-    resume_from: Checkpoint | None = None,
-    run_config: dict[str, object] | None = None,
     evaluations: tuple[Evaluation, ...] = (),
     decode: Callable[[list[int]], str] = str,
-    stage: str = "base",
 ) -> TrainState:
-    """Train `model` in place up to `plan.max_steps` optimizer steps.
+    """Train `run.model` in place up to `plan.max_steps` optimizer steps, from the step that `run` was restored at.
 
     Args:
-        module, optimizer: As returned by [`prepare`], with the weights of `resume_from` already loaded.
-        loader: This process's micro-batches: `input_ids` (batch_size, max_length + 1), optionally `labels` of the same
-            shape (unshifted, -100 where the loss is masked) and `position_ids` (batch_size, max_length).
-        resume_from: The checkpoint to continue from.
-        run_config: The settings that define this run; stored in the checkpoints.
         decode: Turns token ids into text, to identify a batch in errors.
-        stage: base or mid.
 
     Raises:
         UserError: The loss or the gradients are not finite (raised before the optimizer uses them); memory or disk is
             full.
         Stopped: On SIGTERM or Ctrl-C, after writing a checkpoint.
     """
-    watch = LearningWatch(stage, plan.max_steps)
-    train_state = restore(resume_from, optimizer, loader, watch, accelerator) if resume_from else TrainState()
-    batch_size, processes = loader.batch_size, accelerator.num_processes
-    accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, processes)
-    schedule, timer = plan.schedule(), StepTimer()
-    report = ProgressReport(accelerator, model.config, plan, args, log, timer, train_state, watch)
-
-    def fail(problem: str) -> NoReturn:
-        """Raise `UserError`; called on all processes together."""
-        checkpoints.complete()
-        raise UserError(problem)
-
-    def is_saved(step: int) -> bool:
-        return step == plan.max_steps or bool(args.save_steps and step % args.save_steps == 0)
-
-    def save() -> None:
-        state = {"progress": vars(train_state), "seconds": log.seconds, "run_config": run_config or {}}
-        state |= {"learning": watch.state_dict(), "processes": processes, "per_device_train_batch_size": batch_size}
-        shares = {"optimizer": optimizer.sharded_state_dict(), "data": loader.state()}
-        checkpoints.save(train_state.steps, state, shares, lambda: full_state_dict(accelerator, module, model))
-
+    accelerator, module, optimizer, train_state = run.accelerator, run.module, run.optimizer, run.train_state
+    batch_size, schedule, timer = run.loader.batch_size, plan.schedule(), StepTimer()
+    accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, accelerator.num_processes)
+    report = ProgressReport(accelerator, run.model.config, plan, args, run.log, timer, train_state, run.watch)
     advice = advice_on_memory(lambda error: explain_out_of_memory(error, batch_size, args.max_length))
     with stop_request() as request, GarbageFreezer() as garbage, report, advice:
         if train_state.steps == 0:
-            evaluate(evaluations, model, train_state, plan, report)
+            evaluate(evaluations, run.model, train_state, plan, report)
         timer.start()
-        while train_state.steps < plan.max_steps:
+        for step in range(train_state.steps + 1, plan.max_steps + 1):
+            is_last = step == plan.max_steps
+            is_saved = is_last or bool(args.save_steps and step % args.save_steps == 0)
             schedule.apply(optimizer, train_state.steps)
-            batches = [next(loader) for _ in range(accumulation)]
+            batches = [next(run.loader) for _ in range(accumulation)]
             timer.lap("data")
             losses = accumulate(accelerator, module, batches)
-            step = train_state.steps + 1
-            is_measured = report.is_logged(step) or is_saved(step)  # not in every step: it reads all gradients
-            norm = gradient_norm(module) if is_measured else None
+            # Not in every step: the norm reads all gradients
+            norm = gradient_norm(module) if is_saved or report.is_logged(step) else None
             being_written = checkpoints.being_written
             loss, stopping, norms, saving = all_reduce_loss(accelerator, losses, request, norm, being_written)
             timer.lap("model")
-            if not math.isfinite(loss):
-                first_row = train_state.steps * (plan.total_batch_size // args.max_length)
-                fail(non_finite(accelerator, losses, batches, train_state.steps, first_row, decode))
-            if norms is not None and not math.isfinite(norms):
-                fail(
-                    f"the gradients are not finite at step {train_state.steps} (loss {loss:.4g}); the optimizer has "
-                    "not used them. Lower matrix_lr or embedding_lr; earlier checkpoints are good"
-                )
+            if problem := non_finite(accelerator, train_state.steps, loss, norms, losses, batches, decode):
+                checkpoints.complete()
+                raise UserError(problem)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             timer.lap("optimizer")
-            train_state = train_state.after(loss, plan.total_batch_size)
+            train_state.add_step(loss, plan.total_batch_size)
             report.step(train_state, schedule, norms)
-            garbage.after_step(train_state.steps)
+            garbage.after_step(step)
             timer.lap("rest")
-            evaluate(evaluations, model, train_state, plan, report)
+            evaluate(evaluations, run.model, train_state, plan, report)
             timer.lap("evaluation")
             if not saving:
                 checkpoints.complete()
-            if stopping or is_saved(train_state.steps):
-                save()
-            if stopping or train_state.steps == plan.max_steps:
+            if stopping or is_saved:
+                run.save(checkpoints)
+            if stopping or is_last:
                 checkpoints.complete()
             timer.lap("checkpoint")
-            if stopping and train_state.steps < plan.max_steps:
-                raise Stopped(
-                    f"{request.reason or 'another process was asked to stop'}: stopped after step {train_state.steps} "
-                    f"of {plan.max_steps}, checkpoint in {checkpoints.folder}; "
-                    "the same command with --resume auto goes on"
-                )
+            if stopping and not is_last:
+                raise Stopped(stopped(request, step, plan, checkpoints))
     return report.finished(train_state)
+
+
+def stopped(request: StopRequest, step: int, plan: Plan, checkpoints: Checkpoints) -> str:
+    return (
+        f"{request.reason or 'another process was asked to stop'}: stopped after step {step} of {plan.max_steps}, "
+        f"checkpoint in {checkpoints.folder}; the same command with --resume auto goes on"
+    )
 
 
 def prepare(accelerator: Accelerator, model: PreTrainedModel, plan: Plan) -> tuple[torch.nn.Module, MuonAdamW]:
@@ -185,18 +191,6 @@ def advice_on_memory(explain: Callable[[BaseException], UserError]) -> Iterator[
         if not is_out_of_memory(error):
             raise
         raise explain(error) from error
-
-
-def restore(
-    checkpoint: Checkpoint, optimizer: MuonAdamW, loader: Loader, watch: LearningWatch, accelerator: Accelerator
-) -> TrainState:
-    """Restore optimizer, data, random generators and learning watch; the weights were loaded before."""
-    if "learning" in checkpoint.state:
-        watch.load_state_dict(checkpoint.state["learning"])
-    optimizer.load_sharded_state_dict(checkpoint.shares("optimizer"))
-    loader.load_states(checkpoint.shares("data"))
-    restore_random_state(checkpoint, accelerator)
-    return TrainState(**checkpoint.state["progress"])
 
 
 def full_state_dict(
@@ -268,23 +262,47 @@ def all_reduce_loss(
 
 
 def non_finite(
-    accelerator: Accelerator, losses: torch.Tensor, batches: list[Batch], step: int, first_row: int, decode: Callable
-) -> str:
-    """The error message for a loss that is not finite: which rows of which process, and how their text begins."""
-    found = []
+    accelerator: Accelerator,
+    step: int,
+    loss: float,
+    norm: float | None,
+    losses: torch.Tensor,
+    batches: list[Batch],
+    decode: Callable[[list[int]], str],
+) -> str | None:
+    """The error message if `loss` or `norm` is not finite, else None. Both are those of all processes."""
+    if not math.isfinite(loss):
+        found = gather_object(non_finite_rows(accelerator, step, losses, batches, decode))
+        where = found[0] if found else "the sum over the processes overflowed"
+        return (
+            f"the loss is not finite at step {step} ({where}); the optimizer has not used it. Lower matrix_lr or "
+            "embedding_lr, or look at that text; earlier checkpoints are good"
+        )
+    if norm is not None and not math.isfinite(norm):
+        return (
+            f"the gradients are not finite at step {step} (loss {loss:.4g}); the optimizer has not used them. Lower "
+            "matrix_lr or embedding_lr; earlier checkpoints are good"
+        )
+    return None
+
+
+def non_finite_rows(
+    accelerator: Accelerator,
+    step: int,
+    losses: torch.Tensor,
+    batches: list[Batch],
+    decode: Callable[[list[int]], str],
+) -> list[str]:
+    """This process's micro-batches whose loss is not finite: their rows, and how their text begins."""
+    found, processes, rank = [], accelerator.num_processes, accelerator.process_index
+    size = len(batches[0]["input_ids"])
     for index, finite in enumerate(losses.isfinite().tolist()):
         if not finite:
-            size = len(batches[index]["input_ids"])
-            first = first_row + index * size * accelerator.num_processes + accelerator.process_index
-            last = first + (size - 1) * accelerator.num_processes
+            first = (step * len(batches) + index) * size * processes + rank
+            rows = f"rows {first} to {first + (size - 1) * processes} of the data"
             beginning = decode(batches[index]["input_ids"][0, :32].tolist())
-            rows = f"rows {first} to {last} of the data"
-            found.append(f"process {accelerator.process_index}, {rows}, beginning {beginning!r}")
-    found = gather_object(found) or ["the sum over the processes overflowed"]
-    return (
-        f"the loss is not finite at step {step} ({found[0]}); the optimizer has not used it. Lower matrix_lr or "
-        "embedding_lr, or look at that text; earlier checkpoints are good"
-    )
+            found.append(f"process {rank}, {rows}, beginning {beginning!r}")
+    return found
 
 
 def evaluate(

@@ -8,8 +8,9 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from modeling_nanochat.chat.examples import check_examples, example_questions, widget
+from modeling_nanochat.chat.stages import STAGES
 
-STAGES = {
+DESCRIPTIONS = {
     "base": "pretraining on running text; it continues text and does not chat",
     "mid": "midtraining on conversations, multiple choice and tool use",
     "sft": "supervised fine-tuning on conversations",
@@ -87,10 +88,10 @@ def model_card(record: dict) -> str:
         f"# {name}",
         INTRODUCTION.format(
             parameters=record["parameters"],
-            stage=STAGES[record["stage"]],
+            stage=DESCRIPTIONS[record["stage"]],
             architecture=ARCHITECTURES[kind],
         ),
-        (TEXT if record["stage"] == "base" else CHAT).format(
+        (CHAT if STAGES[record["stage"]].chats else TEXT).format(
             model=name, trust=TRUST[kind], serve=SERVE[kind].format(model=name)
         ),
         "## Training",

@@ -31,7 +31,7 @@ SECONDS_BETWEEN_LINES = 30
 SECONDS_BETWEEN_EVALUATIONS = 600  # between printed evaluations; the log has all of them
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainState:
     """The progress of a run: steps, tokens, last loss."""
 
@@ -41,8 +41,15 @@ class TrainState:
     tokens_per_second: float = 0.0
     warnings: Sequence[str] = ()  # signs of failed training, see `recipes/training/learning.py`
 
-    def after(self, loss: float, tokens: int) -> "TrainState":
-        return replace(self, steps=self.steps + 1, tokens=self.tokens + tokens, loss=loss)
+    def add_step(self, loss: float, tokens: int) -> None:
+        self.steps, self.tokens, self.loss = self.steps + 1, self.tokens + tokens, loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint; speed and warnings are measured anew."""
+        return {"steps": self.steps, "tokens": self.tokens, "loss": self.loss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.tokens, self.loss = state["steps"], state["tokens"], state["loss"]
 
 
 @dataclass

@@ -19,11 +19,12 @@ from recipes.training.optim.optimizer import MuonAdamW
 
 from .arguments import FREE_TO_CHANGE, LoopArguments
 from .attention import choose_attention
-from .batch_size import find_batch_size, smallest
+from .batch_size import accumulation_steps, find_batch_size, smallest
 from .checkpoint import Checkpoint, Checkpoints
 from .device import accelerator_options, is_compiled, maybe_compile
 from .evaluation import Evaluation
-from .loop import accumulate, accumulation_steps, full_state_dict, prepare, train
+from .learning import LearningWatch
+from .loop import RunParts, accumulate, full_state_dict, prepare, train
 from .model_card import model_card
 from .stage import JsonlLogger, OutputArguments, beside, finish_stage, push, settings
 from .stopping import Outcomes, Stopped, ending_together
@@ -120,7 +121,7 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
     accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, accelerator.num_processes)
     if accelerator.is_main_process:
         announce(model, plan, accumulation, batch_size, accelerator.num_processes, resume_from)
-    resumed = {"step": resume_from.step, "seconds": resume_from.state["seconds"]} if resume_from else {}
+    resumed = {"step": resume_from.step, "seconds": resume_from.state.seconds} if resume_from else {}
     log = JsonlLogger(output.output_dir, accelerator.is_main_process, **resumed)
     loader = Loader(
         stage.make_stream,
@@ -129,23 +130,13 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
         world_size=accelerator.num_processes,
         document_start=stage.tokenizer.bos_token_id if args.document_masking else None,
     )
+    watch = LearningWatch(str(stage.record["stage"]), plan.max_steps)
+    run = RunParts(accelerator, model, module, optimizer, loader, log, watch, run_config)
     try:
-        train_state = train(
-            accelerator,
-            model,
-            module,
-            optimizer,
-            loader,
-            plan,
-            args,
-            log,
-            checkpoints,
-            resume_from=resume_from,
-            run_config=run_config,
-            evaluations=stage.evaluations,
-            decode=stage.tokenizer.decode,
-            stage=str(stage.record["stage"]),
-        )
+        if resume_from:
+            run.restore(resume_from)
+        decode = stage.tokenizer.decode
+        train_state = train(run, plan, args, checkpoints, evaluations=stage.evaluations, decode=decode)
     finally:
         loader.close()
     weights = full_state_dict(accelerator, module, model)
@@ -201,7 +192,7 @@ def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, run_config: d
         if checkpoints.accelerator.is_main_process:
             print(f"no checkpoint in {checkpoints.folder} yet: training from the start")
         return None
-    before = checkpoint.state["run_config"]
+    before = checkpoint.state.run_config
     changed = sorted(key for key in before.keys() | run_config.keys() if before.get(key) != run_config.get(key))
     if changed:
         key = changed[0]
@@ -233,8 +224,8 @@ def choose_batch_size(
             f"total_batch_size {plan.total_batch_size} is {rows} rows, which {processes} processes cannot divide "
             f"evenly; make it a multiple of {args.max_length * processes}"
         )
-    if resume_from and resume_from.state["processes"] == processes:
-        return resume_from.state["per_device_train_batch_size"]  # another size would round differently
+    if resume_from and resume_from.state.processes == processes:
+        return resume_from.state.per_device_train_batch_size  # another size would round differently
 
     def trial(batch_size: int) -> None:
         accumulate(accelerator, module, [trial_batch(batch_size, args)])

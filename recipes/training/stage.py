@@ -6,7 +6,6 @@ A folder under its final name is complete: it is written under a temporary name,
 import json
 import os
 import platform
-import re
 import resource
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import atomic_directory, flush, settle
 from modeling_nanochat.tokenization_nanochat import save_tokenizer, set_special_tokens
 
-from .checkpoint import discard, write_text
+from .checkpoint import checkpoint_folders, discard, write_text
 from .device import let_segments_grow
 from .processes import lock_output, on_main_process
 
@@ -113,8 +112,8 @@ def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any]
 
 def discard_own_checkpoints(output_dir: str) -> None:
     """Delete the finished run's checkpoints, but not those of a later run that was to replace it."""
-    checkpoints, steps = beside(output_dir, "checkpoints", ""), read_record(Path(output_dir)).get("steps")
-    if any(re.search(rf"-0*{steps}$", path.name) for path in checkpoints.glob("*")):
+    checkpoints = beside(output_dir, "checkpoints", "")
+    if read_record(Path(output_dir)).get("steps") in checkpoint_folders(checkpoints):
         discard(checkpoints)
 
 

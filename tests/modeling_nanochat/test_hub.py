@@ -6,7 +6,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from modeling_nanochat import hub
-from modeling_nanochat.chat.stages import training_stage
+from modeling_nanochat.chat.examples import training_stage
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.hub import find_folder
 from modeling_nanochat.loading import load_model_and_tokenizer
@@ -60,7 +60,7 @@ def test_what_was_downloaded_before_opens_offline(cached_model, toy_model_and_to
     (cached_model / "README.md").write_text("---\ntags:\n- nanochat\n- base\n---\n")
     model, tokenizer = load_model_and_tokenizer("me/toy", device="cpu")
     assert len(tokenizer) == len(toy_model_and_tokenizer[1])
-    assert training_stage(model) == "base"
+    assert training_stage(model.name_or_path) == "base"
 
 
 def test_a_download_that_broke_off_says_what_is_missing(cached_model):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
-from modeling_nanochat.chat.stages import training_stage
+from modeling_nanochat.chat.examples import training_stage
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import first_not_finite, load_model_and_tokenizer, pick_device
 from tokenizer_train.bpe import train_tokenizer
@@ -289,14 +289,14 @@ def test_the_card_knows_the_stage(toy_model_folder, card, stage, caplog):
     if card is not None:
         (toy_model_folder / "README.md").write_text(card)
     model, _ = load_model_and_tokenizer(toy_model_folder, device="cpu")
-    assert training_stage(model) == stage
+    assert training_stage(model.name_or_path) == stage
     assert not caplog.records
 
 
 def test_a_model_from_no_folder_has_no_stage(toy_model_and_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("---\ntags: [nanochat, base]\n---\n")
     monkeypatch.chdir(tmp_path)
-    assert training_stage(toy_model_and_tokenizer[0]) is None
+    assert training_stage(toy_model_and_tokenizer[0].name_or_path) is None
 
 
 def test_a_tokenizer_of_another_training_is_refused(toy_model_folder):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.ladder.arguments import RunArguments, parse_overrides, stage_number
 from recipes.ladder.commands import RECIPES, launcher, steps
@@ -15,6 +16,8 @@ from recipes.ladder.execution import only_run, run_step
 from recipes.ladder.plan import make_plan
 from recipes.ladder.step import Step
 from recipes.run import main, recipe_and_words
+from recipes.training.arguments import LoopArguments
+from recipes.training.trl.settings import SFTSettings
 
 
 @pytest.fixture
@@ -386,6 +389,16 @@ def test_recipe_and_stage_names_are_checked():
     assert stage_number("pretrain") == stage_number("base") == 2
     with pytest.raises(UserError, match="'end' is not a stage"):
         stage_number("end")
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_every_row_of_the_stage_table_names_a_script_its_resume_option_and_an_earlier_stage(stage):
+    assert (RECIPES / f"{stage.script}.py").is_file() and (RECIPES / "pocket" / f"{stage.script}.yaml").is_file()
+    options = (SFTSettings if stage.on_trl else LoopArguments).__dataclass_fields__
+    assert stage.resume in options and not options[stage.resume].default
+    assert stage_number(stage.script) == stage_number(stage.name)
+    if stage.predecessor:
+        assert stage_number(stage.predecessor) < stage_number(stage.name)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["pocket", "--help"], ["pocket", "--from", "sft", "-h"]])

@@ -14,7 +14,7 @@ import pytest
 from trl import TrlParser
 
 from modeling_nanochat.errors import UserError
-from recipes.ladder.arguments import STAGES, RunArguments, parse_overrides
+from recipes.ladder.arguments import LADDER, RunArguments, parse_overrides
 from recipes.ladder.commands import RECIPES, steps
 from recipes.run import recipe_and_words
 
@@ -162,7 +162,7 @@ def test_the_steps_of_a_documented_run_have_the_arguments_that_their_scripts_tak
     _, rest = recipe_and_words(entry_and_words(line)[2])
     overrides = parse_overrides(settings(rest))
     args = RunArguments(run_dir="runs/pocket", accelerate_config="accelerate_configs/cpu.yaml")
-    for stage in STAGES:
+    for stage in LADDER:
         for step in steps(stage, RECIPES / "pocket", args, overrides):
             parse_only(*entry_and_words(shlex.join(step.command)))
 

@@ -16,10 +16,10 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.ladder.arguments import STAGES as NAMES
+from modeling_nanochat.chat.stages import STAGES
+from recipes.ladder.arguments import LADDER
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("base", "mid", "sft", "rl")
 OWN = [
     *(word for word in SMALL if not word.startswith("data.")),
     "tokenizer.vocab_size=320",
@@ -76,7 +76,7 @@ def test_the_log_of_a_run_is_free_of_warnings_of_libraries_and_of_progress_bars(
     assert (run_dir.parent / "stderr").read_text() == ""
     said = (run_dir.parent / "stdout").read_text()
     assert not re.search(r"\r|Warning|Traceback|deprecated|\d(it|step|example)s?/s", said)
-    assert re.findall(r"^\[\d/7\] (\w+):", said, re.M) == list(NAMES)
+    assert re.findall(r"^\[\d/7\] (\w+):", said, re.M) == list(LADDER)
 
 
 def test_loss_and_bits_per_byte_fell(run_dir):

@@ -16,7 +16,7 @@ from recipes.pocket.world import WorldArguments
 from recipes.pretrain import PretrainArguments
 from recipes.sft import SFTArguments
 from recipes.training.arguments import LoopArguments
-from recipes.training.loop import accumulation_steps
+from recipes.training.batch_size import accumulation_steps
 from recipes.training.stage import OutputArguments
 from recipes.training.trl.settings import GRPOSettings, SFTSettings
 from tokenizer_train.evaluate import TokenizerEvaluateArguments

@@ -17,6 +17,7 @@ from recipes.training.device import maybe_compile
 from recipes.training.loop import accumulate, all_reduce_loss, prepare
 from recipes.training.optim.hyperparameters import Plan, resolve_hyperparameters
 from recipes.training.optim.optimizer import MuonAdamW
+from recipes.training.optim.overrides import Overrides
 from recipes.training.setup import make_accelerator
 from recipes.training.stopping import StopRequest
 
@@ -73,8 +74,8 @@ def bare_accelerator(setting: Setting, rows: int, length: int) -> Accelerator:
 
 
 def make_plan(config: NanoChatConfig, rows: int, length: int) -> Plan:
-    sizes = {"max_length": length, "max_steps": STEPS, "total_batch_size": rows * length}
-    return resolve_hyperparameters(config, "current", **sizes)
+    overrides = Overrides(max_steps=STEPS, total_batch_size=rows * length)
+    return resolve_hyperparameters(config, "current", overrides, max_length=length)
 
 
 def make_run(

@@ -8,7 +8,6 @@ can resume it.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import gcd
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -80,7 +79,7 @@ class Loader:
             widths["position_ids"] = widths["input_ids"] - 1
         return {name: (self.batch_size, width) for name, width in widths.items()}
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """The position after the batches returned so far, and stream states to resume from.
 
         Take it between optimizer steps, when every process has received the same number of batches.
@@ -89,15 +88,15 @@ class Loader:
         numbers = {"row": np.array(self.row), "streams": np.array(STREAMS)}
         return {name: torch.from_numpy(np.array(array)) for name, array in (numbers | states).items()}
 
-    def load_states(self, files: Sequence[Path]) -> None:
-        """Continue the run that saved `files` (the states of all its processes, however many).
+    def load_state_dict(self, shards: Sequence[safe_open]) -> None:
+        """Continue the run whose processes, however many, saved `shards`: the opened `state_dict` of each.
 
         Raises:
-            UserError: The files are not from one step of one run, or from a version with other streams.
+            UserError: The states are not from one step of one run, or from a version with other streams.
         """
         self.close()
-        self.row = common_row(files)
-        self.states = newest_states(files, own_streams(self.rank, self.world_size))
+        self.row = common_row(shards)
+        self.states = newest_states(shards, own_streams(self.rank, self.world_size))
 
     def close(self) -> None:
         """Stop the background process. The next batch starts another, which continues."""
@@ -172,43 +171,23 @@ def by_stream(states: dict[str, np.ndarray]) -> StreamStates:
     return {stream: below(f"{stream}.", states) for stream in sorted(streams)}
 
 
-def common_row(files: Sequence[Path]) -> int:
-    rows = set()
-    for file in files:
-        with safe_open(file, "np") as state:
-            rows.add(int(state.get_tensor("row")))
-            if int(state.get_tensor("streams")) != STREAMS:
-                raise UserError(
-                    f"{file}: made by a version with other data streams; resume with that version or start over"
-                )
+def common_row(shards: Sequence[safe_open]) -> int:
+    if any(int(shard.get_tensor("streams")) != STREAMS for shard in shards):
+        raise UserError("made by a version with other data streams; resume with that version or start over")
+    rows = {int(shard.get_tensor("row")) for shard in shards}
     if len(rows) != 1:
-        name = files[0] if files else "the checkpoint"
-        raise UserError(f"{name}: the states of the data are not of one step; use another checkpoint")
+        raise UserError("the states of the data are not of one step; use another checkpoint")
     return rows.pop()
 
 
-def newest_states(files: Sequence[Path], streams: Sequence[int]) -> StreamStates:
-    """The state of each stream, from the file in which it is furthest ahead."""
+def newest_states(shards: Sequence[safe_open], streams: Sequence[int]) -> StreamStates:
+    """The state of each stream, from the shard in which it is furthest ahead; not every process uses every stream."""
     newest: StreamStates = {}
-    for file in files:
-        with safe_open(file, "np") as saved:
-            for stream in streams:
-                state = SavedStream(saved, stream)
-                if state.rows > newest.get(stream, {}).get("rows", -1):
-                    newest[stream] = state.load()
+    for stream in streams:
+        prefix = f"stream.{stream}."
+        saved = [shard for shard in shards if f"{prefix}rows" in shard.keys()]
+        if saved:
+            furthest = max(saved, key=lambda shard: int(shard.get_tensor(f"{prefix}rows")))
+            names = [name for name in furthest.keys() if name.startswith(prefix)]
+            newest[stream] = {name.removeprefix(prefix): furthest.get_tensor(name).numpy().copy() for name in names}
     return newest
-
-
-class SavedStream:
-    """A stream's tensors in an open file; none if the process that wrote it did not use that stream."""
-
-    def __init__(self, saved: safe_open, stream: int):
-        self.saved, self.prefix = saved, f"stream.{stream}."
-        self.names = [name for name in saved.keys() if name.startswith(self.prefix)]
-
-    @property
-    def rows(self) -> int:
-        return int(self.saved.get_tensor(f"{self.prefix}rows")) if self.names else -1
-
-    def load(self) -> dict[str, np.ndarray]:
-        return {name.removeprefix(self.prefix): self.saved.get_tensor(name) for name in self.names}

@@ -21,6 +21,7 @@ from modeling_nanochat.configuration_nanochat import ASPECT_RATIO
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sizes import parameter_counts, scaling_parameters, training_flops_per_token
 
+from .overrides import Overrides, whole_rows
 from .schedule import Schedule
 
 REFERENCE_DEPTH = 12
@@ -142,21 +143,9 @@ def format_number(value: float | None) -> str:
 def resolve_hyperparameters(
     config: NanoChatConfig,
     recipe: str,
+    overrides: Overrides | None = None,
     *,
     max_length: int,
-    max_steps: int | None = None,
-    target_flops: float | None = None,
-    target_param_data_ratio: float | None = None,
-    total_batch_size: int | None = None,
-    matrix_lr: float | None = None,
-    embedding_lr: float | None = None,
-    unembedding_lr: float | None = None,
-    scalar_lr: float | None = None,
-    weight_decay: float | None = None,
-    warmup_steps: int | None = None,
-    warmdown_ratio: float | None = None,
-    final_lr_fraction: float | None = None,
-    momentum_steps: int | None = None,
     aspect_ratio: int | None = None,
 ) -> Plan:
     """The plan of a run, from a plain or turbo configuration of any size.
@@ -167,40 +156,26 @@ def resolve_hyperparameters(
     Args:
         config: The model's sizes; its vocabulary counts.
         recipe: "classic" or "current".
+        overrides: Values to use instead of derived ones.
         max_length: Tokens per row; a step is a whole number of rows.
-        max_steps: Optimizer steps; for this and the next three, -1 means None: derive it.
-        target_flops: Training FLOPs of the run.
-        target_param_data_ratio: Training tokens per parameter, of the parameters that the recipe counts.
-        total_batch_size: Tokens per optimizer step.
-        matrix_lr: This and the other rates are used as given; a derived rate includes `learning_rate_factor`.
         aspect_ratio: The argument of `config.from_depth`, for the reference at depth 12; by default the usual ratio if
             it gives this width, else the width per layer.
 
     Raises:
         UserError: The recipe is unknown, a value is out of range, or the run has less than one step.
     """
-    constants = get_recipe(recipe)
-    sizes = {"max_steps": max_steps, "target_flops": target_flops, "total_batch_size": total_batch_size}
-    sizes["target_param_data_ratio"] = target_param_data_ratio
-    sizes = {name: given_or_none(value) for name, value in sizes.items()}
-    rates = {"matrix_lr": matrix_lr, "embedding_lr": embedding_lr, "unembedding_lr": unembedding_lr}
-    rates |= {"scalar_lr": scalar_lr, "weight_decay": weight_decay}
-    shape = {"warmup_steps": warmup_steps, "momentum_steps": momentum_steps}
-    shape |= {"warmdown_ratio": warmdown_ratio, "final_lr_fraction": final_lr_fraction}
-    shares = {name: shape[name] for name in ("warmdown_ratio", "final_lr_fraction")}
-    check_ranges(positive=sizes | {"max_length": max_length}, not_negative=rates | shape, shares=shares)
-    check_whole_rows(sizes["total_batch_size"], max_length)
-
+    constants, given = get_recipe(recipe), overrides or Overrides()
+    given.check(max_length)
     counted = constants.parameters(config)
     growth = counted / constants.parameters(reference(config, aspect_ratio)) if constants.scales else 1.0
-    ratio = constants.target_param_data_ratio if sizes["target_param_data_ratio"] is None else target_param_data_ratio
+    ratio = given.target_param_data_ratio or constants.target_param_data_ratio
     origins, tokens = {}, int(ratio * counted)
-    batch, origins["total_batch_size"] = batch_size(constants, sizes["total_batch_size"], tokens, growth, max_length)
+    batch, origins["total_batch_size"] = batch_size(constants, given.total_batch_size, tokens, growth, max_length)
     flops_per_step = training_flops_per_token(config, max_length) * batch
     why_tokens = f"target_param_data_ratio {ratio:g} x {counted:,} parameters of {constants.counted}"
-    steps, origins["max_steps"] = horizon(sizes, tokens, why_tokens, batch, flops_per_step)
-    rates, why_rates = resolve_rates(constants, rates, batch, growth)
-    shape, why_shape = resolve_shape(constants, shape, steps)
+    steps, origins["max_steps"] = horizon(given, tokens, why_tokens, batch, flops_per_step)
+    rates, why_rates = resolve_rates(constants, given.rates, batch, growth)
+    shape, why_shape = resolve_shape(constants, given.shape, steps)
     return Plan(
         recipe=recipe,
         max_steps=steps,
@@ -220,49 +195,6 @@ def get_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise UserError(f"recipe {name} is unknown; take {' or '.join(RECIPES)}")
     return RECIPES[name]
-
-
-def check_ranges(
-    *,
-    positive: Mapping[str, float | None],
-    not_negative: Mapping[str, float | None],
-    shares: Mapping[str, float | None],
-) -> None:
-    """
-    Raises:
-        UserError: A value is out of range; None is always in range.
-    """
-    for name, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name} is {value}; give a positive number, or leave it out")
-    for name, value in not_negative.items():
-        if value is not None and not 0 <= value < math.inf:
-            raise UserError(f"{name} is {value}; it must not be negative or infinite")
-    for name, value in shares.items():
-        if value is not None and not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}; it is a share, from 0 to 1")
-
-
-def given_or_none(value: float | None) -> float | None:
-    """`value`, with -1 (derive it) replaced by None."""
-    return None if value == -1 else value
-
-
-def check_whole_rows(tokens: int | None, max_length: int) -> None:
-    """
-    Raises:
-        UserError: A step's tokens are not a whole number of rows.
-    """
-    if tokens is not None and tokens % max_length:
-        raise UserError(
-            f"total_batch_size {tokens} must be a multiple of max_length {max_length}; "
-            f"take {whole_rows(tokens, max_length)}"
-        )
-
-
-def whole_rows(tokens: int, max_length: int) -> int:
-    """The multiple of `max_length` nearest to `tokens`, at least one row."""
-    return max(1, round(tokens / max_length)) * max_length
 
 
 def reference(config: NanoChatConfig, aspect_ratio: int | None = None) -> NanoChatConfig:
@@ -303,19 +235,17 @@ def batch_size(constants: Recipe, given: int | None, tokens: int, growth: float,
     return rounded, why if rounded == best else f"{best:,} to whole rows of {max_length:,}"
 
 
-def horizon(
-    sizes: Mapping[str, float | None], tokens: int, why_tokens: str, batch: int, flops_per_step: int
-) -> tuple[int, str]:
+def horizon(given: Overrides, tokens: int, why_tokens: str, batch: int, flops_per_step: int) -> tuple[int, str]:
     """Optimizer steps and their origin.
 
     Raises:
         UserError: The run has less than one step.
     """
-    if sizes["max_steps"] is not None:
-        return sizes["max_steps"], GIVEN
-    if sizes["target_flops"] is not None:
-        source, steps = "target_flops", round(sizes["target_flops"] / flops_per_step)
-        why = f"target_flops {sizes['target_flops']:.3g} / {flops_per_step:.3g} per step"
+    if given.max_steps is not None:
+        return given.max_steps, GIVEN
+    if given.target_flops is not None:
+        source, steps = "target_flops", round(given.target_flops / flops_per_step)
+        why = f"target_flops {given.target_flops:.3g} / {flops_per_step:.3g} per step"
     else:
         source, steps, why = "target_param_data_ratio", tokens // batch, f"{why_tokens} / {batch:,} tokens"
     if steps < 1:

@@ -20,10 +20,10 @@ Accelerate's `save_state`.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
@@ -213,7 +213,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p][key] = value.to(p.device, copy=True)
 
     def sharded_state_dict(self) -> dict[str, torch.Tensor]:
-        """This rank's state by parameter name and first row, for a safetensors file; not copied.
+        """This rank's state by parameter name and first row, for a checkpoint; not copied.
 
         Raises:
             ValueError: The optimizer was created without parameter names.
@@ -221,15 +221,15 @@ class MuonAdamW(torch.optim.Optimizer):
         slots = self.named_slots()
         return {shard_name(name, slot): self.state[slot.parameter][slot.key] for name, slot in slots.items()}
 
-    def load_sharded_state_dict(self, files: Sequence[Path]) -> None:
-        """Load this rank's state from the files of all ranks that saved, however many there were.
+    def load_sharded_state_dict(self, shards: Sequence[safe_open]) -> None:
+        """Load this rank's state from the opened `sharded_state_dict` of each rank that saved, of any number.
 
         Learning rates and other group options are not state: they are not changed.
 
         Raises:
             ValueError: A state is missing or has another shape; the message names it.
         """
-        for slot, tensor in read_slots(self.named_slots(), files):
+        for slot, tensor in read_slots(self.named_slots(), shards):
             self.state[slot.parameter][slot.key].copy_(tensor.view(slot.own_shape))
 
     @torch.no_grad()

@@ -1,15 +1,13 @@
-"""Sharded optimizer state: each process writes the rows it owns; any number of processes can read them back.
+"""Sharded optimizer state: each process saves the rows it owns; any number of processes can read them back.
 
-A shard is the tensor `{parameter}.{state}@{first row}` of a safetensors file.
+A shard is the tensor `{parameter}.{state}@{first row}` in the state of a process.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -35,7 +33,7 @@ class Slot:
 class Shard(NamedTuple):
     start: int
     shape: list[int]
-    file: Any
+    state: safe_open
     tensor: str
 
     @property
@@ -47,29 +45,30 @@ def shard_name(state: str, slot: Slot) -> str:
     return f"{state}@{slot.rows.start}"
 
 
-def read_slots(slots: dict[str, Slot], files: Sequence[Path]) -> Iterator[tuple[Slot, torch.Tensor]]:
-    """Yield every slot with its rows; nothing else is read from the files.
+def read_slots(slots: dict[str, Slot], states: Sequence[safe_open]) -> Iterator[tuple[Slot, torch.Tensor]]:
+    """Yield every slot with its rows; nothing else is read.
 
     Args:
         slots: Keyed by state name, `{parameter}.{state}`.
+        states: The opened states of all processes that saved.
 
     Raises:
         ValueError: A state is missing, incomplete, or of another shape.
     """
-    with ExitStack() as opened:
-        shards = shards_of([opened.enter_context(safe_open(path, "pt")) for path in files])
-        for state, slot in slots.items():
-            check(state, slot, shards[state])
-            yield slot, concatenated_rows(slot, shards[state])
+    shards = shards_of(states)
+    for name, slot in slots.items():
+        check(name, slot, shards[name])
+        yield slot, concatenated_rows(slot, shards[name])
 
 
-def shards_of(files: Iterable[Any]) -> dict[str, list[Shard]]:
-    """All shards of each state, ordered by row."""
+def shards_of(states: Sequence[safe_open]) -> dict[str, list[Shard]]:
+    """All shards by `{parameter}.{state}`, ordered by row."""
     found = defaultdict(list)
-    for file in files:
-        for tensor in file.keys():
+    for state in states:
+        for tensor in state.keys():
             if match := re.fullmatch(r"(.+)@(\d+)", tensor):
-                found[match[1]].append(Shard(int(match[2]), file.get_slice(tensor).get_shape() or [1], file, tensor))
+                shape = state.get_slice(tensor).get_shape() or [1]
+                found[match[1]].append(Shard(int(match[2]), shape, state, tensor))
     for shards in found.values():
         shards.sort(key=lambda shard: shard.start)
     return found
@@ -93,11 +92,11 @@ def check(state: str, slot: Slot, shards: Sequence[Shard]) -> None:
 def concatenated_rows(slot: Slot, shards: Sequence[Shard]) -> torch.Tensor:
     """The slot's rows, read from the shards that hold them; a row held twice is read once."""
     if not slot.shape:
-        return shards[0].file.get_tensor(shards[0].tensor)
+        return shards[0].state.get_tensor(shards[0].tensor)
     rows, start = [torch.empty(0, *slot.shape[1:])], slot.rows.start
     for shard in shards:
         stop = min(shard.stop, slot.rows.stop)
         if shard.start <= start < stop:
-            rows.append(shard.file.get_slice(shard.tensor)[start - shard.start : stop - shard.start])
+            rows.append(shard.state.get_slice(shard.tensor)[start - shard.start : stop - shard.start])
             start = stop
     return torch.cat(rows)

@@ -22,7 +22,7 @@ from modeling_nanochat.errors import UserError
 from recipes.training.optim.optimizer import compiles_on, muon_adamw
 
 from ..batch_size import first_words
-from ..checkpoint import discard
+from ..checkpoint import checkpoint_folders, discard
 from ..learning import LearningWatch
 from ..loop import advice_on_memory, gradient_norm
 from ..model_card import model_card
@@ -236,9 +236,8 @@ def find_checkpoint(training: TrainingArguments) -> Path | None:
 
 def newest_whole(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`; None if there is none."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    complete = [path for path in found if not missing_file(path)]
-    return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    complete = [path for path in checkpoint_folders(folder).values() if not missing_file(path)]
+    return complete[-1] if complete else None
 
 
 def missing_file(checkpoint: Path) -> str | None:

@@ -5,9 +5,8 @@ import json
 import pytest
 
 from evals.reporting.summary import in_short
+from recipes.ladder.arguments import LADDER
 from recipes.ladder.log import closing_lines, outcome_lines, title
-
-STAGES = ["data", "tokenizer", "base", "mid", "sft", "rl", "report"]
 
 
 def figure(task, value, error=0.004, metric="accuracy", n=200):
@@ -67,7 +66,7 @@ def test_a_tokenizer_is_a_line_about_the_text_that_it_was_not_trained_on(tmp_pat
     assert "text val: GPT-2 3.90, ours 3.70" in line
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", LADDER)
 def test_every_stage_has_a_title(stage):
     assert title(stage).startswith(f"{stage}: ") and title(f"{stage}.eval") == f"{stage}: evaluation"
 
@@ -87,7 +86,7 @@ def run_dir(tmp_path):
 
 
 def test_the_end_says_what_was_trained_what_it_cost_how_good_it_is_where_the_report_is_and_what_to_type(run_dir):
-    said = " ".join(" ".join(closing_lines("pocket", run_dir, STAGES, 3.2, "make chat")).split())
+    said = " ".join(" ".join(closing_lines("pocket", run_dir, list(LADDER), 3.2, "make chat")).split())
     assert said == (
         f"trained: pocket in {run_dir}: 1,000,000 parameters on 20,000 tokens in 40 steps "
         "cost: 200 s (base 20, mid 40, sft 60, rl 80), at most 2.0 GiB of memory; this run took 3 s "

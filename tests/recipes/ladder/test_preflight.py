@@ -7,7 +7,7 @@ import pytest
 
 from modeling_nanochat.chat import python_tool
 from modeling_nanochat.errors import UserError
-from recipes.ladder.arguments import STAGES, RunArguments, parse_overrides
+from recipes.ladder.arguments import LADDER, RunArguments, parse_overrides
 from recipes.ladder.commands import RECIPES, steps
 from recipes.ladder.preflight import check_steps
 from recipes.run import main
@@ -44,7 +44,7 @@ def check(folder, *words, **files):
         **given,
     )
     overrides = parse_overrides(args.set)
-    check_steps([step for stage in STAGES for step in steps(stage, RECIPES / "pocket", args, overrides)])
+    check_steps([step for stage in LADDER for step in steps(stage, RECIPES / "pocket", args, overrides)])
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,11 @@ def on_cuda(monkeypatch):
     thorough = []
     monkeypatch.setattr(batch_size, "peak_bytes", batch_size.peak_bytes)
     without_cuda()
-    monkeypatch.setattr(
-        batch_size, "clear_device_cache", lambda *, garbage_collection: thorough.append(garbage_collection)
-    )
+
+    def clear(garbage_collection):
+        thorough.append(garbage_collection)
+
+    monkeypatch.setattr(batch_size, "clear_device_cache", clear)
     return thorough
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, verified before use, and good for any number of processes."""
 
+import json
 import os
 import random
 import shutil
@@ -14,19 +15,22 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 import recipes.training.checkpoint
 from modeling_nanochat.errors import UserError
+from recipes.training.arguments import LoopArguments
 from recipes.training.checkpoint import (
+    FORMAT,
     Checkpoint,
     Checkpoints,
     Damaged,
-    random_state,
+    RunState,
     restore_random_state,
-    set_random_state,
+    sha256,
     verify,
 )
+from recipes.training.random_state import random_state, set_random_state
+from recipes.training.setup import find_checkpoint
 
 
 @pytest.fixture
@@ -34,9 +38,13 @@ def checkpoints(tmp_path):
     return Checkpoints(tmp_path / "checkpoints", Accelerator(cpu=True))
 
 
+def state_of(step):
+    return RunState(train_state={"steps": step}, run_config={"depth": 2}, seconds=1.5)
+
+
 def save(checkpoints, step):
-    shares = {"optimizer": {"a": torch.full((3,), float(step))}, "data": {"b": torch.arange(5)}}
-    checkpoints.save(step, {"progress": {"steps": step}}, shares, lambda: {"w": torch.full((2, 2), float(step))})
+    shards = {"optimizer": {"a": torch.full((3,), float(step))}, "data": {"b": torch.arange(5)}}
+    checkpoints.save(step, state_of(step), shards, lambda: {"w": torch.full((2, 2), float(step))})
     checkpoints.complete()
 
 
@@ -45,9 +53,11 @@ def test_what_was_saved_is_found_again_and_old_ones_go(checkpoints):
         save(checkpoints, step)
     assert [checkpoint.step for checkpoint in checkpoints.present()] == [20, 30]
     found = checkpoints.find("auto")
-    assert found.step == 30 and found.state == {"progress": {"steps": 30}}
+    assert found.step == 30 and found.state == state_of(30)
     assert torch.equal(found.weights()["w"], torch.full((2, 2), 30.0))
-    assert [path.name for path in found.shares("optimizer")] == ["optimizer-00000-of-00001.safetensors"]
+    (optimizer,) = found.shards("optimizer")
+    assert list(optimizer.keys()) == ["a"] and torch.equal(optimizer.get_tensor("a"), torch.full((3,), 30.0))
+    assert (found.folder / "optimizer-00000-of-00001.safetensors").is_file()
     assert not list(checkpoints.folder.glob(".*"))
 
 
@@ -109,7 +119,7 @@ def test_any_flipped_bit_or_cut_is_detected_and_named(data, tmp_path_factory):
         assert checkpoints.find("auto").step == 10
     else:  # only the marker has bytes that mean nothing: spaces, letter case of an escape
         assert path.name == "complete.json"
-        assert Checkpoint(path.parent).state == {"progress": {"steps": 20}}
+        assert Checkpoint(path.parent).state == state_of(20)
     assert bytes(content) != before
 
 
@@ -122,14 +132,42 @@ def test_when_all_are_damaged_it_says_so(checkpoints):
         checkpoints.find(str(checkpoints.folder / "step-00000010"))
 
 
+def rewrite(folder, **changes):
+    """Change state.json as if another version had written it; None removes a key."""
+    path, marker = folder / "state.json", folder / "complete.json"
+    state = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
+    files = json.loads(marker.read_text())["files"]
+    files["state.json"] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    marker.write_text(json.dumps({"files": files}))
+
+
+@pytest.mark.parametrize(("version", "named"), [(None, 1), (FORMAT - 1, FORMAT - 1), (FORMAT + 1, FORMAT + 1)])
+def test_a_checkpoint_of_another_format_is_refused(checkpoints, version, named):
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    folder = checkpoints.folder / "step-00000020"
+    rewrite(folder, format=version)
+    for resume in ("auto", str(folder)):
+        with pytest.raises(UserError) as refused:
+            find_checkpoint(checkpoints, LoopArguments(resume=resume), {})
+        said = str(refused.value)
+        assert said.startswith(
+            f"{folder} has checkpoint format {named}, this version of nanochat resumes format {FORMAT};"
+        )
+        assert "train from scratch with --overwrite_output_dir true and without --resume, or" in said
+        assert "\n" not in said
+    assert checkpoints.find(str(checkpoints.folder / "step-00000010")).state == state_of(10)
+
+
 FILL_THE_DISK = """
     import resource, sys, torch
     from accelerate import Accelerator
     from modeling_nanochat.errors import UserError
-    from recipes.training.checkpoint import Checkpoints
+    from recipes.training.checkpoint import Checkpoints, RunState
     checkpoints = Checkpoints(sys.argv[1], Accelerator(cpu=True))
     def save(step, numbers):
-        checkpoints.save(step, {}, {"optimizer": {"a": torch.zeros(numbers)}}, lambda: {"w": torch.ones(8)})
+        checkpoints.save(step, RunState(), {"optimizer": {"a": torch.zeros(numbers)}}, lambda: {"w": torch.ones(8)})
         checkpoints.complete()
     save(10, 1000)
     if len(sys.argv) > 2:
@@ -138,8 +176,8 @@ FILL_THE_DISK = """
         save(20, 1_000_000)
     except UserError as error:
         print(error)
-        present, hidden = [c.step for c in checkpoints.present()], list(checkpoints.folder.glob(".*"))
-        print(present, checkpoints.find("auto").step, hidden)
+        steps, unfinished = [c.step for c in checkpoints.present()], list(checkpoints.folder.glob(".*"))
+        print(steps, checkpoints.find("auto").step, unfinished)
 """
 
 
@@ -153,7 +191,7 @@ def fill_the_disk(tmp_path, *prefix, limited=False):
 
 
 def small_disk(tmp_path):
-    """A prefix that runs a command with a 1 MiB file system at tmp_path/disk; None where the system forbids it."""
+    """A prefix that runs a command with a 1 MiB file system at tmp_path/disk; None where that is not allowed."""
     (tmp_path / "disk").mkdir()
     mount = f'mount -t tmpfs -o size=1m tmpfs {tmp_path}/disk && exec "$@"'
     prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
@@ -182,23 +220,23 @@ def slow_disk(monkeypatch):
 
 
 def test_training_goes_on_while_its_earlier_state_is_written(checkpoints, slow_disk):
-    weight, moments, state = torch.ones(3), torch.ones(2, 2).t(), {"loss": [1.0]}
+    weight, moments, state = torch.ones(3), torch.ones(2, 2).t(), RunState(learning={"losses": [1.0]})
     checkpoints.save(10, state, {"optimizer": {"m@0": moments}}, lambda: {"w": weight})
     assert checkpoints.being_written and checkpoints.find("auto") is None
     weight += 1
     moments += 1
-    state["loss"].append(2.0)
+    state.learning["losses"].append(2.0)
     slow_disk.set()
     checkpoints.complete()
     found = checkpoints.find("auto")
-    assert torch.equal(found.weights()["w"], torch.ones(3)) and found.state == {"loss": [1.0]}
-    assert torch.equal(load_file(found.shares("optimizer")[0])["m@0"], torch.ones(2, 2))
+    assert torch.equal(found.weights()["w"], torch.ones(3)) and found.state.learning == {"losses": [1.0]}
+    assert torch.equal(found.shards("optimizer")[0].get_tensor("m@0"), torch.ones(2, 2))
     assert not checkpoints.being_written
     checkpoints.complete()  # once more: nothing is left to do
 
 
 def test_files_that_are_written_make_a_checkpoint_only_once_it_is_completed(checkpoints):
-    checkpoints.save(10, {}, {}, lambda: {"w": torch.ones(1)})
+    checkpoints.save(10, RunState(), {}, lambda: {"w": torch.ones(1)})
     checkpoints.unfinished.files.result()
     assert not checkpoints.being_written and checkpoints.find("auto") is None
     checkpoints.complete()
@@ -206,9 +244,9 @@ def test_files_that_are_written_make_a_checkpoint_only_once_it_is_completed(chec
 
 
 def test_a_second_save_waits_for_the_first(checkpoints, slow_disk):
-    checkpoints.save(10, {}, {}, lambda: {"w": torch.ones(1)})
+    checkpoints.save(10, RunState(), {}, lambda: {"w": torch.ones(1)})
     threading.Timer(0.2, slow_disk.set).start()
-    checkpoints.save(20, {}, {}, lambda: {"w": torch.ones(1)})
+    checkpoints.save(20, RunState(), {}, lambda: {"w": torch.ones(1)})
     assert checkpoints.find("auto").step == 10
     checkpoints.complete()
     assert [checkpoint.step for checkpoint in checkpoints.present()] == [10, 20]

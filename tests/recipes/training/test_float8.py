@@ -15,6 +15,7 @@ from recipes.training.device import computes_in_float8, evaluation_precision
 from recipes.training.evaluation import text_rows
 from recipes.training.optim.hyperparameters import resolve_hyperparameters
 from recipes.training.optim.optimizer import muon_adamw
+from recipes.training.optim.overrides import Overrides
 from tokenizer_train.bpe import train_tokenizer
 
 VOCABULARY = 1344
@@ -79,9 +80,8 @@ def course(
         for layer in layers:
             layer.scale_error = scale_error
     steps = len(ids) // rows
-    plan = resolve_hyperparameters(
-        config, "current", max_length=LENGTH, max_steps=steps, total_batch_size=rows * LENGTH
-    )
+    overrides = Overrides(max_steps=steps, total_batch_size=rows * LENGTH)
+    plan = resolve_hyperparameters(config, "current", overrides, max_length=LENGTH)
     optimizer, schedule = muon_adamw(model, **{name: getattr(plan, name) for name in RATES}), plan.schedule()
     losses = []
     for step, batch in enumerate(batches(ids, rows)):

@@ -15,11 +15,15 @@ from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
 from recipes.pretrain import PretrainArguments
 from recipes.training.arguments import LoopArguments
+from recipes.training.batch_size import accumulation_steps
 from recipes.training.checkpoint import Checkpoints
+from recipes.training.data.loader import Loader
+from recipes.training.data.streams import STREAMS, TextStreams
 from recipes.training.evaluation import Evaluation, bits_per_byte_evaluation, validation
+from recipes.training.learning import LearningWatch
 from recipes.training.loop import (
+    RunParts,
     accumulate,
-    accumulation_steps,
     all_reduce_loss,
     gradient_norm,
     model_inputs,
@@ -27,6 +31,7 @@ from recipes.training.loop import (
     train,
 )
 from recipes.training.optim.hyperparameters import resolve_hyperparameters
+from recipes.training.optim.overrides import Overrides
 from recipes.training.setup import define
 from recipes.training.stage import JsonlLogger, OutputArguments
 from recipes.training.stopping import Stopped, stop_request
@@ -112,9 +117,8 @@ def loop_arguments(**more):
 
 def plan_of(model, max_steps, **more):
     rates = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008, "warmup_steps": 2, "momentum_steps": 5}
-    return resolve_hyperparameters(
-        model.config, "current", max_length=16, max_steps=max_steps, total_batch_size=64, **rates | more
-    )
+    overrides = Overrides(max_steps=max_steps, total_batch_size=64, **rates | more)
+    return resolve_hyperparameters(model.config, "current", overrides, max_length=16)
 
 
 def rows(count, seed=0):
@@ -137,7 +141,7 @@ class EndlessBatches:
         self.taken += 1
         return {"input_ids": torch.stack([row["input_ids"] for row in self.some[first : first + self.batch_size]])}
 
-    def state(self):
+    def state_dict(self):
         return {"taken": torch.tensor(self.taken)}
 
 
@@ -150,20 +154,9 @@ def run(tmp_path, name, tokenizer, *, some=None, model=None, max_steps=20, reque
         measure = validation(accelerator, rows(8, seed=5), tokenizer, 8)
         evaluations = (bits_per_byte_evaluation(measure, args.eval_steps),)
     checkpoints = Checkpoints(tmp_path / "checkpoints" / name, accelerator)
-    loader = EndlessBatches(some or rows(64))
-    progress = train(
-        accelerator,
-        model,
-        module,
-        optimizer,
-        loader,
-        plan,
-        args,
-        log,
-        checkpoints,
-        evaluations=evaluations,
-        decode=str,
-    )
+    loader, watch = EndlessBatches(some or rows(64)), LearningWatch("base", max_steps)
+    parts = RunParts(accelerator, model, module, optimizer, loader, log, watch)
+    progress = train(parts, plan, args, checkpoints, evaluations=evaluations, decode=str)
     return model, progress
 
 
@@ -318,6 +311,20 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, toy_model_
         run(tmp_path, "e", toy_model_and_tokenizer[1], evaluations=(ask,))
     assert Checkpoints(tmp_path / "checkpoints" / "e", Accelerator(cpu=True)).find("auto").step == 4
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_data_states_that_do_not_fit_are_refused_with_the_checkpoint_they_are_from(tmp_path, monkeypatch):
+    accelerator, model = Accelerator(cpu=True), small_model()
+    module, optimizer = prepare(accelerator, model, plan_of(model, 4))
+    loader, watch = Loader(TextStreams(None, None, max_length=16), batch_size=2), LearningWatch("base", 4)
+    parts = RunParts(accelerator, model, module, optimizer, loader, JsonlLogger(tmp_path / "f"), watch)
+    parts.train_state.add_step(1.0, tokens=64)
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / "f", accelerator)
+    parts.save(checkpoints)
+    checkpoints.complete()
+    monkeypatch.setattr("recipes.training.data.loader.STREAMS", STREAMS + 1)
+    with pytest.raises(UserError, match="step-00000001: made by a version with other data streams; resume with that"):
+        parts.restore(checkpoints.find("auto"))
 
 
 def test_a_batch_that_does_not_divide_is_refused():

@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from modeling_nanochat import NanoChatTurboConfig, NanoChatTurboForCausalLM
 from modeling_nanochat.chat.engine import ChatCodec
-from modeling_nanochat.chat.examples import MAX_CHARACTERS, MAX_EXAMPLES, example_questions
-from modeling_nanochat.chat.stages import STAGES, training_stage
+from modeling_nanochat.chat.examples import MAX_CHARACTERS, MAX_EXAMPLES, example_questions, training_stage
+from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes import grpo, midtrain, sft
@@ -104,7 +104,7 @@ def test_the_code_in_every_card_continues_as_the_model_does_without_a_warning(fi
 
 def test_the_stage_is_read_from_the_card_that_it_wrote(finished):
     for stage, folder in finished.items():
-        assert training_stage(load_model_and_tokenizer(folder, device="cpu")[0]) == stage
+        assert training_stage(load_model_and_tokenizer(folder, device="cpu")[0].name_or_path) == stage
 
 
 def test_a_folder_runs_as_its_card_says_where_this_package_is_unknown(finished, tmp_path):

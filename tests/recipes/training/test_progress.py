@@ -96,3 +96,14 @@ def test_verbose_prints_every_evaluation_whole(report, monkeypatch, capfd):
         "step 100: 'Once'",
         "step 100: 'One day'",
     ]
+
+
+def test_a_restored_train_state_counts_on_where_it_was_saved():
+    state = TrainState()
+    state.add_step(2.5, tokens=64)
+    state.add_step(2.0, tokens=64)
+    restored = TrainState(steps=7, loss=9.0)
+    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert restored == state == TrainState(steps=2, tokens=128, loss=2.0)
+    restored.add_step(1.5, tokens=64)
+    assert (restored.steps, restored.tokens, restored.loss) == (3, 192, 1.5)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modeling_nanochat.errors import UserError
@@ -58,14 +59,14 @@ def equal(batches, others):
         assert all(torch.equal(batch[name], other[name]) for name in batch)
 
 
-def run_on(make_stream, world_size, rows, batch_size=2, files=()):
+def run_on(make_stream, world_size, rows, batch_size=2, shards=()):
     """(rows of the run in their order, states) of `world_size` processes that each take their share of `rows` rows."""
     loaders = [
         Loader(make_stream, batch_size=batch_size, rank=r, world_size=world_size, background=False)
         for r in range(world_size)
     ]
-    for loader in loaders if files else []:
-        loader.load_states(files)
+    for loader in loaders if shards else []:
+        loader.load_state_dict(shards)
     start = loaders[0].row
     ordered = {}
     for rank, loader in enumerate(loaders):
@@ -73,14 +74,16 @@ def run_on(make_stream, world_size, rows, batch_size=2, files=()):
         first = start + (rank - start) % world_size
         ordered |= {first + i * world_size: row for i, row in enumerate(mine)}
     assert sorted(ordered) == list(range(start, start + rows))
-    return torch.stack([ordered[g] for g in sorted(ordered)]), [loader.state() for loader in loaders]
+    return torch.stack([ordered[g] for g in sorted(ordered)]), [loader.state_dict() for loader in loaders]
 
 
 def saved(states, folder):
+    """The opened states, as `Checkpoint.shards` returns them."""
     files = [folder / f"{i}.safetensors" for i in range(len(states))]
     for state, file in zip(states, files, strict=True):
+        file.unlink(missing_ok=True)  # it may still be open
         save_file(state, file)
-    return files
+    return [safe_open(file, "pt") for file in files]
 
 
 @pytest.fixture(params=[300, 2**20], ids=["states often", "states rarely"])
@@ -96,11 +99,11 @@ def test_a_run_resumed_after_40_batches_continues_with_the_same_8(
     make_stream = streams if kind == "text" else talk
     loader = Loader(make_stream, batch_size=4, background=background)
     take(loader, 40)
-    files = saved([loader.state()], tmp_path)
+    shards = saved([loader.state_dict()], tmp_path)
     expected = take(loader, 8)
     loader.close()
     resumed = Loader(make_stream, batch_size=4, background=background)
-    resumed.load_states(files)
+    resumed.load_state_dict(shards)
     equal(take(resumed, 8), expected)
     resumed.close()
 
@@ -117,9 +120,9 @@ def test_in_the_background_comes_the_same(streams, talk, kind, states_every):
     make_stream = streams if kind == "text" else talk
     loaders = [Loader(make_stream, batch_size=3, background=background) for background in (True, False)]
     equal(*(take(loader, 30) for loader in loaders))
-    assert loaders[0].state().keys() == loaders[1].state().keys()
-    for name, tensor in loaders[0].state().items():
-        assert torch.equal(tensor, loaders[1].state()[name]), name
+    assert loaders[0].state_dict().keys() == loaders[1].state_dict().keys()
+    for name, tensor in loaders[0].state_dict().items():
+        assert torch.equal(tensor, loaders[1].state_dict()[name]), name
     loaders[0].close()
 
 
@@ -129,7 +132,7 @@ def test_another_number_of_processes_gets_the_same_rows_in_the_same_order(
 ):
     in_one_go, _ = run_on(streams, 1, 320)
     first, states = run_on(streams, before, 60 // before * before, batch_size=1)
-    second, _ = run_on(streams, after, 192 // after * after, batch_size=1, files=saved(states, tmp_path))
+    second, _ = run_on(streams, after, 192 // after * after, batch_size=1, shards=saved(states, tmp_path))
     together = torch.cat([first, second])
     assert torch.equal(together, in_one_go[: len(together)])
 
@@ -140,32 +143,32 @@ def test_changing_processes_keeps_the_order_of_every_kind_of_lanes(streams, talk
     streamed = TextStreams(streams.texts.to_iterable_dataset(num_shards=20), streams.tokenizer, MAX_LENGTH, threads=1)
     make_stream = {"mixed": talk, "streamed": streamed}[kind]
     in_one_go, _ = run_on(make_stream, 1, 240)
-    parts, files = [], ()
+    parts, shards = [], ()
     for world_size, batch_size, rows in [(3, 1, 60), (2, 5, 120), (1, 4, 60)]:
-        some, states = run_on(make_stream, world_size, rows, batch_size, files)
-        parts, files = [*parts, some], saved(states, tmp_path)
+        some, states = run_on(make_stream, world_size, rows, batch_size, shards)
+        parts, shards = [*parts, some], saved(states, tmp_path)
     assert torch.equal(torch.cat(parts), in_one_go)
 
 
 def test_a_run_resumed_before_its_first_batch_or_twice_at_once(streams, tmp_path):
     in_one_go, _ = run_on(streams, 1, 60)
     fresh = Loader(streams, batch_size=2, background=False)
-    files = saved([fresh.state()], tmp_path)
-    rows, states = run_on(streams, 2, 40, files=files)
+    shards = saved([fresh.state_dict()], tmp_path)
+    rows, states = run_on(streams, 2, 40, shards=shards)
     assert torch.equal(rows, in_one_go[:40])
     again = [Loader(streams, batch_size=1, rank=r, world_size=2, background=False) for r in range(2)]
-    files = saved(states, tmp_path)
+    shards = saved(states, tmp_path)
     for loader in again:
-        loader.load_states(files)
-    files = saved([loader.state() for loader in again], tmp_path)  # not one batch later
-    rows, _ = run_on(streams, 1, 20, files=files)
+        loader.load_state_dict(shards)
+    shards = saved([loader.state_dict() for loader in again], tmp_path)  # not one batch later
+    rows, _ = run_on(streams, 1, 20, shards=shards)
     assert torch.equal(rows, in_one_go[40:])
 
 
 def test_another_batch_size_gets_the_same_rows(streams, tmp_path):
     in_one_go, _ = run_on(streams, 1, 90, batch_size=3)
     first, states = run_on(streams, 2, 40, batch_size=4)
-    second, _ = run_on(streams, 2, 50, batch_size=5, files=saved(states, tmp_path))
+    second, _ = run_on(streams, 2, 50, batch_size=5, shards=saved(states, tmp_path))
     assert torch.equal(torch.cat([first, second]), in_one_go)
 
 
@@ -180,11 +183,11 @@ def test_processes_share_the_lanes(world_size, count):
 
 def test_states_of_different_steps_or_lanes_are_refused(streams, tmp_path):
     loader = Loader(streams, batch_size=2, background=False)
-    states = [loader.state(), (next(loader), loader.state())[1]]
+    states = [loader.state_dict(), (next(loader), loader.state_dict())[1]]
     with pytest.raises(UserError, match="not of one step"):
-        loader.load_states(saved(states, tmp_path))
+        loader.load_state_dict(saved(states, tmp_path))
     with pytest.raises(UserError, match="other data streams"):
-        loader.load_states(saved([states[0] | {"streams": torch.tensor(4)}], tmp_path))
+        loader.load_state_dict(saved([states[0] | {"streams": torch.tensor(4)}], tmp_path))
 
 
 @pytest.mark.parametrize("background", [True, False])

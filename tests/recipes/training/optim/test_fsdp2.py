@@ -14,6 +14,7 @@ from recipes.training.device import compile_parts
 from recipes.training.loop import accumulate, model_inputs, prepare
 from recipes.training.optim.fsdp import forget_failed_pass
 from recipes.training.optim.hyperparameters import resolve_hyperparameters
+from recipes.training.optim.overrides import Overrides
 
 BFLOAT16 = 2**-8  # the relative step between its numbers
 SETTINGS = {"max_steps": 12, "save_steps": 4, "eval_steps": 6, "sample_steps": 6, "per_device_train_batch_size": 2}
@@ -77,7 +78,8 @@ def two_processes(precision: str, fsdp: bool, **options: object) -> Accelerator:
 def prepared(accelerator: Accelerator, architecture: str):
     model = random_model(architecture)
     rates = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008}
-    plan = resolve_hyperparameters(model.config, "current", max_length=16, max_steps=5, total_batch_size=128, **rates)
+    overrides = Overrides(max_steps=5, total_batch_size=128, **rates)
+    plan = resolve_hyperparameters(model.config, "current", overrides, max_length=16)
     return prepare(accelerator, model, plan)[0]
 
 

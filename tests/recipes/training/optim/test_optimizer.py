@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from conftest import random_model
 from golden import golden_json, plain_model, renamed, shared, turbo_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
@@ -142,7 +143,7 @@ def test_its_share_of_one_process_continues_bit_for_bit(recipe, tmp_path):
     save_file(optimizer.sharded_state_dict(), tmp_path / "share.safetensors")
     twin = copy.deepcopy(model)
     twin_optimizer = muon_adamw(twin, recipe=recipe, **RATES)
-    twin_optimizer.load_sharded_state_dict([tmp_path / "share.safetensors"])
+    twin_optimizer.load_sharded_state_dict([safe_open(tmp_path / "share.safetensors", "pt")])
     assert train_steps(model, optimizer, range(3, 6)) == train_steps(twin, twin_optimizer, range(3, 6))
 
 
@@ -154,7 +155,7 @@ def test_a_state_that_is_missing_or_has_another_shape_is_named(tmp_path):
         changed = dict(share)
         change(changed)
         save_file(changed, tmp_path / "share.safetensors")
-        optimizer.load_sharded_state_dict([tmp_path / "share.safetensors"])
+        optimizer.load_sharded_state_dict([safe_open(tmp_path / "share.safetensors", "pt")])
 
     head = "lm_head.weight.exp_avg"
     with pytest.raises(ValueError, match=f"{head} is missing"):

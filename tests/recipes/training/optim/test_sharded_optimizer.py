@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -66,11 +67,15 @@ def run(rank: int, processes: int, folder: Path, group=None) -> None:
         save_file(end, folder / f"{recipe}-{processes}-end{rank}.safetensors")
 
 
+def opened(*files: Path) -> list[safe_open]:
+    return [safe_open(file, "pt") for file in files]
+
+
 def resume(rank: int, processes: int, folder: Path, recipe: str, source: int, group=None) -> None:
     """The last three steps, from what `source` processes have written."""
     params = new_params(folder / f"{recipe}-{source}-middle0.safetensors")
     optimizer = new_optimizer(params, recipe, group)
-    optimizer.load_sharded_state_dict(sorted(folder.glob(f"{recipe}-{source}-share*")))
+    optimizer.load_sharded_state_dict(opened(*sorted(folder.glob(f"{recipe}-{source}-share*"))))
     steps(params, optimizer, range(3, 6), rank, processes)
     save_file(params, folder / f"{recipe}-{processes}-from{source}-end{rank}.safetensors")
 
@@ -124,7 +129,7 @@ def run_fsdp(rank: int, processes: int, folder: Path, mesh: DeviceMesh) -> None:
     resumed.load_state_dict(load_file(folder / "small-middle.safetensors"))
     fully_shard(resumed, mesh=mesh)
     optimizer = train_small(resumed, (), rank=rank, processes=processes)
-    optimizer.load_sharded_state_dict([folder / "small-share.safetensors"])
+    optimizer.load_sharded_state_dict(opened(folder / "small-share.safetensors"))
     train_small(resumed, range(3, 6), optimizer, rank, processes)
     whole = {name: p.full_tensor().detach() for name, p in resumed.named_parameters()}
     save_file(whole, folder / f"fsdp-from-plain-end{rank}.safetensors")
@@ -229,7 +234,7 @@ def test_fsdp_continues_what_one_process_began_and_the_other_way_round(folder):
     model = Small()
     model.load_state_dict(load_file(folder / "small-middle.safetensors"))
     optimizer = train_small(model, ())
-    optimizer.load_sharded_state_dict([folder / "fsdp-share0.safetensors", folder / "fsdp-share1.safetensors"])
+    optimizer.load_sharded_state_dict(opened(folder / "fsdp-share0.safetensors", folder / "fsdp-share1.safetensors"))
     train_small(model, range(3, 6), optimizer)
     assert largest_difference(uninterrupted, model.state_dict()) < 1e-5
 
@@ -237,7 +242,7 @@ def test_fsdp_continues_what_one_process_began_and_the_other_way_round(folder):
 def test_a_share_that_is_not_given_is_missed(folder):
     optimizer = new_optimizer(new_params(), "current")
     with pytest.raises(ValueError, match="optimizer state even.exp_avg: row 18 of 36 is missing"):
-        optimizer.load_sharded_state_dict([folder / "current-2-share0.safetensors"])
+        optimizer.load_sharded_state_dict(opened(folder / "current-2-share0.safetensors"))
 
 
 @given(st.integers(0, 500), st.integers(1, 64))

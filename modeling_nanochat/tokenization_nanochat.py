@@ -233,7 +233,7 @@ def check_blanks(text: str) -> None:
     """Raise [`UserError`] for more blanks in a row than the fast tokenizer's regular expressions can handle."""
     runs = re.finditer(r"[^\S\r\n]+", text) if len(text) >= TOO_MANY_BLANKS else ()
     if any(len(run[0]) >= TOO_MANY_BLANKS for run in runs):
-        raise UserError(f"a document has {TOO_MANY_BLANKS:,} blanks in a row; leave it out, or pip install gigatoken")
+        raise UserError(f"a document has {TOO_MANY_BLANKS:,} blanks in a row; leave it out")
 
 
 def whole_characters(text: str) -> str:

@@ -1,20 +1,18 @@
-"""Byte-level BPE training: count the pieces of text, then repeatedly merge the most frequent pair.
+"""Byte-level BPE training with `tokenizers`: count the pieces of text, then repeatedly merge the most frequent pair.
 
-Two libraries give identical merges: the original's `rustbpe`, if installed, because it counts several times faster;
-else `tokenizers`. Ties go to the pair with the smallest ids, as in the original.
+Ties go to the pair with the smallest ids, as in the original's trainer, so that its merges are the same.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Literal, get_args
+from typing import Literal
 
 from tokenizers import models, trainers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.byte_pairs import merges_of
 from modeling_nanochat.tokenization_nanochat import (
     ESCAPE,
     SMALLEST_VOCABULARY,
@@ -26,11 +24,10 @@ from modeling_nanochat.tokenization_nanochat import (
     whole_characters,
 )
 
-Trainer = Literal["rustbpe", "tokenizers"]
 SplitPattern = Literal["nanochat", "ideographs", "cl100k", "qwen2", "gpt2"]  # the names in `SPLIT_PATTERNS`
-LONG = 100_000  # characters
-BREAK = re.compile(rf"\S(?= )|\s{{1000,{LONG}}}+")  # the end of a word, or white space that may be too long
-DOCUMENTS_AT_ONCE = 1024  # held in memory
+LONG = 10_000  # characters
+# The end of a word; or white space, letters and digits, or signs, of which there may be too many in a row.
+BREAK = re.compile(rf"\S(?= )|\s{{1000,{LONG}}}+|\w{{1000,{LONG}}}+|[^\s\w]{{1000,{LONG}}}+")
 
 
 def train_tokenizer(
@@ -39,8 +36,6 @@ def train_tokenizer(
     *,
     split_pattern: str = "nanochat",
     model_max_length: int = 2048,
-    length: int | None = None,
-    trainer: Trainer | None = None,
 ) -> PreTrainedTokenizerFast:
     """Train byte-level BPE on `texts`; return a chat tokenizer of `vocab_size` entries, special tokens included.
 
@@ -51,16 +46,13 @@ def train_tokenizer(
         vocab_size: Entries in total, at least 265 (256 bytes and 9 special tokens).
         split_pattern: Name in `SPLIT_PATTERNS`.
         model_max_length: Written into the tokenizer; the context length of the models that will use it.
-        length: Number of documents, for the progress bar of `tokenizers`.
-        trainer: Library that trains; None uses `rustbpe` if installed. The result is the same.
 
     Raises:
-        UserError: `vocab_size` is too small, the pattern or trainer is unknown, or the trainer is not installed.
+        UserError: `vocab_size` is too small, or the pattern is unknown.
     """
     check_request(vocab_size, split_pattern)
-    train = trained_by_rustbpe if choose_trainer(trainer) == "rustbpe" else trained_by_tokenizers
     pieces = chain.from_iterable(map(pieces_of, texts))
-    merges = train(pieces, vocab_size - len(SPECIAL_TOKENS), split_pattern, length)
+    merges = train_merges(pieces, vocab_size - len(SPECIAL_TOKENS), split_pattern)
     symbols = [*byte_symbols(), *(left + right for left, right in merges)]
     vocab = {symbol: index for index, symbol in enumerate(symbols)}
     return build_tokenizer(vocab, merges, model_max_length, split_pattern)
@@ -73,21 +65,6 @@ def check_request(vocab_size: int, split_pattern: str) -> None:
         )
     if split_pattern not in SPLIT_PATTERNS:
         raise UserError(f"split_pattern {split_pattern!r} is unknown; use one of {', '.join(SPLIT_PATTERNS)}")
-
-
-def choose_trainer(name: str | None) -> Trainer:
-    """Return the trainer of that name; without a name, the fastest one installed."""
-    if name not in (None, *get_args(Trainer)):
-        raise UserError(f"trainer {name!r} is unknown; use one of {', '.join(get_args(Trainer))}")
-    if name == "tokenizers":
-        return name
-    try:
-        import rustbpe  # noqa: F401
-    except ImportError as error:
-        if name is None:
-            return "tokenizers"
-        raise UserError("trainer rustbpe is not installed; pip install rustbpe, or omit --trainer") from error
-    return "rustbpe"
 
 
 def pieces_of(text: str) -> Iterator[str]:
@@ -103,7 +80,8 @@ def parts_of(text: str) -> Iterator[str]:
     """Yield a long text in parts, so that all threads have work and memory stays small.
 
     Every pattern splits between a word and the space after it, so the counts do not change. Only a run of over LONG
-    white-space characters, which `rustbpe` cannot read, counts as several runs.
+    characters of one kind counts as several: a merge takes quadratic time in a word's length (half a minute
+    for 100,000 times the same letter), and millions of blanks crash the regular expressions.
     """
     start = 0
     while len(text) - start > LONG:
@@ -114,10 +92,8 @@ def parts_of(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def trained_by_tokenizers(
-    texts: Iterable[str], vocab_size: int, split_pattern: str, length: int | None = None
-) -> list[tuple[str, str]]:
-    """Return the merges, in order, as pairs of symbols.
+def train_merges(texts: Iterable[str], vocab_size: int, split_pattern: str) -> list[tuple[str, str]]:
+    """Return the merges, in order, as pairs of symbols; `vocab_size` counts the 256 bytes.
 
     The byte symbols are passed as special tokens: only then do ids and the order of ties match the original's trainer,
     and bytes that do not occur in training can be encoded.
@@ -128,18 +104,7 @@ def trained_by_tokenizers(
         min_frequency=0,
         special_tokens=byte_symbols(),
         initial_alphabet=[],
-        show_progress=length is not None,
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer, length=length)
+    tokenizer.train_from_iterator(texts, trainer)
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-
-
-def trained_by_rustbpe(
-    texts: Iterable[str], vocab_size: int, split_pattern: str, length: int | None = None
-) -> list[tuple[str, str]]:
-    """Return the same from `rustbpe`, which reports only the merged tokens."""
-    import rustbpe
-
-    tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(iter(texts), vocab_size, DOCUMENTS_AT_ONCE, SPLIT_PATTERNS[split_pattern])
-    return merges_of({bytes(token): index for index, (token, _) in enumerate(tokenizer.get_mergeable_ranks())})

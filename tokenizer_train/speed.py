@@ -1,4 +1,4 @@
-"""Measure the speed of tokenizer training and encoding with every available library, and compare the results.
+"""Measure the speed of tokenizer training and of encoding in every way, and compare the ids.
 
 python tokenizer_train/speed.py --train_files 'text/*.parquet' --vocab_size 32768
 """
@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
-from typing import Any, get_args
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -22,16 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.text.bulk_encoding import BulkEncoder, available_threads
-from modeling_nanochat.text.exact_encoders import (
-    GigatokenEncoder,
-    TiktokenEncoder,
-    encoder_by,
-    exact_encoder,
-    pattern_name,
-)
 from modeling_nanochat.text.sources import text_dataset
 from modeling_nanochat.tokenization_nanochat import disable_special_tokens, escaped, whole_characters
-from tokenizer_train.bpe import SplitPattern, Trainer, choose_trainer, train_tokenizer
+from tokenizer_train.bpe import SplitPattern, train_tokenizer
 
 
 @dataclass
@@ -43,7 +37,7 @@ class SpeedArguments:
     split_pattern: SplitPattern = field(default="nanochat", metadata={"help": "How text is split before merging."})
     train_megabytes: float = field(default=75, metadata={"help": "Megabytes of text to train on."})
     encode_megabytes: float = field(default=20, metadata={"help": "Megabytes of text to encode."})
-    train_rounds: int = field(default=1, metadata={"help": "Training runs per library; the median counts."})
+    train_rounds: int = field(default=1, metadata={"help": "Training runs; the median counts."})
     rounds: int = field(default=3, metadata={"help": "Encoding runs in each way; the median counts."})
 
 
@@ -61,7 +55,7 @@ def main() -> None:
     texts = [text for text in text_dataset(args.train_files, what="train_files")["text"] if text]
     print(f"{platform.machine()}, {available_threads()} threads, {args.split_pattern}, {args.vocab_size} entries")
     documents, size = beginning(texts, args.train_megabytes)
-    ways = training_ways(documents, args)
+    ways = [Way("tokenizers", partial(train_tokenizer, documents, args.vocab_size, split_pattern=args.split_pattern))]
     tokenizer = alternate(ways, args.train_rounds, lambda tokenizer: tokenizer.backend_tokenizer.to_str())
     print(table(f"training on {len(documents)} documents, {size:.1f} MB", ways, size))
     documents, size = beginning(texts, args.encode_megabytes)
@@ -81,20 +75,6 @@ def beginning(texts: Sequence[str], megabytes: float) -> tuple[list[str], float]
     return documents, size / 1e6
 
 
-def training_ways(texts: list[str], args: SpeedArguments) -> list[Way]:
-    def training(library: str) -> Callable[[], PreTrainedTokenizerFast]:
-        return lambda: train_tokenizer(texts, args.vocab_size, split_pattern=args.split_pattern, trainer=library)
-
-    return [Way(library, training(library)) for library in get_args(Trainer) if installed(library)]
-
-
-def installed(library: str) -> bool:
-    try:
-        return choose_trainer(library) == library
-    except UserError:
-        return False
-
-
 def encoding_ways(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Way]:
     fast = disable_special_tokens(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     inputs, bare = [escaped(text, fast) for text in texts], {"add_special_tokens": False}
@@ -102,12 +82,10 @@ def encoding_ways(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[
         Way("fast tokenizer, one by one", lambda: [fast.encode(text, **bare).ids for text in inputs]),
         Way("fast tokenizer, as a batch", lambda: [row.ids for row in fast.encode_batch(inputs, **bare)]),
     ]
-    pattern = pattern_name(fast)
-    for library in (TiktokenEncoder, GigatokenEncoder) if exact_encoder(fast, pattern) else ():
-        for threads in (1, available_threads()) if encoder_by(library, fast, pattern) else ():
-            encoder = BulkEncoder(tokenizer, threads)
-            encoder.exact = encoder_by(library, fast, pattern)  # not shared: no warm cache from another run
-            ways.append(Way(f"{library.__name__}, {threads} thread(s)", bulk(encoder, texts)))
+    for threads in (1, available_threads()):
+        encoder = BulkEncoder(tokenizer, threads)
+        library = "tiktoken" if encoder.tiktoken else "fast tokenizer"
+        ways.append(Way(f"BulkEncoder ({library}), {threads} thread(s)", bulk(encoder, texts)))
     return ways
 
 

@@ -9,7 +9,7 @@
 
 Notable features:
 - streams any dataset, or several by weight: memory holds only the counts
-- the same merges as the original's trainer with either library, and the same files on every run
+- the same merges as the original's trainer, and the same files on every run
 - no custom code in the folder: `AutoTokenizer.from_pretrained` loads it anywhere, ready for chats and generation
 """
 
@@ -36,7 +36,7 @@ from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import atomic_directory
 from modeling_nanochat.text.token_bytes import token_bytes
 from modeling_nanochat.tokenization_nanochat import encode_documents, save_tokenizer
-from tokenizer_train.bpe import SplitPattern, Trainer, check_request, choose_trainer, train_tokenizer
+from tokenizer_train.bpe import SplitPattern, check_request, train_tokenizer
 from tokenizer_train.mixture import (
     Source,
     by_weight,
@@ -77,10 +77,6 @@ class TokenizerArguments:
     max_chars: int = field(default=2_000_000_000, metadata={"help": "Maximum characters to read in total."})
     doc_cap: int = field(default=10_000, metadata={"help": "Maximum characters to read per document."})
     model_max_length: int = field(default=2048, metadata={"help": "Context length written into the tokenizer."})
-    trainer: Trainer | None = field(
-        default=None,
-        metadata={"help": "Training library; the results are equal; default: rustbpe if installed, which is faster."},
-    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an existing tokenizer."})
 
 
@@ -91,11 +87,7 @@ def main() -> None:
     sources = open_sources(args.train_files, args.train_weights, args.doc_cap)
     reading = Reading(args, sources)
     tokenizer = train_tokenizer(
-        reading,
-        args.vocab_size,
-        split_pattern=args.split_pattern,
-        model_max_length=args.model_max_length,
-        trainer=args.trainer,
+        reading, args.vocab_size, split_pattern=args.split_pattern, model_max_length=args.model_max_length
     )
     check_size(tokenizer, args, reading)
     save(tokenizer, target)
@@ -120,7 +112,6 @@ def check(args: TokenizerArguments) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}; give a positive number")
     check_request(args.vocab_size, args.split_pattern)
-    args.trainer = choose_trainer(args.trainer)
     check_target(Path(args.output_dir), args.overwrite_output_dir)
 
 
@@ -162,7 +153,7 @@ class Reading:
                 yield text
         documents = sum(source.documents for source in self.sources)
         read = f"read {characters_read(self.sources):,} characters in {documents:,} documents"
-        print(f"{read}, {time.perf_counter() - started:.1f} s; merging with {self.args.trainer}", flush=True)
+        print(f"{read}, {time.perf_counter() - started:.1f} s; merging", flush=True)
         if any(source.documents_cut for source in self.sources):
             print(cut_line(self.sources, self.args.doc_cap), flush=True)
 

@@ -80,11 +80,11 @@ def test_a_batch_is_ready_for_generation(train, tmp_path):
     assert ids[0] == bos and ids.count(bos) == 1 and tokenizer.decode(ids[-1:]) == "<|assistant_start|>"
 
 
-def test_every_run_and_either_trainer_write_the_same_bytes(train, tmp_path):
-    for to, trainer in [("a", "rustbpe"), ("b", "rustbpe"), ("c", "tokenizers")]:
-        train("--vocab_size", "320", "--trainer", trainer, to=to)
-    a, b, c = (files_of(tmp_path / to / "tokenizer") for to in "abc")
-    assert a == b == c and len(a) == 4
+def test_every_run_writes_the_same_bytes(train, tmp_path):
+    for to in ("a", "b"):
+        train("--vocab_size", "320", to=to)
+    a, b = (files_of(tmp_path / to / "tokenizer") for to in "ab")
+    assert a == b and len(a) == 4
 
 
 @pytest.mark.parametrize("pattern", SPLIT_PATTERNS)
@@ -120,7 +120,6 @@ def test_a_finished_tokenizer_is_replaced_only_if_asked(train, tmp_path):
         (["--vocab_size", "9"], "265"),
         (["--split_pattern", "gpt5"], "invalid choice: 'gpt5'.*nanochat.*cl100k.*qwen2.*gpt2"),
         (["--training_recipe", "launch"], "invalid choice: 'launch'.*current.*classic"),
-        (["--trainer", "spm"], "invalid choice: 'spm'.*rustbpe.*tokenizers"),
         (["--doc_cap", "0"], "doc_cap is 0"),
         (["--max_chars", "-1"], "max_chars is -1"),
         (["--train_weights", "1", "2"], "2 weights for 1 entries"),
@@ -213,7 +212,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         "import resource; from modeling_nanochat.text import sources; sources.WHOLE_UP_TO = 0;"
         "from tokenizer_train.train import main; main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    line = " ".join(TEXTS)[:3000]
+    line = "".join(filter(str.isalpha, "".join(TEXTS)))[:3000]  # one word, which is split and counted fast
     peaks = []
     for times in (1000, 20_000):  # 3 and 60 MB
         files = tmp_path / f"{times}.parquet"

@@ -1,4 +1,4 @@
-"""The bulk encoder's ids are the fast tokenizer's, whatever the text, by whichever library."""
+"""The bulk encoder's ids are the fast tokenizer's, whatever the text, with tiktoken and without."""
 
 import json
 import pickle
@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import tiktoken
 from golden import golden_json, golden_tokenizer, shared
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,9 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat import tokenization_nanochat
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text import bulk_encoding, exact_encoders
+from modeling_nanochat.text import bulk_encoding
 from modeling_nanochat.text.bulk_encoding import PLACE_TO_CUT, BulkEncoder
-from modeling_nanochat.text.exact_encoders import KNOWN_TO_GIGATOKEN, GigatokenEncoder, TiktokenEncoder, pattern_name
 from modeling_nanochat.text.token_bytes import decode_bytes, encode_bytes
 from modeling_nanochat.tokenization_nanochat import (
     ESCAPE,
@@ -31,7 +31,7 @@ from modeling_nanochat.tokenization_nanochat import (
 )
 from tokenizer_train.bpe import train_tokenizer
 
-LIBRARIES = {"gigatoken": GigatokenEncoder, "tiktoken": TiktokenEncoder, "tokenizers": None}
+LIBRARIES = ("tiktoken", "tokenizers")
 # words, so that merges of every rank meet; contractions, numbers and runs of blanks, where the pattern is intricate
 WORDS = (
     "the THE cat's it'LL we've don't I'm 1 12 123 4567 "
@@ -68,13 +68,12 @@ def encoders(tokenizers):
 
 
 def encoder_by(library, tokenizer, threads=None):
-    """The encoder of somebody who has installed only this library."""
+    """An encoder that works by this library."""
     with pytest.MonkeyPatch.context() as without:
-        for other in {"gigatoken", "tiktoken"} - {library}:
-            without.setitem(sys.modules, other, None)
+        if library == "tokenizers":
+            without.setitem(sys.modules, "tiktoken", None)
         encoder = BulkEncoder(tokenizer, threads)
-    unknown = library == "gigatoken" and pattern_name(tokenizer.backend_tokenizer) not in KNOWN_TO_GIGATOKEN
-    assert type(encoder.exact) is (type(None) if unknown else LIBRARIES[library] or type(None))
+    assert (encoder.tiktoken is not None) == (library == "tiktoken")
     return encoder
 
 
@@ -128,16 +127,13 @@ def telling_tokenizer(pattern):
 def test_every_character_is_split_alike(pattern):
     """Whatever versions of Unicode the libraries have; and what is no character yet goes to the tokenizer itself."""
     tokenizer = telling_tokenizer(pattern)
-    ours, *others = (encoder_by(library, tokenizer) for library in ("tokenizers", "gigatoken", "tiktoken"))
-    others = [other for other in others if other.exact]  # gigatoken does not know every pattern
-    assert others
-    assigned = np.flatnonzero(~exact_encoders.unassigned())
+    ours, theirs = encoder_by("tokenizers", tokenizer), encoder_by("tiktoken", tokenizer).tiktoken
+    assigned = np.flatnonzero(~bulk_encoding.unassigned())
     assert 155_000 < len(assigned) < 170_000
     known = [chr(point) for point in assigned if not 0xD800 <= point < 0xE000]
     for start in range(0, len(known), 5000):
         text = "".join(f"{c}. {c}1{c}\na'{c}a{c}" for c in known[start : start + 5000])
-        ids = ours.text_ids(text).tolist()
-        assert all(other.exact(text).tolist() == ids for other in others), hex(ord(known[start]))
+        assert theirs.encode_to_numpy(text).tolist() == ours.text_ids(text).tolist(), hex(ord(known[start]))
         text = "".join(f"{c}\n{c}" for c in known[start : start + 5000])
         pieces = ours.tokenizer.pre_tokenizer.pre_tokenize_str(text)
         assert {place.start() for place in PLACE_TO_CUT.finditer(text)} <= {begin for _, (begin, _) in pieces}
@@ -183,9 +179,8 @@ def test_real_text(pattern, size):
     texts = real_texts(size)
     tokenizer = train_tokenizer(texts[:200], 4000, split_pattern=pattern)
     expected = encode_documents(tokenizer, texts)
-    for library in ("gigatoken", "tiktoken"):
-        encoded = encoder_by(library, tokenizer).encode(texts)
-        assert all(ids.tolist() == all_ids for ids, all_ids in zip(encoded, expected, strict=True)), library
+    encoded = encoder_by("tiktoken", tokenizer).encode(texts)
+    assert all(ids.tolist() == all_ids for ids, all_ids in zip(encoded, expected, strict=True))
 
 
 @every_library
@@ -229,19 +224,19 @@ def test_a_megabyte_of_blanks_is_encoded_all_the_same(tokenizer, encoders, libra
 def test_tiktoken_refuses_a_megabyte_of_blanks(encoders):
     """Why it needs the tokenizer behind it."""
     with pytest.raises(ValueError, match="stack size"):
-        encoders["nanochat", "tiktoken"].exact(" " * 1_000_000)
+        encoders["nanochat", "tiktoken"].tiktoken.encode_to_numpy(" " * 1_000_000)
 
 
 def test_blanks_that_the_fast_tokenizer_would_die_of(encoders, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenization_nanochat, "TOO_MANY_BLANKS", 1000)
-    alone, gigatoken = encoders["nanochat", "tokenizers"], encoders["nanochat", "gigatoken"]
+    alone, faster = encoders["nanochat", "tokenizers"], encoders["nanochat", "tiktoken"]
     with pytest.raises(UserError, match="1,000 blanks in a row"):
         alone.encode(["a", "b" + " \t" * 500])
     with pytest.raises(UserError, match="1,000 blanks in a row"):
         encode_documents(tokenizer, ["a", "b" + " \t" * 500])
     for text in ("b" + " " * 999, "b" + "\n" * 2000):
-        assert alone.encode([text])[0].tolist() == gigatoken.encode([text])[0].tolist()
-    assert len(gigatoken.encode([" " * 2000])[0]) > 1
+        assert alone.encode([text])[0].tolist() == faster.encode([text])[0].tolist()
+    assert len(faster.encode([" " * 2000])[0]) > 1
 
 
 @every_library
@@ -255,7 +250,7 @@ def test_half_a_surrogate_pair_is_a_replacement_character(tokenizer, encoders, l
 
 
 def test_no_documents_have_no_ids(tokenizer, encoders):
-    assert encode_documents(tokenizer, []) == encoders["nanochat", "gigatoken"].encode([]) == []
+    assert encode_documents(tokenizer, []) == encoders["nanochat", "tiktoken"].encode([]) == []
 
 
 @settings(deadline=None)
@@ -273,20 +268,18 @@ def test_an_encoder_can_be_pickled(tokenizer, library):
         same_as_tokenizer(pickle.loads(pickle.dumps(encoder)), one, texts)
 
 
-def test_gigatoken_loaded_anew(tokenizer, monkeypatch):
-    monkeypatch.setattr(exact_encoders, "LOADED_ANEW_AFTER", 100)
-    encoder = encoder_by("gigatoken", tokenizer)
-    first = encoder.exact.encoding
-    same_as_tokenizer(encoder, tokenizer, ["The cat's 12345. " * 5] * 10)
-    assert encoder.exact.encoding is not first
+def other_splits(name, pat_str, **rest):
+    return tiktoken.core.Encoding(name, pat_str=SPLIT_PATTERNS["qwen2"], **rest)
 
 
-@pytest.mark.parametrize(
-    "known", [r"\s?\w+|\W", exact_encoders.KNOWN_TO_GIGATOKEN["qwen2"]], ids=["unknown", "other ids"]
-)
-def test_a_gigatoken_that_cuts_otherwise_is_left_alone(tokenizers, known, monkeypatch):
-    monkeypatch.setitem(exact_encoders.KNOWN_TO_GIGATOKEN, "cl100k", known)
-    assert type(BulkEncoder(tokenizers["cl100k"]).exact) is TiktokenEncoder
+def other_interface(name, *, ranks):
+    raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("encoding", [other_splits, other_interface])
+def test_another_tiktoken_is_not_used(tokenizers, encoding, monkeypatch):
+    monkeypatch.setattr(tiktoken, "Encoding", encoding)
+    assert BulkEncoder(tokenizers["cl100k"]).tiktoken is None
 
 
 def changed(tokenizer, change) -> PreTrainedTokenizerFast:
@@ -345,7 +338,7 @@ CHANGES = [other_pattern, no_pattern, lower_case, swapped_merges, missing_merge,
 def test_another_structure_is_left_to_the_tokenizer_itself(tokenizers, pattern, change):
     other = changed(tokenizers[pattern], change)
     encoder = BulkEncoder(other)
-    assert encoder.exact is None
+    assert encoder.tiktoken is None
     texts = ["The CAT's 123 don't <|bos|> <|output_end|>", "we'll  say\n naïve 漢字", f"<|{ESCAPE}bos|>"]
     with patch.object(bulk_encoding, "PART", 1):
         same_as_tokenizer(encoder, other, texts)
@@ -356,7 +349,7 @@ def test_a_token_reached_by_no_merge_of_its_own_is_left_to_the_tokenizer_itself(
     symbols = byte_symbols()
     vocab = {symbol: i for i, symbol in enumerate(symbols)} | {"ab": 256, "bc": 257, "abc": 258}
     tokenizer = build_tokenizer(vocab, [("a", "b"), ("b", "c"), ("a", "bc")])
-    assert BulkEncoder(tokenizer).exact is None
+    assert BulkEncoder(tokenizer).tiktoken is None
     same_as_tokenizer(BulkEncoder(tokenizer), tokenizer, ["abc", "bcabcab"])
 
 

@@ -50,7 +50,7 @@ from evals.tasks.multiple_choice import predict_letters
 from evals.tasks.task_files import Task, load_task, parse_task_argument
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.chat.engine import Engine
-from modeling_nanochat.chat.sampling import check_setting
+from modeling_nanochat.chat.sampling import SamplingOptions, check_setting
 from modeling_nanochat.cli import is_verbose, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
@@ -259,8 +259,9 @@ def evaluate_generative(
 
 
 def reply_settings(args: EvaluateArguments) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_k", "seed", "batch_size")
-    return {name: getattr(args, name) for name in names}
+    # Without the model folder's own options, so that results of different models are comparable.
+    options = SamplingOptions(temperature=args.temperature, top_k=args.top_k)
+    return {"options": options} | {name: getattr(args, name) for name in ("max_new_tokens", "seed", "batch_size")}
 
 
 def evaluate_choices(

@@ -16,7 +16,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -30,8 +30,10 @@ except ImportError:
 import gradio as gr
 
 from modeling_nanochat.attention_kernels import without_cudnn_attention
-from modeling_nanochat.chat.engine import Engine, Event, Finished, TextDelta, ToolCall, ToolResult
+from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.examples import example_questions, stage_note
+from modeling_nanochat.chat.sampling import SamplingOptions
+from modeling_nanochat.chat.turn import Event, Finished, TextDelta, ToolCall, ToolResult
 from modeling_nanochat.cli import OneLineParser
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
@@ -166,11 +168,11 @@ def question_box() -> gr.Textbox:
 
 def settings(engine: Engine) -> list[gr.Slider]:
     (coldest, hottest), (_, most), (_, longest) = LIMITS.values()
-    longest = min(longest, engine.context)
+    longest, temperature, top_k = min(longest, engine.context), engine.options.temperature, engine.options.top_k or 0
     slider = partial(gr.Slider, step=1)
     return [
-        slider(coldest, hottest, 0.6, step=0.05, label="Temperature", info="0: always the most likely token"),
-        slider(0, most, 50, label="Top-k", info="sample among the k most likely tokens; 0: among all"),
+        slider(coldest, hottest, temperature, step=0.05, label="Temperature", info="0: always the most likely token"),
+        slider(0, most, min(top_k, most), label="Top-k", info="sample among the k most likely tokens; 0: among all"),
         slider(1, longest, min(256, longest), label="Max tokens", info="maximum length of a reply"),
     ]
 
@@ -209,9 +211,7 @@ def connect(answers: Callable, view: gr.HTML, question: gr.Textbox, options: lis
             turn.writing = False
         return gr.Textbox(interactive=True, submit_btn=True, stop_btn=False), shown(turns), turns
 
-    def chat(
-        message: str, turns: list[Turn], temperature: float = 0.6, top_k: int = 50, max_new_tokens: int = 256
-    ) -> Iterator[tuple]:
+    def chat(message: str, turns: list[Turn], temperature: float, top_k: int, max_new_tokens: int) -> Iterator[tuple]:
         """Stream the assistant's messages in reply to `message`; the conversation is the session's."""
         try:
             for grown in answers(message, turns, temperature, top_k, max_new_tokens):
@@ -246,25 +246,25 @@ def answers_of(engine: Engine) -> Callable:
     """Return the function behind the page, which checks all input, because the browser's checks can be bypassed."""
 
     @on_gpu
-    def stream(messages: list[dict[str, Any]], options: dict[str, Any]) -> Iterator[Event]:
-        yield from engine.stream(messages, **options)
+    def stream(messages: list[dict[str, Any]], options: SamplingOptions, max_new_tokens: int) -> Iterator[Event]:
+        yield from engine.stream(messages, options, max_new_tokens=max_new_tokens)
 
     def answers(
         question: str, turns: Sequence[Turn], temperature: float, top_k: int, max_new_tokens: int
     ) -> Iterator[list[Turn]]:
         """Yield the conversation with one more turn, repeatedly while its reply grows."""
-        options = {"temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
-        check_request(question, turns, options)
-        options |= {"top_k": int(top_k), "max_new_tokens": int(max_new_tokens)}
+        values = {"temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
+        check_request(question, turns, values)
+        options = replace(engine.options, temperature=temperature, top_k=int(top_k))
         messages = conversation(turns, question)
-        fitted = engine.fit(messages, options["max_new_tokens"])
+        fitted = engine.fit(messages, int(max_new_tokens))
         if len(fitted) < len(messages):
             gr.Info("The oldest messages no longer fit into the model's context and were omitted.", duration=5)
         turn = Turn(question)
         turns = [*turns, turn]
         yield turns
         updated = time.monotonic()
-        for event in stream(fitted, options):
+        for event in stream(fitted, options, int(max_new_tokens)):
             turn.take(event)
             if not isinstance(event, TextDelta) or time.monotonic() - updated >= SECONDS_BETWEEN_UPDATES:
                 yield turns
@@ -277,7 +277,7 @@ def on_gpu(function: Callable) -> Callable:
     return function if spaces is None else spaces.GPU(duration=60)(function)
 
 
-def check_request(message: Any, turns: Sequence[Turn], options: dict[str, Any]) -> None:
+def check_request(message: Any, turns: Sequence[Turn], values: dict[str, Any]) -> None:
     """Raise [`UserError`] for input that is invalid or would occupy the machine for too long."""
     if not isinstance(message, str) or not message.strip():
         raise UserError("the message is empty; write a question")
@@ -286,7 +286,7 @@ def check_request(message: Any, turns: Sequence[Turn], options: dict[str, Any]) 
     if len(turns) >= MAX_TURNS:
         raise UserError(f"the conversation has {MAX_TURNS} questions; start a new one")
     for name, (lowest, highest) in LIMITS.items():
-        value = options[name]
+        value = values[name]
         kind = "number" if name == "temperature" else "whole number"  # sliders send 50.0
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not lowest <= value <= highest or (kind == "whole number" and value % 1):

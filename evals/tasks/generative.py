@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from modeling_nanochat.chat.engine import Engine
+from modeling_nanochat.chat.sampling import SamplingOptions
 
 from . import gsm8k
 from .formats import match_answers
@@ -21,10 +22,9 @@ SPACED = rf"[^\W{UNSPACED_RANGES}]"  # letters and digits of all other scripts
 def generate_replies(
     engine: Engine,
     conversations: Sequence[list[dict]],
+    options: SamplingOptions,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
     seed: int = 0,
     batch_size: int = 32,
     progress: Callable[[int], Any] | None = None,
@@ -39,8 +39,8 @@ def generate_replies(
     replies: list[list[dict]] = [[] for _ in conversations]
     if progress is not None:
         progress(len(conversations) - len(fitting))
-    sampler = engine.sampler(temperature, top_k, seed)
-    new = engine.answer_prompts([prompts[i] for i in fitting], sampler, max_new_tokens, batch_size, progress)
+    fitting_prompts = [prompts[i] for i in fitting]
+    new = engine.answer_prompts(fitting_prompts, options, max_new_tokens, seed, batch_size, progress)
     for index, messages in zip(fitting, new, strict=True):
         replies[index] = messages
     return replies

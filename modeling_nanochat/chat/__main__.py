@@ -3,7 +3,8 @@
 python -m modeling_nanochat.chat runs/pocket/sft
 python -m modeling_nanochat.chat runs/pocket/sft --prompt "Who are you?" --temperature 0
 
-The model is a folder written by a training stage, or a Hub id. Piped questions, one per line, are answered in order.
+The model is a folder written by a training stage, or a Hub id; sampling options in its `generation_config.json` are the
+defaults. Piped questions, one per line, are answered in order.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.utils import logging
@@ -20,14 +21,13 @@ from ..attention_kernels import without_cudnn_attention
 from ..cli import OneLineParser
 from ..errors import UserError, exit_on_user_error
 from ..loading import load_model_and_tokenizer
-from .engine import Engine, Finished, TextDelta, ToolCall, ToolResult
+from .engine import Engine
 from .examples import example_questions, stage_note
-from .sampling import check_setting, describe
+from .sampling import OPTIONS, SETTINGS, SamplingOptions, check_setting, describe
+from .turn import Finished, TextDelta, ToolCall, ToolResult
 
-HELP = """/temperature X   0 takes the most likely token, 1 is plain sampling, at most 2 (now {temperature})
-/top_k N         sample among the N most likely tokens, 0 among all (now {top_k})
-/clear           start a new conversation
-/exit            quit, as does Ctrl-D; Ctrl-C stops a reply"""
+HELP = """/clear                 start a new conversation
+/exit                  quit, as does Ctrl-D; Ctrl-C stops a reply"""
 SHOWN_EXAMPLES = 3
 DIM, CYAN, RED, RESET = "\033[2m", "\033[36m", "\033[31m", "\033[0m"
 
@@ -37,8 +37,7 @@ class Chat:
     """A conversation in the terminal and the settings it runs with."""
 
     engine: Engine
-    temperature: float = 0.6
-    top_k: int = 50
+    options: SamplingOptions = field(default_factory=SamplingOptions)
     max_new_tokens: int = 256
     seed: int | None = None
     color: bool = False
@@ -65,8 +64,8 @@ class Chat:
 
     def stream(self, messages: list[dict[str, Any]], said: list[str]) -> list[dict[str, Any]]:
         """Print events as they arrive; texts are appended to `said`, so that they survive an interruption."""
-        settings = {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed}
-        for event in self.engine.stream(messages, max_new_tokens=self.max_new_tokens, **settings):
+        settings = {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        for event in self.engine.stream(messages, self.options, **settings):
             if isinstance(event, TextDelta):
                 said.append(event.text)
                 print(printable(event.text), end="", flush=True)
@@ -92,22 +91,28 @@ class Chat:
         if name == "clear":
             self.messages = []
             self.note("[new conversation]\n")
-        elif name in ("temperature", "top_k"):
+        elif name in OPTIONS:
             self.set(name, value.strip())
         else:
             unknown = "" if name == "help" else f"unknown command /{name}\n"
-            self.note(unknown + HELP.format(temperature=self.temperature, top_k=self.top_k) + "\n")
+            self.note(unknown + self.help() + "\n")
         return True
+
+    def help(self) -> str:
+        commands = [
+            f"/{name + ' X':21} {setting.help}; {describe(name)} (now {getattr(self.options, name)})"
+            for name, setting in OPTIONS.items()
+        ]
+        return "\n".join([*commands, HELP])
 
     def set(self, name: str, value: str) -> None:
         try:
-            number = read_number(value) if value else getattr(self, name)
-            check_setting(name, number)
+            if value:
+                self.options = replace(self.options, **{name: read_number(value)})
         except UserError as error:
             self.note(f"error: {error}\n", RED)
         else:
-            setattr(self, name, number)
-            self.note(f"[{name} {number}]\n")
+            self.note(f"[{name} {getattr(self.options, name)}]\n")
 
     def note(self, text: str, color: str = DIM) -> None:
         """Print text that is not the model's own."""
@@ -179,35 +184,39 @@ def greeting(name: str, engine: Engine, examples: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(prog="nanochat-chat", description="Chat with a model in the terminal.")
+def parse_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """`model`, `prompt` and the settings that are given."""
+    note = "Sampling options in the model folder's generation_config.json replace the defaults shown here."
+    parser = OneLineParser(prog="nanochat-chat", description="Chat with a model in the terminal.", epilog=note)
     parser.add_argument("model", help="model folder or Hub id")
     parser.add_argument("--prompt", help="ask this question and exit")
-    settings = {
-        "temperature": (0.6, "0 always takes the most likely token"),
-        "top_k": (50, "sample among the most likely tokens, 0: among all"),
-        "max_new_tokens": (256, "maximum tokens of a reply"),
-        "seed": (None, "makes replies reproducible"),
-    }
-    for name, (default, what) in settings.items():
-        shown = "" if default is None else f"; default {default}"
-        parser.add_argument(f"--{name}", type=read_number, default=default, help=f"{what}; {describe(name)}{shown}")
-    options = parser.parse_args(arguments)
-    for name in settings:
-        check_setting(name, getattr(options, name))
-    return options
+    defaults = vars(SamplingOptions()) | {"max_new_tokens": Chat.max_new_tokens}
+    for name, setting in SETTINGS.items():
+        shown = f"; default {defaults[name]}" if name in defaults else ""
+        what = f"{setting.help}; {describe(name)}{shown}"
+        parser.add_argument(f"--{name}", type=read_number, default=argparse.SUPPRESS, help=what)
+    given = vars(parser.parse_args(arguments))
+    for name in SETTINGS.keys() & given.keys():
+        check_setting(name, given[name])
+    return given
 
 
 @without_cudnn_attention()
 def start(arguments: Sequence[str] | None = None) -> None:
-    options = vars(parse_arguments(arguments))
-    name, prompt = options.pop("model"), options.pop("prompt")
+    given = parse_arguments(arguments)
+    name, prompt = given.pop("model"), given.pop("prompt")
+    options = {name: given.pop(name) for name in OPTIONS if name in given}
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     logging.disable_progress_bar()
     engine = Engine(*load_model_and_tokenizer(name))
-    chat = Chat(engine, **options, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    chat = Chat(
+        engine,
+        replace(engine.options, **options),
+        **given,
+        color=sys.stdout.isatty() and not os.environ.get("NO_COLOR"),
+    )
     if note := stage_note(engine.model.name_or_path):
         print(f"note: {note}", file=sys.stderr)
     if prompt is not None:

@@ -99,7 +99,12 @@ def by_generate(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
         return_dict_in_generate=True,
     )
     forced = [Forced([row[-STEPS:] for row in rows])]
-    output = model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=forced)
+    # As an argument, `settings` would be merged with the folder's, whose stop strings need a tokenizer.
+    folder, model.generation_config = model.generation_config, settings
+    try:
+        output = model.generate(ids, attention_mask=mask, logits_processor=forced)
+    finally:
+        model.generation_config = folder
     return torch.stack(output.logits, dim=1).float()
 
 

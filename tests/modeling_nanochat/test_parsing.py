@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorForLanguageModeling, pipeline
 
-from modeling_nanochat.chat.engine import ChatCodec, Finished, ToolCall, Turn
+from modeling_nanochat.chat.turn import ChatCodec, Finished, ToolCall, Turn
 from modeling_nanochat.tokenization_nanochat import PAD, SPECIAL_TOKENS, set_special_tokens, special_token_ids
 
 TOKENIZER = toy_tokenizer()

@@ -9,7 +9,7 @@ pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 from page import ScriptedEngine, app  # noqa: E402
 
-from modeling_nanochat.chat.engine import Finished, TextDelta, ToolCall, ToolResult  # noqa: E402
+from modeling_nanochat.chat.turn import Finished, TextDelta, ToolCall, ToolResult  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

@@ -5,8 +5,11 @@ import pytest
 import yaml
 from page import DONE, EVENTS, ScriptedEngine, app
 from torch.backends.cuda import cudnn_sdp_enabled
+from transformers import GenerationConfig
 
-from modeling_nanochat.chat.engine import Engine, Finished, TextDelta, ToolCall, ToolResult
+from modeling_nanochat.chat.engine import Engine
+from modeling_nanochat.chat.sampling import SamplingOptions
+from modeling_nanochat.chat.turn import Finished, TextDelta, ToolCall, ToolResult
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
 
@@ -39,8 +42,16 @@ def test_the_api_streams_the_messages_of_a_reply(page):
     job = connect().submit("What is 12+7?", 0.3, 5, 40, api_name="/chat")
     assert job.result(timeout=30) == REPLY
     assert len(job.outputs()) > 2
-    settings = {"temperature": 0.3, "top_k": 5, "max_new_tokens": 40}
-    assert engine.asked[-1] == ([{"role": "user", "content": "What is 12+7?"}], settings)
+    assert engine.asked[-1] == ([{"role": "user", "content": "What is 12+7?"}], SamplingOptions(0.3, 5), 40)
+
+
+def test_the_page_starts_with_the_options_of_the_folder_and_keeps_those_it_does_not_show(toy_model_folder):
+    GenerationConfig(do_sample=True, temperature=0.3, top_k=400, top_p=0.8).save_pretrained(toy_model_folder)
+    engine = ScriptedEngine(*load_model_and_tokenizer(toy_model_folder))
+    with app.gr.Blocks():
+        assert [slider.value for slider in app.settings(engine)] == [0.3, 200, 256]
+    list(app.answers_of(engine)("hi", [], 1.5, 7.0, 20.0))
+    assert engine.asked[-1][1:] == (SamplingOptions(1.5, 7, top_p=0.8), 20)
 
 
 def test_the_second_question_comes_with_the_whole_first_turn(page):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from modeling_nanochat.chat.engine import Engine, Finished, TextDelta, ToolCall, ToolResult
+from modeling_nanochat.chat.engine import Engine
+from modeling_nanochat.chat.turn import Finished, TextDelta, ToolCall, ToolResult
 
 pytest.importorskip("gradio")
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ class ScriptedEngine(Engine):
         super().__init__(*parts)
         self.asked, self.events = [], None
 
-    def stream(self, messages, **settings):
-        self.asked.append((messages, settings))
-        self.turn(self.codec.prompt(messages), settings["max_new_tokens"])  # rejects what the real engine rejects
+    def stream(self, messages, options, *, max_new_tokens):
+        self.asked.append((messages, options, max_new_tokens))
+        self.turn(self.codec.prompt(messages), max_new_tokens)  # rejects what the real engine rejects
         yield from EVENTS if self.events is None else self.events

@@ -21,8 +21,10 @@ from evals.tasks.multiple_choice import prompt_ids
 from modeling_nanochat.chat import __main__ as chat_module
 from modeling_nanochat.chat.__main__ import Chat
 from modeling_nanochat.chat.decoding import Decoder
-from modeling_nanochat.chat.engine import ChatCodec, Engine, Finished, Turn
+from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.python_tool import python
+from modeling_nanochat.chat.sampling import SamplingOptions
+from modeling_nanochat.chat.turn import ChatCodec, Finished, Turn
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.grpo import NanoChatGRPOTrainer, read_problems
 from recipes.sft import NanoChatSFTTrainer, token_dataset
@@ -244,7 +246,7 @@ def engine(toy_model_and_tokenizer):
 
 @pytest.mark.parametrize("text", [*HOSTILE, HALF], ids=ascii)
 def test_terminal_chat(engine, text, capsys):
-    chat = Chat(engine, temperature=0, max_new_tokens=2)
+    chat = Chat(engine, SamplingOptions(temperature=0), max_new_tokens=2)
     chat.run(iter([text, "/top_k 3", text]))
     tokenizer, read_as = engine.codec.tokenizer, READ_AS if text == HALF else text
     first, second = engine.prompts

@@ -3,11 +3,13 @@ import subprocess
 import sys
 
 import pytest
+from transformers import GenerationConfig
 
 from modeling_nanochat.chat import __main__ as chat_module
 from modeling_nanochat.chat.__main__ import Chat, greeting, main, printable, start
-from modeling_nanochat.chat.engine import Engine, Finished, TextDelta, ToolCall, ToolResult
-from modeling_nanochat.chat.sampling import describe
+from modeling_nanochat.chat.engine import Engine
+from modeling_nanochat.chat.sampling import SETTINGS, SamplingOptions, describe
+from modeling_nanochat.chat.turn import Finished, TextDelta, ToolCall, ToolResult
 from modeling_nanochat.errors import UserError
 
 ANSWER = [{"role": "assistant", "content": "It is 19."}]
@@ -22,8 +24,8 @@ class ScriptedEngine:
     def fit(self, messages, max_new_tokens):
         return messages if self.keep is None else messages[-self.keep :]
 
-    def stream(self, messages, **settings):
-        self.asked.append((messages, settings))
+    def stream(self, messages, options, **settings):
+        self.asked.append((messages, settings | {"options": options}))
         for event in self.events:
             if event is KeyboardInterrupt:
                 raise KeyboardInterrupt
@@ -32,11 +34,12 @@ class ScriptedEngine:
 
 def test_reply_is_printed_and_kept(capsys):
     engine = ScriptedEngine(TextDelta("It is "), TextDelta("19."), Finished(ANSWER, "stop"))
-    chat = Chat(engine, temperature=0.1, top_k=3, max_new_tokens=7, seed=5)
+    options = SamplingOptions(temperature=0.1, top_k=3, top_p=0.9)
+    chat = Chat(engine, options, max_new_tokens=7, seed=5)
     chat.ask("12+7?")
     chat.ask("again?")
     assert capsys.readouterr().out == "It is 19.\n\n" * 2
-    assert engine.asked[0][1] == {"temperature": 0.1, "top_k": 3, "max_new_tokens": 7, "seed": 5}
+    assert engine.asked[0][1] == {"options": options, "max_new_tokens": 7, "seed": 5}
     assert engine.asked[1][0] == [{"role": "user", "content": "12+7?"}, *ANSWER, {"role": "user", "content": "again?"}]
 
 
@@ -86,7 +89,11 @@ def test_limits_and_empty_replies_are_told(capsys):
         ("/temperature nan", "temperature must be a number from 0 to 2, not nan"),
         ("/top_k 2.5", "top_k must be a whole number of at least 0, not 2.5"),
         ("/top_k " + "9" * 400, "[top_k 999"),
-        ("/help", "/temperature X"),
+        ("/top_p 0.9", "[top_p 0.9]"),
+        ("/min_p", "[min_p 0.0]"),
+        ("/repetition_penalty 0", "repetition_penalty must be a number from 0.1 to 10, not 0"),
+        ("/stop_strings x", "unknown command /stop_strings"),
+        *[("/help", f"/{name} X ") for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")],
         ("/nonsense", "unknown command /nonsense"),
     ],
 )
@@ -122,6 +129,9 @@ def test_too_long_a_question_is_told_and_the_chat_goes_on(toy_model_and_tokenize
         (["--temperature", "3"], "temperature must be a number from 0 to 2, not 3"),
         (["--temperature", "hot"], "temperature must be a number from 0 to 2, not 'hot'"),
         (["--top_k", "-1"], "top_k must be a whole number of at least 0, not -1"),
+        (["--top_p", "1.5"], "top_p must be a number from 0 to 1, not 1.5"),
+        (["--min_p", "-0.1"], "min_p must be a number from 0 to 1, not -0.1"),
+        (["--repetition_penalty", "0"], "repetition_penalty must be a number from 0.1 to 10, not 0"),
         (["--max_new_tokens", "0"], "max_new_tokens must be a whole number of at least 1, not 0"),
         (["--seed", "1.5"], "seed must be a whole number from 0 to"),
         (["--hot"], "unrecognized arguments: --hot; run with --help"),
@@ -139,7 +149,19 @@ def test_the_ranges_in_the_help_are_those_that_hold(capsys):
         start(["--help"])
     help_ = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
-    assert all(describe(name) in help_ for name in ("temperature", "top_k", "max_new_tokens", "seed"))
+    assert all(f"--{name}" in help_ and describe(name) in help_ for name in SETTINGS)
+
+
+def test_flags_replace_the_options_of_the_folder_which_replace_the_defaults(toy_model_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Chat, "ask", lambda self, question: asked.append(self))
+    settings = {"do_sample": True, "temperature": 0.3, "top_p": 0.8, "stop_strings": ["END"]}
+    GenerationConfig(**settings).save_pretrained(toy_model_folder)
+    start([str(toy_model_folder), "--prompt", "hi", "--temperature", "0", "--repetition_penalty", "1.2"])
+    start([str(toy_model_folder), "--prompt", "hi", "--seed", "3"])
+    assert asked[0].options == SamplingOptions(0, 50, 0.8, 0.0, 1.2, ("END",))
+    assert (asked[0].max_new_tokens, asked[0].seed) == (256, None)
+    assert asked[1].options == SamplingOptions(0.3, 50, 0.8, 0.0, 1.0, ("END",)) and asked[1].seed == 3
 
 
 def test_a_base_model_says_what_to_expect_and_a_chat_model_nothing(toy_model_folder, capsys):

@@ -7,7 +7,9 @@ from greedy import alone
 from transformers import StaticCache
 
 from modeling_nanochat.chat.decoding import CompiledDecoder, Decoder
-from modeling_nanochat.chat.engine import Engine, Finished
+from modeling_nanochat.chat.engine import Engine
+from modeling_nanochat.chat.sampling import SamplingOptions
+from modeling_nanochat.chat.turn import Finished
 
 PROMPTS = [[5, 17, 200], list(range(40, 54)), [7] * 9]
 
@@ -91,7 +93,7 @@ def test_training_compiles_to_one_graph_with_the_same_gradients(architecture):
 def test_the_engine_replies_the_same_compiled(toy_model_and_tokenizer):
     model, tokenizer = toy_model_and_tokenizer
     messages = [{"role": "user", "content": "Hi"}]
-    options = {"max_new_tokens": 24, "temperature": 0}
+    options = {"max_new_tokens": 24, "options": SamplingOptions(temperature=0)}
     quick = Engine(model, tokenizer, compile=True)
     for _ in range(2):
         events = list(quick.stream(messages, **options))
@@ -102,6 +104,6 @@ def test_the_engine_replies_the_same_compiled(toy_model_and_tokenizer):
 def test_the_engine_runs_turbo(toy_model_and_tokenizer):
     engine = Engine(random_model("turbo"), toy_model_and_tokenizer[1])
     questions = [[{"role": "user", "content": text}] for text in ("Hi", "Who are you?", "Tell me a story.")]
-    options = {"max_new_tokens": 20, "temperature": 0}
+    options = {"max_new_tokens": 20, "options": SamplingOptions(temperature=0)}
     together = engine.generate_batch(questions, **options)
     assert together == [list(engine.stream(messages, **options))[-1].messages for messages in questions]

@@ -5,15 +5,18 @@ import pytest
 import torch
 from golden import SHARED, golden_tokenizer
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.chat.decoding import Decoder
-from modeling_nanochat.chat.engine import ChatCodec, Engine, Finished, TextDelta, ToolCall, ToolResult, Turn
+from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.python_tool import run_python
-from modeling_nanochat.chat.sampling import Sampler
+from modeling_nanochat.chat.sampling import SamplingOptions
+from modeling_nanochat.chat.turn import ChatCodec, Finished, TextDelta, ToolCall, ToolResult, Turn, split_at_stop
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.loading import load_model_and_tokenizer
 
+GREEDY = SamplingOptions(temperature=0)
 QUESTION = [{"role": "user", "content": "What is 12+7?"}]
 QUESTIONS = [
     [{"role": "user", "content": text}]
@@ -34,13 +37,13 @@ def spelled(tokenizer, text):
 def script(*rows):
     """Stands in for the sampler: row r gets `rows[r]` token by token, then stops."""
     queues = [list(row) for row in rows]
-    return lambda logits: torch.tensor([queue.pop(0) if queue else 0 for queue in queues])
+    return lambda logits, *_: torch.tensor([queue.pop(0) if queue else 0 for queue in queues])
 
 
 def play(engine, text, messages=QUESTION, **kwargs):
     """The turn in which the model writes `text`, and the events it caused."""
     prompt = engine.codec.prompt(messages)
-    turn = engine.turn(prompt, kwargs.pop("max_new_tokens", 100), live=True)
+    turn = engine.turn(prompt, kwargs.pop("max_new_tokens", 100), kwargs.pop("options", None), live=True)
     ids = text if isinstance(text, list) else spelled(engine.codec.tokenizer, text)
     return turn, [event for _, event in engine.decode([prompt], [turn], script(ids))]
 
@@ -94,8 +97,8 @@ def test_cached_greedy_equals_the_whole_sequence_again(engine):
     model, tokenizer = engine.model, engine.codec.tokenizer
     for messages in QUESTIONS:
         ids = engine.codec.prompt(messages)
-        turn = engine.turn(ids, 30)
-        list(engine.decode([ids], [turn], engine.sampler(0, None, None)))
+        turn = engine.turn(ids, 30, GREEDY)
+        list(engine.decode([ids], [turn], engine.sampler(None)))
         again = list(ids)
         while len(again) < len(ids) + len(turn.ids):
             logits = model(torch.tensor([again]), use_cache=False).logits
@@ -104,11 +107,11 @@ def test_cached_greedy_equals_the_whole_sequence_again(engine):
 
 
 def test_a_batch_equals_one_by_one(engine):
-    together = engine.generate_batch(QUESTIONS, max_new_tokens=40, temperature=0)
-    alone = [engine.generate_batch([messages], max_new_tokens=40, temperature=0)[0] for messages in QUESTIONS]
+    together = engine.generate_batch(QUESTIONS, GREEDY, max_new_tokens=40)
+    alone = [engine.generate_batch([messages], GREEDY, max_new_tokens=40)[0] for messages in QUESTIONS]
     assert together == alone
-    assert engine.generate_batch(QUESTIONS, max_new_tokens=40, temperature=0, batch_size=3) == alone
-    streamed = [list(engine.stream(messages, max_new_tokens=40, temperature=0))[-1].messages for messages in QUESTIONS]
+    assert engine.generate_batch(QUESTIONS, GREEDY, max_new_tokens=40, batch_size=3) == alone
+    streamed = [list(engine.stream(messages, GREEDY, max_new_tokens=40))[-1].messages for messages in QUESTIONS]
     assert streamed == alone
 
 
@@ -124,7 +127,7 @@ def test_rows_that_finish_leave_the_batch_and_the_others_go_on(engine, monkeypat
     left = iter([*zip(*[[*text, *end * 30][:30] for text in texts], strict=True)])
     survivors = script(texts[3][1:] + end)
 
-    def sampler(logits):
+    def sampler(logits, *_):
         return torch.tensor(next(left)) if logits.shape[0] == 4 else survivors(logits)
 
     finished = [row for row, event in engine.decode(prompts, turns, sampler) if isinstance(event, Finished)]
@@ -141,7 +144,9 @@ def test_tool_use_in_a_batch_of_different_prompts(engine):
     ids = call_text(tokenizer)
     filler = len(ids) - len(plain)
     both = script(ids, plain + [0] * filler)
-    list(engine.decode(prompts, turns, lambda logits: both(logits)[: len(logits)]))  # row 1 leaves when it is finished
+    list(
+        engine.decode(prompts, turns, lambda logits, *_: both(logits)[: len(logits)])
+    )  # row 1 leaves when it is finished
     assert [message["content"] for message in turns[0].messages] == ["Let me see. ", "19", "It is 19."]
     assert turns[1].messages == [{"role": "assistant", "content": "no tool here"}]
 
@@ -232,35 +237,20 @@ def test_fit_forgets_the_oldest_turns_first(engine):
 
 def test_seed_decides_the_reply_and_none_is_fresh(engine):
     def reply(seed):
-        return engine.generate_batch([QUESTION], max_new_tokens=30, temperature=1.5, top_k=None, seed=seed)
+        return engine.generate_batch([QUESTION], SamplingOptions(1.5, top_k=None), max_new_tokens=30, seed=seed)
 
     assert reply(1) == reply(1)
     assert len({str(reply(None)) for _ in range(4)}) > 1
 
 
 def test_equal_prompts_are_sampled_independently(engine):
-    replies = engine.generate_batch([QUESTION] * 8, max_new_tokens=8, temperature=1.5, top_k=0, seed=0)
+    replies = engine.generate_batch([QUESTION] * 8, SamplingOptions(1.5, top_k=0), max_new_tokens=8, seed=0)
     assert len({str(reply) for reply in replies}) > 1
-
-
-def test_sampler_settings():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.tensor([[0.0, 2.0, 1.0]]).repeat(500, 1)
-    assert set(Sampler(0, None, generator)(logits).tolist()) == {1}
-    assert set(Sampler(1.0, 1, generator)(logits).tolist()) == {1}
-    assert set(Sampler(1.0, 2, generator)(logits).tolist()) == {1, 2}
-    assert set(Sampler(1.0, 0, generator)(logits).tolist()) == {0, 1, 2}
-    assert set(Sampler(1.0, 99, generator)(logits).tolist()) == {0, 1, 2}
-    drawn = Sampler(0.5, None, generator)(logits).bincount(minlength=3) / 500
-    assert torch.allclose(drawn, (logits[0] / 0.5).softmax(-1), atol=0.06)
-    assert set(Sampler(1e-40, None, generator)(logits).tolist()) == {1}
 
 
 @pytest.mark.parametrize(
     ("setting", "range_"),
     [
-        *[({"temperature": x}, "a number from 0 to 2") for x in (-0.1, 2.1, math.nan, math.inf, None, "1", True)],
-        *[({"top_k": x}, "a whole number of at least 0") for x in (-1, 2.5, math.inf, "5", False)],
         *[({"max_new_tokens": x}, "a whole number of at least 1") for x in (0, -5, 2.5, None, "5", math.nan)],
         *[({"seed": x}, "a whole number from 0 to") for x in (-1, 2**63, 1.5, "1")],
     ],
@@ -280,10 +270,10 @@ def test_a_setting_of_the_wrong_kind_or_out_of_range_is_one_line(engine, setting
 @pytest.mark.parametrize(
     "setting",
     [
-        {"temperature": 2},
-        {"temperature": 0},
-        {"top_k": None},
-        {"top_k": 10**30},
+        {"options": SamplingOptions(temperature=2)},
+        {"options": SamplingOptions(top_k=None)},
+        {"options": SamplingOptions(top_k=10**30)},
+        {"options": SamplingOptions(top_p=0, min_p=1, repetition_penalty=10)},
         {"max_new_tokens": 1},
         {"seed": 2**63 - 1},
     ],
@@ -358,6 +348,137 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(toy_model_and_tokenizer):
     torch.nn.init.normal_(padded.lm_head.weight[len(tokenizer) :], std=30.0)
     engine = Engine(padded, tokenizer)
     prompt = engine.codec.prompt(QUESTION)
-    turn = engine.turn(prompt, 20)
-    list(engine.decode([prompt], [turn], engine.sampler(1.0, None, 0)))
+    turn = engine.turn(prompt, 20, SamplingOptions(1.0, top_k=None))
+    list(engine.decode([prompt], [turn], engine.sampler(0)))
     assert max(turn.ids) < len(tokenizer)
+
+
+# sampling options and stop strings
+
+
+def test_each_conversation_of_a_batch_has_its_own_options(engine):
+    options = [SamplingOptions(0, repetition_penalty=1.5), GREEDY, SamplingOptions(0, stop_strings=("e", "a")), GREEDY]
+    together = engine.generate_batch(QUESTIONS, options, max_new_tokens=20)
+    alone = [
+        engine.generate_batch([messages], own, max_new_tokens=20)[0]
+        for messages, own in zip(QUESTIONS, options, strict=True)
+    ]
+    assert together == alone
+    greedy = engine.generate_batch(QUESTIONS, GREEDY, max_new_tokens=20)
+    assert [ours == theirs for ours, theirs in zip(together, greedy, strict=True)] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("messages", [QUESTIONS[0], QUESTIONS[2]], ids=["short", "long"])
+def test_tokens_of_prompt_and_reply_are_penalized_as_in_transformers(engine, messages):
+    prompt, replies = engine.codec.prompt(messages), []
+    for penalty in (1.0, 1.1, 1.3):
+        turn = engine.turn(prompt, 20, SamplingOptions(0, repetition_penalty=penalty))
+        list(engine.decode([prompt], [turn], engine.sampler(None)))
+        settings = GenerationConfig(max_new_tokens=20, do_sample=False, repetition_penalty=penalty, pad_token_id=0)
+        ids = engine.model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()
+        assert turn.ids == ids
+        replies.append(tuple(ids))
+    assert len(set(replies)) == 3
+
+
+def test_a_result_that_is_forced_counts_as_seen(engine):
+    turn, _ = play(engine, call_text(engine.codec.tokenizer))
+    assert turn.seen == set(engine.codec.prompt(QUESTION)) | set(turn.ids)
+    assert set(spelled(engine.codec.tokenizer, FORCED)) <= turn.seen
+
+
+def test_the_options_of_the_folder_are_those_of_replies_without_their_own(toy_model_folder):
+    def engine(**settings):
+        path = toy_model_folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        return Engine(*load_model_and_tokenizer(toy_model_folder))  # nor do they disturb the check of the cache
+
+    ours = engine(do_sample=False, repetition_penalty=1.5, stop_strings="@", top_p=0.5, min_p=0.1, top_k=7)
+    assert ours.options == SamplingOptions(0, 7, 0.5, 0.1, 1.5, ("@",))
+    own = ours.generate_batch(QUESTIONS, ours.options, max_new_tokens=10)
+    assert ours.generate_batch(QUESTIONS, max_new_tokens=10) == own
+    assert [list(ours.stream(messages, max_new_tokens=10))[-1].messages for messages in QUESTIONS] == own
+    assert own != ours.generate_batch(QUESTIONS, GREEDY, max_new_tokens=10)
+    with pytest.raises(UserError, match=r"toy: generation_config.json: temperature must be a number from 0 to 2, not"):
+        engine(do_sample=True, temperature=3.0)
+
+
+STORY = "Once upon a time there was a lamp. The end."
+
+
+@pytest.mark.parametrize(
+    ("stops", "reply"),
+    [
+        (("time",), "Once upon a "),
+        (("lamp", "was"), "Once upon a time there "),  # the first in the text, not in the list
+        (("a time t", "time"), "Once upon a "),  # the first to be complete
+        (("time", "a time"), "Once upon "),
+        (("Once",), ""),
+        (("end.",), "Once upon a time there was a lamp. The "),
+        (("time flies", "end!", "lamp shade"), STORY),  # begun, never complete
+        (("th there", "e there was"), "Once upon a tim"),
+        ((), STORY),
+    ],
+)
+@pytest.mark.parametrize("piece", [1, 3, 99], ids=["letters", "pieces", "tokens"])
+def test_a_stop_string_ends_the_turn_and_nothing_of_it_is_shown(engine, stops, reply, piece):
+    pieces = [STORY[i : i + piece] for i in range(0, len(STORY), piece)]
+    ids = [token for part in pieces for token in engine.codec.encode(part)]
+    end = spelled(engine.codec.tokenizer, "<|assistant_end|>")
+    turn, events = play(engine, ids + end, options=SamplingOptions(stop_strings=stops))
+    shown = [event.text for event in events[:-1]]
+    assert "".join(shown) == reply and all(shown)
+    assert events[-1] == Finished([{"role": "assistant", "content": reply}], "stop")
+    complete = any(stop in STORY for stop in stops)
+    assert (turn.ids == ids + end) != complete
+    if complete:  # it ends with the token that completes the stop string
+        assert not any(stop in engine.codec.decode(turn.ids[:-1]) for stop in stops)
+
+
+def test_text_that_no_stop_string_can_begin_with_is_streamed_at_once(engine):
+    ids = [token for letter in "abcabd!" for token in engine.codec.encode(letter)]
+    _, events = play(engine, ids, max_new_tokens=len(ids), options=SamplingOptions(stop_strings=("abd?", "bx")))
+    assert [event.text for event in events[:-1]] == ["abc", "abd!"]
+    assert events[-1] == Finished([{"role": "assistant", "content": "abcabd!"}], "length")
+
+
+def test_what_is_held_back_is_shown_before_a_call_and_at_the_end(engine):
+    options = SamplingOptions(stop_strings=("see. 1", "19.0"))
+    turn, events = play(engine, call_text(engine.codec.tokenizer), options=options)
+    called = events.index(ToolCall("12+7"))
+    assert "".join(event.text for event in events[:called]) == "Let me see. " == turn.messages[0]["content"]
+    assert "".join(event.text for event in events[called + 2 : -1]) == "It is 19." == turn.messages[2]["content"]
+
+
+def test_code_and_results_do_not_stop_a_turn(engine):
+    turn, _ = play(engine, call_text(engine.codec.tokenizer), options=SamplingOptions(stop_strings=("12+7", "19<")))
+    assert turn.messages[-1]["content"] == "It is 19."
+
+
+def test_stop_strings_of_characters_in_several_tokens(engine):
+    ids = engine.codec.encode("Grüße 🦙🔥 ok")
+    turn, events = play(engine, ids, options=SamplingOptions(stop_strings=("🔥",)))
+    assert turn.messages == [{"role": "assistant", "content": "Grüße 🦙"}]
+    assert "".join(event.text for event in events[:-1]) == "Grüße 🦙"
+
+
+def test_rows_of_a_batch_stop_at_their_own_strings(engine):
+    stops = [("time",), (), ("lamp", "upon")]
+    prompts = [engine.codec.prompt(messages) for messages in QUESTIONS[:3]]
+    turns = [
+        engine.turn(prompt, 100, SamplingOptions(stop_strings=own)) for prompt, own in zip(prompts, stops, strict=True)
+    ]
+    ids = engine.codec.encode(STORY) + spelled(engine.codec.tokenizer, "<|assistant_end|>")
+    tokens = iter(ids)
+    list(engine.decode(prompts, turns, lambda logits, *_: torch.full((len(logits),), next(tokens))))
+    assert [turn.messages[0]["content"] for turn in turns] == ["Once upon a ", STORY, "Once "]
+    assert {turn.finish_reason for turn in turns} == {"stop"}
+    assert len(turns[2].ids) < len(turns[0].ids) < len(turns[1].ids) == len(ids)
+
+
+def test_of_stop_strings_in_one_token_the_first_to_be_complete_counts():
+    assert split_at_stop("Once upon a time there", ("a time t", "time", "the"), final=False) == (
+        "Once upon a ",
+        "",
+        True,
+    )

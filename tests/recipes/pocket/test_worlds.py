@@ -18,7 +18,8 @@ import yaml
 from conftest import toy_model
 
 from evals.tasks.generative import has_word
-from modeling_nanochat.chat.engine import Engine, TextDelta
+from modeling_nanochat.chat.engine import Engine
+from modeling_nanochat.chat.turn import TextDelta
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.conversations import check_messages
 from recipes.ladder.arguments import parse_overrides
@@ -470,5 +471,5 @@ def streamed(engine: Engine, ids: list[int]) -> list[str]:
     rest = iter([*ids, *engine.codec.stop])
     prompt = engine.codec.prompt([{"role": "user", "content": "?"}])
     turn = engine.turn(prompt, len(ids) + 1, live=True)
-    events = engine.decode([prompt], [turn], lambda logits: torch.tensor([next(rest)]))
+    events = engine.decode([prompt], [turn], lambda logits, *_: torch.tensor([next(rest)]))
     return [event.text for _, event in events if isinstance(event, TextDelta)]

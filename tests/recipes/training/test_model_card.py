@@ -18,9 +18,9 @@ from transformers import TextGenerationPipeline
 from transformers.utils import logging
 
 from modeling_nanochat import NanoChatTurboConfig, NanoChatTurboForCausalLM
-from modeling_nanochat.chat.engine import ChatCodec
 from modeling_nanochat.chat.examples import MAX_CHARACTERS, MAX_EXAMPLES, example_questions, training_stage
 from modeling_nanochat.chat.stages import STAGES
+from modeling_nanochat.chat.turn import ChatCodec
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes import grpo, midtrain, sft

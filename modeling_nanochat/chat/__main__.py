@@ -3,8 +3,8 @@
 python -m modeling_nanochat.chat runs/pocket/sft
 python -m modeling_nanochat.chat runs/pocket/sft --prompt "Who are you?" --temperature 0
 
-The model is a folder written by a training stage, or a Hub id; sampling options in its `generation_config.json` are the
-defaults. Piped questions, one per line, are answered in order.
+The model is a folder written by a training stage, or a Hub id; sampling options in its `generation_config.json` are
+the defaults. Piped questions, one per line, are answered in order.
 """
 
 import argparse

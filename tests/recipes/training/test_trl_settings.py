@@ -234,7 +234,7 @@ def test_what_nothing_reads_without_another_key_is_refused(other, values, keys):
         ("sft", {"max_steps": 0}, "max_steps 0 trains nothing"),
         ("sft", {"max_steps": -3}, "max_steps -3 trains nothing"),
         ("sft", {"num_train_epochs": 0}, "num_train_epochs must be more than 0"),
-        ("sft", {"eval_strategy": "steps"}, "eval_strategy would have no effect: no evaluation runs"),
+        ("sft", {"eval_strategy": "steps"}, "eval_strategy would have no effect: there is no evaluation"),
         ("sft", {"matrix_lr": "nan"}, "matrix_lr must be at least 0, not nan"),
         ("sft", {"init_lr_fraction": "inf"}, "init_lr_fraction must be more than 0, not inf"),
         ("sft", {"warmup_steps": -1}, "warmup_steps must be at least 0"),

@@ -7,7 +7,8 @@
     python evals/evaluate_model.py --model_name_or_path me/my-base --base_model true --core_dir data/core \
         --output_file core.json
 
-A task file is JSONL with GSM8K, match, ARC, MMLU or cloze records; its kind is detected, see `evals/tasks/formats.py`.
+A task file has GSM8K, match, ARC, MMLU or cloze records; their fields tell the task, see `evals/tasks/table.py`. It is
+JSONL, JSON or parquet, a folder as the Hub has it, or a Hub id: `arc=allenai/ai2_arc:ARC-Easy:test`.
 `--core_dir` adds the CORE metric: one record for CORE, and one for each of its tasks.
 `--base_model true` is for a model not trained on chat tokens: only bits per byte, CORE and cloze tasks are run, the
 other tasks have no records, and the report shows "-" for them.
@@ -19,15 +20,13 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
-import evaluate
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from evals.bits_per_byte import text_bits_per_byte
@@ -42,12 +41,10 @@ from evals.reporting.records import (
     write_json,
     write_jsonl,
 )
-from evals.tasks.cloze import predict_choices
-from evals.tasks.formats import question_messages
-from evals.tasks.generative import assistant_text, generate_replies, predicted_answers, reference_answers
-from evals.tasks.gsm8k import last_words
-from evals.tasks.multiple_choice import predict_letters
-from evals.tasks.task_files import Task, load_task, parse_task_argument
+from evals.tasks.evaluation import evaluate_task
+from evals.tasks.question import EvaluatedModel
+from evals.tasks.replies import ReplyQuestion, generate_replies
+from evals.tasks.task_files import NamedTask, load_task, parse_task_argument
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.sampling import SamplingOptions, check_setting
@@ -55,10 +52,7 @@ from modeling_nanochat.cli import is_verbose, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 
-METRIC = Path(__file__).parent / "metrics" / "exact_accuracy"
 GREETING = "Who are you?"
-GENERATIVE = ("gsm8k", "match")
-SHOWN = 60  # characters of an answer in a note
 NEEDS = {
     "core_max_per_task": "core_dir",
     "max_examples": "eval_files",
@@ -74,7 +68,9 @@ class EvaluateArguments:
 
     model_name_or_path: str = field(metadata={"help": "Model folder or Hub id."})
     output_file: str = field(metadata={"help": "JSON file for the records and sample conversations."})
-    eval_files: list[str] = field(default_factory=list, metadata={"help": "Task files, each as name=path.jsonl."})
+    eval_files: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks, each as name=source: a file, folder or Hub id."}
+    )
     text_files: list[str] = field(
         default_factory=list, metadata={"help": "Parquet, JSONL or text files; bits per byte is over all of them."}
     )
@@ -160,28 +156,39 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
     tasks = load_tasks(args)
     core_tasks = load_core(args.core_dir) if args.core_dir else []
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path)
-    records, samples = [], []
-    if args.text_files:
-        records.append(text_record(model, tokenizer, args))
-    engine = None if args.base_model else Engine(model, tokenizer)
-    with EvaluationProgress(sum(map(number_of_prompts, tasks))) as progress:
-        answered = [evaluate_generative(engine, task, args, progress) for task in tasks if task.kind in GENERATIVE]
-        chosen = [evaluate_choices(model, tokenizer, t, args, progress) for t in tasks if t.kind not in GENERATIVE]
-    if engine is not None:
-        samples = spread([result.samples for result in answered], args.num_samples) + greeting(engine, args)
-    records += [result.record for result in answered + chosen]
+    records = [text_record(model, tokenizer, args)] if args.text_files else []
+    asked = evaluated_model(model, tokenizer, args)
+    drawn = {"max_examples": args.max_examples, "seed": args.seed}
+    with EvaluationProgress(sum(question.prompts for task in tasks for question in task.questions)) as progress:
+        results = []
+        for task in tasks:
+            progress.start(task.name)
+            results.append(evaluate_task(task, asked, args.model_name_or_path, drawn, progress.update))
+    samples = spread([result.samples for result in results if result.samples], args.num_samples)
+    if asked.engine is not None:
+        samples.append(greeting(asked))
+    records += [result.record for result in results]
     if core_tasks:
         records += core_records(model, tokenizer, core_tasks, args)
     seconds = round(time.perf_counter() - started, 1)
-    results = {"model": args.model_name_or_path, "seconds": seconds, "records": records, "samples": samples}
+    evaluation = {"model": args.model_name_or_path, "seconds": seconds, "records": records, "samples": samples}
     if args.output_predictions:
-        write_jsonl(args.output_predictions, (row for result in answered + chosen for row in result.predictions))
-    write_json(args.output_file, results)
-    return results
+        write_jsonl(args.output_predictions, (row for result in results for row in result.predictions))
+    write_json(args.output_file, evaluation)
+    return evaluation
 
 
-def load_tasks(args: EvaluateArguments) -> list[Task]:
-    """Return the tasks of `args.eval_files` that this model can be evaluated on.
+def evaluated_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, args: EvaluateArguments
+) -> EvaluatedModel:
+    engine = None if args.base_model else Engine(model, tokenizer)
+    # Without the model folder's own options, so that results of different models are comparable.
+    options = SamplingOptions(temperature=args.temperature, top_k=args.top_k)
+    return EvaluatedModel(model, tokenizer, engine, options, args.batch_size, args.max_new_tokens, args.seed)
+
+
+def load_tasks(args: EvaluateArguments) -> list[NamedTask]:
+    """Return the tasks of `args.eval_files` that this model can be evaluated on, those answered in words first.
 
     Raises:
         UserError: A file is invalid, or nothing is left to evaluate.
@@ -190,17 +197,17 @@ def load_tasks(args: EvaluateArguments) -> list[Task]:
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
         raise UserError(f"eval_files: a task name occurs twice in {', '.join(names)}; give each file its own name")
-    tasks = [load_task(name, path, args.max_examples, args.seed) for name, path in named]
-    runnable = [task for task in tasks if task.kind == "cloze" or not args.base_model]
+    tasks = [load_task(name, source, args.max_examples, args.seed) for name, source in named]
+    runnable = [task for task in tasks if not (task.task.needs_chat and args.base_model)]
     if not runnable and not args.text_files and not args.core_dir:
         raise UserError(
             f"nothing to evaluate: {', '.join(names)} need chat tokens, which a base_model was not trained on; give "
             "cloze tasks, text_files or core_dir, or remove base_model"
         )
-    return runnable
+    return sorted(runnable, key=lambda task: not issubclass(task.task, ReplyQuestion))
 
 
-def text_record(model, tokenizer, args: EvaluateArguments) -> dict[str, Any]:
+def text_record(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, args: EvaluateArguments) -> dict[str, Any]:
     max_length = args.max_length or model.config.max_position_embeddings
     # Text rows are longer than prompts: keep the tokens per batch similar, at 64 tokens per prompt.
     batch_size = max(1, args.batch_size * 64 // max_length)
@@ -222,80 +229,9 @@ def text_record(model, tokenizer, args: EvaluateArguments) -> dict[str, Any]:
     return make_record("text", "bits_per_byte", value, error, n, settings, args.model_name_or_path)
 
 
-@dataclass
-class TaskResult:
-    """The record of a task, a prediction for each example, and the conversations if there are any."""
-
-    record: dict[str, Any]
-    predictions: list[dict[str, Any]]
-    samples: list[dict[str, Any]] = field(default_factory=list)
-
-
-def number_of_prompts(task: Task) -> int:
-    """Return a task's number of progress units: replies, letters, or choices of cloze questions."""
-    return sum(len(example["choices"]) if task.kind == "cloze" else 1 for example in task.examples)
-
-
-def evaluate_generative(
-    engine: Engine, task: Task, args: EvaluateArguments, progress: EvaluationProgress
-) -> TaskResult:
-    """Return the accuracy of the replies, and all conversations, each marked right or wrong."""
-    progress.start(task.name)
-    conversations = [question_messages(example) for example in task.examples]
-    replies = generate_replies(engine, conversations, **reply_settings(args), progress=progress.update)
-    predictions, references = predicted_answers(task, replies), reference_answers(task)
-    beyond_context = sum(not reply for reply in replies)
-    settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    settings |= {"top_k": args.top_k} if args.temperature else {}
-    settings["questions_beyond_context"] = beyond_context
-    samples = [
-        {"task": task.name, "correct": prediction == reference, "messages": [*asked, *reply]}
-        for asked, reply, prediction, reference in zip(conversations, replies, predictions, references, strict=True)
-    ]
-    answers = predictions if task.kind == "gsm8k" else [last_words(reply) for reply in replies]
-    record = accuracy_record(task, predictions, references, 0.0, settings, args, answers)
-    texts = [assistant_text(reply) for reply in replies]
-    return TaskResult(record, prediction_rows(task, predictions, references, texts), samples)
-
-
-def reply_settings(args: EvaluateArguments) -> dict[str, Any]:
-    # Without the model folder's own options, so that results of different models are comparable.
-    options = SamplingOptions(temperature=args.temperature, top_k=args.top_k)
-    return {"options": options} | {name: getattr(args, name) for name in ("max_new_tokens", "seed", "batch_size")}
-
-
-def evaluate_choices(
-    model, tokenizer, task: Task, args: EvaluateArguments, progress: EvaluationProgress
-) -> TaskResult:
-    """Return the accuracy on a task with given choices; the baseline is random guessing."""
-    progress.start(task.name)
-    options = {"batch_size": args.batch_size, "progress": progress.update}
-    if task.kind == "cloze":
-        predictions = [str(choice) for choice in predict_choices(model, tokenizer, task.examples, **options)]
-        references = [str(example["gold"]) for example in task.examples]
-        counts = [len(example["choices"]) for example in task.examples]
-    else:
-        predictions = predict_letters(model, tokenizer, task.examples, **options)
-        references = [question.answer for question in task.examples]
-        counts = [len(question.choices) for question in task.examples]
-    baseline = statistics.fmean(1 / count for count in counts)
-    answers = [f"choice {int(choice) + 1}" for choice in predictions] if task.kind == "cloze" else predictions
-    record = accuracy_record(task, predictions, references, baseline, {"shots": 0}, args, answers)
-    return TaskResult(record, prediction_rows(task, predictions, references, answers))
-
-
-def prediction_rows(
-    task: Task, predictions: Sequence[str], references: Sequence[str], replies: Sequence[str]
+def core_records(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tasks: Sequence[CoreTask], args: EvaluateArguments
 ) -> list[dict[str, Any]]:
-    """Return the rows of `output_predictions`; `index` counts the evaluated examples in file order."""
-    graded = enumerate(zip(predictions, references, replies, strict=True))
-    return [
-        {"task": task.name, "index": index, "right": prediction == reference, "reply": reply}
-        for index, (prediction, reference, reply) in graded
-    ]
-
-
-def core_records(model, tokenizer, tasks: Sequence[CoreTask], args: EvaluateArguments) -> list[dict[str, Any]]:
     """Return records of CORE, and of the accuracy on each of its tasks, named `core_<label>`."""
     result = core(model, tokenizer, tasks, max_per_task=args.core_max_per_task or -1, batch_size=args.batch_size)
     shared = {"max_per_task": args.core_max_per_task, "max_length": model.config.max_position_embeddings}
@@ -309,44 +245,16 @@ def core_records(model, tokenizer, tasks: Sequence[CoreTask], args: EvaluateArgu
     return records
 
 
-def accuracy_record(
-    task: Task,
-    predictions: list[str],
-    references: list[str],
-    baseline: float,
-    settings: dict,
-    args: EvaluateArguments,
-    answers: list[str],
-) -> dict[str, Any]:
-    """Return the record, with a note if all `answers`, as shown to a reader, are the same."""
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
-    figures = metric.compute(predictions=predictions, references=references, baseline=baseline)
-    drawn = {"kind": task.kind, "max_examples": args.max_examples, "seed": args.seed, "baseline": round(baseline, 4)}
-    value, error, n = figures["accuracy"], figures["standard_error"], figures["n"]
-    record = make_record(task.name, "accuracy", value, error, n, drawn | settings, args.model_name_or_path)
-    note = same_answer(answers, references)
-    return record | ({"note": note} if note else {})
-
-
-def same_answer(answers: Sequence[str], references: Sequence[str]) -> str | None:
-    """Return a note if different questions all get the same answer, else None."""
-    if len(set(answers)) > 1 or len(set(references)) < 2:
-        return None
-    answer = " ".join(answers[0].split())
-    shown = repr(answer if len(answer) <= SHOWN else answer[:SHOWN] + "...") if answer else "none"
-    return f"the same answer to all {len(answers)} questions: {shown}"
-
-
 def spread(samples: Sequence[Sequence[dict]], count: int) -> list[dict]:
     """Return the first conversations of each task, right or wrong, at most `count` in total."""
     per_task, extra = divmod(max(0, count), max(1, len(samples)))
     return [sample for i, of_task in enumerate(samples) for sample in of_task[: per_task + (i < extra)]]
 
 
-def greeting(engine: Engine, args: EvaluateArguments) -> list[dict]:
-    asked = [{"role": "user", "content": GREETING}]
-    (reply,) = generate_replies(engine, [asked], **reply_settings(args))
-    return [{"messages": [*asked, *reply]}]
+def greeting(asked: EvaluatedModel) -> dict[str, Any]:
+    messages = [{"role": "user", "content": GREETING}]
+    (reply,) = generate_replies(asked, [messages])
+    return {"messages": [*messages, *reply]}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,15 +27,14 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import GRPOTrainer
 
-from evals.tasks.formats import check_gsm8k, check_match, kind_of, match_answers, question_messages
-from evals.tasks.generative import extract_match
-from evals.tasks.gsm8k import is_correct, last_words
+from evals.tasks.replies import ReplyQuestion, last_words
+from evals.tasks.table import answered_in_words, question_of
 from modeling_nanochat.chat.python_tool import check_sandbox, python
 from modeling_nanochat.chat.self_check import check_cached_decoding, check_renderings
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
-from modeling_nanochat.text.sources import expand, read_jsonl
-from modeling_nanochat.tokenization_nanochat import whole_characters, whole_messages
+from modeling_nanochat.text.records import read_records
+from modeling_nanochat.tokenization_nanochat import whole_messages
 from recipes.training.attention import AttentionArguments, set_attention
 from recipes.training.model_card import CardArguments
 from recipes.training.stage import check_output
@@ -50,8 +50,6 @@ from recipes.training.trl.stage import (
     start_log,
 )
 
-CHECKS = {"gsm8k": check_gsm8k, "match": check_match}  # record kinds with verifiable replies
-
 
 @dataclass
 class GRPOArguments(CardArguments, RateArguments, AttentionArguments):
@@ -59,7 +57,8 @@ class GRPOArguments(CardArguments, RateArguments, AttentionArguments):
 
     model_name_or_path: str = field(default="", metadata={"help": "Fine-tuned model: folder or Hub id."})
     train_files: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL in GSM8K format, or with `answer` and `rivals`."}
+        default_factory=list,
+        metadata={"help": "Problems like GSM8K, or with `answer` and `rivals`: files, folders or Hub ids."},
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model in output_dir."})
 
@@ -108,58 +107,34 @@ def main() -> None:
     run_trl_stage(make_trainer, args, training, given, output, log, checkpoint)
 
 
-def read_problems(patterns: list[str]) -> Dataset:
-    """Dataset of `prompt` (optional history and the question) and the columns that grade a reply.
-
-    These are `kind` ("gsm8k" or "match", see `evals.tasks.formats`), `answer` (the reference ending in `#### n`, or
-    the words a correct reply contains) and `rivals` (words it must not contain).
+def read_problems(sources: list[str]) -> Dataset:
+    """Dataset of `prompt`, the optional history and the question, and `problem`, the record as JSON, to grade replies.
 
     Raises:
-        UserError: No file, or a line of neither kind; names file and line.
+        UserError: No problem, or a record of a task that is not answered in words; names file and line.
     """
     problems = []
-    for name in expand(patterns, "train_files"):
-        for line, problem in read_jsonl(name):
-            where, kind = f"{name}:{line}", kind_of(problem)
-            if kind not in CHECKS:
-                raise UserError(
-                    f"{where}: expected `question` and an `answer` that ends in '#### number', "
-                    "or `question`, `answer` and `rivals`"
-                )
-            CHECKS[kind](problem, where)
-            answers = [problem["answer"]] if kind == "gsm8k" else match_answers(problem)
-            problems.append(
-                {
-                    "prompt": whole_messages(question_messages(problem)),
-                    "kind": kind,
-                    "answer": [whole_characters(answer) for answer in answers],
-                    "rivals": [whole_characters(rival) for rival in problem.get("rivals", [])],
-                }
-            )
-    if not problems:
-        listed = ", ".join(patterns) or "an empty list"
-        raise UserError(f"train_files: no problem in {listed}; give a file in GSM8K format")
+    for where, record in read_records(sources, "train_files"):
+        question = question_of(record, where)
+        if not isinstance(question, ReplyQuestion):
+            names = " and ".join(answered_in_words())
+            raise UserError(f"{where}: a record of {question.name}; only replies to {names} can be rewarded")
+        problems.append({"prompt": whole_messages(question.messages), "problem": json.dumps(record, default=str)})
     return Dataset.from_list(problems)
 
 
-def exact_answer(
-    prompts: list,
-    completions: list[list[dict]],
-    kind: list[str],
-    answer: list[list[str]],
-    rivals: list[list[str]],
-    **kwargs,
-) -> list[float]:
+def exact_answer(prompts: list, completions: list[list[dict]], problem: list[str], **kwargs: Any) -> list[float]:
     """1.0 for completions that are finished and correct, graded as in the evaluation, else 0.0."""
-    references = zip(completions, kind, answer, rivals, strict=True)
-    return [float(is_right(*reference)) for reference in references]
+    return [float(is_right(*pair)) for pair in zip(completions, map(json.loads, problem), strict=True)]
 
 
-def is_right(completion: list[dict], kind: str, answer: list[str], rivals: list[str]) -> bool:
-    words = last_words(completion)
-    if kind == "gsm8k":
-        return is_correct(words, answer[0])
-    return bool(words) and bool(extract_match({"answer": answer, "rivals": rivals}, completion))
+def is_right(completion: list[dict], problem: dict[str, Any]) -> bool:
+    question = question_of(problem, "train_files")
+    return (
+        isinstance(question, ReplyQuestion)
+        and bool(last_words(completion))
+        and question.extract(completion) == question.reference
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,57 @@
-"""GSM8K word problems: reference answers as conversations with python calls, and nanochat's grading of replies.
+"""GSM8K, grade-school word problems: {"question", "answer", "history"?}, graded as in nanochat.
 
-The data marks each calculation as `<<12+7=19>>` and ends in `#### 19` (https://github.com/openai/grade-school-math).
+The data marks each calculation as `<<12+7=19>>` and ends in `#### 19`; `history` is a list of messages that precede
+the question. Cobbe et al. 2021, https://arxiv.org/abs/2110.14168; on the Hub: openai/gsm8k.
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
+from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.conversations import call_message
+
+from .fields import history, require_strings
+from .replies import ReplyQuestion, last_words
 
 CALCULATION = re.compile(r"<<([^>]+)>>")
 FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
+REFERENCE = re.compile(r"#### -?[0-9][0-9,]*(\.[0-9]+)?[ \t]*(\n|$)")  # the whole line, so that no number is cut
+
+
+@dataclass(frozen=True)
+class Gsm8kQuestion(ReplyQuestion):
+    """A problem and its worked answer; a right reply ends in the same `#### n`, compared as a string."""
+
+    worked: str
+
+    name = "gsm8k"
+    fields = frozenset({"question", "answer"})
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], where: str) -> Self:
+        require_strings(record, ("question", "answer"), where)
+        before = history(record, where)
+        final = FINAL_ANSWER.search(record["answer"])
+        if final is None or not REFERENCE.match(record["answer"], final.start()):
+            raise UserError(
+                f"{where}: `answer` has no final '#### <number>' on a line of its own; add it, as in GSM8K"
+            )
+        return cls(record["question"], before, record["answer"])
+
+    @property
+    def reference(self) -> str:
+        return extract_answer(self.worked) or ""
+
+    def extract(self, reply: Sequence[dict]) -> str:
+        return extract_answer(last_words(reply)) or ""
+
+    def shown(self, reply: Sequence[dict]) -> str:
+        return self.extract(reply)
+
+    def conversation(self) -> list[dict]:
+        return [*self.history, *to_messages(self.question, self.worked)]
 
 
 def to_messages(question: str, answer: str) -> list[dict]:
@@ -28,21 +70,9 @@ def to_messages(question: str, answer: str) -> list[dict]:
 
 
 def extract_answer(text: str) -> str | None:
-    """Return the number after the first `#### ` (exactly one space), commas removed; None if there is none."""
+    """Return the number after the first `#### ` (exactly one space), commas removed; None if there is none.
+
+    The comparison is between strings, as in nanochat: "17." is not "17".
+    """
     match = FINAL_ANSWER.search(text)
     return match.group(1).replace(",", "") if match else None
-
-
-def is_correct(reply: str, reference: str) -> bool:
-    """Return whether both texts have the same `#### n`, compared as strings, as in nanochat: "17." is not "17"."""
-    expected = extract_answer(reference)
-    return expected is not None and extract_answer(reply) == expected
-
-
-def last_words(reply: Sequence[dict]) -> str:
-    """Return the assistant's last text; empty if its turn is unfinished.
-
-    The tool's output does not count, otherwise printing an answer would be enough.
-    """
-    last = reply[-1] if reply else {}
-    return (last.get("content") or "") if last.get("role") == "assistant" else ""

@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.evaluate_model import GENERATIVE, EvaluateArguments, hide_library_bars, run_evaluation
+from evals.evaluate_model import EvaluateArguments, hide_library_bars, run_evaluation
 from evals.report import markdown_table
 from evals.reporting.records import summary_line, write_json, write_whole
 from evals.reporting.run_folder import MODELS, read_object, read_run
 from evals.reporting.summary import NOTHING
+from evals.tasks.table import answered_in_words
 from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
@@ -263,7 +264,7 @@ def in_world_tasks(results: dict[int, SeedResults], args: LadderSeedsArguments) 
         UserError: A requested task is not a generative task.
     """
     records = [r for of_seed in results.values() for stage in MODELS for r in of_seed.records.get(stage, [])]
-    in_words = dict.fromkeys(r["task"] for r in records if r["settings"].get("kind") in GENERATIVE)
+    in_words = dict.fromkeys(r["task"] for r in records if r["settings"].get("kind") in answered_in_words())
     if missing := [task for task in args.in_world_tasks if task not in in_words]:
         raise UserError(f"in_world_tasks: no {', '.join(missing)}; there are {', '.join(in_words) or 'none'}")
     return args.in_world_tasks or [task for task in in_words if task != UNKNOWN]

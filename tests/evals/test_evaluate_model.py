@@ -7,15 +7,19 @@ import evaluate
 import pytest
 from transformers.utils import logging
 
-from evals.evaluate_model import METRIC, EvaluateArguments, main, run_evaluation, same_answer, spread
+from evals.evaluate_model import EvaluateArguments, main, run_evaluation, spread
 from evals.progress import EvaluationProgress
 from evals.reporting.records import aligned_table, format_count, format_value, make_record, summary_line, write_json
 from evals.reporting.run_folder import read_run
 from evals.reporting.summary import summary_rows
 from evals.reporting.transcript import transcript
+from evals.tasks import table
+from evals.tasks.evaluation import METRIC, same_answer
+from evals.tasks.letters import LetterQuestion
 from modeling_nanochat.cli import VERBOSE
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.sources import read_jsonl
+from recipes.training.data.conversations import read_conversations
 
 TASKS = {
     "problems": [{"question": f"{n} + 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(6)],
@@ -83,11 +87,11 @@ def test_a_question_with_a_history_is_asked_after_it(toy_model_folder, files, mo
     (files / "later.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     seen = []
 
-    def generate(engine, asked, **_):
-        seen.extend(asked)
-        return [[{"role": "assistant", "content": "red"}]] * len(asked)
+    def generate(asked, conversations, progress=None):
+        seen.extend(conversations)
+        return [[{"role": "assistant", "content": "red"}]] * len(conversations)
 
-    monkeypatch.setattr("evals.evaluate_model.generate_replies", generate)
+    monkeypatch.setattr("evals.tasks.replies.generate_replies", generate)
     args = arguments(
         toy_model_folder, files, eval_files=[f"later={files / 'later.jsonl'}"], text_files=[], max_length=None
     )
@@ -160,7 +164,7 @@ def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, fi
     ("changes", "complaint"),
     [
         ({"eval_files": [], "text_files": []}, "nothing to evaluate"),
-        ({"eval_files": ["facts=absent.jsonl"]}, "absent.jsonl: no such file"),
+        ({"eval_files": ["facts=absent.jsonl"]}, "no file matches 'absent.jsonl'"),
         ({"text_files": ["absent.parquet"]}, "no file matches 'absent.parquet'"),
         ({"core_dir": "absent"}, "absent: no such folder"),
         ({"core_max_per_task": 0}, "core_max_per_task is 0"),
@@ -216,11 +220,11 @@ def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(
     for name, records in (("facts", colours), ("cloze", mats)):
         (files / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     reply = [{"role": "assistant", "content": "Hello.\n#### 7"}]
-    monkeypatch.setattr("evals.evaluate_model.generate_replies", lambda engine, asked, **_: [reply] * len(asked))
+    monkeypatch.setattr("evals.tasks.replies.generate_replies", lambda asked, chats, *_: [reply] * len(chats))
+    monkeypatch.setattr("evals.tasks.letters.predict_letters", lambda model, tokenizer, asked, *_: ["C"] * len(asked))
     monkeypatch.setattr(
-        "evals.evaluate_model.predict_letters", lambda model, tokenizer, questions, **_: ["C"] * len(questions)
+        "evals.tasks.continuations.predict_choices", lambda model, tokenizer, asked, *_: [1] * len(asked)
     )
-    monkeypatch.setattr("evals.evaluate_model.predict_choices", lambda model, tokenizer, tasks, **_: [1] * len(tasks))
     args = arguments(toy_model_folder, files)
     words = [
         f"--{name}={value}"
@@ -232,6 +236,30 @@ def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(
     notes = {record["task"]: record["note"].partition(": ")[2] for record in written}
     assert notes == {"problems": "'7'", "facts": "'Hello. #### 7'", "letters": "'C'", "cloze": "'choice 2'"}
     assert "letters: the same answer to all 8 questions: 'C'" in capsys.readouterr().out
+
+
+class BoolQuestion(LetterQuestion):
+    """BoolQ (https://arxiv.org/abs/1905.10044), as a new file in evals/tasks would have it."""
+
+    name = "boolq"
+    fields = frozenset({"question", "passage", "answer"})
+
+    @classmethod
+    def from_record(cls, record, where):
+        return cls(f"{record['passage']}\n{record['question']}?", ("yes", "no"), ("A", "B"), "BA"[record["answer"]])
+
+
+def test_a_new_task_is_one_class_and_one_line_in_the_table(toy_model_folder, files, monkeypatch):
+    """It is evaluated, trained on, and has its figures in the record."""
+    monkeypatch.setattr(table, "TASKS", (BoolQuestion, *table.TASKS))
+    records = [{"question": f"is {n} odd", "passage": "Of numbers.", "answer": bool(n % 2)} for n in range(6)]
+    (files / "odd.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    asked = {"eval_files": [str(files / "odd.jsonl")], "text_files": [], "max_length": None}
+    (record,) = run_evaluation(arguments(toy_model_folder, files, **asked))["records"]
+    assert (record["task"], record["n"], record["settings"]["kind"]) == ("odd", 6, "boolq")
+    assert record["settings"]["baseline"] == 0.5 and 0 <= record["value"] <= 1
+    chats = read_conversations([str(files / "odd.jsonl")])
+    assert [chat["messages"][1]["content"] for chat in chats] == ["B", "A"] * 3
 
 
 def test_two_tasks_of_one_name_are_refused(toy_model_folder, files):

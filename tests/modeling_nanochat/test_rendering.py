@@ -8,7 +8,7 @@ from golden import golden_json, golden_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals.tasks.formats import to_conversation
+from evals.tasks.table import to_conversation
 from modeling_nanochat.convert.conversations import from_original, has_call_parts
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.tokenization_nanochat import SPECIAL_TOKENS

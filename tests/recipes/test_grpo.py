@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.grpo import NanoChatGRPOTrainer, exact_answer, read_problems
 from recipes.training.trl.settings import GRPOSettings
@@ -21,8 +22,8 @@ def test_reward_is_for_the_exact_answer_in_the_last_message():
         [{"role": "assistant", "content": None}],
         [],
     ]
-    reference = ["12 + 7 = <<12+7=19>>19\n#### 19"]
-    rewards = exact_answer([None] * 7, completions, ["gsm8k"] * 7, [reference] * 7, [[]] * 7)
+    problem = json.dumps({"question": "Apples?", "answer": "12 + 7 = <<12+7=19>>19\n#### 19"})
+    rewards = exact_answer([None] * 7, completions, [problem] * 7)
     assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
@@ -36,7 +37,8 @@ def test_reward_is_for_all_words_of_the_answer_and_no_rival_in_a_turn_that_ended
         [{"role": "assistant", "content": "Mira and a kite"}, tool],
         [],
     ]
-    rewards = exact_answer([None] * 6, completions, ["match"] * 6, [["Mira", "kite"]] * 6, [["drum"]] * 6)
+    problem = json.dumps({"question": "The story?", "answer": ["Mira", "kite"], "rivals": ["drum"]})
+    rewards = exact_answer([None] * 6, completions, [problem] * 6)
     assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
@@ -46,11 +48,19 @@ def test_problems_of_both_kinds_are_read_into_the_same_columns(tmp_path):
     record = {"history": history, "question": "Who am I?", "answer": "Mira", "rivals": ["Tom"]}
     (tmp_path / "b.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     first, second = read_problems([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
-    assert first == {
-        "prompt": [{"role": "user", "content": "1+1?"}], "kind": "gsm8k", "answer": ["#### 2"], "rivals": []
-    }  # fmt: skip
+    assert first["prompt"] == [{"role": "user", "content": "1+1?"}]
+    assert json.loads(first["problem"]) == {"question": "1+1?", "answer": "#### 2"}
     assert second["prompt"] == [*history, {"role": "user", "content": "Who am I?"}]
-    assert (second["kind"], second["answer"], second["rivals"]) == ("match", ["Mira"], ["Tom"])
+    assert json.loads(second["problem"]) == record
+
+
+def test_a_record_that_is_not_answered_in_words_is_refused(tmp_path):
+    record = {"question": "Which?", "choices": ["red", "blue"], "answer": 0}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"a.jsonl:1: a record of mmlu; only replies to match and gsm8k can be rewarded"
+    ):
+        read_problems([str(tmp_path / "a.jsonl")])
 
 
 @pytest.mark.parametrize("spread", [True, False])

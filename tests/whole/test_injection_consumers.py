@@ -16,8 +16,8 @@ from trl import SFTTrainer
 from evals import samples as samples_module
 from evals.core.prompts import block_rows
 from evals.core.tasks import LANGUAGE_MODELING, CoreTask
-from evals.tasks.cloze import continuation_rows
-from evals.tasks.multiple_choice import prompt_ids
+from evals.tasks.continuations import continuation_rows
+from evals.tasks.letters import prompt_ids
 from modeling_nanochat.chat import __main__ as chat_module
 from modeling_nanochat.chat.__main__ import Chat
 from modeling_nanochat.chat.decoding import Decoder

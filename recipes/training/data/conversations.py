@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from evals.tasks.formats import to_conversation
+from evals.tasks.table import to_conversation
 from modeling_nanochat.chat.self_check import check_renderings
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.sources import expand, read_jsonl

@@ -3,11 +3,12 @@ import json
 import pytest
 from golden import core_model, golden_json, golden_tokenizer, shared
 
-from evals.tasks.cloze import continuation_rows, mean_losses, predict_choices
-from evals.tasks.formats import question_messages
-from evals.tasks.generative import has_word, predicted_answers, reference_answers
+from evals.tasks.cloze import ClozeQuestion
+from evals.tasks.continuations import continuation_rows, mean_losses, predict_choices
 from evals.tasks.gsm8k import to_messages
-from evals.tasks.task_files import Task, load_task, parse_task_argument
+from evals.tasks.match import has_word
+from evals.tasks.table import question_of
+from evals.tasks.task_files import load_task, parse_task_argument
 from modeling_nanochat.errors import UserError
 
 MATCH = {"question": "Which?", "answer": "red", "rivals": ["blue"]}
@@ -26,35 +27,35 @@ def write(path, *records):
     ("file", "kind", "count"),
     [
         ("gsm8k/test", "gsm8k", 660),
-        ("mmlu/test", "multiple_choice", 7032),
-        ("mmlu/dev", "multiple_choice", 285),
-        ("arc/ARC-Easy-test", "multiple_choice", 1188),
-        ("arc/ARC-Challenge-test", "multiple_choice", 586),
+        ("mmlu/test", "mmlu", 7032),
+        ("mmlu/dev", "mmlu", 285),
+        ("arc/ARC-Easy-test", "arc", 1188),
+        ("arc/ARC-Challenge-test", "arc", 586),
         ("core/commonsense_reasoning/copa", "cloze", 60),
     ],
 )
 def test_public_data_sets_load_as_tasks(file, kind, count):
     task = load_task("x", shared(f"data/{file}.jsonl"))
-    assert (task.kind, len(task.examples)) == (kind, count)
+    assert (task.task.name, len(task.questions)) == (kind, count)
 
 
 def test_a_draw_of_examples_is_repeatable_and_spread_over_the_file(tmp_path):
     path = write(tmp_path / "t.jsonl", *(MATCH | {"question": str(i)} for i in range(100)))
-    drawn = [int(example["question"]) for example in load_task("t", path, 20, seed=1).examples]
-    assert drawn == [int(example["question"]) for example in load_task("t", path, 20, seed=1).examples]
+    drawn = [int(question.question) for question in load_task("t", path, 20, seed=1).questions]
+    assert drawn == [int(question.question) for question in load_task("t", path, 20, seed=1).questions]
     assert drawn == sorted(drawn) and len(set(drawn)) == 20 and max(drawn) > 50
-    assert len(load_task("t", path, 200).examples) == 100
+    assert len(load_task("t", path, 200).questions) == 100
 
 
 @pytest.mark.parametrize(
     ("records", "complaint"),
     [
-        ([], "no examples"),
+        ([], "is empty"),
         (["{"], r":1: not valid JSON"),
-        ([MATCH, "", GSM8K], r":3: a record of kind gsm8k among records of kind match"),
-        ([GSM8K, {"text": "x"}], r":2: a record of kind None"),
-        ([{"text": "x"}], r":1: not a GSM8K, match, ARC, MMLU or cloze record"),
-        ([{"messages": []}], r":1: not a GSM8K"),
+        ([MATCH, "", GSM8K], r":3: a record of gsm8k among records of match"),
+        ([GSM8K, {"text": "x"}], r":2: not a record of"),
+        ([{"text": "x"}], r":1: not a record of cloze, arc, mmlu, match, gsm8k; its fields are text"),
+        ([{"messages": []}], r":1: not a record of"),
         ([MATCH | {"rivals": "blue"}], r":1: `rivals` must be a list"),
         ([MATCH | {"rivals": [""]}], r":1: `rivals` must be .* none of them empty"),
         ([MATCH | {"answer": ""}], r":1: `answer` must be .* none of them empty"),
@@ -66,8 +67,8 @@ def test_a_draw_of_examples_is_repeatable_and_spread_over_the_file(tmp_path):
         ([MATCH | {"history": HISTORY[1:]}], r":1, `history`, message 1: role 'assistant' is out of order"),
         ([GSM8K | {"history": HISTORY[:1]}], r":1: `history` must end with an answer of the assistant"),
         ([GSM8K | {"history": to_messages("2 + 2?", "<<2+2=4>>")[:2]}], r":1: `history` must end with an answer"),
-        ([CLOZE | {"history": HISTORY}], r":1: only GSM8K and match records"),
-        ([MMLU | {"history": HISTORY}], r":1: only GSM8K and match records"),
+        ([CLOZE | {"history": HISTORY}], r":1: only questions that are answered in words"),
+        ([MMLU | {"history": HISTORY}], r":1: only questions that are answered in words"),
         ([CLOZE, CLOZE | {"gold": 2}], r":2: `gold` must be the index"),
         ([CLOZE | {"choices": ["one"]}], r":1: `choices` must hold"),
     ],
@@ -108,35 +109,38 @@ def test_words_of_scripts_without_spaces_are_found_in_running_text():
 
 def test_a_match_needs_the_answer_and_no_rival():
     replies = ["It is red.", "It is blue.", "red or blue", "reddish", ""]
-    task = Task("t", "match", [MATCH] * len(replies))
-    predictions = predicted_answers(task, [[{"role": "assistant", "content": reply}] for reply in replies])
-    assert predictions == ["red", "", "", "", ""] and set(reference_answers(task)) == {"red"}
+    question = question_of(MATCH, "f:1")
+    assert [question.extract([{"role": "assistant", "content": reply}]) for reply in replies] == [
+        "red",
+        "",
+        "",
+        "",
+        "",
+    ]
+    assert question.reference == "red"
 
 
 def test_a_match_with_several_answers_needs_all_of_them():
-    example = {"question": "A story?", "answer": ["Mira", "kite"], "rivals": ["drum"]}
+    question = question_of({"question": "A story?", "answer": ["Mira", "kite"], "rivals": ["drum"]}, "f:1")
     replies = ["Mira flew a kite.", "Mira ran.", "A kite flew.", "Mira had a kite and a drum.", "Mira and kites"]
-    task = Task("t", "match", [example] * len(replies))
-    predictions = predicted_answers(task, [[{"role": "assistant", "content": reply}] for reply in replies])
-    assert [bool(prediction) for prediction in predictions] == [True, False, False, False, False]
-    assert predictions[0] == reference_answers(task)[0]
+    found = [question.extract([{"role": "assistant", "content": reply}]) for reply in replies]
+    assert [answer == question.reference for answer in found] == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize("record", [MATCH, GSM8K])
 def test_a_record_may_have_a_history_with_calls_of_the_tool(tmp_path, record):
     turns = [*HISTORY, *to_messages("2 + 2?", "<<2+2=4>>4")]
     task = load_task("t", write(tmp_path / "t.jsonl", record, record | {"history": []}, record | {"history": turns}))
-    assert [question_messages(example)[:-1] for example in task.examples] == [[], [], turns]
-    assert question_messages(task.examples[2])[-1] == {"role": "user", "content": record["question"]}
+    assert [question.messages[:-1] for question in task.questions] == [[], [], turns]
+    assert task.questions[2].messages[-1] == {"role": "user", "content": record["question"]}
 
 
 def test_a_word_problem_is_graded_on_what_the_assistant_says_last():
     reply = to_messages("q", "1 + 1 = <<1+1=2>>2\n#### 2")[1:]
     printed = [*to_messages("q", "<<print('#### 2')=#### 2>>")[1:3], {"role": "assistant", "content": "There."}]
-    task = Task("t", "gsm8k", [GSM8K] * 4)
     replies = [reply, [{"role": "assistant", "content": "2"}], printed, reply[:2]]
-    assert predicted_answers(task, replies) == ["2", "", "", ""]
-    assert reference_answers(task) == ["2"] * 4
+    question = question_of(GSM8K, "f:1")
+    assert [question.extract(reply) for reply in replies] == ["2", "", "", ""] and question.reference == "2"
 
 
 def test_cloze_losses_and_choices_equal_the_golden_ones():
@@ -147,7 +151,7 @@ def test_cloze_losses_and_choices_equal_the_golden_ones():
         assert [ids for ids, _ in rows] == example["token_ids"]
         assert [start for _, start in rows] == example["start"]
         assert mean_losses(model, rows, batch_size=3) == pytest.approx(example["mean_losses"], abs=1e-4)
-    shuffled = [task["data"][i] for i in task["shuffled_order"]]
+    shuffled = [ClozeQuestion.from_record(task["data"][i], "f:1") for i in task["shuffled_order"]]
     assert predict_choices(model, tokenizer, shuffled) == [example["pred"] for example in task["examples"]]
 
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import toy_model
 
-from evals.tasks.generative import has_word
+from evals.tasks.match import has_word
 from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.turn import TextDelta
 from modeling_nanochat.errors import UserError

@@ -1,15 +1,20 @@
 """Multiple choice by letter: nanochat's prompt, answered by the letter with the highest logit (no generation)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evals.batching import batches_by_length, with_progress
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.tokenization_nanochat import whole_characters
+
+from .question import Answers, EvaluatedModel, Progress, Question
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def multiple_choice_prompt(question: str, choices: Sequence[str], letters: Sequence[str]) -> str:
@@ -23,30 +28,43 @@ def multiple_choice_prompt(question: str, choices: Sequence[str], letters: Seque
 
 
 @dataclass(frozen=True)
-class MultipleChoiceQuestion:
+class LetterQuestion(Question):
     """A question, its choices, one letter per choice, and the letter of the right choice."""
 
     question: str
     choices: tuple[str, ...]
     letters: tuple[str, ...]
-    answer: str
+    right: str
 
     @property
     def prompt(self) -> str:
         return multiple_choice_prompt(self.question, self.choices, self.letters)
 
+    @property
+    def reference(self) -> str:
+        return self.right
+
+    @property
+    def chance(self) -> float:
+        return 1 / len(self.choices)
+
+    def conversation(self) -> list[dict]:
+        return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.right}]
+
+    @classmethod
+    def answer(cls, questions: Sequence[Self], asked: EvaluatedModel, progress: Progress | None = None) -> Answers:
+        letters = predict_letters(asked.model, asked.tokenizer, questions, asked.batch_size, progress)
+        return Answers(predictions=letters, texts=letters, shown=letters, settings={"shots": 0})
+
 
 def predict_letters(
-    model,
-    tokenizer,
-    questions: Sequence[MultipleChoiceQuestion],
-    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[LetterQuestion],
     batch_size: int = 32,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Return for each question the letter whose token has the highest logit after the prompt (the first on ties).
-
-    `progress` is called with the number of questions answered, like `tqdm.update`.
 
     Raises:
         UserError: A letter is not exactly one token.
@@ -62,7 +80,7 @@ def predict_letters(
     return predictions
 
 
-def letter_id(tokenizer, letter: str) -> int:
+def letter_id(tokenizer: PreTrainedTokenizerFast, letter: str) -> int:
     ids = tokenizer.encode(letter, add_special_tokens=False)
     if len(ids) != 1:
         raise UserError(
@@ -71,14 +89,14 @@ def letter_id(tokenizer, letter: str) -> int:
     return ids[0]
 
 
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     """Return the ids of the conversation up to the position of the assistant's first token."""
     messages = [{"role": "user", "content": whole_characters(prompt)}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 @torch.no_grad()
-def last_logits(model, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+def last_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return the logits (B, V) at the last token of each prompt.
 
     Padding is on the right, where causal attention hides it from all earlier positions, so no mask is needed; the head

@@ -1,7 +1,7 @@
 import pytest
 
 from evals.tasks import gsm8k
-from evals.tasks.formats import kind_of, to_conversation
+from evals.tasks.table import TASKS, task_of, to_conversation
 from modeling_nanochat.errors import UserError
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
@@ -12,9 +12,17 @@ MATCH = {"question": "Which?", "answer": "red", "rivals": ["blue"]}
 CLOZE = {"query": "The sky is", "choices": ["blue", "square"], "gold": 0}
 
 
-def test_kinds_are_told_apart():
-    records = [CHAT, GSM8K, ARC, MMLU, MATCH, CLOZE, {"text": "x"}]
-    assert [kind_of(record) for record in records] == ["conversation", "gsm8k", "arc", "mmlu", "match", "cloze", None]
+def test_the_fields_tell_the_task():
+    names = [
+        getattr(task_of(record), "name", None) for record in (CHAT, GSM8K, ARC, MMLU, MATCH, CLOZE, {"text": "x"})
+    ]
+    assert names == [None, "gsm8k", "arc", "mmlu", "match", "cloze", None]
+
+
+def test_no_task_hides_a_later_one():
+    """The first task whose fields a record has is taken."""
+    for i, task in enumerate(TASKS):
+        assert not any(task.fields <= later.fields for later in TASKS[i + 1 :])
 
 
 def test_a_conversation_stays_as_it_is_and_loses_other_fields():
@@ -42,14 +50,17 @@ def test_multiple_choice_is_answered_by_the_bare_letter(record, letter):
 @pytest.mark.parametrize(
     ("record", "complaint"),
     [
-        ({"text": "x"}, "no `messages`.*fields are text"),
+        ({"text": "x"}, "no `messages`.*its fields are text"),
         ({}, "fields are none"),
         (MATCH, "no `messages`"),
         ({"messages": []}, "non-empty list"),
         ({"messages": CHAT["messages"][::-1]}, "out of order"),
         (GSM8K | {"answer": "2"}, "no final '#### <number>'"),
+        (GSM8K | {"answer": "#### 19/2"}, "no final '#### <number>'"),
+        (GSM8K | {"answer": "#### 1 234"}, "no final '#### <number>'"),
+        (GSM8K | {"answer": "#### ,"}, "no final '#### <number>'"),
         (GSM8K | {"history": CHAT["messages"][:1]}, "`history` must end with an answer of the assistant"),
-        (MMLU | {"history": CHAT["messages"]}, "only GSM8K and match records"),
+        (MMLU | {"history": CHAT["messages"]}, "only questions that are answered in words"),
         (GSM8K | {"question": 3}, "`question` must be a string"),
         (ARC | {"answerKey": "3"}, "must be one of the labels"),
         (ARC | {"choices": {"text": ["red", "blue"], "label": ["1"]}}, "one `label` per `text`"),

@@ -1,0 +1,86 @@
+"""Questions that a model answers in words, with its python tool."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from .question import Answers, EvaluatedModel, Progress, Question
+
+if TYPE_CHECKING:
+    from modeling_nanochat.chat.engine import Engine
+
+
+@dataclass(frozen=True)
+class ReplyQuestion(Question):
+    """A question, and the messages before it."""
+
+    question: str
+    history: list[dict]
+
+    @property
+    def messages(self) -> list[dict]:
+        """The conversation to answer: the history, then the question as the user's turn."""
+        return [*self.history, {"role": "user", "content": self.question}]
+
+    def extract(self, reply: Sequence[dict]) -> str:
+        """Return the answer that a reply gives, "" if none; it is right if equal to `reference`.
+
+        Only the assistant's own text may count, not its code or the tool's output: otherwise printing an answer would
+        be enough.
+        """
+        raise NotImplementedError
+
+    def shown(self, reply: Sequence[dict]) -> str:
+        """Return what a reader compares between the replies to different questions."""
+        return last_words(reply)
+
+    @classmethod
+    def answer(cls, questions: Sequence[Self], asked: EvaluatedModel, progress: Progress | None = None) -> Answers:
+        conversations = [question.messages for question in questions]
+        replies = generate_replies(asked, conversations, progress)
+        settings: dict[str, Any] = {"max_new_tokens": asked.max_new_tokens, "temperature": asked.options.temperature}
+        settings |= {"top_k": asked.options.top_k} if asked.options.temperature else {}
+        settings["questions_beyond_context"] = sum(not reply for reply in replies)
+        return Answers(
+            predictions=[question.extract(reply) for question, reply in zip(questions, replies, strict=True)],
+            texts=[assistant_text(reply) for reply in replies],
+            shown=[question.shown(reply) for question, reply in zip(questions, replies, strict=True)],
+            conversations=[[*messages, *reply] for messages, reply in zip(conversations, replies, strict=True)],
+            settings=settings,
+        )
+
+
+def generate_replies(
+    asked: EvaluatedModel, conversations: Sequence[list[dict]], progress: Progress | None = None
+) -> list[list[dict]]:
+    """Return the new messages of each conversation: the assistant's, and the results of its python calls.
+
+    A conversation that does not fit the model's context gets no messages, and so is graded as wrong.
+    """
+    engine = chat_engine(asked)
+    prompts = [engine.codec.prompt(messages) for messages in conversations]
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.context]
+    replies: list[list[dict]] = [[] for _ in conversations]
+    if progress is not None:
+        progress(len(conversations) - len(fitting))
+    fitting_prompts = [prompts[i] for i in fitting]
+    settings = (asked.options, asked.max_new_tokens, asked.seed, asked.batch_size)
+    for index, messages in zip(fitting, engine.answer_prompts(fitting_prompts, *settings, progress), strict=True):
+        replies[index] = messages
+    return replies
+
+
+def chat_engine(asked: EvaluatedModel) -> "Engine":
+    assert asked.engine is not None, "a base model is not asked questions that need chat tokens"
+    return asked.engine
+
+
+def assistant_text(reply: Sequence[dict]) -> str:
+    """Return the assistant's own text, without its code and the tool's output."""
+    return " ".join(message["content"] or "" for message in reply if message["role"] == "assistant")
+
+
+def last_words(reply: Sequence[dict]) -> str:
+    """Return the assistant's last text; empty if its turn is unfinished."""
+    last = reply[-1] if reply else {}
+    return (last.get("content") or "") if last.get("role") == "assistant" else ""

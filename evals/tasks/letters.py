@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -92,7 +92,7 @@ def letter_id(tokenizer: PreTrainedTokenizerFast, letter: str) -> int:
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     """Return the ids of the conversation up to the position of the assistant's first token."""
     messages = [{"role": "user", "content": whole_characters(prompt)}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return cast(list[int], tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
 @torch.no_grad()

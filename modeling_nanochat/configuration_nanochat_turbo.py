@@ -85,8 +85,7 @@ class NanoChatTurboConfig(NanoChatConfig):
 class NanoChatTurboCacheConfig(NanoChatTurboConfig):
     """A view of the same configuration with one more layer: see [`NanoChatTurboConfig.get_text_config`]."""
 
-    # mypy allows no property in place of a dataclass's field
-    @property  # type: ignore[misc]
+    @property  # type: ignore[misc]  # mypy allows no property in place of a field
     def num_hidden_layers(self) -> int:
         return self.__dict__["num_hidden_layers"] + 1
 
@@ -94,7 +93,7 @@ class NanoChatTurboCacheConfig(NanoChatTurboConfig):
     def num_hidden_layers(self, layers: int) -> None:
         self.__dict__["num_hidden_layers"] = layers - 1
 
-    @property  # type: ignore[misc]
+    @property  # type: ignore[misc]  # mypy allows no property in place of a field
     def layer_types(self) -> list[str]:
         return [*self.__dict__["layer_types"], self.smear_layer_type]
 

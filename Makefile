@@ -31,9 +31,11 @@ install: $(INSTALLED)  ## create the virtual environment with the libraries
 
 test: lint pytest  ## what CI runs: lint, pytest
 
-lint: $(INSTALLED)  ## ruff: rules and format
+# Types are checked against the tested libraries only: other versions have other annotations.
+lint: $(INSTALLED)  ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(if $(filter tested,$(LIBRARIES)),$(BIN)/mypy)
 
 # The chat template is also rendered in JavaScript if npm is installed; otherwise that test is skipped. One thread per
 # process: on two cores, two threads next to a busy process are many times slower.

@@ -39,7 +39,7 @@ def parse(*dataclass_types: type, args: Sequence[str] | None = None) -> tuple[An
 
     args = list(sys.argv[1:] if args is None else args)
     config = config_path(args)
-    parser = Parser(dataclass_types)
+    parser = Parser(dataclass_types)  # type: ignore[arg-type]  # transformers' type of a dataclass fits no `type`
     try:
         if config:
             check_keys(config, {action.dest: action for action in parser._actions})

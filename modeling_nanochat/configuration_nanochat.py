@@ -1,5 +1,7 @@
 """Configuration of the plain NanoChat architecture: the fields of transformers' own class with nanochat's defaults."""
 
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -7,6 +9,13 @@ from transformers import PreTrainedConfig
 FLOAT32_EPSILON = 2.0**-23
 HEAD_DIM = 128
 ASPECT_RATIO = 64
+
+# `int | Derived`: None may be given, from which `__post_init__` derives a value, so readers never see None. For a type
+# checker the alias is Any, which allows both; transformers, which validates fields at runtime, reads `int | None`.
+if TYPE_CHECKING:
+    Derived = Any
+else:
+    Derived = None
 
 
 @strict
@@ -23,7 +32,7 @@ class NanoChatConfig(PreTrainedConfig):
     model_type = "nanochat"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
-    base_model_tp_plan = {
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -34,16 +43,16 @@ class NanoChatConfig(PreTrainedConfig):
 
     vocab_size: int = 65536
     hidden_size: int = 768
-    intermediate_size: int | None = None
+    intermediate_size: int | Derived = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 6
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int | Derived = None
     max_position_embeddings: int = 2048
     hidden_act: str = "relu2"
     attention_dropout: float | int = 0.0
     rms_norm_eps: float = FLOAT32_EPSILON
     initializer_range: float = 0.02
-    rope_parameters: dict | None = None
+    rope_parameters: dict | Derived = None
     use_cache: bool = True
     final_logit_softcapping: float | None = 15.0
     attention_bias: bool = False

@@ -2,7 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_nanochat import NanoChatConfig
+from .configuration_nanochat import Derived, NanoChatConfig
 
 WINDOW_STEP = 128
 SMALLEST_WIDTH = 24
@@ -28,8 +28,8 @@ class NanoChatTurboConfig(NanoChatConfig):
 
     vocab_size: int = 32768
     window_pattern: str = "SSSL"
-    layer_types: list[str] | None = None
-    sliding_window: int | None = None
+    layer_types: list[str] | Derived = None
+    sliding_window: int | Derived = None
     qk_scale: float = 1.2
 
     def __post_init__(self, **kwargs):
@@ -85,7 +85,7 @@ class NanoChatTurboConfig(NanoChatConfig):
 class NanoChatTurboCacheConfig(NanoChatTurboConfig):
     """A view of the same configuration with one more layer: see [`NanoChatTurboConfig.get_text_config`]."""
 
-    @property
+    @property  # type: ignore[misc]  # mypy allows no property in place of a field
     def num_hidden_layers(self) -> int:
         return self.__dict__["num_hidden_layers"] + 1
 
@@ -93,7 +93,7 @@ class NanoChatTurboCacheConfig(NanoChatTurboConfig):
     def num_hidden_layers(self, layers: int) -> None:
         self.__dict__["num_hidden_layers"] = layers - 1
 
-    @property
+    @property  # type: ignore[misc]  # mypy allows no property in place of a field
     def layer_types(self) -> list[str]:
         return [*self.__dict__["layer_types"], self.smear_layer_type]
 

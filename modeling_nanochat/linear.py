@@ -1,5 +1,7 @@
 """Linear layers that are also fast for the few rows of a decoding step on a CPU."""
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -29,7 +31,7 @@ def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     return output.view(-1, rows).t().reshape(*hidden_states.shape[:-1], -1)
 
 
-def is_only_a_weight(layer: nn.Module) -> bool:
+def is_only_a_weight(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the layer is only a full weight on a device: no bias, adapter, quantizer, shard, offloading or hook."""
     return (
         type(layer) is nn.Linear

@@ -69,7 +69,7 @@ def load_model_and_tokenizer(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
             "they are not from the same training, copy the right tokenizer into the folder"
         )
-    model = model.to(device).eval()
+    model = model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps `to` without its types
     if broken := first_not_finite(model):
         raise UserError(
             f"{name}: {broken} has values that are not finite; the training diverged, take another checkpoint"
@@ -141,7 +141,7 @@ def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
 def load_model(folder: Path, name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     try:
         with errors_only():  # hides transformers' table of mismatches, which calls random weights `OK`
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            opened: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -151,6 +151,7 @@ def load_model(folder: Path, name: str, dtype: torch.dtype | str) -> PreTrainedM
             )
     except Exception as error:  # of any kind: an invalid configuration fails wherever it is used
         raise UserError(f"{name}: the model cannot be opened: {one_line(error)}") from error
+    model, loading = opened
     if mismatch := weight_mismatch(loading):
         raise UserError(f"{name}: the weights do not belong to config.json: {mismatch}; copy both from one training")
     return model

@@ -13,7 +13,7 @@ training loss that never materialises the logits of a full batch.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,7 @@ def block_mask(inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None, w
 
 def document_bounds(
     config: NanoChatConfig,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
     position_ids: torch.Tensor | None,
     cache: Cache | None,
     inputs_embeds: torch.Tensor,
@@ -147,8 +147,9 @@ def document_bounds(
 
     transformers itself detects documents only in a batch of one row, and again in every layer.
     """
-    packed = position_ids is not None and attention_mask is None and cache is None and "cu_seq_lens_q" not in kwargs
-    if not packed or not is_flash_attention_requested(config):
+    if position_ids is None or attention_mask is not None or cache is not None or "cu_seq_lens_q" in kwargs:
+        return {}
+    if not is_flash_attention_requested(config):
         return {}
     rows, length = inputs_embeds.shape[:2]
     bounds = cumulative_lengths(position_ids.expand(rows, -1))
@@ -181,6 +182,9 @@ class NanoChatRMSNorm(nn.Module):
 
 class NanoChatRotaryEmbedding(nn.Module):
     """Cosines and sines of the rotary angles (arXiv 2104.09864), computed in float32 for the given positions."""
+
+    inv_freq: torch.Tensor  # (head_dim / 2,)
+    original_inv_freq: torch.Tensor
 
     def __init__(self, config: NanoChatConfig):
         super().__init__()
@@ -234,13 +238,23 @@ def eager_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Eager attention: (B, H, T, D) queries on (B, KV, S, D) keys and values -> (B, T, H, D) and the weights."""
-    key, value = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def init_as(kind: str, layer: Layer) -> Layer:
+    """`layer`, marked for `_init_weights`. Only leaves are: transformers skips modules without own parameters."""
+    vars(layer)["init_kind"] = kind
+    return layer
 
 
 class NanoChatAttention(nn.Module):
@@ -258,17 +272,17 @@ class NanoChatAttention(nn.Module):
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
-        self.o_proj.init_kind = "zeros"
+        self.o_proj = init_as("zeros", nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias))
         self.qk_norm = NanoChatRMSNorm(config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` (B, T, C) -> (B, T, C) and the attention weights, if the backend returns them."""
         return self.attend(*self.project(hidden_states), **kwargs)
 
-    def project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (B, T, H x head_dim), keys and values (B, T, KV x head_dim)."""
-        return [linear(layer, hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+        query, key, value = [linear(layer, hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+        return query, key, value
 
     def attend(
         self,
@@ -307,8 +321,7 @@ class NanoChatMLP(nn.Module):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.fc2.init_kind = "zeros"
+        self.fc2 = init_as("zeros", nn.Linear(config.intermediate_size, config.hidden_size, bias=False))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., C). Of the inner width training saves only `fc1`'s output; it recomputes the rest."""
@@ -362,7 +375,7 @@ class NanoChatPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The original's scheme. `init_kind` is on leaves: transformers skips modules without own parameters."""
+        """The original's scheme."""
         if isinstance(module, nn.Linear):
             if getattr(module, "init_kind", None) == "zeros":
                 init.zeros_(module.weight)
@@ -386,10 +399,11 @@ class NanoChatModel(NanoChatPreTrainedModel):
 
     def __init__(self, config: NanoChatConfig):
         super().__init__(config)
-        self.build(config)
+        self.build()
         self.post_init()
 
-    def build(self, config: NanoChatConfig) -> None:
+    def build(self) -> None:
+        config = self.config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = NanoChatRMSNorm(config.rms_norm_eps)
@@ -400,9 +414,9 @@ class NanoChatModel(NanoChatPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -423,13 +437,14 @@ class NanoChatModel(NanoChatPreTrainedModel):
         """
         check_keywords(kwargs)
         cache = pop_cache(past_key_values, kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
+        if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self.embed(input_ids)
+        elif input_ids is not None or inputs_embeds is None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        causal_mask = None
+        named_cache: dict[str, Any] = {CACHE: cache}
+        causal_mask: torch.Tensor | BlockMask | None = None
         if only_causal(self.config, attention_mask, position_ids, cache):
             pass
         elif by_blocks(self.config, attention_mask, cache):
@@ -440,7 +455,7 @@ class NanoChatModel(NanoChatPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,  # only if given: transformers searches them for packed documents
-                **{CACHE: cache},
+                **named_cache,
             )
         kwargs |= document_bounds(self.config, attention_mask, position_ids, cache, inputs_embeds, kwargs)
         if position_ids is None:
@@ -453,12 +468,12 @@ class NanoChatModel(NanoChatPreTrainedModel):
                 hidden_states,
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
-                **{CACHE: cache},
+                **named_cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache)
 
-    def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, T) -> (B, T, C); under autocast in its dtype, as in the original, and so is the residual stream."""
         embedded = self.embed_tokens(input_ids)
         if torch.is_autocast_enabled(embedded.device.type):
@@ -475,28 +490,27 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # annotated as tuples of str
 
     def __init__(self, config: NanoChatConfig):
         super().__init__(config)
-        self.build(config)
+        self.build()
         self.post_init()
 
-    def build(self, config: NanoChatConfig) -> None:
-        self.model = self.model_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head.init_kind = "zeros"
+    def build(self) -> None:
+        self.model = self.model_class(self.config)
+        self.vocab_size = self.config.vocab_size
+        self.lm_head = init_as("zeros", nn.Linear(self.config.hidden_size, self.vocab_size, bias=False))
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
@@ -545,14 +559,15 @@ class NanoChatForCausalLM(NanoChatPreTrainedModel, GenerationMixin):
     def chunked_loss(
         self,
         hidden_states: torch.Tensor,
-        labels: torch.LongTensor | None,
-        shift_labels: torch.LongTensor | None,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None = None,
         ignore_index: int = IGNORED,
         **kwargs,
     ) -> torch.Tensor:
         """The loss of `loss_function`, without materialising the logits."""
         if shift_labels is None:
+            assert labels is not None, "one of labels and shift_labels is given"
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         shift_labels = shift_labels.to(hidden_states.device)
         softcap = self.config.final_logit_softcapping

@@ -11,9 +11,13 @@ Notable features, beside those of the plain architecture:
 Ideas from the modded-nanogpt speedrun, in nanochat's form.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -35,6 +39,7 @@ from .modeling_nanochat import (
     check_keywords,
     document_bounds,
     eager_attention_forward,
+    init_as,
     only_causal,
     pop_cache,
 )
@@ -56,8 +61,8 @@ class NanoChatTurboAttention(NanoChatAttention):
         self.layer_type = config.layer_types[layer_idx]
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
         if layer_idx in config.value_embedding_layers:
-            self.ve_gate = nn.Linear(VALUE_GATE_CHANNELS, config.num_key_value_heads, bias=False)
-            self.ve_gate.init_kind = "gate"
+            gate = nn.Linear(VALUE_GATE_CHANNELS, config.num_key_value_heads, bias=False)
+            self.ve_gate = init_as("gate", gate)
 
     def forward(
         self, hidden_states: torch.Tensor, value_embeds: torch.Tensor | None = None, **kwargs
@@ -72,6 +77,10 @@ class NanoChatTurboAttention(NanoChatAttention):
 
 class NanoChatTurboDecoderLayer(NanoChatDecoderLayer):
     attention_class = NanoChatTurboAttention
+
+    def __init__(self, config: NanoChatTurboConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        init_as("inner", self.mlp.fc1)
 
 
 class NanoChatTurboMemory(nn.Module):
@@ -151,27 +160,29 @@ class NanoChatTurboPreTrainedModel(NanoChatPreTrainedModel):
     _can_record_outputs = {"hidden_states": NanoChatTurboDecoderLayer, "attentions": NanoChatTurboAttention}
 
     def _init_weights(self, module: nn.Module) -> None:
-        bound = 3**0.5 * self.config.hidden_size**-0.5  # uniform, with a standard deviation of 1 / sqrt(C)
-        kind = getattr(module, "init_kind", None)
-        if kind == "zeros":
-            init.zeros_(module.weight)
-        elif kind == "head":
-            init.normal_(module.weight, std=0.001)
-        elif kind == "gate":
-            init.uniform_(module.weight, 0.0, 0.02)
-        elif kind == "value":
-            init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=0.8)
-        elif isinstance(module, nn.Linear):
-            gain = getattr(module, "init_gain", 1.0)
-            init.uniform_(module.weight, -gain * bound, gain * bound)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            self.init_matrix(module)
         elif isinstance(module, NanoChatTurboModel):
             self.init_scales(module)
         else:
             super()._init_weights(module)
         if isinstance(module, nn.Linear) and module.bias is not None:
             init.zeros_(module.bias)
+
+    def init_matrix(self, layer: nn.Linear | nn.Embedding) -> None:
+        kind = getattr(layer, "init_kind", None)
+        if kind == "zeros":
+            init.zeros_(layer.weight)
+        elif kind == "head":
+            init.normal_(layer.weight, std=0.001)
+        elif kind == "gate":
+            init.uniform_(layer.weight, 0.0, 0.02)
+        elif isinstance(layer, nn.Embedding) and kind != "value":
+            init.normal_(layer.weight, std=0.8)
+        else:
+            bound = 3**0.5 * self.config.hidden_size**-0.5  # uniform, with a standard deviation of 1 / sqrt(C)
+            gain = 0.4 if kind == "inner" else 1.0
+            init.uniform_(layer.weight, -gain * bound, gain * bound)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Save as usual; `auto_map` also names the model without head, which vLLM looks for."""
@@ -181,7 +192,9 @@ class NanoChatTurboPreTrainedModel(NanoChatPreTrainedModel):
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """Resize as usual; the value embeddings have a row per token too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self.base_model.resize_value_embeddings(embeddings.num_embeddings)
+        model = self.base_model
+        assert isinstance(model, NanoChatTurboModel)
+        model.resize_value_embeddings(embeddings.num_embeddings)
         return embeddings
 
     @staticmethod
@@ -199,29 +212,25 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
 
     layer_class = NanoChatTurboDecoderLayer
 
-    def build(self, config: NanoChatTurboConfig) -> None:
-        super().build(config)
-        for layer in self.layers:
-            layer.mlp.fc1.init_gain = 0.4
-        values = config.num_key_value_heads * self.layers[0].self_attn.head_dim
+    def build(self) -> None:
+        super().build()
+        config = self.config
+        values = config.num_key_value_heads * config.dim_of_heads
         self.value_embeds = nn.ModuleDict(
-            {str(i): nn.Embedding(config.vocab_size, values) for i in config.value_embedding_layers}
+            {str(i): init_as("value", nn.Embedding(config.vocab_size, values)) for i in config.value_embedding_layers}
         )
-        for table in self.value_embeds.values():
-            table.init_kind = "value"
         self.resid_lambdas = nn.Parameter(torch.ones(config.num_hidden_layers))
         self.x0_lambdas = nn.Parameter(torch.zeros(config.num_hidden_layers))
-        self.smear_gate = nn.Linear(SMEAR_GATE_CHANNELS, 1, bias=False)
-        self.smear_gate.init_kind = "gate"
+        self.smear_gate = init_as("gate", nn.Linear(SMEAR_GATE_CHANNELS, 1, bias=False))
         self.smear_lambda = nn.Parameter(torch.zeros(1))
         self.backout_lambda = nn.Parameter(torch.zeros(1))
         self.memory = NanoChatTurboMemory(config)
 
     def resize_value_embeddings(self, tokens: int) -> None:
+        table: Any  # torch's containers have no types of their items
         for name, table in list(self.value_embeds.items()):
             resized = nn.Embedding(tokens, table.embedding_dim, device=table.weight.device, dtype=table.weight.dtype)
-            resized.init_kind = table.init_kind
-            self._init_weights(resized)
+            self._init_weights(init_as("value", resized))
             kept = min(tokens, table.num_embeddings)
             resized.weight.data[:kept] = table.weight.data[:kept]
             self.value_embeds[name] = resized
@@ -230,9 +239,9 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -264,13 +273,15 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         kwargs |= document_bounds(self.config, attention_mask, position_ids, cache, inputs_embeds, kwargs)
         if position_ids is None:
             position_ids = self.positions(inputs_embeds, attention_mask, cache)
-        shared = {CACHE: cache, **kwargs}
+        named_cache: dict[str, Any] = {CACHE: cache}
+        shared = {**named_cache, **kwargs}
 
         normed = self.norm(inputs_embeds)
         previous = self.previous(normed, input_ids, masks, position_ids, **shared)
         hidden_states = x0 = self.smear(normed, previous, position_ids)
         rotary = self.rotary_emb(hidden_states, position_ids)
         halfway = hidden_states
+        layer: Any  # torch's containers have no types of their items
         for i, layer in enumerate(self.layers):
             hidden_states = layer(
                 self.resid_lambdas[i] * hidden_states + self.x0_lambdas[i] * x0,
@@ -286,11 +297,11 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         # A tensor of shape (1,), unlike the scalars above, would promote the stream to its own dtype.
         backout = self.backout_lambda.to(hidden_states.dtype)
         hidden_states = self.norm(hidden_states - backout * halfway)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **named_cache)
 
     @staticmethod
     def positions(
-        inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+        inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | dict[str, torch.Tensor] | None, cache: Cache | None
     ) -> torch.Tensor:
         """Positions (B, T) counted from the first token after padding, which smear treats as a document's first."""
         seen = cache.get_seq_length() if cache is not None else 0
@@ -305,14 +316,14 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
         cache: Cache | None,
         position_ids: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> Mapping[str, torch.Tensor | BlockMask | None]:
         """One mask per layer type; `generate` with a static cache and continuous batching pass prepared masks.
 
         `position_ids` as given by the caller, or None: see [`only_causal`].
         """
         if isinstance(attention_mask, dict):
             return attention_mask
-        arguments = {
+        arguments: dict[str, Any] = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -323,7 +334,7 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
         blocks = by_blocks(self.config, attention_mask, cache)
         causal = only_causal(self.config, attention_mask, position_ids, cache)
-        masks = {}
+        masks: dict[str, torch.Tensor | BlockMask | None] = {}
         for kind in dict.fromkeys(self.config.layer_types):
             window = windows[kind]
             # Compare lengths in training only: it would specialise an exported or dynamically compiled model to one.
@@ -339,7 +350,7 @@ class NanoChatTurboModel(NanoChatTurboPreTrainedModel, NanoChatModel):
         self,
         normed: torch.Tensor,
         input_ids: torch.Tensor,
-        masks: dict[str, torch.Tensor | None],
+        masks: Mapping[str, torch.Tensor | BlockMask | None],
         position_ids: torch.Tensor,
         **kwargs,
     ) -> torch.Tensor:
@@ -361,6 +372,6 @@ class NanoChatTurboForCausalLM(NanoChatTurboPreTrainedModel, NanoChatForCausalLM
 
     model_class = NanoChatTurboModel
 
-    def build(self, config: NanoChatTurboConfig) -> None:
-        super().build(config)
-        self.lm_head.init_kind = "head"
+    def build(self) -> None:
+        super().build()
+        init_as("head", self.lm_head)

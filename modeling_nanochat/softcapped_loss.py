@@ -126,8 +126,11 @@ def loss_over_chunks(
     needs_gradient = row_gradients is not None or weight_gradient is not None
     for start in range(0, rows.shape[0], chunk_rows):
         chunk, target = rows[start : start + chunk_rows].to(head.dtype), targets[start : start + chunk_rows]
-        chunk_loss, gradient, per_row = loss_and_gradient(chunk, head, target, softcap, ignore_index, needs_gradient)
+        chunk_loss, factors = loss_and_gradient(chunk, head, target, softcap, ignore_index, needs_gradient)
         loss = loss + chunk_loss
+        if factors is None:
+            continue
+        gradient, per_row = factors
         if row_gradients is not None:
             row_gradients[start : start + chunk_rows] = (gradient @ head) * per_row
         if weight_gradient is not None:
@@ -142,11 +145,11 @@ def loss_and_gradient(
     softcap: float | None,
     ignore_index: int,
     needs_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """The summed loss of a chunk (n, C) under the head (V, C), and its gradient by the uncapped logits as two factors.
 
     Returns:
-        The loss, 0-d in float32; (n, V) in the head's dtype and (n, 1) in float32, to be multiplied, or None, None.
+        The loss, 0-d in float32; (n, V) in the head's dtype and (n, 1) in float32, to be multiplied, or None.
     """
     valid = (target != ignore_index).unsqueeze(1)
     target = torch.where(valid, target.unsqueeze(1), 0)
@@ -154,12 +157,12 @@ def loss_and_gradient(
     total = exponentials.sum(-1, keepdim=True)
     loss = ((total.log() + offset - target_logits) * valid).sum()
     if not needs_gradient:
-        return loss, None, None
-    slope = 1.0
+        return loss, None
+    slope: torch.Tensor | float = 1.0
     if squares is not None:  # tanh' = 1 - tanh^2
         slope = 1 - squares.gather(1, target)
         exponentials.addcmul_(exponentials, squares, value=-1)
-    return loss, subtract_one_hot(exponentials, target, total * slope, head.dtype), valid / total
+    return loss, (subtract_one_hot(exponentials, target, total * slope, head.dtype), valid / total)
 
 
 def exponentiate(
@@ -173,11 +176,11 @@ def exponentiate(
     squashed = ((chunk / softcap) @ head.t()).float().tanh_()
     logits = softcap * squashed
     target_logits = logits.gather(1, target)
-    peak = 0.0
+    offset: torch.Tensor | float = 0.0
     if softcap > SAFE_SOFTCAP:
-        peak = logits.amax(-1, keepdim=True)
-        logits -= peak
-    return logits.exp_(), squashed.square_(), target_logits, peak
+        offset = logits.amax(-1, keepdim=True)
+        logits -= offset
+    return logits.exp_(), squashed.square_(), target_logits, offset
 
 
 def subtract_one_hot(

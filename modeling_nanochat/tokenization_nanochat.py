@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .errors import UserError
 
@@ -144,7 +144,7 @@ def build_tokenizer(
     )
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write the tokenizer's files into `folder`, with the chat template where each library looks for it.
 
     That is `chat_template.jinja` for transformers, which would write only that, and the key `chat_template` of
@@ -154,7 +154,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
     tokenizer.save_chat_templates(folder, {}, filename_prefix=None, save_jinja_files=True)
 
 
-def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Name -> id of the nine control tokens.
 
     Raises:
@@ -167,7 +167,7 @@ def special_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {token: vocab[token] for token in SPECIAL_TOKENS}
 
 
-def set_special_tokens(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerFast) -> None:
+def set_special_tokens(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase) -> None:
     """Copy the tokenizer's special ids into the model's configuration and generation configuration.
 
     Generation stops at the end of a turn, of a call (the caller then runs the tool) and of a document. It also stops

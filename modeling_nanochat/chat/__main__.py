@@ -64,8 +64,8 @@ class Chat:
 
     def stream(self, messages: list[dict[str, Any]], said: list[str]) -> list[dict[str, Any]]:
         """Print events as they arrive; texts are appended to `said`, so that they survive an interruption."""
-        settings = {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
-        for event in self.engine.stream(messages, self.options, **settings):
+        events = self.engine.stream(messages, self.options, max_new_tokens=self.max_new_tokens, seed=self.seed)
+        for event in events:
             if isinstance(event, TextDelta):
                 said.append(event.text)
                 print(printable(event.text), end="", flush=True)
@@ -74,6 +74,7 @@ class Chat:
             elif isinstance(event, ToolResult):
                 self.note(f"[result] {event.output}\n", CYAN)
                 said.append("\n")  # the next text begins a line
+        assert isinstance(event, Finished), "the last event"
         return self.finish(event, said)
 
     def finish(self, event: Finished, said: list[str]) -> list[dict[str, Any]]:
@@ -108,7 +109,8 @@ class Chat:
     def set(self, name: str, value: str) -> None:
         try:
             if value:
-                self.options = replace(self.options, **{name: read_number(value)})
+                given: dict[str, Any] = {name: read_number(value)}
+                self.options = replace(self.options, **given)
         except UserError as error:
             self.note(f"error: {error}\n", RED)
         else:

@@ -5,6 +5,7 @@ step: it starts half a minute later and then runs faster, so it suits long chats
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -16,8 +17,8 @@ from ..modeling_nanochat import CACHE
 SMALLEST_STEP = 64
 # A step takes a few milliseconds, so Python's overhead around kernels matters; on a CPU so do the kernels for narrow
 # products, for which Inductor's are benchmarked against the BLAS library's at compile time.
-CUDA_OPTIONS = {"triton.cudagraphs": True}
-CPU_OPTIONS = {
+CUDA_OPTIONS: dict[str, Any] = {"triton.cudagraphs": True}
+CPU_OPTIONS: dict[str, Any] = {
     "cpp_wrapper": True,
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
@@ -40,9 +41,9 @@ class Decoder:
         self.model = model
         self.pad = pad
         self.one_token: Callable = model
-        self.cache: Cache | None = None
+        self.cache: Cache  # set by `prefill`, as are the positions
         self.attention_mask: torch.Tensor | None = None  # (rows, length), None while no row is padded
-        self.position_ids: torch.Tensor | None = None  # (rows, 1), of the next token
+        self.position_ids: torch.Tensor  # (rows, 1), of the next token
 
     def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> torch.Tensor:
         """Feed prompts of different lengths, padded on the left; logits (rows, V) of their last positions.
@@ -111,10 +112,10 @@ class CompiledDecoder(Decoder):
         options = CUDA_OPTIONS if model.device.type == "cuda" else CPU_OPTIONS
         self.compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, options=options)
         self.one_token = self.compiled_forward
-        self.shape: tuple[int, int] | None = None
+        self.shape = (0, 0)  # rows and length of the cache
 
     def new_cache(self, rows: int, length: int) -> Cache:
-        if self.shape is not None and self.shape[0] == rows and length <= self.shape[1] <= 2 * length:
+        if self.shape[0] == rows and length <= self.shape[1] <= 2 * length:
             self.cache.reset()  # keeps its memory, which captured graphs require
             return self.cache
         step = max(SMALLEST_STEP, (1 << (length - 1).bit_length()) // 8)

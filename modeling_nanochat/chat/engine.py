@@ -117,8 +117,8 @@ class Engine:
     ) -> list[list[dict[str, Any]]]:
         """`generate_batch` for prompts rendered by `codec.prompt`."""
         sampler = self.sampler(seed)
-        options = options if isinstance(options, Sequence) else [options] * len(prompts)
-        turns = [self.turn(prompt, max_new_tokens, own) for prompt, own in zip(prompts, options, strict=True)]
+        each = options if isinstance(options, Sequence) else [options] * len(prompts)
+        turns = [self.turn(prompt, max_new_tokens, own) for prompt, own in zip(prompts, each, strict=True)]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

@@ -28,7 +28,7 @@ class Setting:
     optional: bool = False  # None is allowed
 
 
-def option(default: float | None, *setting: Any, **kind: bool) -> Any:
+def option(default: float | None, *setting: Any, **kind: Any) -> Any:
     return field(default=default, metadata={"setting": Setting(*setting, **kind)})
 
 

@@ -8,6 +8,7 @@ conversations become ids.
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
@@ -102,7 +103,8 @@ def by_generate(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
     # As an argument, `settings` would be merged with the folder's, whose stop strings need a tokenizer.
     folder, model.generation_config = model.generation_config, settings
     try:
-        output = model.generate(ids, attention_mask=mask, logits_processor=forced)
+        generate: Any = model.generate  # which `PreTrainedModel` does not declare
+        output = generate(ids, attention_mask=mask, logits_processor=forced)
     finally:
         model.generation_config = folder
     return torch.stack(output.logits, dim=1).float()
@@ -143,7 +145,7 @@ def check_renderings(tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         UserError: A generation prompt differs from the tokens before those that are trained on.
     """
-    render = tokenizer.apply_chat_template
+    render: Callable[..., Any] = tokenizer.apply_chat_template  # what it returns depends on the options
     options = {"tokenize": True, "return_dict": True}
     trained = render(CONVERSATION, return_assistant_tokens_mask=True, **options)
     ids, mask = list(trained["input_ids"]), list(trained["assistant_masks"])

@@ -4,7 +4,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -77,7 +77,8 @@ class ChatCodec:
         quiet = {"verbose": False}  # the engine itself checks the length
         render = self.tokenizer.apply_chat_template
         messages = whole_messages(messages)
-        return render(messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=quiet)
+        ids = render(messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=quiet)
+        return cast("list[int]", ids)  # of all that this function may return
 
 
 def chat_codec(tokenizer: PreTrainedTokenizerBase) -> ChatCodec:
@@ -146,9 +147,9 @@ class Turn:
             self.unread.append(token)
 
     def close_call(self) -> Iterator[Event]:
-        """Run the open call and queue its result; do nothing without an open call or without code."""
+        """Run the open call and queue its result; do nothing without an open call, code or a tool."""
         code, self.code = self.codec.decode(self.code or [], control_tokens=True), None
-        if not code:
+        if not code or self.tool is None:
             return
         if self.tool_calls == self.max_tool_calls:
             self.finish_reason = "length"

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 from huggingface_hub import ModelCardData
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .. import NanoChatForCausalLM, NanoChatTurboForCausalLM
@@ -164,7 +164,7 @@ def refuse_model_folder(args: ConvertArguments, folder: Path) -> None:
     raise UserError(f"{args.input}: already a model folder ({architecture}); --to original makes it a checkpoint")
 
 
-def open_tokenizer(args: ConvertArguments, folder: Path, sizes: OriginalConfig) -> PreTrainedTokenizerFast:
+def open_tokenizer(args: ConvertArguments, folder: Path, sizes: OriginalConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, given the chat template if it has none; checked against the model's vocabulary."""
     name = args.tokenizer or str(folder)
     place = Path(name).expanduser()
@@ -186,7 +186,7 @@ def open_tokenizer(args: ConvertArguments, folder: Path, sizes: OriginalConfig) 
     return tokenizer
 
 
-def unpickle_tokenizer(path: Path, allowed: bool, model_max_length: int) -> PreTrainedTokenizerFast:
+def unpickle_tokenizer(path: Path, allowed: bool, model_max_length: int) -> PreTrainedTokenizerBase:
     if not path.is_file():
         raise UserError(
             f"{path.parent}: no tokenizer.json or tokenizer.pkl; give the model's tokenizer with --tokenizer, a model "
@@ -210,7 +210,7 @@ def pick_dtype(name: str, state_dict: dict[str, torch.Tensor]) -> torch.dtype:
 
 
 def build_model(
-    config: NanoChatConfig, state_dict: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast
+    config: NanoChatConfig, state_dict: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """A model that uses the given tensors without copying them."""
     model_class = NanoChatForCausalLM if config.model_type == "nanochat" else NanoChatTurboForCausalLM

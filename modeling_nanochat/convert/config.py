@@ -74,7 +74,7 @@ def config_from_original(sizes: OriginalConfig, architecture: Architecture) -> N
     Raises:
         UserError: Launch weights with sliding windows, which fit neither architecture; invalid sizes.
     """
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": sizes.vocab_size,
         "hidden_size": sizes.n_embd,
         "num_hidden_layers": sizes.n_layer,
@@ -143,7 +143,7 @@ def architecture_of(config: Any) -> Architecture:
     Raises:
         UserError: It is neither plain nor turbo.
     """
-    known = {"nanochat": "plain", "nanochat_turbo": "turbo"}
+    known: dict[str, Architecture] = {"nanochat": "plain", "nanochat_turbo": "turbo"}
     if config.model_type not in known:
         raise UserError(f"model_type is {config.model_type!r}; only {join_names(list(known))} can be converted")
     return known[config.model_type]

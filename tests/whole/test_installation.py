@@ -295,6 +295,7 @@ def test_each_set_has_an_environment_of_its_own(libraries_set, venv):
     assert f".ci/install.py {venv} {libraries_set}\n" in planned
     for command in ("ruff check .", "ruff format --check .", "python -m pytest -n 2 --dist loadfile"):
         assert f"{venv}/bin/{command}\n" in planned
+    assert (f"{venv}/bin/mypy\n" in planned) == (libraries_set == "tested")
 
 
 @needs_make

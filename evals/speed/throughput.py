@@ -31,11 +31,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from evals.reporting.records import aligned_table
 from evals.speed.candidates import ARCHITECTURES, Setting, build_model, decoders, training_steps
 from evals.speed.device_peaks import device_peaks
 from evals.speed.peak_memory import peak_memory
-from modeling_nanochat.cli import parse
+from modeling_nanochat.cli import parse, text_table
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sizes import decode_bytes_per_step, training_flops_per_token
 
@@ -222,7 +221,7 @@ def machine(device: str) -> ResultRow:
 
 def print_table(title: str, rows: Sequence[ResultRow]) -> None:
     cells = [[cell(value) for value in row.values()] for row in rows]
-    print(f"\n{title}\n{aligned_table([list(rows[0]), *cells])}")
+    print(f"\n{title}\n{text_table([list(rows[0]), *cells])}")
     print("equal weights give equal results:", cell(all(row["agrees"] for row in rows)), flush=True)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from evals.tasks.formats import is_list_of_strings, require_index, require_strings
+from evals.fields import is_list_of_strings, require_index, require_strings
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.sources import read_jsonl
 

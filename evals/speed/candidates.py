@@ -3,7 +3,7 @@
 Equal names have equal weights, so transformers' model and plain must agree; a candidate is `<architecture> <mode>`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,7 +83,7 @@ def training_steps(models: dict[str, PreTrainedModel], setting: Setting, compile
 
 
 def decoders(models: dict[str, PreTrainedModel], setting: Setting, compiled: bool) -> dict[str, Decode]:
-    """Return the greedy decoding candidates, in the setting's dtype: prompt ids (B, P) and n -> rows of P + n ids."""
+    """Return the greedy decoding candidates, in the setting's dtype: prompt ids (B, P) and n -> rows of n new ids."""
     calls = {}
     for architecture, model in models.items():
         model.eval().to(setting.dtype)
@@ -95,12 +95,16 @@ def decoders(models: dict[str, PreTrainedModel], setting: Setting, compiled: boo
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
     mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False).tolist()
+    rows = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+    return rows[:, ids.shape[1] :].tolist()
 
 
 @torch.inference_mode()
-def decode_greedily(decoder: Decoder, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
-    tokens = [decoder.prefill(ids.tolist(), new_tokens).argmax(-1)]
+def decode_greedily(
+    decoder: Decoder, prompts: torch.Tensor | Sequence[Sequence[int]], new_tokens: int
+) -> list[list[int]]:
+    prompts = prompts.tolist() if isinstance(prompts, torch.Tensor) else prompts
+    tokens = [decoder.prefill(prompts, new_tokens).argmax(-1)]
     while len(tokens) < new_tokens:
         tokens.append(decoder.step(tokens[-1]).argmax(-1))
-    return torch.cat([ids, torch.stack(tokens, 1)], 1).tolist()
+    return torch.stack(tokens, 1).tolist()

@@ -17,28 +17,25 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import json
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from evals.speed.candidates import ARCHITECTURES, Setting, build_model, decoders, training_steps
-from evals.speed.device_peaks import device_peaks
+from evals.speed.device_peaks import device_name, device_peaks
 from evals.speed.peak_memory import peak_memory
+from evals.speed.timing import take_turns
 from modeling_nanochat.cli import parse, text_table
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sizes import decode_bytes_per_step, training_flops_per_token
 
-WARM_UP = 2  # untimed calls; the first one compiles
 LOSS_TOLERANCE = 1e-4
 ResultRow = dict[str, Any]
 
@@ -126,7 +123,9 @@ def measure_training(
     torch.compiler.reset()  # code compiled earlier counts towards the recompile limit
     ids = token_ids(args.train_batch_size, args.sequence_length, setting)
     steps = training_steps(models, setting, args.torch_compile)
-    losses, seconds = take_turns({name: partial(step, ids) for name, step in steps.items()}, args.repeats)
+    losses, seconds = take_turns(
+        {name: partial(step, ids) for name, step in steps.items()}, setting.device, args.repeats
+    )
     peak = device_peaks(device_name(setting.device))[0] if setting.dtype == torch.bfloat16 else None
     rows = speeds(setting.depth, seconds, ids.numel())
     for row in rows:
@@ -149,7 +148,7 @@ def measure_decode(
     ids = token_ids(batch_size, args.prompt_length, setting)
     candidates = decoders(models, setting, args.torch_compile)
     calls = {name: partial(decode, ids, args.new_tokens) for name, decode in candidates.items()}
-    answers, seconds = take_turns(calls, args.repeats)
+    answers, seconds = take_turns(calls, setting.device, args.repeats)
     bandwidth = device_peaks(device_name(setting.device))[1]
     rows = speeds(setting.depth, seconds, batch_size * args.new_tokens)
     for row in rows:
@@ -160,21 +159,6 @@ def measure_decode(
         row["batch_size"] = batch_size
         row["agrees"] = answers[name] == answers[same_weights(name, answers)]
     return rows
-
-
-def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Warm up, then run all calls in turn, `repeats` times; return each call's result and its times in seconds.
-
-    Calls must return Python values, so that the GPU has finished when they return.
-    """
-    returned = {name: [call() for _ in range(WARM_UP)][-1] for name, call in calls.items()}
-    seconds = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
-    return returned, seconds
 
 
 def speeds(depth: int, seconds: Mapping[str, Sequence[float]], tokens: int) -> list[ResultRow]:
@@ -202,16 +186,6 @@ def same_weights(name: str, names: Mapping[str, Any]) -> str:
 def token_ids(rows: int, length: int, setting: Setting) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, setting.vocab_size, (rows, length), generator=generator).to(setting.device)
-
-
-def device_name(device: str) -> str:
-    """Return the name of the GPU or of the processor."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def machine(device: str) -> ResultRow:

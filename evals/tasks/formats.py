@@ -15,6 +15,7 @@ cloze           {"query", "choices": [...], "gold": index, "continuation_delimit
 
 from typing import Any
 
+from evals.fields import is_list_of_strings, require_index, require_strings
 from modeling_nanochat.convert.conversations import from_original, has_call_parts
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.conversations import check_messages, check_tools
@@ -152,21 +153,6 @@ def multiple_choice_question(record: dict[str, Any], where: str) -> MultipleChoi
     return MultipleChoiceQuestion(record["question"], tuple(choices), tuple(letters), answer)
 
 
-def is_list_of_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def require_strings(record: dict[str, Any], fields: tuple[str, ...], where: str) -> None:
-    for field in fields:
-        if not isinstance(record[field], str):
-            raise UserError(f"{where}: `{field}` must be a string, found {type(record[field]).__name__}")
-
-
 def require_choices(choices: Any, where: str) -> None:
     if not is_list_of_strings(choices) or not 2 <= len(choices) <= len(LETTERS):
         raise UserError(f"{where}: `choices` must hold 2 to {len(LETTERS)} strings")
-
-
-def require_index(value: Any, field: str, count: int, where: str) -> None:
-    if type(value) is not int or not 0 <= value < count:
-        raise UserError(f"{where}: `{field}` must be the index of a choice, 0 to {count - 1}, found {value!r}")

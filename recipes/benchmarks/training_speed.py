@@ -23,13 +23,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from evals.speed.timing import take_turns
 from modeling_nanochat import ARCHITECTURES
 from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
@@ -86,14 +86,13 @@ def bare_seconds(args: TrainingSpeedArguments) -> list[float]:
     model = model_class(config).train()
     ids = torch.randint(0, config.vocab_size, (args.per_device_train_batch_size, args.max_length + 1))
     passes = args.total_batch_size // (args.per_device_train_batch_size * args.max_length)
-    seconds = []
-    for _ in range(2 + args.steps // 2):
-        started = time.perf_counter()
+
+    def step() -> None:
         for _ in range(passes):
             model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:].contiguous(), use_cache=False).loss.backward()
-        seconds.append(time.perf_counter() - started)
         model.zero_grad(set_to_none=True)
-    return seconds[2:]
+
+    return take_turns({"bare": step}, "cpu", args.steps // 2)[1]["bare"]
 
 
 def measure_loop(args: TrainingSpeedArguments, folder: Path) -> dict[str, float]:

@@ -207,7 +207,7 @@ def stage_rows(run: RunFolder) -> list[list[str]]:
             continue
         counts = [as_text(record[key]) if record.get(key) else NOTHING for key in ("steps", "tokens", "parameters")]
         measured = [throughput(run, stage), memory(record.get("machine", {}))]
-        rows.append([name, duration(run.wall_seconds(stage)), evaluation, *counts, *measured])
+        rows.append([name, duration(run.wall_seconds(stage) or 0), evaluation, *counts, *measured])
     return rows
 
 
@@ -252,7 +252,8 @@ def code_rows(root: Path) -> list[list[str]]:
     """Return the lines of Python by folder: files that git tracks, else all files in the checkout's packages."""
     names = git(root, "ls-files", "*.py").splitlines()
     files = [root / name for name in names] or [path for path in root.glob("*/**/*.py") if "venv" not in str(path)]
-    lines, counts = Counter(), Counter()
+    lines: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for file in files:
         if file.is_file():
             folder = file.relative_to(root).parts[0]
@@ -264,7 +265,7 @@ def code_rows(root: Path) -> list[list[str]]:
 
 def sample_sections(run: RunFolder) -> list[str]:
     """Return the last model's conversations, then those of earlier models, folded."""
-    samples = {stage: run.results[stage].get("samples") for stage in MODELS if stage in run.results}
+    samples = {stage: run.results[stage].get("samples") or [] for stage in MODELS if stage in run.results}
     stages = [stage for stage, conversations in samples.items() if conversations]
     if not stages:
         return ["None."]
@@ -286,7 +287,9 @@ def terminal_summary(run: RunFolder) -> str:
         "RL against SFT\n" + "\n".join(comparisons(run)),
     ]
     parts += marked_warnings(run)
-    samples = next((r["samples"] for s in reversed(MODELS) if (r := run.results.get(s, {})).get("samples")), [])
+    samples: list[dict[str, Any]] = next(
+        (r["samples"] for s in reversed(MODELS) if (r := run.results.get(s, {})).get("samples")), []
+    )
     calling = [sample for sample in samples if any(message.get("tool_calls") for message in sample["messages"])]
     for sample in (calling or samples)[:1]:
         parts.append(f"{title(sample)}\n{transcript(sample['messages'])}".strip())

@@ -5,8 +5,9 @@ from itertools import takewhile
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from modeling_nanochat.modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.tokenization_nanochat import encode_documents
 
 # The original's prompts, so that logs can be compared side by side.
@@ -22,7 +23,7 @@ PROMPTS = (
 
 
 def samples(
-    model: PreTrainedModel,
+    model: NanoChatForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = 16,
@@ -51,4 +52,4 @@ def samples(
     finally:
         model.train(was_training)
     continuations = [list(takewhile(lambda token: token not in stop, row)) for row in generated]
-    return [tokenizer.decode(ids[1:] + more) for ids, more in zip(encoded, continuations, strict=True)]
+    return [str(tokenizer.decode(ids[1:] + more)) for ids, more in zip(encoded, continuations, strict=True)]

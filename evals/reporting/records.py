@@ -9,12 +9,11 @@ def make_record(
     task: str, metric: str, value: float, standard_error: float | None, n: int, settings: dict[str, Any], model: str
 ) -> dict[str, Any]:
     """Return the record of one figure. Non-finite numbers become None, because JSON cannot hold them."""
-    value, standard_error = (x if x is not None and math.isfinite(x) else None for x in (value, standard_error))
     return {
         "task": task,
         "metric": metric,
-        "value": value,
-        "standard_error": standard_error,
+        "value": value if math.isfinite(value) else None,
+        "standard_error": standard_error if standard_error is not None and math.isfinite(standard_error) else None,
         "n": n,
         "settings": settings,
         "model": model,

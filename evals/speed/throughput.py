@@ -26,9 +26,8 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
-from evals.speed.candidates import ARCHITECTURES, Setting, build_model, decoders, training_steps
+from evals.speed.candidates import ARCHITECTURES, Model, Setting, build_model, decoders, training_steps
 from evals.speed.device_peaks import device_name, device_peaks
 from evals.speed.peak_memory import peak_memory
 from evals.speed.timing import take_turns
@@ -68,8 +67,10 @@ class ThroughputArguments:
     def check(self) -> None:
         """Resolve `auto`; raise [`UserError`] on an invalid setting."""
         cuda = torch.cuda.is_available()
-        self.device = self.device.replace("auto", "cuda" if cuda else "cpu")
-        self.dtype = self.dtype.replace("auto", "bfloat16" if self.device == "cuda" else "float32")
+        if self.device == "auto":
+            self.device = "cuda" if cuda else "cpu"
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if self.device == "cuda" else "float32"
         if unknown := sorted(set(self.architectures) - set(ARCHITECTURES)):
             raise UserError(f"architectures: {unknown[0]!r} is not one of {', '.join(ARCHITECTURES)}")
         if self.device == "cuda" and not cuda:
@@ -89,7 +90,7 @@ class ThroughputArguments:
 def main() -> None:
     (args,) = parse(ThroughputArguments)
     args.check()
-    results = {"machine": machine(args.device), "settings": asdict(args), "training": [], "decode": []}
+    results: dict[str, Any] = {"machine": machine(args.device), "settings": asdict(args), "training": [], "decode": []}
     for part in ("machine", "settings"):
         print(", ".join(f"{key} {value}" for key, value in results[part].items()))
     for depth in args.depths:
@@ -116,9 +117,7 @@ def measure_depth(args: ThroughputArguments, setting: Setting, results: dict[str
         print_table(f"decode, {batch_size} x ({args.prompt_length} + {args.new_tokens}) tokens", rows)
 
 
-def measure_training(
-    args: ThroughputArguments, setting: Setting, models: dict[str, PreTrainedModel]
-) -> list[ResultRow]:
+def measure_training(args: ThroughputArguments, setting: Setting, models: dict[str, Model]) -> list[ResultRow]:
     """Return a row per candidate: tokens/s of forward and backward, MFU, loss, peak memory."""
     torch.compiler.reset()  # code compiled earlier counts towards the recompile limit
     ids = token_ids(args.train_batch_size, args.sequence_length, setting)
@@ -141,7 +140,7 @@ def measure_training(
 
 
 def measure_decode(
-    args: ThroughputArguments, setting: Setting, models: dict[str, PreTrainedModel], batch_size: int
+    args: ThroughputArguments, setting: Setting, models: dict[str, Model], batch_size: int
 ) -> list[ResultRow]:
     """Return a row per candidate: new tokens/s, prefill included; percentage of the memory bandwidth."""
     torch.compiler.reset()

@@ -4,13 +4,14 @@ Defined as nats of the targets that have bytes / (ln 2 x bytes of those targets)
 excluded from both sums.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_nanochat.linear import is_only_a_weight, linear
 from modeling_nanochat.modeling_nanochat import NanoChatForCausalLM
@@ -26,7 +27,7 @@ METRIC = Path(__file__).parent / "metrics" / "bits_per_byte"
 
 @torch.no_grad()
 def nats_and_bytes(
-    model, batch: torch.Tensor | Mapping[str, torch.Tensor], token_bytes: torch.Tensor
+    model: PreTrainedModel, batch: torch.Tensor | Mapping[str, torch.Tensor], token_bytes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return nats (B,) in float64 and bytes (B,) of each row's targets; sum them over batches and ranks, then divide.
 
@@ -45,7 +46,7 @@ def nats_and_bytes(
     return nats.cpu().sum(1, dtype=torch.float64), lengths.cpu().sum(1)  # on the CPU: MPS has no float64
 
 
-def token_nats(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_nats(model: PreTrainedModel, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return nats (B, T) of each target, 0 where it is -100; at most MAX_LOGITS logits, or one row's, exist at once.
 
     For our models, the LM head is applied to chunks of positions. Other models, and heads that are more than a weight
@@ -68,26 +69,15 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def bits_per_byte(
-    model, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]], token_bytes: torch.Tensor
-) -> float:
-    """Return bits per byte over `batches` (see `nats_and_bytes`) on this process; infinite if no target has bytes."""
-    was_training = model.training
-    model.eval()
-    sums = [(nats.sum().item(), count.sum().item()) for nats, count in map_batches(model, batches, token_bytes)]
-    model.train(was_training)
-    nats, count = (sum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0)
-    return nats / (math.log(2) * count) if count else math.inf
-
-
-def map_batches(model, batches: Iterable, token_bytes: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for batch in batches:
-        yield nats_and_bytes(model, batch, token_bytes)
-
-
 def text_bits_per_byte(
-    model, tokenizer, files: Sequence[str], *, max_length: int, batch_size: int = 8, max_tokens: int = 200_000
-) -> dict:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    files: Sequence[str],
+    *,
+    max_length: int,
+    batch_size: int = 8,
+    max_tokens: int = 200_000,
+) -> dict[str, Any]:
     """Return bits per byte of the texts in `files`: {"bits_per_byte", "standard_error", "bytes", "tokens", "rows"}.
 
     The documents, each prefixed with bos, are concatenated and cut into rows of `max_length` predictions, up to
@@ -101,19 +91,22 @@ def text_bits_per_byte(
     rows = text_rows(tokenizer, text_dataset(files, what="text_files")["text"], max_length, max_tokens)
     batches = [padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     progress = tqdm(batches, desc="bits per byte", unit="batch", leave=False, disable=None)
-    results = map_batches(model, progress, torch.from_numpy(token_bytes(tokenizer)))
+    lengths = torch.from_numpy(token_bytes(tokenizer))
+    results = (nats_and_bytes(model, batch, lengths) for batch in progress)
     nats, counts = (torch.cat(column).tolist() for column in zip(*results, strict=True))
     figures = evaluate.load(str(METRIC), keep_in_memory=True).compute(nats=nats, bytes=counts)
     return {**figures, "tokens": sum(len(row) - 1 for row in rows), "rows": len(rows)}
 
 
-def text_rows(tokenizer, texts: Iterable[str], max_length: int, max_tokens: int) -> list[list[int]]:
+def text_rows(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], max_length: int, max_tokens: int
+) -> list[list[int]]:
     """Return rows of at most `max_length` + 1 ids that overlap by one id, so that every id is predicted once."""
     stream = [token for _, token in zip(range(max_tokens), text_tokens(tokenizer, texts), strict=False)]
     return [stream[i : i + max_length + 1] for i in range(0, len(stream) - 1, max_length)]
 
 
-def text_tokens(tokenizer, texts: Iterable[str]) -> Iterator[int]:
+def text_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[int]:
     """Yield the ids of all documents, each prefixed with bos, encoded lazily."""
     encoder = BulkEncoder(tokenizer)
     for text in texts:

@@ -32,15 +32,7 @@ from transformers.utils import logging
 from evals.bits_per_byte import text_bits_per_byte
 from evals.core.score import CoreTask, core, load_core
 from evals.progress import EvaluationProgress
-from evals.reporting.records import (
-    aligned_table,
-    format_count,
-    format_value,
-    make_record,
-    summary_line,
-    write_json,
-    write_jsonl,
-)
+from evals.reporting.records import format_count, format_value, make_record, summary_line
 from evals.tasks.evaluation import evaluate_task
 from evals.tasks.question import EvaluatedModel
 from evals.tasks.replies import ReplyQuestion, generate_replies
@@ -48,8 +40,9 @@ from evals.tasks.task_files import NamedTask, load_task, parse_task_argument
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.sampling import SamplingOptions, check_setting
-from modeling_nanochat.cli import is_verbose, parse
+from modeling_nanochat.cli import is_verbose, parse, text_table
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.folders import write_json, write_jsonl
 from modeling_nanochat.loading import load_model_and_tokenizer
 
 GREETING = "Who are you?"
@@ -128,7 +121,7 @@ def main() -> None:
     if verbose:
         rows = [[r["task"], r["metric"], format_value(r), format_count(r)] for r in results["records"]]
         print(f"{args.model_name_or_path}, {results['seconds']:.0f} s, results in {args.output_file}")
-        print(aligned_table([["task", "metric", "value ± standard error", "n"], *rows]))
+        print(text_table([["task", "metric", "value ± standard error", "n"], *rows]))
     else:
         print(summary_line(results["records"]))
     for record in results["records"]:

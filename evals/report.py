@@ -12,17 +12,15 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
-import os
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from evals.reporting.curves import draw_curves
-from evals.reporting.records import aligned_table
 from evals.reporting.run_folder import MODELS, REPORTED, RunFolder, read_run
 from evals.reporting.summary import NOTHING, comparisons, evaluation_notes, summary_rows, warnings
 from evals.reporting.tokenizer_section import (
@@ -32,11 +30,11 @@ from evals.reporting.tokenizer_section import (
     draw_compression,
     notes,
     statistics_rows,
-    table_rows,
 )
 from evals.reporting.transcript import fenced, title, transcript
-from modeling_nanochat.cli import is_verbose, parse
+from modeling_nanochat.cli import is_verbose, markdown_table, parse, text_table
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.folders import atomic_write
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CAPTIONS = {
@@ -75,11 +73,9 @@ def write_report(run: RunFolder) -> Path:
         UserError: The folder cannot be written, or the disk is full.
     """
     folder, path = run.path / "report", run.path / "report.md"
-    temporary = path.with_name(".report.md")
     try:
         pictures = draw_curves(run, folder) | draw_compression(run, folder)
-        temporary.write_text(render(run, pictures), encoding="utf-8")
-        os.replace(temporary, path)
+        atomic_write(path, render(run, pictures))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); free space or change permissions") from error
     return path
@@ -114,7 +110,7 @@ def tokenizer_parts(run: RunFolder, picture: str | None) -> list[str]:
     if run.tokenizer is None:
         return ["Not evaluated."]
     statistics = run.tokenizer["statistics"]
-    parts = [markdown_table(table_rows(run.tokenizer)), TABLE_NOTE]
+    parts = [markdown_table(run.tokenizer["table"]), TABLE_NOTE]
     parts += ["\n".join(f"- {line}" for line in lines)] if (lines := notes(run.tokenizer)) else []
     parts += [f"![Bytes per token](report/{picture})"] if picture else []
     parts += [
@@ -178,7 +174,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def unique(texts) -> list[str]:
+def unique(texts: Iterable[str]) -> list[str]:
     return [text for text in dict.fromkeys(texts) if text]
 
 
@@ -211,7 +207,7 @@ def stage_rows(run: RunFolder) -> list[list[str]]:
             continue
         counts = [as_text(record[key]) if record.get(key) else NOTHING for key in ("steps", "tokens", "parameters")]
         measured = [throughput(run, stage), memory(record.get("machine", {}))]
-        rows.append([name, duration(run.wall_seconds(stage)), evaluation, *counts, *measured])
+        rows.append([name, duration(run.wall_seconds(stage) or 0), evaluation, *counts, *measured])
     return rows
 
 
@@ -256,7 +252,8 @@ def code_rows(root: Path) -> list[list[str]]:
     """Return the lines of Python by folder: files that git tracks, else all files in the checkout's packages."""
     names = git(root, "ls-files", "*.py").splitlines()
     files = [root / name for name in names] or [path for path in root.glob("*/**/*.py") if "venv" not in str(path)]
-    lines, counts = Counter(), Counter()
+    lines: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for file in files:
         if file.is_file():
             folder = file.relative_to(root).parts[0]
@@ -268,7 +265,7 @@ def code_rows(root: Path) -> list[list[str]]:
 
 def sample_sections(run: RunFolder) -> list[str]:
     """Return the last model's conversations, then those of earlier models, folded."""
-    samples = {stage: run.results[stage].get("samples") for stage in MODELS if stage in run.results}
+    samples = {stage: run.results[stage].get("samples") or [] for stage in MODELS if stage in run.results}
     stages = [stage for stage, conversations in samples.items() if conversations]
     if not stages:
         return ["None."]
@@ -282,20 +279,17 @@ def sample_text(sample: dict[str, Any]) -> str:
     return heading + fenced(transcript(sample["messages"]))
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    rows = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
 def terminal_summary(run: RunFolder) -> str:
     """Return the summary table, RL against SFT, and one conversation of the last model, preferring tool calls."""
     parts = [
-        aligned_table(summary_rows(run)),
+        text_table(summary_rows(run)),
         *evaluation_notes(run),
         "RL against SFT\n" + "\n".join(comparisons(run)),
     ]
     parts += marked_warnings(run)
-    samples = next((r["samples"] for s in reversed(MODELS) if (r := run.results.get(s, {})).get("samples")), [])
+    samples: list[dict[str, Any]] = next(
+        (r["samples"] for s in reversed(MODELS) if (r := run.results.get(s, {})).get("samples")), []
+    )
     calling = [sample for sample in samples if any(message.get("tool_calls") for message in sample["messages"])]
     for sample in (calling or samples)[:1]:
         parts.append(f"{title(sample)}\n{transcript(sample['messages'])}".strip())

@@ -1,10 +1,13 @@
 """Greedy continuations of a few fixed prompts by a base model: a quick check of what it has learned so far."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
 
-from modeling_nanochat.chat.decoding import Decoder
+from modeling_nanochat.modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.tokenization_nanochat import encode_documents
 
 # The original's prompts, so that logs can be compared side by side.
@@ -19,7 +22,12 @@ PROMPTS = (
 )
 
 
-def samples(model, tokenizer, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = 16) -> list[str]:
+def samples(
+    model: NanoChatForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str] = PROMPTS,
+    max_new_tokens: int = 16,
+) -> list[str]:
     """Return each prompt followed by its greedy continuation, up to bos or the end of a turn.
 
     Unlike the engine, this needs no chat template and calls no tool.
@@ -30,31 +38,18 @@ def samples(model, tokenizer, prompts: Sequence[str] = PROMPTS, max_new_tokens: 
         max_new_tokens: Maximum number of tokens of a continuation.
     """
     encoded = encode_documents(tokenizer, prompts)
+    bos, stop = tokenizer.bos_token_id, [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    rows = [torch.tensor(ids, device=model.device) for ids in encoded]
+    ids = pad_sequence(rows, batch_first=True, padding_value=bos, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": stop, "pad_token_id": bos}
+    if beyond := list(range(len(tokenizer), model.config.vocab_size)):  # rows of padding in the embedding table
+        options["suppress_tokens"] = beyond
     was_training = model.training
     model.eval()
     try:
-        continuations = continue_greedily(model, tokenizer, encoded, max_new_tokens)
+        generated = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
     finally:
         model.train(was_training)
-    return [tokenizer.decode(ids[1:] + more) for ids, more in zip(encoded, continuations, strict=True)]
-
-
-@torch.no_grad()
-def continue_greedily(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Return the new ids of each row, without the first stop token and what follows it."""
-    stop = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    vocabulary = min(len(tokenizer), model.config.vocab_size)
-    decoder = Decoder(model, tokenizer.bos_token_id)
-    logits = decoder.prefill(prompts, max_new_tokens)
-    rows: list[list[int]] = [[] for _ in prompts]
-    finished = [False] * len(rows)
-    for step in range(max_new_tokens):
-        tokens = logits[:, :vocabulary].argmax(-1).tolist()
-        finished = [done or token in stop for done, token in zip(finished, tokens, strict=True)]
-        for row, token, done in zip(rows, tokens, finished, strict=True):
-            if not done:
-                row.append(token)
-        if all(finished) or step == max_new_tokens - 1:
-            break
-        logits = decoder.step(tokens)
-    return rows
+    continuations = [list(takewhile(lambda token: token not in stop, row)) for row in generated]
+    return [str(tokenizer.decode(ids[1:] + more)) for ids, more in zip(encoded, continuations, strict=True)]

@@ -1,4 +1,4 @@
-"""Script arguments: dataclasses filled from `--config file.yaml`, each key overridable on the command line."""
+"""What scripts read and print: dataclasses filled from `--config file.yaml` and the command line, and tables."""
 
 import argparse
 import difflib
@@ -15,6 +15,22 @@ VERBOSE = "NANOCHAT_VERBOSE"
 def is_verbose() -> bool:
     """Whether scripts print everything: hyperparameters, every evaluation, tables; set by `run.py --verbose true`."""
     return os.environ.get(VERBOSE, "") not in ("", "0")
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as text with a rule under the first row; columns of figures are right-aligned."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    aligns = [str.rjust if all(cell[:1] in "+-0123456789" for cell in column[1:]) else str.ljust for column in columns]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    cells = [[align(*cell) for align, *cell in zip(aligns, line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as Markdown, the first row as header; all columns but the first are right-aligned."""
+    lines = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -1,10 +1,12 @@
-"""Atomic folders: written under a temporary name, flushed to disk, then renamed."""
+"""Atomic folders and files: written under a temporary name, flushed to disk, then renamed."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -55,6 +57,29 @@ def remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` atomically, indented; numbers must be finite."""
+    atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one object per line, atomically; numbers must be finite."""
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def atomic_write(path: str | Path, text: str) -> None:
+    """Write `text` in UTF-8, so that readers never see a partial file; missing folders are created."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        flush(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

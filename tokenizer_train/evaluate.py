@@ -7,7 +7,7 @@
 
 Notable features:
 - checks that decoding restores every text
-- GPT-2's and GPT-4's vocabulary: from --vocabularies_dir, from tiktoken's cache, or downloaded by tiktoken
+- GPT-2's and GPT-4's vocabulary: from tiktoken's cache (TIKTOKEN_CACHE_DIR), or downloaded by tiktoken
 - unavailable vocabularies are reported, and their columns omitted
 """
 
@@ -17,7 +17,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,8 +26,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_nanochat.cli import parse
+from modeling_nanochat.cli import parse, text_table
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.folders import write_json
 from modeling_nanochat.text.bulk_encoding import BulkEncoder
 from modeling_nanochat.text.sources import first_line
 from modeling_nanochat.text.token_bytes import token_spellings
@@ -52,10 +52,6 @@ class TokenizerEvaluateArguments:
     val_files: list[str] = field(default_factory=list, metadata={"help": "Held-out text of the same kind."})
     texts: list[str] = field(default_factory=list, metadata={"help": "Additional texts, each as name=file.txt."})
     max_bytes: int = field(default=5_000_000, metadata={"help": "Bytes to read from train_files and from val_files."})
-    vocabularies_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder with encoder.json (GPT-2) and cl100k_base.tiktoken (GPT-4); else downloaded."},
-    )
     baselines: list[str] = field(
         default_factory=list, metadata={"help": "Other tokenizers to compare with: folder, Hub id or name=folder."}
     )
@@ -70,14 +66,16 @@ def main() -> None:
     (args,) = parse(TokenizerEvaluateArguments)
     record = evaluate_tokenizer(args)
     if args.output_file:
-        write_json(Path(args.output_file), record)
+        write_json(args.output_file, record)
     print(f"{args.tokenizer}, {record['seconds']} s" + (f", record in {args.output_file}" if args.output_file else ""))
-    print(aligned(table_rows(record)))
+    print(text_table(record["table"]))
     print("\n".join([*missing_lines(record), *statistics_lines(record["statistics"])]))
 
 
 def evaluate_tokenizer(args: TokenizerEvaluateArguments) -> dict[str, Any]:
-    """Return the record: {"tokenizer", "settings", "seconds", "vocabularies", "missing", "texts", "statistics"}.
+    """Return the record; `table` has the rows that are printed and shown in the report.
+
+    Its keys: "tokenizer", "settings", "seconds", "vocabularies", "missing", "texts", "table", "statistics".
 
     Raises:
         UserError: A setting or file is invalid, the tokenizer is not one of ours, or decoding does not restore a text.
@@ -87,7 +85,7 @@ def evaluate_tokenizer(args: TokenizerEvaluateArguments) -> dict[str, Any]:
     started = time.perf_counter()
     tokenizer = load_tokenizer(args.tokenizer)
     texts = load_texts(args)
-    baselines, missing = load_baselines(args.vocabularies_dir, named)
+    baselines, missing = load_baselines(named)
     encoder, spellings = BulkEncoder(tokenizer), token_spellings(tokenizer)
     rows, counts = [], {}
     for text in texts:
@@ -95,13 +93,15 @@ def evaluate_tokenizer(args: TokenizerEvaluateArguments) -> dict[str, Any]:
         rows.append(compare(text, len(ids), baselines))
         counts[text.name] = np.bincount(ids, minlength=len(spellings))
     vocabularies = [{"name": v.name, "entries": v.entries, "source": v.source} for v in baselines]
+    vocabularies.append({"name": OURS, "entries": len(tokenizer), "source": args.tokenizer})
     return {
         "tokenizer": args.tokenizer,
         "settings": asdict(args),
         "seconds": round(time.perf_counter() - started, 1),
-        "vocabularies": [*vocabularies, {"name": OURS, "entries": len(tokenizer), "source": args.tokenizer}],
+        "vocabularies": vocabularies,
         "missing": missing,
         "texts": rows,
+        "table": table_rows(vocabularies, rows),
         "statistics": vocabulary_statistics(tokenizer, {t: counts[t] for t in counts if t in ("train", "val")}),
     }
 
@@ -164,40 +164,16 @@ def compare(text: Text, tokens: int, baselines: Sequence[Vocabulary]) -> dict[st
     }
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a temporary file and rename it, so that readers never see a partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def table_rows(record: dict[str, Any]) -> list[list[str]]:
+def table_rows(vocabularies: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Return tokens and bytes per token of each vocabulary, and how ours compares, as in the original's report."""
-    names = [vocabulary["name"] for vocabulary in record["vocabularies"]]
-    heads = [f"{vocabulary['name']} ({vocabulary['entries']:,})" for vocabulary in record["vocabularies"]]
-    others = names[:-1]
-    rows = [
-        [
-            "text",
-            "bytes",
-            *(cell for head in heads for cell in (head, "ratio")),
-            "per word",
-            *(f"vs {n}" for n in others),
-        ]
-    ]
-    for text in record["texts"]:
+    names = [vocabulary["name"] for vocabulary in vocabularies]
+    heads = [cell for v in vocabularies for cell in (f"{v['name']} ({v['entries']:,})", "ratio")]
+    rows = [["text", "bytes", *heads, "per word", *(f"vs {name}" for name in names[:-1])]]
+    for text in texts:
         counts = [c for n in names for c in (f"{text['tokens'][n]:,}", f"{text['bytes_per_token'][n]:.2f}")]
-        fewer = [f"{text['fewer_percent'][name]:+.1f} %" for name in others]
+        fewer = [f"{text['fewer_percent'][name]:+.1f} %" for name in names[:-1]]
         rows.append([text["name"], f"{text['bytes']:,}", *counts, f"{text['tokens_per_word']:.2f}", *fewer])
     return rows
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return the table as text, names left-aligned, figures right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def missing_lines(record: dict[str, Any]) -> list[str]:

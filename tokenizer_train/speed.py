@@ -20,7 +20,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from modeling_nanochat.cli import parse
+from modeling_nanochat.cli import parse, text_table
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.text.bulk_encoding import BulkEncoder, available_threads
 from modeling_nanochat.text.sources import text_dataset
@@ -119,11 +119,11 @@ def timed(seconds: list[float]) -> Iterator[None]:
 
 
 def table(title: str, ways: list[Way], megabytes: float) -> str:
-    lines = [f"\n{title:44}{'MB/s':>8}{'seconds':>10}   (all)"]
+    rows = [[title, "MB/s", "seconds", "(all)"]]
     for way in ways:
         taken, every = median(way.seconds), " ".join(f"{seconds:.2f}" for seconds in way.seconds)
-        lines.append(f"{way.name:44}{megabytes / taken:8.1f}{taken:10.2f}   {every}")
-    return "\n".join(lines)
+        rows.append([way.name, f"{megabytes / taken:.1f}", f"{taken:.2f}", every])
+    return "\n" + text_table(rows)
 
 
 if __name__ == "__main__":

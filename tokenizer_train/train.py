@@ -18,7 +18,6 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.folders import atomic_directory
+from modeling_nanochat.folders import atomic_directory, write_json
 from modeling_nanochat.text.token_bytes import token_bytes
 from modeling_nanochat.tokenization_nanochat import encode_documents, save_tokenizer
 from tokenizer_train.bpe import SplitPattern, check_request, train_tokenizer
@@ -187,9 +186,7 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> flo
 
 def write_record(record: dict, target: Path) -> None:
     """Write `<run>/stages/tokenizer.json` beside the folder, as every stage does."""
-    path = target.parent / "stages" / f"{target.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(target.parent / "stages" / f"{target.name}.json", record)
 
 
 if __name__ == "__main__":

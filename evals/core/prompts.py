@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from modeling_nanochat.tokenization_nanochat import encode_documents
 
 from .tasks import LANGUAGE_MODELING, MULTIPLE_CHOICE, CoreTask
@@ -109,7 +111,11 @@ def cropped(ids: list[int], start: int, max_length: int) -> Row:
 
 
 def block_rows(
-    task: CoreTask, tokenizer, examples: Sequence[dict[str, Any]], indices: Sequence[int], max_length: int
+    task: CoreTask,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[dict[str, Any]],
+    indices: Sequence[int],
+    max_length: int,
 ) -> list[list[Row]]:
     """Return the rows of each example in `indices`; all prompts are tokenized at once.
 

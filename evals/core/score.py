@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evals.batching import MAX_LOGITS, batches_by_length
 
@@ -51,8 +52,8 @@ class Score:
 
 
 def core(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
     tasks: Sequence[CoreTask],
     *,
     max_per_task: int = -1,
@@ -94,7 +95,7 @@ def core(
             counts[number] += torch.tensor([right, len(indices)])
     finally:
         model.train(was_training)
-    counts = counts if gather is None else gather(counts.to(device_of(model)))
+    counts = counts if gather is None else gather(counts.to(model.device))
     return combine(tasks, counts.tolist())
 
 
@@ -118,7 +119,11 @@ def with_progress_bar(
 
 
 def count_right(
-    model, task: CoreTask, examples: Sequence[dict[str, Any]], rows: Sequence[list[Row]], batch_size: int
+    model: PreTrainedModel,
+    task: CoreTask,
+    examples: Sequence[dict[str, Any]],
+    rows: Sequence[list[Row]],
+    batch_size: int,
 ) -> int:
     scores = iter(score_rows(model, [row for group in rows for row in group], batch_size))
     return sum(
@@ -143,7 +148,7 @@ def chosen(scores: Sequence[Score]) -> int:
     return losses.index(min(losses))
 
 
-def score_rows(model, rows: Sequence[Row], batch_size: int = 32) -> list[Score]:
+def score_rows(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> list[Score]:
     """Return the score of each row; rows of similar length are batched together."""
     scores: list[Score] = [Score(math.nan, [])] * len(rows)
     for batch in batches_by_length([len(row.ids) for row in rows], batch_size):
@@ -168,9 +173,9 @@ def predicting(rows: Sequence[Row]) -> list[int]:
 
 
 @torch.no_grad()
-def score_batch(model, rows: Sequence[Row]) -> list[Score]:
+def score_batch(model: PreTrainedModel, rows: Sequence[Row]) -> list[Score]:
     """Score rows in one forward pass. Padding is on the right, where causal attention hides it from scored tokens."""
-    kept, device = predicting(rows), device_of(model)
+    kept, device = predicting(rows), model.device
     if not kept:
         return [Score(math.nan, []) for _ in rows]
     ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(device)
@@ -184,10 +189,6 @@ def score_batch(model, rows: Sequence[Row]) -> list[Score]:
     tokens = iter(torch.cat(predicted).tolist())
     values = torch.stack(losses).tolist()
     return [Score(loss, [next(tokens) for _ in row.target]) for loss, row in zip(values, rows, strict=True)]
-
-
-def device_of(model) -> torch.device:
-    return next(model.parameters()).device
 
 
 def combine(tasks: Sequence[CoreTask], counts: Sequence[Sequence[int]]) -> CoreResult:

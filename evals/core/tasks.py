@@ -90,7 +90,7 @@ def bundle_entry(entry: Any, baselines: dict[str, float]) -> Any:
     """Convert one entry; missing or malformed fields are left for `entry_task` to report."""
     if not isinstance(entry, dict):
         return entry
-    found = {"random_baseline_percent": baselines.get(entry.get("label"))}
+    found: dict[str, Any] = {"random_baseline_percent": baselines.get(str(entry.get("label")))}
     if isinstance(entry.get("dataset_uri"), str):
         found["dataset"] = f"eval_data/{entry['dataset_uri']}"
     if isinstance(entry.get("num_fewshot"), list) and entry["num_fewshot"]:

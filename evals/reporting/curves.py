@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .run_folder import RunFolder
 
 # Okabe and Ito's palette, distinguishable with all types of colour vision.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "nanochat",  # the same run gives the same file
     "font.size": 10,
     "axes.spines.top": False,
@@ -78,7 +80,7 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None}, facecolor="white")
 
 
-def draw_panel(axis, panel: Panel) -> None:
+def draw_panel(axis: Axes, panel: Panel) -> None:
     values = panel.values
     if panel.smooth and len(values) > 4:
         window = max(2, len(values) // 10)

@@ -1,11 +1,7 @@
-"""Evaluation results: one JSON record per figure, written atomically, printed with n and standard error."""
+"""Evaluation results: one JSON record per figure, shown with n and standard error."""
 
-import json
 import math
-import os
-import tempfile
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -13,42 +9,15 @@ def make_record(
     task: str, metric: str, value: float, standard_error: float | None, n: int, settings: dict[str, Any], model: str
 ) -> dict[str, Any]:
     """Return the record of one figure. Non-finite numbers become None, because JSON cannot hold them."""
-    value, standard_error = (x if x is not None and math.isfinite(x) else None for x in (value, standard_error))
     return {
         "task": task,
         "metric": metric,
-        "value": value,
-        "standard_error": standard_error,
+        "value": value if math.isfinite(value) else None,
+        "standard_error": standard_error if standard_error is not None and math.isfinite(standard_error) else None,
         "n": n,
         "settings": settings,
         "model": model,
     }
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write a temporary file beside `path` and rename it, so that readers never see a partial file."""
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one object per line, atomically as in `write_json`."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def format_value(record: dict[str, Any]) -> str:
@@ -85,12 +54,3 @@ def short_value(record: dict[str, Any]) -> str:
     digits = 1 if rounded in (0, 100) and 100 * value != rounded else 0
     shown_error = f" ± {100 * error:.0f}" if error and round(100 * error) else ""
     return f"{100 * value:.{digits}f} %{shown_error}"
-
-
-def aligned_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells as text with aligned columns and a rule under the first row."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

@@ -74,7 +74,8 @@ def read_run(path: str | Path) -> RunFolder:
         if (file := path / "logs" / f"{stage}.jsonl").is_file():
             run.logs[stage] = [row for _, row in read_jsonl(file)]
     if (file := path / "results" / "tokenizer.json").is_file():
-        run.tokenizer = read_object(file, ("seconds", "settings", "vocabularies", "missing", "texts", "statistics"))
+        keys = ("seconds", "settings", "vocabularies", "missing", "texts", "table", "statistics")
+        run.tokenizer = read_object(file, keys)
     for file in sorted((path / "finished").glob("*.json")):
         run.steps[file.stem] = read_object(file, ())
     if not (run.stages or run.results or run.logs or run.tokenizer):

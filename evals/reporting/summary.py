@@ -1,7 +1,6 @@
 """The report's summary table: one row per figure, one column per model, with n and standard errors."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from .records import format_count, format_value
@@ -31,23 +30,6 @@ def label(record: dict[str, Any]) -> str:
     baseline = record.get("settings", {}).get("baseline") or 0
     guessing = f" (guessing {100 * baseline:.0f} %)" if baseline else ""
     return f"{record['task']}, {record['metric']}".replace("_", " ") + guessing
-
-
-def in_short(records: Sequence[dict[str, Any]]) -> str:
-    """Return `facts 98 %, problems 69 % ± 3, text 0.346 bits per byte`, without errors below 1 and CORE's tasks."""
-    parts = [short_figure(record) for record in records if not record["task"].startswith("core_")]
-    bits = [part for part in parts if part.endswith("per byte")]
-    return ", ".join([part for part in parts if part not in bits] + bits)
-
-
-def short_figure(record: dict[str, Any]) -> str:
-    name, value, error = record["task"].replace("_", " "), record["value"], record["standard_error"]
-    if value is None:
-        return f"{name} not finite"
-    if record["metric"] == "bits_per_byte":
-        return f"{name} {value:.3f} bits per byte"
-    shown = f" ± {100 * error:.0f}" if error is not None and 100 * error >= 1 else ""
-    return f"{name} {100 * value:.0f} %{shown}"
 
 
 def warnings(run: RunFolder) -> list[str]:

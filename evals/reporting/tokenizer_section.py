@@ -57,19 +57,6 @@ def label(vocabulary: dict[str, Any]) -> str:
     return f"{vocabulary['name']} ({vocabulary['entries']:,})"
 
 
-def table_rows(record: dict[str, Any]) -> list[list[str]]:
-    """Return one row per text: bytes, tokens and bytes per token of each vocabulary, the comparison with ours."""
-    vocabularies = record["vocabularies"]
-    names = [vocabulary["name"] for vocabulary in vocabularies]
-    heads = [cell for vocabulary in vocabularies for cell in (label(vocabulary), "ratio")]
-    rows = [["text", "bytes", *heads, "per word", *(f"vs {name}" for name in names[:-1])]]
-    for text in record["texts"]:
-        counts = [c for n in names for c in (f"{text['tokens'][n]:,}", f"{text['bytes_per_token'][n]:.2f}")]
-        fewer = [f"{text['fewer_percent'][name]:+.1f} %" for name in names[:-1]]
-        rows.append([text["name"], f"{text['bytes']:,}", *counts, f"{text['tokens_per_word']:.2f}", *fewer])
-    return rows
-
-
 def notes(record: dict[str, Any]) -> list[str]:
     """Return the sources of the corpora, and the unavailable vocabularies."""
     corpora = [text for text in record["texts"] if text["documents"] > 1]

@@ -3,9 +3,10 @@
 Equal names have equal weights, so transformers' model and plain must agree; a candidate is `<architecture> <mode>`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +17,8 @@ from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurbo
 from modeling_nanochat.chat.decoding import CompiledDecoder, Decoder
 
 ARCHITECTURES = ("transformers", "plain", "turbo")
+Model = NanoChatForCausalLM | BuiltInModel
+AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 Decode = Callable[[torch.Tensor, int], list[list[int]]]
 
 
@@ -35,19 +38,20 @@ class Setting:
         return config_class.from_depth(self.depth, vocab_size=self.vocab_size, max_position_embeddings=self.context)
 
 
-def build_model(architecture: str, setting: Setting) -> PreTrainedModel:
+def build_model(architecture: str, setting: Setting) -> Model:
     """Return a float32 model with random weights, equal for equal parameter names."""
     config = setting.config(architecture)
-    if architecture == "transformers":
-        model = BuiltInModel(BuiltInConfig.from_dict(config.to_dict()))
-    else:
-        model = (NanoChatTurboForCausalLM if architecture == "turbo" else NanoChatForCausalLM)(config)
+    with torch.device(setting.device):
+        if architecture == "transformers":
+            model: Model = BuiltInModel(BuiltInConfig.from_dict(config.to_dict()))
+        else:
+            model = (NanoChatTurboForCausalLM if architecture == "turbo" else NanoChatForCausalLM)(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    return fill_weights(model.to(setting.device))
+    return fill_weights(model)
 
 
 @torch.no_grad()
-def fill_weights(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+def fill_weights(model: AnyModel, seed: int = 0) -> AnyModel:
     """Fill the weights with normal noise: the initial zero head would make all tokens equally likely."""
     generator = torch.Generator(model.device).manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):
@@ -72,7 +76,7 @@ def training_step(model: PreTrainedModel, setting: Setting, compiled: bool) -> C
     return step
 
 
-def training_steps(models: dict[str, PreTrainedModel], setting: Setting, compiled: bool) -> dict[str, Callable]:
+def training_steps(models: Mapping[str, PreTrainedModel], setting: Setting, compiled: bool) -> dict[str, Callable]:
     """Return the training candidates; transformers' class only uncompiled, as it is usually run."""
     steps = {}
     for architecture, model in models.items():
@@ -82,9 +86,9 @@ def training_steps(models: dict[str, PreTrainedModel], setting: Setting, compile
     return steps
 
 
-def decoders(models: dict[str, PreTrainedModel], setting: Setting, compiled: bool) -> dict[str, Decode]:
-    """Return the greedy decoding candidates, in the setting's dtype: prompt ids (B, P) and n -> rows of P + n ids."""
-    calls = {}
+def decoders(models: dict[str, Model], setting: Setting, compiled: bool) -> dict[str, Decode]:
+    """Return the greedy decoding candidates, in the setting's dtype: prompt ids (B, P) and n -> rows of n new ids."""
+    calls: dict[str, Decode] = {}
     for architecture, model in models.items():
         model.eval().to(setting.dtype)
         calls[f"{architecture} generate"] = partial(generate, model)
@@ -93,14 +97,18 @@ def decoders(models: dict[str, PreTrainedModel], setting: Setting, compiled: boo
     return calls
 
 
-def generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
+def generate(model: Model, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
     mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False).tolist()
+    rows = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+    return rows[:, ids.shape[1] :].tolist()
 
 
 @torch.inference_mode()
-def decode_greedily(decoder: Decoder, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
-    tokens = [decoder.prefill(ids.tolist(), new_tokens).argmax(-1)]
+def decode_greedily(
+    decoder: Decoder, prompts: torch.Tensor | Sequence[Sequence[int]], new_tokens: int
+) -> list[list[int]]:
+    prompts = prompts.tolist() if isinstance(prompts, torch.Tensor) else prompts
+    tokens = [decoder.prefill(prompts, new_tokens).argmax(-1)]
     while len(tokens) < new_tokens:
         tokens.append(decoder.step(tokens[-1]).argmax(-1))
-    return torch.cat([ids, torch.stack(tokens, 1)], 1).tolist()
+    return torch.stack(tokens, 1).tolist()

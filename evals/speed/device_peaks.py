@@ -1,6 +1,10 @@
-"""Peak dense bfloat16 FLOP/s and memory bandwidth of accelerators by name, from the vendors' data sheets."""
+"""The name of a device; peak dense bfloat16 FLOP/s and memory bandwidth by name, from the vendors' data sheets."""
 
+import platform
 import re
+from pathlib import Path
+
+import torch
 
 # Every word of the first column must be a word of the device's name; the first matching row counts, so variants come
 # first. FLOP/s, bytes/s.
@@ -34,6 +38,16 @@ PEAKS = (
     ("3090", 71e12, 936e9),
 )
 ANOTHER_DEVICE = {"laptop", "max", "d", "ti", "mig"}  # a smaller or larger variant of the same name, or a MIG slice
+
+
+def device_name(device: str) -> str:
+    """Return the name of the GPU or of the processor."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def device_peaks(name: str) -> tuple[float | None, float | None]:

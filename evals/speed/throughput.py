@@ -17,29 +17,24 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import json
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
-from evals.reporting.records import aligned_table
-from evals.speed.candidates import ARCHITECTURES, Setting, build_model, decoders, training_steps
-from evals.speed.device_peaks import device_peaks
+from evals.speed.candidates import ARCHITECTURES, Model, Setting, build_model, decoders, training_steps
+from evals.speed.device_peaks import device_name, device_peaks
 from evals.speed.peak_memory import peak_memory
-from modeling_nanochat.cli import parse
+from evals.speed.timing import take_turns
+from modeling_nanochat.cli import parse, text_table
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.sizes import decode_bytes_per_step, training_flops_per_token
 
-WARM_UP = 2  # untimed calls; the first one compiles
 LOSS_TOLERANCE = 1e-4
 ResultRow = dict[str, Any]
 
@@ -72,8 +67,10 @@ class ThroughputArguments:
     def check(self) -> None:
         """Resolve `auto`; raise [`UserError`] on an invalid setting."""
         cuda = torch.cuda.is_available()
-        self.device = self.device.replace("auto", "cuda" if cuda else "cpu")
-        self.dtype = self.dtype.replace("auto", "bfloat16" if self.device == "cuda" else "float32")
+        if self.device == "auto":
+            self.device = "cuda" if cuda else "cpu"
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if self.device == "cuda" else "float32"
         if unknown := sorted(set(self.architectures) - set(ARCHITECTURES)):
             raise UserError(f"architectures: {unknown[0]!r} is not one of {', '.join(ARCHITECTURES)}")
         if self.device == "cuda" and not cuda:
@@ -93,7 +90,7 @@ class ThroughputArguments:
 def main() -> None:
     (args,) = parse(ThroughputArguments)
     args.check()
-    results = {"machine": machine(args.device), "settings": asdict(args), "training": [], "decode": []}
+    results: dict[str, Any] = {"machine": machine(args.device), "settings": asdict(args), "training": [], "decode": []}
     for part in ("machine", "settings"):
         print(", ".join(f"{key} {value}" for key, value in results[part].items()))
     for depth in args.depths:
@@ -120,14 +117,14 @@ def measure_depth(args: ThroughputArguments, setting: Setting, results: dict[str
         print_table(f"decode, {batch_size} x ({args.prompt_length} + {args.new_tokens}) tokens", rows)
 
 
-def measure_training(
-    args: ThroughputArguments, setting: Setting, models: dict[str, PreTrainedModel]
-) -> list[ResultRow]:
+def measure_training(args: ThroughputArguments, setting: Setting, models: dict[str, Model]) -> list[ResultRow]:
     """Return a row per candidate: tokens/s of forward and backward, MFU, loss, peak memory."""
     torch.compiler.reset()  # code compiled earlier counts towards the recompile limit
     ids = token_ids(args.train_batch_size, args.sequence_length, setting)
     steps = training_steps(models, setting, args.torch_compile)
-    losses, seconds = take_turns({name: partial(step, ids) for name, step in steps.items()}, args.repeats)
+    losses, seconds = take_turns(
+        {name: partial(step, ids) for name, step in steps.items()}, setting.device, args.repeats
+    )
     peak = device_peaks(device_name(setting.device))[0] if setting.dtype == torch.bfloat16 else None
     rows = speeds(setting.depth, seconds, ids.numel())
     for row in rows:
@@ -143,14 +140,14 @@ def measure_training(
 
 
 def measure_decode(
-    args: ThroughputArguments, setting: Setting, models: dict[str, PreTrainedModel], batch_size: int
+    args: ThroughputArguments, setting: Setting, models: dict[str, Model], batch_size: int
 ) -> list[ResultRow]:
     """Return a row per candidate: new tokens/s, prefill included; percentage of the memory bandwidth."""
     torch.compiler.reset()
     ids = token_ids(batch_size, args.prompt_length, setting)
     candidates = decoders(models, setting, args.torch_compile)
     calls = {name: partial(decode, ids, args.new_tokens) for name, decode in candidates.items()}
-    answers, seconds = take_turns(calls, args.repeats)
+    answers, seconds = take_turns(calls, setting.device, args.repeats)
     bandwidth = device_peaks(device_name(setting.device))[1]
     rows = speeds(setting.depth, seconds, batch_size * args.new_tokens)
     for row in rows:
@@ -161,21 +158,6 @@ def measure_decode(
         row["batch_size"] = batch_size
         row["agrees"] = answers[name] == answers[same_weights(name, answers)]
     return rows
-
-
-def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Warm up, then run all calls in turn, `repeats` times; return each call's result and its times in seconds.
-
-    Calls must return Python values, so that the GPU has finished when they return.
-    """
-    returned = {name: [call() for _ in range(WARM_UP)][-1] for name, call in calls.items()}
-    seconds = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
-    return returned, seconds
 
 
 def speeds(depth: int, seconds: Mapping[str, Sequence[float]], tokens: int) -> list[ResultRow]:
@@ -205,16 +187,6 @@ def token_ids(rows: int, length: int, setting: Setting) -> torch.Tensor:
     return torch.randint(0, setting.vocab_size, (rows, length), generator=generator).to(setting.device)
 
 
-def device_name(device: str) -> str:
-    """Return the name of the GPU or of the processor."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
 def machine(device: str) -> ResultRow:
     versions = {name: version(name) for name in ("torch", "transformers")}
     return {"device": device_name(device), "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
@@ -222,7 +194,7 @@ def machine(device: str) -> ResultRow:
 
 def print_table(title: str, rows: Sequence[ResultRow]) -> None:
     cells = [[cell(value) for value in row.values()] for row in rows]
-    print(f"\n{title}\n{aligned_table([list(rows[0]), *cells])}")
+    print(f"\n{title}\n{text_table([list(rows[0]), *cells])}")
     print("equal weights give equal results:", cell(all(row["agrees"] for row in rows)), flush=True)
 
 

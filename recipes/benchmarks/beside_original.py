@@ -20,22 +20,20 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
 
+from evals.speed.timing import take_turns
 from modeling_nanochat import ARCHITECTURES
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.benchmarks.gpu_checks import Setting, Skipped
-from recipes.benchmarks.gpu_checks.measuring import seconds_of
-from recipes.benchmarks.gpu_checks.original import OriginalRun, find_checkout
-from recipes.benchmarks.gpu_checks.runs import TrainingRun, make_run
+from recipes.benchmarks.gpu_checks.original import OriginalRun, find_checkout, parts
+from recipes.benchmarks.gpu_checks.runs import make_run
 
 COUNTERPARTS = {"classic": "plain", "current": "turbo"}
-WARM_UP = 2  # the first step compiles
 WHAT = ("pass", "step")
 
 
@@ -80,17 +78,8 @@ def measure(args: BesideOriginalArguments, setting: Setting) -> dict[str, list[f
     original = OriginalRun(setting, config, ours.batch)
     original.module = torch.compile(original.model, dynamic=False)
     runs = {"ours": ours, "original": original}
-    calls = {f"{name} {what}": call for name, run in runs.items() for what, call in run_parts(run)}
-    seconds = {name: [] for name in calls}
-    for turn in range(WARM_UP + args.turns):
-        for name, call in calls.items():
-            taken = seconds_of(call, setting.device)
-            seconds[name] += [taken] if turn >= WARM_UP else []
-    return seconds
-
-
-def run_parts(run: TrainingRun | OriginalRun) -> list[tuple[str, Callable[[], object]]]:
-    return list(zip(WHAT, (run.pass_alone, run.step), strict=True))
+    calls = {f"{name} {what}": call for name, run in runs.items() for what, call in parts(run).items()}
+    return take_turns(calls, setting.device, args.turns)[1]
 
 
 if __name__ == "__main__":

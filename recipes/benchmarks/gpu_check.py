@@ -39,8 +39,7 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser
 
-from evals.reporting.records import aligned_table
-from modeling_nanochat.cli import parse
+from modeling_nanochat.cli import parse, text_table
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.benchmarks.gpu_checks import CHECKS, MARK, ROOT, Setting, environment
 from recipes.training.attention import check_attention
@@ -244,7 +243,7 @@ def summary(results: list[Result]) -> str:
         rows.append([result["check"], result["title"], f"{result['seconds']:.0f} s", "", status])
         for gate in result["gates"]:
             rows.append(["", gate["gate"], str(gate["value"]), str(gate["limit"]), "yes" if gate["passed"] else "NO"])
-    return "\n" + aligned_table(rows)
+    return "\n" + text_table(rows)
 
 
 if __name__ == "__main__":

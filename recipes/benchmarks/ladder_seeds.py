@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from evals.evaluate_model import EvaluateArguments, hide_library_bars, run_evaluation
-from evals.report import markdown_table
-from evals.reporting.records import summary_line, write_json, write_whole
+from evals.reporting.records import summary_line
 from evals.reporting.run_folder import MODELS, read_object, read_run
 from evals.reporting.summary import NOTHING
 from evals.tasks.table import answered_in_words
 from modeling_nanochat.chat.stages import STAGES
-from modeling_nanochat.cli import parse
+from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.folders import atomic_write, write_json
 from modeling_nanochat.text.sources import read_jsonl
 from recipes.ladder.commands import RECIPES
 from recipes.ladder.step import read_yaml
@@ -102,7 +102,7 @@ def main() -> None:
         run_ladder(run, seed, args)
         evaluate_stages(run, args)
         results[seed] = read_results(run)
-        write_whole(Path(args.run_dir) / "table.md", table(results, args))
+        atomic_write(Path(args.run_dir) / "table.md", table(results, args))
     print(f"{len(results)} seeds, table in {args.run_dir}/table.md")
 
 

@@ -28,8 +28,9 @@ import torch
 from matplotlib.figure import Figure
 
 from evals.reporting.curves import BLUE, ORANGE, STYLE
-from modeling_nanochat.cli import parse
+from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.folders import atomic_write
 from recipes.benchmarks.training_speed import PRETRAIN, environment, words
 
 GREEN = "#009E73"
@@ -84,7 +85,7 @@ def main() -> None:
         curves.append(read_curve(name, run))
     draw(curves, folder / "curves.svg")
     text = table(curves, args)
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    atomic_write(folder / "table.md", text)
     print(text)
 
 
@@ -124,25 +125,23 @@ def table(curves: list[Curve], args: LearningCurvesArguments) -> str:
     """Final figures of each curve, and its cost of reaching the first curve's final value."""
     first = curves[0]
     goal = first.bits_per_byte[-1]
-    lines = [
+    title = (
         f"d{args.depth}, {args.depth * args.aspect_ratio} wide, "
         f"{args.max_steps} steps of {args.total_batch_size:,} tokens; {platform.machine()}, "
-        f"{os.cpu_count()} cores, torch {torch.__version__}, float32, uncompiled\n",
-        f"| | bits per byte at the end | seconds | tokens/s | tokens to {goal:.4f} | seconds to {goal:.4f} |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+        f"{os.cpu_count()} cores, torch {torch.__version__}, float32, uncompiled"
+    )
+    ends = [["", "bits per byte at the end", "seconds", "tokens/s", f"tokens to {goal:.4f}", f"seconds to {goal:.4f}"]]
     for curve in curves:
-        tokens, seconds = (cost_of(curve, goal, costs) for costs in (curve.tokens, curve.seconds))
-        reached = [f"{cost:,.0f}" if cost is not None else "not reached" for cost in (tokens, seconds)]
-        lines.append(
-            f"| {curve.name} | {curve.bits_per_byte[-1]:.4f} | {curve.seconds[-1]:,.0f} | "
-            f"{curve.tokens[-1] / curve.seconds[-1]:,.0f} | {' | '.join(reached)} |"
-        )
-    lines += ["", "| tokens | " + " | ".join(curve.name for curve in curves) + " |"]
-    lines += ["| ---: " * (1 + len(curves)) + "|"]
-    for number, tokens in enumerate(first.tokens):
-        lines.append(f"| {tokens:,} | " + " | ".join(f"{curve.bits_per_byte[number]:.4f}" for curve in curves) + " |")
-    return "\n".join(lines) + "\n"
+        costs = [cost_of(curve, goal, costs) for costs in (curve.tokens, curve.seconds)]
+        reached = [f"{cost:,.0f}" if cost is not None else "not reached" for cost in costs]
+        speed = f"{curve.tokens[-1] / curve.seconds[-1]:,.0f}"
+        ends.append([curve.name, f"{curve.bits_per_byte[-1]:.4f}", f"{curve.seconds[-1]:,.0f}", speed, *reached])
+    steps = [["tokens", *(curve.name for curve in curves)]]
+    steps += [
+        [f"{tokens:,}", *(f"{curve.bits_per_byte[number]:.4f}" for curve in curves)]
+        for number, tokens in enumerate(first.tokens)
+    ]
+    return f"{title}\n\n{markdown_table(ends)}\n\n{markdown_table(steps)}\n"
 
 
 def draw(curves: list[Curve], path: Path) -> None:

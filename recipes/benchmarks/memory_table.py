@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.report import markdown_table
-from evals.reporting.records import write_whole
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
-from modeling_nanochat.cli import parse
+from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from modeling_nanochat.folders import atomic_write
 from modeling_nanochat.sizes import parameter_counts, training_bytes, training_flops_per_token
 from recipes.training.batch_size import ACCELERATOR_TOKENS, divisors
 from recipes.training.optim.hyperparameters import Plan, resolve_hyperparameters
@@ -85,7 +84,7 @@ def main() -> None:
         print(text, end="")
         return
     try:
-        write_whole(Path(args.output), text)
+        atomic_write(args.output, text)
     except OSError as error:
         raise UserError(f"output {args.output}: cannot be written ({error.strerror}); give another") from error
 

@@ -23,15 +23,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from evals.speed.timing import take_turns
 from modeling_nanochat import ARCHITECTURES
-from modeling_nanochat.cli import parse
+from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,14 +86,13 @@ def bare_seconds(args: TrainingSpeedArguments) -> list[float]:
     model = model_class(config).train()
     ids = torch.randint(0, config.vocab_size, (args.per_device_train_batch_size, args.max_length + 1))
     passes = args.total_batch_size // (args.per_device_train_batch_size * args.max_length)
-    seconds = []
-    for _ in range(2 + args.steps // 2):
-        started = time.perf_counter()
+
+    def step() -> None:
         for _ in range(passes):
             model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:].contiguous(), use_cache=False).loss.backward()
-        seconds.append(time.perf_counter() - started)
         model.zero_grad(set_to_none=True)
-    return seconds[2:]
+
+    return take_turns({"bare": step}, "cpu", args.steps // 2)[1]["bare"]
 
 
 def measure_loop(args: TrainingSpeedArguments, folder: Path) -> dict[str, float]:
@@ -206,15 +205,18 @@ def print_tables(args: TrainingSpeedArguments, results: dict[str, dict[str, floa
         f"{args.total_batch_size} tokens per step in passes of "
         f"{args.per_device_train_batch_size} x {args.max_length}; medians of {args.repeats} runs\n"
     )
-    print("| | measured |\n| --- | ---: |")
-    print(f"| tokens/s of the loop | {args.total_batch_size / loop['training']:,.0f} |")
-    print(f"| loop over bare step (forward, backward, optimizer) | {loop['loop_over_bare']:.3f} |")
-    print(f"| optimizer, share of the step | {loop['optimizer'] / loop['training']:.1%} |")
-    print(f"| waiting for data, share of all steps | {loop['data_share']:.2%} |")
-    print(f"| one checkpoint, share of 100 steps | {loop['checkpoint'] / (100 * loop['training']):.2%} |")
+    rows = [
+        ["", "measured"],
+        ["tokens/s of the loop", f"{args.total_batch_size / loop['training']:,.0f}"],
+        ["loop over bare step (forward, backward, optimizer)", f"{loop['loop_over_bare']:.3f}"],
+        ["optimizer, share of the step", f"{loop['optimizer'] / loop['training']:.1%}"],
+        ["waiting for data, share of all steps", f"{loop['data_share']:.2%}"],
+        ["one checkpoint, share of 100 steps", f"{loop['checkpoint'] / (100 * loop['training']):.2%}"],
+    ]
     if "processes" in results:
         ratio = results["processes"]["ratio"]
-        print(f"| {args.processes} processes over {args.processes} concurrent runs | {ratio:.3f} |")
+        rows.append([f"{args.processes} processes over {args.processes} concurrent runs", f"{ratio:.3f}"])
+    print(markdown_table(rows))
     print(json.dumps({"settings": asdict(args), **results}))
 
 

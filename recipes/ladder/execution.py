@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evals.reporting.records import write_json
 from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.folders import write_json
 
 from .arguments import LADDER
 from .commands import ROOT

@@ -5,8 +5,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from evals.reporting.records import summary_line
 from evals.reporting.run_folder import MODELS, RunFolder, read_run
-from evals.reporting.summary import in_short
 
 TITLES = {
     "data": "writing texts, conversations, problems and questions",
@@ -33,7 +33,7 @@ def outcome_lines(result: Path) -> list[str]:
     content = json.loads(result.read_text(encoding="utf-8"))
     if "vocabularies" in content:
         return [compression(content)]
-    lines = wrapped("evaluation: " + in_short(content["records"]))
+    lines = wrapped("evaluation: " + summary_line(content["records"]))
     noted = [record for record in content["records"] if "note" in record]
     lines += [f"  {record['task'].replace('_', ' ')}: {record['note']}" for record in noted]
     return lines + [exchange(sample["messages"]) for sample in shown_sample(content.get("samples") or [])]
@@ -105,4 +105,4 @@ def quality(run: RunFolder) -> str:
         return ""
     records = run.results[evaluated[-1]]["records"]
     answers = [record for record in records if record["metric"] != "bits_per_byte"]
-    return f"{in_short(answers or records)} ({evaluated[-1]})"
+    return f"{summary_line(answers or records)} ({evaluated[-1]})"

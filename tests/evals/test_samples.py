@@ -45,10 +45,18 @@ def test_a_sample_ends_where_the_document_or_the_turn_ends(tokenizer, stop):
     assert samples(model, tokenizer, ["Mira", "The flag of"]) == ["Mira", "The flag of"]
 
 
+def test_a_vocabulary_padded_beyond_the_tokenizer_is_not_sampled(tokenizer):
+    model = core_model()
+    expected = samples(model, tokenizer)
+    model.resize_token_embeddings(512)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(511), 100.0))
+    assert samples(model, tokenizer) == expected
+
+
 def test_a_model_stays_in_the_mode_it_was_in(tokenizer):
     model = core_model().train()
     samples(model, tokenizer, max_new_tokens=1)
     assert model.training
-    with pytest.raises(TypeError):
-        samples(model, tokenizer, max_new_tokens="many")
+    with pytest.raises(ValueError):
+        samples(model, tokenizer, max_new_tokens=0)
     assert model.training

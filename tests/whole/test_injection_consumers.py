@@ -20,7 +20,6 @@ from evals.tasks.continuations import continuation_rows
 from evals.tasks.letters import prompt_ids
 from modeling_nanochat.chat import __main__ as chat_module
 from modeling_nanochat.chat.__main__ import Chat
-from modeling_nanochat.chat.decoding import Decoder
 from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.python_tool import python
 from modeling_nanochat.chat.sampling import SamplingOptions
@@ -219,8 +218,13 @@ def test_prompts_of_core(tokenizer):
 def test_prompts_of_samples(toy_model_and_tokenizer, monkeypatch):
     model, tokenizer = toy_model_and_tokenizer
     prompted = []
-    prefill = Decoder.prefill
-    monkeypatch.setattr(Decoder, "prefill", lambda self, ids, room: prompted.extend(ids) or prefill(self, ids, room))
+    generate = model.generate
+
+    def listening(ids, attention_mask, **options):
+        prompted.extend(row[mask.bool()].tolist() for row, mask in zip(ids, attention_mask, strict=True))
+        return generate(ids, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(model, "generate", listening)
     samples_module.samples(model, tokenizer, HOSTILE, max_new_tokens=1)
     assert [read(tokenizer, ids) for ids in prompted] == [[("<|bos|>", text)] for text in HOSTILE]
 

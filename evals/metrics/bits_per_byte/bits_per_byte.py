@@ -22,11 +22,11 @@ Returns:
 
 @evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
 class BitsPerByte(evaluate.Metric):
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"nats": datasets.Value("float64"), "bytes": datasets.Value("int64")})
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=features)
 
-    def _compute(self, nats, bytes):
+    def _compute(self, nats: list[float], bytes: list[int]) -> dict[str, float]:
         n, total = len(bytes), sum(bytes)
         if total == 0:
             return {"bits_per_byte": math.inf, "standard_error": math.nan, "bytes": 0}

@@ -26,11 +26,11 @@ Returns:
 
 @evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
 class ExactAccuracy(evaluate.Metric):
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=features)
 
-    def _compute(self, predictions, references, baseline=0.0):
+    def _compute(self, predictions: list[str], references: list[str], baseline: float = 0.0) -> dict[str, float]:
         n = len(predictions)
         accuracy = sum(p == r for p, r in zip(predictions, references, strict=True)) / n
         return {

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from evals.speed.timing import mean_seconds, seconds_of
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 
 from . import Report, Setting
-from .measuring import mean_seconds, seconds_of
 
 WINDOW = 512  # keys before the query
 LEAST_TFLOPS = 380.0  # causal, forward and backward

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from evals.speed.timing import seconds_of
 from modeling_nanochat.text.sources import text_source
 from recipes.benchmarks.loader_speed import measure
 from recipes.training.data.loader import Loader
 from recipes.training.data.streams import TextStreams
 
 from . import Report, Setting
-from .measuring import seconds_of
 from .stages import make_world
 
 LEAST_TOKENS_PER_SECOND = 150_000.0  # training speed of one H100 at d20

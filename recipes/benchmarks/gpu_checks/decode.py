@@ -7,14 +7,13 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from evals.speed.candidates import fill_weights, generate
-from evals.speed.device_peaks import device_peaks
-from evals.speed.throughput import device_name
+from evals.speed.device_peaks import device_name, device_peaks
+from evals.speed.timing import seconds_of
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
 from modeling_nanochat.chat.decoding import CompiledDecoder, Decoder
 from modeling_nanochat.sizes import decode_bytes_per_step
 
 from . import Report, Setting
-from .measuring import seconds_of
 from .runs import free, make_batch, make_config
 
 DEPTH = 20
@@ -123,7 +122,7 @@ def measure_generate(
     generate(model, prompts, 2)
     short = seconds_of(lambda: generate(model, prompts, 1), setting.device)
     full = seconds_of(lambda: ids.extend(generate(model, prompts, steps + 1)), setting.device)
-    return {"steps_per_second": steps / max(full - short, 1e-9)}, [row[prompts.shape[1] :] for row in ids]
+    return {"steps_per_second": steps / max(full - short, 1e-9)}, ids
 
 
 def check_speed(report: Report, rows: int, way: str, found: dict[str, object]) -> None:

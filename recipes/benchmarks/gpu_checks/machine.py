@@ -6,10 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from evals.speed.throughput import device_name
+from evals.speed.device_peaks import device_name
+from evals.speed.timing import mean_seconds
 
 from . import Report, Setting
-from .measuring import mean_seconds
 
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "trl", "datasets", "torchao", "tokenizers")
 BACKENDS = ("math", "flash", "efficient", "cudnn", "overrideable")

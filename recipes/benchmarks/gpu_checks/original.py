@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from evals.speed.timing import take_turns
 from modeling_nanochat import NanoChatConfig
 
 from . import Report, Setting, Skipped
-from .measuring import seconds_of
 from .runs import TrainingRun, free, make_config, make_run
 from .train import DEPTHS, layer_counts, rows_and_length
 
@@ -120,12 +120,15 @@ def find_checkout(setting: Setting, version: str) -> Path:
 
 def time_alternating(setting: Setting, runs: dict[str, TrainingRun | OriginalRun]) -> dict[str, float]:
     """Median milliseconds of a pass and of a step of each run, in alternating turns."""
-    times: dict[str, list[float]] = {f"{name} {what}": [] for name in runs for what in ("pass", "step")}
-    for turn in range(TURNS + 1):
+    times: dict[str, list[float]] = {}
+    for _ in range(TURNS):
         for name, run in runs.items():
-            calls: dict[str, Callable] = {"pass": run.pass_alone, "step": run.step}
-            for what, call in calls.items():
-                call()  # warm up: memory that the other run has displaced
-                times[f"{name} {what}"] += [seconds_of(call, setting.device) for _ in range(2 if turn else 0)]
+            # Warm up each time: memory that the other run has displaced.
+            for what, seconds in take_turns(parts(run), setting.device, 2)[1].items():
+                times.setdefault(f"{name} {what}", []).extend(seconds)
             free()
     return {name: 1e3 * statistics.median(found) for name, found in times.items()}
+
+
+def parts(run: TrainingRun | OriginalRun) -> dict[str, Callable[[], float]]:
+    return {"pass": run.pass_alone, "step": run.step}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from evals.speed.candidates import fill_weights
+from evals.speed.candidates import decode_greedily, fill_weights
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.chat.decoding import Decoder
@@ -265,8 +265,8 @@ def check_greedy(setting: Setting, report: Report, name: str, config: NanoChatCo
     prompts = [ids[0, :40].tolist(), ids[1, :17].tolist(), ids[2, :3].tolist()]
     for dtype in dict.fromkeys((torch.float32, setting.dtype)):
         model = model_on(setting.device, config).eval().to(dtype)
-        together = greedy(model, prompts)
-        alone = [greedy(model, [prompt])[0] for prompt in prompts]
+        together = decode_greedily(Decoder(model), prompts, GREEDY_TOKENS)
+        alone = [decode_greedily(Decoder(model), [prompt], GREEDY_TOKENS)[0] for prompt in prompts]
         rows = zip(together, alone, strict=True)
         pairs = [pair for batched, single in rows for pair in zip(batched, single, strict=True)]
         equal = sum(a == b for a, b in pairs) / len(pairs)
@@ -275,15 +275,6 @@ def check_greedy(setting: Setting, report: Report, name: str, config: NanoChatCo
             report.at_least(title, equal, 1.0)
         else:  # rounding decides close calls, after which all tokens differ
             report.figure(title, equal)
-
-
-@torch.inference_mode()
-def greedy(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
-    decoder = Decoder(model)
-    tokens = [decoder.prefill(prompts, GREEDY_TOKENS).argmax(-1)]
-    while len(tokens) < GREEDY_TOKENS:
-        tokens.append(decoder.step(tokens[-1]).argmax(-1))
-    return torch.stack(tokens, 1).tolist()
 
 
 def model_on(device: str, config: NanoChatConfig) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_nanochat import ARCHITECTURES
+from modeling_nanochat.folders import write_jsonl
 from modeling_nanochat.tokenization_nanochat import save_tokenizer, special_token_ids
 
 from . import ROOT, Report, Setting, environment
@@ -197,8 +198,8 @@ def make_world(setting: Setting) -> Path:
     for name, split in (("val", texts[: count // 10]), ("train", texts[count // 10 :])):
         pyarrow.parquet.write_table(pyarrow.table({"text": split}), unfinished / f"{name}.parquet")
     tokenizer = make_tokenizer(setting, unfinished)
-    write_lines(unfinished / "problems.jsonl", [generator.problem() for _ in range(256)])
-    write_lines(unfinished / "conversations.jsonl", [generator.conversation() for _ in range(256)])
+    write_jsonl(unfinished / "problems.jsonl", [generator.problem() for _ in range(256)])
+    write_jsonl(unfinished / "conversations.jsonl", [generator.conversation() for _ in range(256)])
     save_model(setting, tokenizer, unfinished / "model")
     unfinished.rename(world)
     return world
@@ -242,10 +243,6 @@ def make_tokenizer(setting: Setting, folder: Path) -> PreTrainedTokenizerBase:
         [*script, *sizes, "--output_dir", str(folder / "tokenizer")], cwd=ROOT, env=environment(setting), check=True
     )
     return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-
-
-def write_lines(path: Path, records: Sequence[dict]) -> None:
-    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
 
 def save_model(setting: Setting, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

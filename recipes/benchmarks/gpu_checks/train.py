@@ -12,15 +12,15 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile
 
-from evals.speed.device_peaks import device_peaks
-from evals.speed.throughput import device_name
+from evals.speed.device_peaks import device_name, device_peaks
+from evals.speed.timing import median_seconds, seconds_of
 from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sizes import training_flops_per_token
 from recipes.training.device import is_float8
 
 from . import Report, Setting, Skipped
-from .measuring import idle_share, kernel_spans, longest, median_seconds, milliseconds_by_kind, seconds_of
+from .profiles import idle_share, kernel_spans, longest, milliseconds_by_kind
 from .runs import TrainingRun, free, make_batch, make_config, make_run
 
 DEPTHS = {"plain": 20, "turbo": 24}

@@ -15,7 +15,7 @@ from recipes.benchmarks import beside_original, gpu_check
 from recipes.benchmarks.gpu_check import GPUCheckArguments, run_check, summary
 from recipes.benchmarks.gpu_checks import CHECKS, Check, Report, Setting, Skipped, right
 from recipes.benchmarks.gpu_checks.decode import compare
-from recipes.benchmarks.gpu_checks.measuring import idle_share, kind_of, longest, milliseconds_by_kind
+from recipes.benchmarks.gpu_checks.profiles import idle_share, kind_of, longest, milliseconds_by_kind
 from recipes.benchmarks.gpu_checks.runs import make_batch
 
 ROOT = Path(__file__).parents[3]

@@ -105,7 +105,7 @@ def test_the_scripts_run(script, tmp_path):
         "per_device_train_batch_size": 4,
     }
     words = [word for key, value in (common | own).items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, str(ROOT / "evals" / f"{script}.py"), *words]
+    command = [sys.executable, str(ROOT / "recipes" / "benchmarks" / f"{script}.py"), *words]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=training.environment())
     assert done.returncode == 0, done.stderr
     if script == "training_speed":

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from evals.reporting.summary import in_short
 from recipes.ladder.arguments import LADDER
 from recipes.ladder.log import closing_lines, outcome_lines, title
 
@@ -38,10 +37,6 @@ SUM = {
         {"role": "assistant", "content": "7.\n#### 7"},
     ]
 }
-
-
-def test_figures_in_short_have_their_standard_error_from_one_point_on():
-    assert in_short(RECORDS) == "facts 98 %, word problems 69 % ± 3, core not finite, text 0.426 bits per byte"
 
 
 def test_an_evaluation_is_a_line_with_its_notes_and_a_reply_that_uses_the_tool(tmp_path):

@@ -1,14 +1,14 @@
-"""Timers and GPU profiles: milliseconds by kind of kernel, and idle time."""
+"""GPU profiles: milliseconds by kind of kernel, and idle time."""
 
 import re
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from evals.speed.timing import synchronize
 
 # The first pattern that matches a kernel's name determines its kind.
 KINDS = (
@@ -21,33 +21,6 @@ KINDS = (
 )
 ANNOTATION = re.compile(r"^(Torch-Compiled|CompiledFunction|ProfilerStep|Optimizer\.|##|Memory|Command Buffer)")
 Span = tuple[float, float, str]  # start and end in milliseconds, name
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_of(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call, including the device's work."""
-    synchronize(device)
-    started = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def median_seconds(call: Callable[[], object], device: str, repeats: int, warm_up: int = 1) -> float:
-    for _ in range(warm_up):
-        call()
-    return statistics.median(seconds_of(call, device) for _ in range(repeats))
-
-
-def mean_seconds(call: Callable[[], object], device: str, repeats: int, warm_up: int = 2) -> float:
-    """Mean over calls without synchronization in between, for work too short to time individually."""
-    for _ in range(warm_up):
-        call()
-    return seconds_of(lambda: [call() for _ in range(repeats)], device) / repeats
 
 
 def kernel_spans(call: Callable[[], object], device: str) -> list[Span]:

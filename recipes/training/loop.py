@@ -26,7 +26,7 @@ from recipes.training.optim.optimizer import MuonAdamW, compiles_on, muon_adamw
 from .arguments import LoopArguments
 from .attention import evaluation_attention
 from .batch_size import accumulation_steps, explain_in_evaluation, explain_out_of_memory, is_out_of_memory
-from .checkpoint import Checkpoint, Checkpoints, RunState, restore_random_state
+from .checkpoint.checkpoints import Checkpoint, Checkpoints, RunState, restore_random_state
 from .device import convert_to_float8, evaluation_precision
 from .evaluation import Evaluation
 from .learning import LearningWatch

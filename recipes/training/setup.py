@@ -20,7 +20,7 @@ from recipes.training.optim.optimizer import MuonAdamW
 from .arguments import FREE_TO_CHANGE, LoopArguments
 from .attention import choose_attention
 from .batch_size import accumulation_steps, find_batch_size, smallest
-from .checkpoint import Checkpoint, Checkpoints
+from .checkpoint.checkpoints import Checkpoint, Checkpoints
 from .device import accelerator_options, is_compiled, maybe_compile
 from .evaluation import Evaluation
 from .learning import LearningWatch

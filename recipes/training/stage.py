@@ -29,7 +29,8 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import atomic_directory, flush, settle
 from modeling_nanochat.tokenization_nanochat import save_tokenizer, set_special_tokens
 
-from .checkpoint import checkpoint_folders, discard, write_text
+from .checkpoint.files import write_text
+from .checkpoint.folders import checkpoint_folders, discard
 from .device import let_segments_grow
 from .processes import lock_output, on_main_process
 

@@ -93,7 +93,7 @@ def validation(
 def bits_per_byte_evaluation(bits_per_byte: Callable[[PreTrainedModel], float], every: int) -> Evaluation:
     """[`validation`]'s function as an [`Evaluation`]: before the first step, at intervals, after the last."""
 
-    def run(model: PreTrainedModel) -> tuple[dict[str, float], list[str]]:
+    def run(model: PreTrainedModel) -> tuple[dict[str, object], list[str]]:
         value = bits_per_byte(model)
         return {"bits_per_byte": value}, [f"{value:.4f} bits per byte on held-out text"]
 

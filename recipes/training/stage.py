@@ -286,7 +286,7 @@ def push(args: OutputArguments) -> None:
     """
     from huggingface_hub import HfApi
 
-    if not args.push_to_hub:
+    if not (args.push_to_hub and args.hub_model_id):
         return
     try:
         api = HfApi()
@@ -303,7 +303,7 @@ def push(args: OutputArguments) -> None:
 
 def settings(*arguments: Any) -> dict[str, Any]:
     """The fields of the dataclasses as plain values."""
-    merged = {}
+    merged: dict[str, Any] = {}
     for group in arguments:
         merged |= asdict(group)
     return merged

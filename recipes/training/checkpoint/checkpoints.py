@@ -72,7 +72,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        return int(STEP_FOLDER.fullmatch(self.folder.name)[1])
+        return int(self.folder.name.removeprefix("step-"))
 
     @property
     def state(self) -> RunState:

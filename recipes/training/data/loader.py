@@ -5,7 +5,7 @@ processes have received the same number of rows, so one number is the position o
 can resume it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from math import gcd
 
@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from modeling_nanochat.errors import UserError
 
-from .background import BackgroundBatches, Fill, copy_out
+from .background import BackgroundBatches, Fill, Filled, Shapes, copy_out
 from .streams import STREAMS, Row, RowStream, StreamMaker, below
 
 TOKENS_BETWEEN_STATES = 2**20  # per process: at most this many are packed again when resuming
@@ -51,29 +51,29 @@ class Loader:
         self.background, self.document_start = background, document_start
         self.row = 0  # of the run; rows before it have been returned
         self.states: StreamStates = {}  # at some earlier row
-        self.batches: Iterator | None = None
+        self.batches: BackgroundBatches | Generator[Filled] | None = None
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        self.start()
-        batch, states = next(self.batches)
+        batch, states = next(self.start())
         self.row += self.batch_size * self.world_size
         if states is not None:
             self.states = by_stream(states)
         return batch
 
-    def start(self) -> None:
-        """Start preparing batches; done by the first `next` otherwise."""
+    def start(self) -> Iterator[Filled]:
+        """Start preparing batches, which is otherwise done by the first `next`."""
         if self.batches is None:
             begin = partial(
                 begin_filling, self.make_stream, self.rank, self.world_size, self.row, self.states, self.document_start
             )
-            batches = BackgroundBatches if self.background else foreground_batches
-            self.batches = batches(begin, self.shapes())
+            shapes = self.shapes()
+            self.batches = BackgroundBatches(begin, shapes) if self.background else foreground_batches(begin, shapes)
+        return self.batches
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> Shapes:
         widths = dict(self.make_stream.widths)
         if self.document_start is not None:
             widths["position_ids"] = widths["input_ids"] - 1
@@ -157,7 +157,7 @@ def positions(ids: np.ndarray, document_start: int) -> np.ndarray:
     return index - np.maximum.accumulate(np.where(ids == document_start, index, 0))
 
 
-def foreground_batches(begin: Callable[[], Fill], shapes: dict[str, tuple[int, int]]) -> Iterator:
+def foreground_batches(begin: Callable[[], Fill], shapes: Shapes) -> Generator[Filled]:
     """Yield what `BackgroundBatches` does, computed in this process."""
     fill = begin()
     while True:

@@ -79,7 +79,7 @@ class DeviceDefaults:
 
 
 @dataclass
-class SFTSettings(DeviceDefaults, SFTConfig):
+class SFTSettings(DeviceDefaults, SFTConfig):  # type: ignore[misc]  # None only until `fill_device_defaults`
     """`trl.SFTConfig` that starts on any device."""
 
     max_length: int | None = field(default=None, metadata={"help": "Tokens per row; default: the context length."})
@@ -90,7 +90,7 @@ class SFTSettings(DeviceDefaults, SFTConfig):
 
 
 @dataclass
-class GRPOSettings(DeviceDefaults, GRPOConfig):
+class GRPOSettings(DeviceDefaults, GRPOConfig):  # type: ignore[misc]  # None only until `fill_device_defaults`
     """`trl.GRPOConfig` that starts on any device."""
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ def parse_settings(
     return parsed, filled, given
 
 
-def given_values(dataclass_types: Sequence[type], words: list[str]) -> dict[str, Any]:
+def given_values(dataclass_types: Sequence[Any], words: list[str]) -> dict[str, Any]:
     """Key -> value of everything in the --config file or on the command line, even if it equals the default.
 
     Empty if the parser rejects something: [`parse`] reports it.

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import GRPOConfig
 
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.errors import UserError
@@ -35,7 +36,7 @@ def output_arguments(args: Any, training: TrainingArguments) -> OutputArguments:
         if not getattr(args, name):
             raise UserError(f"--{name} is missing; set it in the --config file or on the command line")
     output = OutputArguments(
-        output_dir=training.output_dir,
+        output_dir=training.output_dir or "",
         overwrite_output_dir=args.overwrite_output_dir,
         push_to_hub=training.push_to_hub,
         hub_model_id=training.hub_model_id,
@@ -46,6 +47,12 @@ def output_arguments(args: Any, training: TrainingArguments) -> OutputArguments:
     return output
 
 
+def checkpoints_of(training: TrainingArguments) -> Path:
+    """The folder of the trainer's checkpoints."""
+    assert training.output_dir is not None, "transformers has a default"
+    return Path(training.output_dir)
+
+
 def find_checkpoint(training: TrainingArguments) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` names: a folder, or `auto` for the newest, if there is one.
 
@@ -54,21 +61,20 @@ def find_checkpoint(training: TrainingArguments) -> Path | None:
     Raises:
         UserError: The folder is not a checkpoint.
     """
-    resume = training.resume_from_checkpoint
-    if resume == "auto":
-        resume = newest_whole(Path(training.output_dir))
-        if resume is None and training.process_index == 0:
-            print(f"no checkpoint in {training.output_dir} yet: training from the start")
-    if resume is None:
-        if training.process_index == 0:
-            discard(Path(training.output_dir))  # of another run: a later `auto` would pick the newest
-        return None
-    if missing := missing_file(Path(resume)):
-        raise UserError(
-            f"resume_from_checkpoint {resume}: no checkpoint, {missing} is missing; give auto, or a folder such as "
-            f"{training.output_dir}/checkpoint-500"
-        )
-    return Path(resume)
+    folder, resume, is_main = checkpoints_of(training), training.resume_from_checkpoint, training.process_index == 0
+    if resume not in (None, "auto"):
+        if missing := missing_file(Path(resume)):
+            raise UserError(
+                f"resume_from_checkpoint {resume}: no checkpoint, {missing} is missing; give auto, or a folder such "
+                f"as {folder}/checkpoint-500"
+            )
+        return Path(resume)
+    newest = newest_whole(folder) if resume else None
+    if newest is None and is_main:
+        if resume:
+            print(f"no checkpoint in {folder} yet: training from the start")
+        discard(folder)  # of another run: a later `auto` would pick the newest
+    return newest
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -115,7 +121,7 @@ def run_trl_stage(
         UserError: The trainer rejects its settings, there is too little data for a step, a loss or gradient is not
             finite, or training ended before its last step.
     """
-    checkpoints, logger = Path(training.output_dir), JsonlLoggerCallback(log, bar=not training.disable_tqdm)
+    checkpoints, logger = checkpoints_of(training), JsonlLoggerCallback(log, bar=not training.disable_tqdm)
     try:
         with ending_together():
             with advice_on_memory(lambda error: explain_out_of_memory(error, training)):
@@ -173,7 +179,8 @@ def no_map_bars() -> Iterator[None]:
 
 def check_rows(training: TrainingArguments, rows: int) -> None:
     """Raise [`UserError`] unless `rows` of training data are enough for one step."""
-    if hasattr(training, "num_generations"):
+    if isinstance(training, GRPOConfig):
+        assert training.generation_batch_size and training.num_generations, "TRL has defaults"
         wanted, what = training.generation_batch_size // training.num_generations, "problems"
         advice = "more problems, or lower per_device_train_batch_size or gradient_accumulation_steps"
     else:

@@ -3,11 +3,12 @@
 import sys
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
@@ -32,6 +33,12 @@ LOGGED = {
 }
 
 
+class Rates(TypedDict):
+    matrix_lr: float
+    embedding_lr: float
+    unembedding_lr: float
+
+
 @dataclass
 class RateArguments:
     """Learning rates of the optimizer's groups; the trainer's scheduler scales all of them equally."""
@@ -41,17 +48,24 @@ class RateArguments:
     unembedding_lr: float = field(default=0.008, metadata={"help": "AdamW's rate for the head, at width 768."})
     init_lr_fraction: float = field(default=1.0, metadata={"help": "Scales all three rates."})
 
-    def scaled(self) -> dict[str, float]:
-        names = ("matrix_lr", "embedding_lr", "unembedding_lr")
-        return {name: getattr(self, name) * self.init_lr_fraction for name in names}
+    def scaled(self) -> Rates:
+        return {
+            "matrix_lr": self.matrix_lr * self.init_lr_fraction,
+            "embedding_lr": self.embedding_lr * self.init_lr_fraction,
+            "unembedding_lr": self.unembedding_lr * self.init_lr_fraction,
+        }
 
 
-class MuonTrainer:
+class MuonTrainer(Trainer):
     """Trainer mixin: Muon and AdamW with our groups, at the rates in `muon_rates`; `learning` observes every step."""
 
     stage: str  # "sft" or "rl"
+    model: PreTrainedModel
+    train_dataset: Dataset
+    processing_class: PreTrainedTokenizerFast
+    _metrics: dict[str, dict[str, list[float]]]  # of both of TRL's trainers
 
-    def __init__(self, model: PreTrainedModel, *args: Any, muon_rates: dict[str, float], **kwargs: Any):
+    def __init__(self, model: PreTrainedModel, *args: Any, muon_rates: Rates, **kwargs: Any):
         self.muon_rates = muon_rates
         tokenizer = kwargs["processing_class"]
         # Older trainers would set these, with a warning; in the finished folder `set_special_tokens` sets them.
@@ -63,9 +77,13 @@ class MuonTrainer:
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            model = self.model if model is None else model
-            options = {"weight_decay": self.args.weight_decay, "compile": compiles_on(self.args.device)}
-            self.optimizer = muon_adamw(model, **self.muon_rates, **options)
+            trained: Any = self.model if model is None else model  # possibly a wrapper that has the model's `config`
+            self.optimizer = muon_adamw(
+                trained,
+                weight_decay=self.args.weight_decay,
+                compile=compiles_on(self.args.device),
+                **self.muon_rates,
+            )
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -100,8 +118,8 @@ class LearningCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         """Raise [`UserError`] on all processes before the optimizer uses values that are not finite."""
-        loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
-        measured = torch.stack([torch.as_tensor(loss), gradient_norm(model).to(loss)])
+        loss, self.trainer.step_loss = torch.as_tensor(self.trainer.step_loss), 0.0
+        measured = torch.stack([loss, gradient_norm(model).to(loss)])
         self.measured = self.trainer.accelerator.reduce(measured, "mean").tolist()  # one wait for the device
         if not torch.tensor(self.measured).isfinite().all():
             raise UserError(
@@ -142,14 +160,15 @@ class JsonlLoggerCallback(TrainerCallback):
         self.live = LiveLine(state.max_steps, state.global_step, state.is_world_process_zero, self.bar)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.live.step(state.global_step, self.measured)
+        if self.live:
+            self.live.step(state.global_step, self.measured)
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs or not LOGGED.keys() & logs.keys() - {"num_tokens"}:
             return
         values = {name: float(logs[key]) for key, name in LOGGED.items() if key in logs}
-        values["tokens"] = int(values.get("tokens", 0))
-        values["tokens_per_second"] = self.tokens_per_second(values["tokens"])
+        tokens = int(values.get("tokens", 0))
+        values |= {"tokens": tokens, "tokens_per_second": self.tokens_per_second(tokens)}
         for name in self.curves.keys() & values.keys():
             self.curves[name].append(values[name])
         measured = [f"{name} {values[name]:.3f}" for name in self.curves if name in values]
@@ -162,9 +181,9 @@ class JsonlLoggerCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Print how reward or loss changed."""
-        self.live.close()
+        self.close()
         name = "reward" if self.curves["reward"] else "loss"
-        if (values := self.curves[name]) and len(values) > 1:
+        if self.live and len(values := self.curves[name]) > 1:
             count = max(1, len(values) // 10)
             first, last = (sum(tenth) / count for tenth in (values[:count], values[-count:]))
             line = f"{name} {last:.3f} over the last tenth of the steps, {first:.3f} over the first"

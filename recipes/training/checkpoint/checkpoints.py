@@ -40,6 +40,7 @@ from .files import Damaged, copied, verify, write_files, write_marker
 from .folders import discard
 from .random_state import random_state, set_random_state
 
+KEPT = 2  # checkpoints: one is left if the newest is damaged
 FORMAT = 2  # of files and states; raise it when one of them changes. Checkpoints without a version are of format 1
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
@@ -114,11 +115,10 @@ class Checkpoints:
 
     Args:
         folder: Where they are; created with the first checkpoint.
-        keep: Number of checkpoints to keep. At least two, so that one is left if the newest is damaged.
     """
 
-    def __init__(self, folder: str | Path, accelerator: Accelerator, keep: int = 2):
-        self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
+    def __init__(self, folder: str | Path, accelerator: Accelerator):
+        self.folder, self.accelerator = Path(folder), accelerator
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.unfinished: Unfinished | None = None
 
@@ -248,7 +248,7 @@ class Checkpoints:
         unfinished.rename(target)
         flush(self.folder)
         abandoned = [other for other in self.present() if other.step > step]  # this run resumed from before them
-        for other in [*abandoned, *[other for other in self.present() if other.step <= step][: -self.keep]]:
+        for other in [*abandoned, *[other for other in self.present() if other.step <= step][:-KEPT]]:
             shutil.rmtree(other.folder, ignore_errors=True)
 
     def discard_unfinished(self) -> None:

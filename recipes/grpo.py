@@ -6,7 +6,7 @@
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/grpo.py \\
         --config recipes/pocket/grpo.yaml --model_name_or_path me/my-sft
 
-Keys of `trl.GRPOConfig` that have an effect can be set too, see `training/trl/settings.py`. The pocket recipe uses the
+Keys of `trl.GRPOConfig` that have an effect can be set too, see `training/trl/keys.py`. The pocket recipe uses the
 original's advantage, reward - group mean, on-policy, so that clipping never applies, but adds a KL term (`beta`) that
 keeps a tiny model from forgetting what the problems do not ask for. It normalises the loss by the tokens of all the
 problems in its single micro-batch. The original normalises per problem; for that, set `per_device_train_batch_size` to
@@ -40,8 +40,6 @@ from recipes.training.model_card import CardArguments
 from recipes.training.stage import check_output
 from recipes.training.trl.settings import GRPOSettings, parse_settings
 from recipes.training.trl.stage import (
-    MuonTrainer,
-    RateArguments,
     check_rows,
     find_checkpoint,
     output_arguments,
@@ -49,6 +47,7 @@ from recipes.training.trl.stage import (
     run_trl_stage,
     start_log,
 )
+from recipes.training.trl.trainer import MuonTrainer, RateArguments
 
 
 @dataclass

@@ -5,7 +5,7 @@
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/sft.py \\
         --config recipes/pocket/sft.yaml --model_name_or_path me/my-mid --push_to_hub true --hub_model_id me/my-sft
 
-Keys of `trl.SFTConfig` that have an effect can be set too, see `training/trl/settings.py`.
+Keys of `trl.SFTConfig` that have an effect can be set too, see `training/trl/keys.py`.
 """
 
 import signal
@@ -29,14 +29,13 @@ from recipes.training.model_card import CardArguments
 from recipes.training.stage import check_output
 from recipes.training.trl.settings import SFTSettings, parse_settings
 from recipes.training.trl.stage import (
-    MuonTrainer,
-    RateArguments,
     find_checkpoint,
     output_arguments,
     run_settings,
     run_trl_stage,
     start_log,
 )
+from recipes.training.trl.trainer import MuonTrainer, RateArguments
 
 
 @dataclass

@@ -89,7 +89,14 @@ def forget(step: Step, run_dir: Path) -> None:
 
 @contextmanager
 def only_run(run_dir: Path) -> Iterator[int]:
-    """Lock the run folder, since two runs would overwrite each other's stages. Yields the lock's file descriptor."""
+    """Lock the run folder, since two runs would overwrite each other's stages. Yields the lock's file descriptor.
+
+    The lock belongs to the open file: a stage that inherits it holds it too, even after this process was killed. If
+    the file system has no locks, nothing is locked.
+
+    Raises:
+        UserError: Another run holds the lock, or the folder is not writable.
+    """
     import fcntl
 
     try:
@@ -100,6 +107,8 @@ def only_run(run_dir: Path) -> Iterator[int]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"{run_dir} is in use by another run; wait for it or give another --run_dir") from error
+        except OSError:
+            pass
         yield lock.fileno()

@@ -9,6 +9,7 @@ import yaml
 
 from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError
+from recipes.training.checkpoint.folders import checkpoint_folders
 
 
 @dataclass
@@ -119,8 +120,6 @@ def has_checkpoints(name: str, run_dir: Path) -> bool:
     folder = run_dir / "checkpoints" / name
     if name not in STAGES or not folder.is_dir():
         return False
-    from recipes.training.checkpoint import checkpoint_folders  # imports torch, which finished runs do without
-
     return bool(checkpoint_folders(folder))
 
 

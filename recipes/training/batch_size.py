@@ -7,19 +7,20 @@ batch by a tenth at a time, which is rarely a divisor, and each process would ch
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from modeling_nanochat import NanoChatConfig
+from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sizes import LOSS_BYTES_PER_LOGIT, saved_bytes_per_token
 from modeling_nanochat.softcapped_loss import chunk_logits
 from recipes.training.optim.fsdp import forget_failed_pass
+from recipes.training.optim.sharding import local
 
 # Tokens per pass beyond which throughput no longer rises. On a CPU 4,096 were fastest, at widths 128 and 384; 32,768
 # took twice as long per token, because activations no longer fit the caches. The original uses 65,536 on 80 GB GPUs.
@@ -30,7 +31,7 @@ COMPILED_SHARE = 0.85  # of an uncompiled pass's memory; measured 0.83 for plain
 
 
 def find_batch_size(
-    model: nn.Module,
+    model: NanoChatForCausalLM,
     max_length: int,
     rows_per_process: int,
     device: torch.device,
@@ -112,7 +113,7 @@ class Trials:
             UserError: This process is out of memory, and others wait for it in the pass, or no other pass is possible.
         """
         for rows in sizes:
-            self.error = out_of_memory_in(lambda rows=rows: self.measure(rows))
+            self.error = out_of_memory_in(partial(self.measure, rows))
             if self.error and not forget_failed_pass(self.model):
                 raise explain_out_of_memory(self.error, rows, self.max_length)
             try:
@@ -121,7 +122,7 @@ class Trials:
                 if self.agree(int(self.error is None)):  # 0 as soon as one process says 0
                     return rows
             except TimeoutError:
-                raise explain_out_of_memory(self.error, rows, self.max_length) from None
+                raise explain_out_of_memory(self.error or "", rows, self.max_length) from None
         return None
 
     def measure(self, rows: int) -> None:
@@ -158,8 +159,7 @@ def free_bytes(device: torch.device) -> int:
 
 def trainable(model: nn.Module) -> int:
     """Number of trainable parameters that this process holds: under FSDP2, its shard."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in params)
+    return sum(local(p).numel() for p in model.parameters() if p.requires_grad)
 
 
 def out_of_memory_in(function: Callable[[], None]) -> str | None:

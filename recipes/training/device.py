@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +19,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from modeling_nanochat.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 SMALLEST_FLOAT8_SIDE = 128
 FLOAT8_TILE = 16
@@ -157,7 +160,7 @@ def one_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def maybe_compile(model: nn.Module, wanted: bool | None, accelerator: Accelerator) -> nn.Module:
+def maybe_compile(model: Model, wanted: bool | None, accelerator: Accelerator) -> Model:
     """`model` compiled; or `model` itself, with a printed line that says why.
 
     Shapes are static: every training batch has the same. Evaluation and samples, whose shapes vary, call the
@@ -176,7 +179,10 @@ def maybe_compile(model: nn.Module, wanted: bool | None, accelerator: Accelerato
         return model  # Accelerate has compiled it, by the launch file's `dynamo_config`
     works, reason = compiler_available(accelerator.device.type)
     if works:
-        return compile_parts(model) if isinstance(model, FSDPModule) else torch.compile(model, dynamic=False)
+        if not isinstance(model, FSDPModule):
+            return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # typed as a function
+        compile_parts(model)
+        return model
     if wanted:
         raise UserError(f"torch_compile: no compiler works here ({reason}); install g++ or clang++, or leave it out")
     accelerator.print(f"training runs uncompiled: {reason}")
@@ -188,16 +194,15 @@ def is_compiled(module: nn.Module) -> bool:
     return is_compiled_module(module) or (isinstance(module, FSDPModule) and "chunked_loss" in vars(module))
 
 
-def compile_parts(model: FSDPModule) -> FSDPModule:
+def compile_parts(model: nn.Module) -> None:
     """Compile each layer and the loss separately, in place.
 
     FSDP2's hooks, which gather and free weights around the layers, would break a graph of the full model. Layers of
     one kind share a graph.
     """
-    for layer in model.base_model.layers:
-        layer.forward = compiled_in_training(layer, layer.forward)
-    model.chunked_loss = compiled_in_training(model, model.chunked_loss)
-    return model
+    methods = [(layer, "forward") for layer in model.get_submodule("model.layers").children()]
+    for module, name in [*methods, (model, "chunked_loss")]:
+        setattr(module, name, compiled_in_training(module, getattr(module, name)))
 
 
 def compiled_in_training(module: nn.Module, method: Callable) -> Callable:

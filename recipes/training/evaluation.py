@@ -18,7 +18,7 @@ from recipes.training.data.documents import CHUNK_SIZE, is_text
 from recipes.training.data.packing import Conversation, pack_conversations, pack_documents
 
 Row = dict[str, torch.Tensor]
-MAX_TOKENS = 2**16  # per forward pass; long rows mean smaller batches
+MAX_ROWS, MAX_TOKENS = 32, 2**16  # per forward pass; long rows mean smaller batches
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,8 @@ def validation(
     rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerFast,
     max_rows: int,
-    batch_size: int = 32,
 ) -> Callable[[PreTrainedModel], float]:
     """A function that measures bits per byte on the first `max_rows` rows, sharded across processes.
-
-    A forward pass has at most `batch_size` rows, and at most about `MAX_TOKENS` tokens.
 
     Raises:
         UserError: There is not a single row.
@@ -68,7 +65,7 @@ def validation(
     chosen = list(islice(rows, max_rows))
     if not chosen:
         raise UserError("the validation text does not fill one row of max_length tokens; add text or lower max_length")
-    batch_size = max(1, min(batch_size, MAX_TOKENS // (len(chosen[0]["input_ids"]) - 1)))
+    batch_size = max(1, min(MAX_ROWS, MAX_TOKENS // (len(chosen[0]["input_ids"]) - 1)))
     # Pad with fully masked rows: under FSDP every rank must run the same number of forward passes
     masked = {"input_ids": chosen[0]["input_ids"], "labels": torch.full_like(chosen[0]["input_ids"], -100)}
     chosen += [masked] * (-len(chosen) % accelerator.num_processes)
@@ -93,7 +90,7 @@ def validation(
 def bits_per_byte_evaluation(bits_per_byte: Callable[[PreTrainedModel], float], every: int) -> Evaluation:
     """[`validation`]'s function as an [`Evaluation`]: before the first step, at intervals, after the last."""
 
-    def run(model: PreTrainedModel) -> tuple[dict[str, float], list[str]]:
+    def run(model: PreTrainedModel) -> tuple[dict[str, object], list[str]]:
         value = bits_per_byte(model)
         return {"bits_per_byte": value}, [f"{value:.4f} bits per byte on held-out text"]
 

@@ -14,19 +14,20 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
 from recipes.training.data.loader import Loader
 from recipes.training.optim.fsdp import shard_model
 from recipes.training.optim.hyperparameters import Plan
 from recipes.training.optim.optimizer import MuonAdamW, compiles_on, muon_adamw
+from recipes.training.optim.sharding import local
 
 from .arguments import LoopArguments
 from .attention import evaluation_attention
 from .batch_size import accumulation_steps, explain_in_evaluation, explain_out_of_memory, is_out_of_memory
-from .checkpoint import Checkpoint, Checkpoints, RunState, restore_random_state
+from .checkpoint.checkpoints import Checkpoint, Checkpoints, RunState, restore_random_state
 from .device import convert_to_float8, evaluation_precision
 from .evaluation import Evaluation
 from .learning import LearningWatch
@@ -35,6 +36,7 @@ from .stage import JsonlLogger
 from .stopping import Stopped, StopRequest, stop_request
 
 Batch = dict[str, torch.Tensor]
+Decode = Callable[[list[int]], str | list[str]]
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class RunParts:
     """
 
     accelerator: Accelerator
-    model: PreTrainedModel
-    module: torch.nn.Module
+    model: NanoChatForCausalLM
+    module: NanoChatForCausalLM
     optimizer: MuonAdamW
     loader: Loader
     log: JsonlLogger
@@ -96,7 +98,7 @@ def train(
     checkpoints: Checkpoints,
     *,
     evaluations: tuple[Evaluation, ...] = (),
-    decode: Callable[[list[int]], str] = str,
+    decode: Decode = str,
 ) -> TrainState:
     """Train `run.model` in place up to `plan.max_steps` optimizer steps, from the step that `run` was restored at.
 
@@ -160,7 +162,7 @@ def stopped(request: StopRequest, step: int, plan: Plan, checkpoints: Checkpoint
     )
 
 
-def prepare(accelerator: Accelerator, model: PreTrainedModel, plan: Plan) -> tuple[torch.nn.Module, MuonAdamW]:
+def prepare(accelerator: Accelerator, model: NanoChatForCausalLM, plan: Plan) -> tuple[NanoChatForCausalLM, MuonAdamW]:
     """The module to train, on its device, in its precision, possibly sharded; and the optimizer over its parameters.
 
     Without FSDP there is no wrapper: the optimizer averages the gradients itself, once per step, each rank for its
@@ -171,8 +173,8 @@ def prepare(accelerator: Accelerator, model: PreTrainedModel, plan: Plan) -> tup
     model.train()  # loaded models are in evaluation mode, whose loss needs more memory
     convert_to_float8(model, accelerator)
     if accelerator.is_fsdp2:
-        module = shard_model(model, accelerator)
-        return module, muon_adamw(module, **options)
+        shard_model(model, accelerator)
+        return model, muon_adamw(model, **options)
     module = accelerator.prepare_model(model, evaluation_mode=True)
     group = None
     if accelerator.num_processes > 1:
@@ -208,8 +210,8 @@ def accumulate(accelerator: Accelerator, module: torch.nn.Module, micro_batches:
         local and are scaled by the number of processes: their mean over processes is the gradient of the loss.
     """
     labels = [batch.get("labels", batch["input_ids"])[:, 1:] for batch in micro_batches]
-    trained = sum(int((label != -100).sum()) for label in labels)
-    trained = torch.full((), trained, device=accelerator.device)  # a copy would wait for the last step's optimizer
+    count = sum(int((label != -100).sum()) for label in labels)
+    trained = torch.full((), count, device=accelerator.device)  # a copy would wait for the last step's optimizer
     trained = accelerator.reduce(trained, "sum").clamp(min=1)
     losses = []
     for number, batch in enumerate(micro_batches, start=1):
@@ -239,9 +241,8 @@ def gradient_norm(module: torch.nn.Module) -> torch.Tensor:
 
     It is taken before averaging, so it tells no more than that; it costs one read of the gradients.
     """
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    return torch.nn.utils.get_total_norm(local).float()
+    gradients = [local(p.grad) for p in module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).float()
 
 
 def all_reduce_loss(
@@ -268,7 +269,7 @@ def non_finite(
     norm: float | None,
     losses: torch.Tensor,
     batches: list[Batch],
-    decode: Callable[[list[int]], str],
+    decode: Decode,
 ) -> str | None:
     """The error message if `loss` or `norm` is not finite, else None. Both are those of all processes."""
     if not math.isfinite(loss):
@@ -291,7 +292,7 @@ def non_finite_rows(
     step: int,
     losses: torch.Tensor,
     batches: list[Batch],
-    decode: Callable[[list[int]], str],
+    decode: Decode,
 ) -> list[str]:
     """This process's micro-batches whose loss is not finite: their rows, and how their text begins."""
     found, processes, rank = [], accelerator.num_processes, accelerator.process_index

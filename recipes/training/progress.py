@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import PretrainedConfig
 
 from evals.speed.device_peaks import device_peaks
+from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.cli import is_verbose
 from modeling_nanochat.sizes import training_flops_per_token
 from modeling_nanochat.text.sources import first_line
@@ -151,7 +151,7 @@ class ProgressReport:
     def __init__(
         self,
         accelerator: Accelerator,
-        config: PretrainedConfig,
+        config: NanoChatConfig,
         plan: Plan,
         args: LoopArguments,
         log: JsonlLogger,

@@ -4,11 +4,13 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.cli import is_verbose
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.sources import first_line
@@ -20,7 +22,7 @@ from recipes.training.optim.optimizer import MuonAdamW
 from .arguments import FREE_TO_CHANGE, LoopArguments
 from .attention import choose_attention
 from .batch_size import accumulation_steps, find_batch_size, smallest
-from .checkpoint import Checkpoint, Checkpoints
+from .checkpoint.checkpoints import Checkpoint, Checkpoints
 from .device import accelerator_options, is_compiled, maybe_compile
 from .evaluation import Evaluation
 from .learning import LearningWatch
@@ -76,7 +78,7 @@ class LoopStage:
     record: dict[str, object]
     arguments: tuple[object, LoopArguments, OutputArguments]
     accelerator: Accelerator
-    model: PreTrainedModel
+    model: NanoChatForCausalLM
     tokenizer: PreTrainedTokenizerFast
     plan: Plan
     make_stream: StreamMaker
@@ -121,8 +123,8 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
     accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, accelerator.num_processes)
     if accelerator.is_main_process:
         announce(model, plan, accumulation, batch_size, accelerator.num_processes, resume_from)
-    resumed = {"step": resume_from.step, "seconds": resume_from.state.seconds} if resume_from else {}
-    log = JsonlLogger(output.output_dir, accelerator.is_main_process, **resumed)
+    step, seconds = (resume_from.step, resume_from.state.seconds) if resume_from else (0, 0.0)
+    log = JsonlLogger(output.output_dir, accelerator.is_main_process, step=step, seconds=seconds)
     loader = Loader(
         stage.make_stream,
         batch_size=batch_size,
@@ -160,7 +162,7 @@ def end_training(accelerator: Accelerator, message: str | None = None) -> None:
         accelerator.state.destroy_process_group()
 
 
-def given(*arguments: object) -> dict[str, object]:
+def given(*arguments: object) -> dict[str, Any]:
     """The settings that define a run, as given."""
     return {key: value for key, value in settings(*arguments).items() if key not in FREE_TO_CHANGE | OUTPUT_KEYS}
 
@@ -205,7 +207,7 @@ def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, run_config: d
 
 def choose_batch_size(
     accelerator: Accelerator,
-    module: torch.nn.Module,
+    module: NanoChatForCausalLM,
     optimizer: MuonAdamW,
     args: LoopArguments,
     plan: Plan,

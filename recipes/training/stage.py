@@ -29,7 +29,8 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import atomic_directory, flush, settle
 from modeling_nanochat.tokenization_nanochat import save_tokenizer, set_special_tokens
 
-from .checkpoint import checkpoint_folders, discard, write_text
+from .checkpoint.files import write_text
+from .checkpoint.folders import checkpoint_folders, discard
 from .device import let_segments_grow
 from .processes import lock_output, on_main_process
 
@@ -285,7 +286,7 @@ def push(args: OutputArguments) -> None:
     """
     from huggingface_hub import HfApi
 
-    if not args.push_to_hub:
+    if not (args.push_to_hub and args.hub_model_id):
         return
     try:
         api = HfApi()
@@ -302,7 +303,7 @@ def push(args: OutputArguments) -> None:
 
 def settings(*arguments: Any) -> dict[str, Any]:
     """The fields of the dataclasses as plain values."""
-    merged = {}
+    merged: dict[str, Any] = {}
     for group in arguments:
         merged |= asdict(group)
     return merged

@@ -3,21 +3,23 @@
 import os
 import signal
 import sys
+from itertools import product
 
 CHECKPOINT_CALLS = ("save_file", "flush", "write_text", "sha256")
 
 
 def mortal(events_to_live=None, calls_to_live=None):
     """Make the trainer die after so many events in training, or calls of the functions that write checkpoints."""
-    import recipes.training.checkpoint
     import recipes.training.setup
+    from recipes.training.checkpoint import checkpoints, files
 
     if events_to_live is not None:
         recipes.training.setup.train = watched(recipes.training.setup.train, events_to_live)
     if calls_to_live is not None:
         remaining = [calls_to_live]
-        for name in CHECKPOINT_CALLS:
-            setattr(recipes.training.checkpoint, name, deadly(getattr(recipes.training.checkpoint, name), remaining))
+        for module, name in product((checkpoints, files), CHECKPOINT_CALLS):
+            if hasattr(module, name):
+                setattr(module, name, deadly(getattr(module, name), remaining))
 
 
 def die():

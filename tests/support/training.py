@@ -146,7 +146,7 @@ def child(
 
 def ask_to_stop_after_a_checkpoint() -> None:
     """For `before`: raise SIGTERM when the first checkpoint is about to be written."""
-    from recipes.training.checkpoint import Checkpoints
+    from recipes.training.checkpoint.checkpoints import Checkpoints
 
     save = Checkpoints.save
 

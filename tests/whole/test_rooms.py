@@ -17,7 +17,7 @@ ROOMS = {  # room -> those it may import, or name by a path
 }
 # From the bottom up: a module imports from its own line or from those above it.
 TRAINING = [
-    {"device", "learning", "processes", "random_state", "stopping"},
+    {"device", "learning", "processes", "stopping"},
     {"attention", "data", "optim"},
     {"arguments"},
     {"checkpoint", "model_card", "stage"},

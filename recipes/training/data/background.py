@@ -19,19 +19,27 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from itertools import count
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Semaphore
 from multiprocessing.util import Finalize
 from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from modeling_nanochat.errors import UserError
 
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkContext, SpawnContext  # Windows has only one of them
+
 TOKENS_AHEAD = 2**19  # prefetched by the worker: an optimizer step takes all its micro-batches at once
 MOST_SLOTS = 256
 Shapes = dict[str, tuple[int, int]]  # of a batch's tensors, all int64
 Fill = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray] | None]  # writes a batch, may return a state
+
+Filled = tuple[dict[str, torch.Tensor], dict[str, np.ndarray] | None]
 
 
 class BackgroundBatches:
@@ -51,7 +59,7 @@ class BackgroundBatches:
         self.depth = max(2, min(MOST_SLOTS, TOKENS_AHEAD // batch_tokens))
         forks = sys.platform == "linux"
         self.slots = {name: shared_zeros((self.depth, *shape), forks) for name, shape in shapes.items()}
-        context = multiprocessing.get_context("fork" if forks else "spawn")
+        context: ForkContext | SpawnContext = get_context("fork") if forks else get_context("spawn")
         self.free = context.Semaphore(self.depth)
         self.connection, theirs = context.Pipe(duplex=False)
         worker = (begin, self.slots, self.free, theirs, os.getpid())
@@ -62,10 +70,10 @@ class BackgroundBatches:
         self.close = Finalize(self, stop, args=(self.process, self.connection), exitpriority=100)
         self.taken = 0
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, np.ndarray] | None]]:
+    def __iter__(self) -> Iterator[Filled]:
         return self
 
-    def __next__(self) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray] | None]:
+    def __next__(self) -> Filled:
         kind, message = self.receive()
         if kind == "user error":
             raise UserError(message)
@@ -76,7 +84,7 @@ class BackgroundBatches:
         self.taken += 1
         return batch, message
 
-    def receive(self) -> tuple[str, object]:
+    def receive(self) -> tuple[str, Any]:
         try:
             return self.connection.recv()
         except (EOFError, OSError) as error:
@@ -114,7 +122,9 @@ def stop(process: multiprocessing.Process, connection: Connection) -> None:
     connection.close()
 
 
-def work(begin: Callable[[], Fill], slots: dict[str, torch.Tensor], free, connection: Connection, parent: int) -> None:
+def work(
+    begin: Callable[[], Fill], slots: dict[str, torch.Tensor], free: Semaphore, connection: Connection, parent: int
+) -> None:
     """The worker process: write batch after batch into the slots, until the trainer stops it or dies."""
     set_up_worker(parent)
     outbox: SimpleQueue = SimpleQueue()

@@ -6,6 +6,7 @@ Every cursor can be saved and restored.
 import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import TypeGuard
 
 import numpy as np
 import pyarrow.compute as pc
@@ -56,8 +57,8 @@ class StridedSampler:
         return indices
 
 
-def is_text(text: str | None) -> bool:
-    return bool(text) and not text.isspace()
+def is_text(text: str | None) -> TypeGuard[str]:
+    return bool(text and not text.isspace())
 
 
 def out_of_reach(texts: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerFast, max_length: int) -> str | None:

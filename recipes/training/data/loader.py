@@ -5,7 +5,7 @@ processes have received the same number of rows, so one number is the position o
 can resume it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import gcd
 
@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from modeling_nanochat.errors import UserError
 
-from .background import BackgroundBatches, Fill, copy_out
+from .background import BackgroundBatches, Fill, Shapes
 from .streams import STREAMS, Row, RowStream, StreamMaker, below
 
 TOKENS_BETWEEN_STATES = 2**20  # per process: at most this many are packed again when resuming
@@ -23,13 +23,14 @@ StreamStates = dict[int, dict[str, np.ndarray]]
 
 
 class Loader:
-    """Endless micro-batches: {"input_ids": Long (batch_size, max_length + 1)}, for conversations also "labels".
+    """Endless micro-batches, packed by a background process, ahead of training.
+
+    A batch is {"input_ids": Long (batch_size, max_length + 1)}, for conversations also "labels".
 
     Args:
         make_stream: Creates the stream of a number, and knows the widths of the arrays that streams write.
         batch_size: Rows per micro-batch of this process.
         rank, world_size: This process, and the number of processes.
-        background: Tokenize and pack in a background process, ahead of training.
         document_start: For document masking, the id that every document begins with: adds "position_ids" (batch_size,
             max_length), which restart at it.
 
@@ -44,36 +45,34 @@ class Loader:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        background: bool = True,
         document_start: int | None = None,
     ):
         self.make_stream, self.batch_size, self.rank, self.world_size = make_stream, batch_size, rank, world_size
-        self.background, self.document_start = background, document_start
+        self.document_start = document_start
         self.row = 0  # of the run; rows before it have been returned
         self.states: StreamStates = {}  # at some earlier row
-        self.batches: Iterator | None = None
+        self.batches: BackgroundBatches | None = None
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        self.start()
-        batch, states = next(self.batches)
+        batch, states = next(self.start())
         self.row += self.batch_size * self.world_size
         if states is not None:
             self.states = by_stream(states)
         return batch
 
-    def start(self) -> None:
-        """Start preparing batches; done by the first `next` otherwise."""
+    def start(self) -> BackgroundBatches:
+        """Start preparing batches, which is otherwise done by the first `next`."""
         if self.batches is None:
             begin = partial(
                 begin_filling, self.make_stream, self.rank, self.world_size, self.row, self.states, self.document_start
             )
-            batches = BackgroundBatches if self.background else foreground_batches
-            self.batches = batches(begin, self.shapes())
+            self.batches = BackgroundBatches(begin, self.shapes())
+        return self.batches
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> Shapes:
         widths = dict(self.make_stream.widths)
         if self.document_start is not None:
             widths["position_ids"] = widths["input_ids"] - 1
@@ -155,15 +154,6 @@ def positions(ids: np.ndarray, document_start: int) -> np.ndarray:
     """Position (n,) of each token in its document."""
     index = np.arange(len(ids))
     return index - np.maximum.accumulate(np.where(ids == document_start, index, 0))
-
-
-def foreground_batches(begin: Callable[[], Fill], shapes: dict[str, tuple[int, int]]) -> Iterator:
-    """Yield what `BackgroundBatches` does, computed in this process."""
-    fill = begin()
-    while True:
-        batch = {name: torch.empty(shape, dtype=torch.long) for name, shape in shapes.items()}
-        states = fill({name: tensor.numpy() for name, tensor in batch.items()})
-        yield {name: copy_out(tensor) for name, tensor in batch.items()}, states
 
 
 def by_stream(states: dict[str, np.ndarray]) -> StreamStates:

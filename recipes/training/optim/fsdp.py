@@ -7,10 +7,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
+from modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
 
 
-def shard_model(model: PreTrainedModel, accelerator: Accelerator) -> FSDPModule:
+def shard_model(model: NanoChatForCausalLM, accelerator: Accelerator) -> None:
     """Shard `model` in place, by the launch file's `fsdp_config`: one unit per decoder layer, and one for the rest.
 
     `accelerator.prepare` would average gradients in bfloat16 and round the loss to it. It would also make the head a
@@ -29,10 +30,10 @@ def shard_model(model: PreTrainedModel, accelerator: Accelerator) -> FSDPModule:
         "mp_policy": mixed_precision_policy(accelerator.mixed_precision),
         "offload_policy": plugin.cpu_offload,
     }
-    for layer in model.base_model.layers:
+    for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=plugin.reshard_after_forward, **options)
     # Always resharded: an evaluation would otherwise leave the head gathered between passes.
-    return fully_shard(model, reshard_after_forward=True, **options)
+    fully_shard(model, reshard_after_forward=True, **options)
 
 
 def mixed_precision_policy(precision: str) -> MixedPrecisionPolicy:

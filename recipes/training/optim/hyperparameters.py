@@ -15,6 +15,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.configuration_nanochat import ASPECT_RATIO
@@ -22,7 +23,7 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.sizes import parameter_counts, scaling_parameters, training_flops_per_token
 
 from .overrides import Overrides, whole_rows
-from .schedule import Schedule
+from .schedule import Schedule, Shape
 
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH_SIZE = 2**19
@@ -34,7 +35,7 @@ GIVEN, RECIPE_DEFAULT = NOT_DERIVED = ("given", "recipe default")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Shape):
     """Constants of a recipe; the defaults are those of "current". If `scales`, they hold at depth 12."""
 
     scales: bool = True
@@ -46,13 +47,6 @@ class Recipe:
     scalar_lr: float = 0.5
     weight_decay: float = 0.28
     max_grad_norm: float | None = None
-    warmup_steps: int = 40
-    warmdown_ratio: float = 0.65
-    final_lr_fraction: float = 0.05
-    momentum_steps: int = 400
-    peak_momentum: float = 0.97
-    final_momentum: float = 0.90
-    final_weight_decay_fraction: float = 0.0
 
     def parameters(self, config: NanoChatConfig) -> int:
         """The parameters that tokens per parameter refers to."""
@@ -111,13 +105,13 @@ class Plan:
         recipe = RECIPES[self.recipe]
         return Schedule(
             self.max_steps,
-            self.warmup_steps,
-            self.warmdown_ratio,
-            self.final_lr_fraction,
-            self.momentum_steps,
-            recipe.peak_momentum,
-            recipe.final_momentum,
-            recipe.final_weight_decay_fraction,
+            warmup_steps=self.warmup_steps,
+            warmdown_ratio=self.warmdown_ratio,
+            final_lr_fraction=self.final_lr_fraction,
+            momentum_steps=self.momentum_steps,
+            peak_momentum=recipe.peak_momentum,
+            final_momentum=recipe.final_momentum,
+            final_weight_decay_fraction=recipe.final_weight_decay_fraction,
         )
 
     def lines(self) -> list[str]:
@@ -201,10 +195,10 @@ def reference(config: NanoChatConfig, aspect_ratio: int | None = None) -> NanoCh
     """The same architecture and vocabulary at depth 12, for counting parameters; other fields are not adapted."""
     heads, depth = config.num_attention_heads, config.num_hidden_layers
     per_head = config.hidden_size / heads
-    if aspect_ratio is None:
-        usual = math.ceil(depth * ASPECT_RATIO / per_head) == heads
-        aspect_ratio = ASPECT_RATIO if usual else config.hidden_size / depth
-    reference_heads = math.ceil(round(REFERENCE_DEPTH * aspect_ratio / per_head, 6))
+    per_layer: float = config.hidden_size / depth if aspect_ratio is None else aspect_ratio
+    if aspect_ratio is None and math.ceil(depth * ASPECT_RATIO / per_head) == heads:
+        per_layer = ASPECT_RATIO
+    reference_heads = math.ceil(round(REFERENCE_DEPTH * per_layer / per_head, 6))
     scale = reference_heads / heads
     other = copy.deepcopy(config)
     other.num_hidden_layers = REFERENCE_DEPTH
@@ -259,8 +253,8 @@ def learning_rate_factor(constants: Recipe, batch: int) -> float:
 
 def resolve_rates(
     constants: Recipe, given: Mapping[str, float | None], batch: int, growth: float
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Learning rates and weight decay, with their origins.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Learning rates and weight decay, with their origins, by the names of [`Plan`]'s fields.
 
     Learning rate x weight decay x D / batch size stays constant. With the derived learning rate this is the original's
     weight decay x sqrt(batch size / reference) x reference D / D; a given rate replaces the derived one.
@@ -281,7 +275,7 @@ def resolve_rates(
 
 def resolve_shape(
     constants: Recipe, given: Mapping[str, float | None], steps: int
-) -> tuple[dict[str, float], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The schedule's values, with their origins; short runs get a shorter warm-up unless one is given."""
     values = {name: getattr(constants, name) if value is None else value for name, value in given.items()}
     origins = {name: RECIPE_DEFAULT if value is None else GIVEN for name, value in given.items()}

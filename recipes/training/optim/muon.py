@@ -41,11 +41,13 @@ def directions(
     updates: torch.Tensor,
     second_moments: torch.Tensor | None,
     beta2: Number,
-    orthogonalization: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Directions of the matrices (K, rows, columns), in float32; updates `second_moments` in place (see below)."""
-    if orthogonalization == "newton_schulz":
+    """Directions of the matrices (K, rows, columns), in float32; updates `second_moments` in place (see below).
+
+    Without `second_moments`, the launch version's directions.
+    """
+    if second_moments is None:
         return newton_schulz(updates, dtype)
     return normalize_variance(polar_express(updates, dtype), second_moments, beta2)
 

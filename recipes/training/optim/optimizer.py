@@ -20,22 +20,36 @@ Accelerate's `save_state`.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+from transformers import PreTrainedModel
 
 from recipes.training.device import compiler_available
 
 from . import muon
 from .parameter_groups import parameter_groups
 from .sharded_state import Slot, read_slots, shard_name
-from .sharding import SMALL, FSDPUpdate, MatrixUpdate, ReplicatedUpdate, RowUpdate, ShardedUpdate, clip, round_robin
+from .sharding import (
+    SMALL,
+    FSDPUpdate,
+    MatrixUpdate,
+    ReplicatedUpdate,
+    RowUpdate,
+    ShardedUpdate,
+    are_sharded,
+    clip,
+    round_robin,
+)
 
-DEFAULTS = {
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0},
     "muon": {"orthogonalization": "polar_express", "momentum": 0.95, "beta2": 0.9, "weight_decay": 0.0},
 }
@@ -77,11 +91,11 @@ class MuonAdamW(torch.optim.Optimizer):
         self.process_group = process_group if several else None
         self.max_grad_norm = max_grad_norm
         self.grad_norm: torch.Tensor | None = None
-        functions = (muon.nesterov, muon.directions, muon.descend)
-        if compile:
-            functions = [torch.compile(function, dynamic=False, fullgraph=True) for function in functions]
-        self.nesterov, self.directions, self.descend = functions
-        self.number = torch.tensor if compile else float  # a changed float would trigger recompilation
+        self.nesterov = compiled_if(compile, muon.nesterov)
+        self.directions = compiled_if(compile, muon.directions)
+        self.descend = compiled_if(compile, muon.descend)
+        # A changed float would trigger recompilation
+        self.number: Callable[[float], muon.Number] = torch.tensor if compile else float
 
     def add_param_group(self, param_group: dict) -> None:
         kind = param_group.get("kind")
@@ -95,7 +109,7 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ValueError("Muon updates matrices only; put other parameters into an adamw group")
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> torch.Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -121,7 +135,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """This rank's updates of `params`: one per stack of matrices for Muon, one per tensor for AdamW."""
         stacks = [[p] for p in params] if group["kind"] == "adamw" else by_shape(params)
         for stack in stacks:
-            if isinstance(stack[0], DTensor):
+            if are_sharded(stack):
                 yield FSDPUpdate(stack)
             elif self.process_group is None:
                 yield ShardedUpdate(stack)
@@ -136,7 +150,9 @@ class MuonAdamW(torch.optim.Optimizer):
         """The work of one update, with a `yield` after each started communication."""
         if group["kind"] == "adamw":
             return self.update_adamw(update, group)
-        return (self.update_shards if isinstance(update, FSDPUpdate) else self.update_matrices)(update, group)
+        if isinstance(update, FSDPUpdate):
+            return self.update_shards(update, group)
+        return self.update_matrices(update, group)
 
     def update_adamw(self, update: ShardedUpdate, group: dict) -> Iterator[None]:
         for p, weight, grad in zip(update.owned, update.weights, update.gradients(), strict=True):
@@ -174,9 +190,9 @@ class MuonAdamW(torch.optim.Optimizer):
         states = [self.state[p]["second_moment"] for p in update.matrices] if uses_second_moment(group) else []
         moments = torch.stack(states) if states else None
         beta2, dtype = self.number(group["beta2"]), muon.iteration_dtype(stacked.device)
-        directions = self.directions(stacked, moments, beta2, group["orthogonalization"], dtype)
-        for index, state in enumerate(states):
-            state.copy_(moments[index])
+        directions = self.directions(stacked, moments, beta2, dtype)
+        for state, moment in zip(states, () if moments is None else moments, strict=True):
+            state.copy_(moment)
         return directions
 
     def descend_all(self, update: ShardedUpdate, directions: Iterable[torch.Tensor], group: dict) -> None:
@@ -235,7 +251,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def named_slots(self) -> dict[str, Slot]:
         """All state of this rank, by `{parameter}.{state}`; zeros if there was no step yet."""
-        named = {}
+        named: dict[str, Slot] = {}
         for group in self.param_groups:
             if "param_names" not in group:
                 raise ValueError("state is written and read by name; give the optimizer (name, parameter) pairs")
@@ -244,6 +260,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.create_state(update, group)
                 named |= {f"{names[slot.parameter]}.{slot.key}": slot for slot in self.slots(update, group)}
         return named
+
+
+def compiled_if(wanted: bool, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    return torch.compile(function, dynamic=False, fullgraph=True) if wanted else function
 
 
 def by_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -265,22 +285,33 @@ def uses_second_moment(group: dict) -> bool:
 def fused_adamw(weight: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor], group: dict) -> None:
     """AdamW (arXiv 1711.05101) in place; in float32 for every parameter dtype."""
     exact, (beta1, beta2) = weight.float(), group["betas"]
-    moments = ([state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]])
     rates = {key: group[key] for key in ("lr", "weight_decay", "eps")}
     adamw(
-        [exact], [grad.float()], *moments, fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, **rates
+        [exact],
+        [grad.float()],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],  # of AMSGrad
+        [state["step"]],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=beta1,
+        beta2=beta2,
+        **rates,
     )
     weight.copy_(exact)  # float32 weights are `exact` itself: nothing is copied
 
 
 def muon_adamw(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     max_grad_norm: float | None = None,
     process_group: dist.ProcessGroup | None = None,
     compile: bool = False,
-    **recipe_and_rates: float | str,
+    recipe: str = "current",
+    **rates: float,
 ) -> MuonAdamW:
-    """[`MuonAdamW`] over [`parameter_groups`], which documents `recipe` and the rates."""
-    groups = parameter_groups(model, **recipe_and_rates)
+    """[`MuonAdamW`] over [`parameter_groups`], which documents `recipe` and `rates`."""
+    groups = parameter_groups(model, recipe=recipe, **rates)
     return MuonAdamW(groups, process_group=process_group, max_grad_norm=max_grad_norm, compile=compile)

@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from modeling_nanochat.errors import UserError
 
@@ -11,7 +11,7 @@ Rules = dict[str, dict]
 
 
 def parameter_groups(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     recipe: str = "current",
     matrix_lr: float,

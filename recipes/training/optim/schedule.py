@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Multipliers and values at step `it` of `max_steps` (from 0). The defaults are the current recipe's.
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The values of a schedule that do not depend on the run's length; the defaults are the current recipe's.
 
     The learning rate rises over `warmup_steps`, stays constant, and falls linearly over the last `warmdown_ratio` of
     the run to `final_lr_fraction`. Muon's momentum rises from 0.85 to `peak_momentum` over `momentum_steps` and falls
@@ -16,7 +16,6 @@ class Schedule:
     cosine to `final_weight_decay_fraction`: 0 in the current recipe, 1 (constant) in the classic one.
     """
 
-    max_steps: int
     warmup_steps: int = 40
     warmdown_ratio: float = 0.65
     final_lr_fraction: float = 0.05
@@ -24,6 +23,13 @@ class Schedule:
     peak_momentum: float = 0.97
     final_momentum: float = 0.90
     final_weight_decay_fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class Schedule(Shape):
+    """Multipliers and values at step `it` of `max_steps` (from 0)."""
+
+    max_steps: int
 
     @property
     def warmdown_steps(self) -> int:

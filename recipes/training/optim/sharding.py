@@ -9,6 +9,7 @@ Averages are sums that each rank divides: one formula for every backend.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,15 @@ def all_rows(p: torch.Tensor) -> range:
 def gradient(p: torch.Tensor) -> torch.Tensor:
     """The parameter's gradient; zeros if it has none, because another rank may have one."""
     return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def are_sharded(params: Sequence[torch.Tensor]) -> TypeGuard[Sequence[DTensor]]:
+    return all(isinstance(p, DTensor) for p in params)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a tensor; a tensor that is not sharded as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def concatenate_padded(tensors: Sequence[torch.Tensor], count: int, like: torch.Tensor) -> torch.Tensor:
@@ -132,12 +142,14 @@ class ScatteredUpdate(ShardedUpdate):
         """The averaged gradient of this rank's shard."""
         if self.work is not None:
             self.work.wait()
-            self.work = self.sent = None
+            self.work = None
+            del self.sent
             self.mean /= self.processes
         return self.mean[: len(self.shard)]
 
     def gather(self) -> None:
-        self.mean, total = None, self.size * self.processes
+        del self.mean
+        total = self.size * self.processes
         self.sent = concatenate_padded([self.view(weight) for weight in self.weights], self.size, self.views[0])
         self.gathered = self.views[0]  # a table that needs no padding is gathered in place
         if len(self.gathered) != total or not self.gathered.is_contiguous():
@@ -150,7 +162,7 @@ class ScatteredUpdate(ShardedUpdate):
             new = self.gathered[: self.count].split([len(view) for view in self.views])
             for view, weights in zip(self.views, new, strict=True):
                 view.copy_(weights)
-        self.sent = self.gathered = None
+        del self.sent, self.gathered
 
 
 class MatrixUpdate(ScatteredUpdate):
@@ -192,16 +204,16 @@ class FSDPUpdate(ShardedUpdate):
 
     def __init__(self, params: Sequence[DTensor]):
         self.params = self.owned = list(params)
-        self.group, rank = shard_group(self.params[0])
+        self.group, rank = shard_group(params[0])
         self.processes = dist.get_world_size(self.group)
         self.rows = shard(len(self.params[0]), rank, self.processes)
         self.height = shard_size(len(self.params[0]), self.processes)
-        self.weights = [p.detach().to_local() for p in self.params]
+        self.weights = [local(p.detach()) for p in self.params]
         own = shard(len(self.params), rank, self.processes)
         self.matrices = self.params[own.start : own.stop]
 
     def gradients(self) -> list[torch.Tensor]:
-        return [gradient(p).to_local() for p in self.params]
+        return [local(gradient(p)) for p in self.params]
 
     def workspace(self) -> torch.Tensor:
         """A zeroed buffer for this rank's rows of every matrix, with padding: (processes x size, height, columns)."""
@@ -214,7 +226,8 @@ class FSDPUpdate(ShardedUpdate):
 
     def receive(self) -> torch.Tensor:
         self.work.wait()
-        received, self.received, self.sent = self.received, None, None
+        received = self.received
+        del self.received, self.sent
         return received
 
     def receive_matrices(self) -> torch.Tensor:

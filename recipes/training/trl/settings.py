@@ -1,8 +1,6 @@
-"""Every key of TRL's and transformers' argument classes, in one of three lists: handled, passed on or refused.
+"""TRL's argument classes as the two stages use them, and the checks of what is given.
 
-The two classes have some 200 keys. Muon replaces their optimizer, the chat template and
-`recipes/training/data/conversations.py` their data preparation, `recipes/training/stage.py` their model folder: keys
-for these would be accepted without effect.
+No key is accepted without effect: `recipes/training/trl/keys.py` lists all of them.
 """
 
 import argparse
@@ -18,7 +16,6 @@ import torch
 import yaml
 from accelerate.utils.environment import parse_flag_from_env
 from transformers import TrainingArguments
-from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig, SFTConfig, TrlParser
@@ -28,209 +25,20 @@ from modeling_nanochat.errors import UserError
 
 from ..batch_size import is_out_of_memory
 from ..device import several_on_cpu
-
-# Keys that this repository handles itself, in both stages ...
-HANDLED = {
-    "output_dir",  # of the model; the trainer's own folder is beside it
-    "push_to_hub", "hub_model_id", "hub_private_repo",  # the finished model folder, not the trainer's
-    "resume_from_checkpoint",  # also `auto`
-    "weight_decay",  # of Muon
-    "seed",  # also used before the trainer exists
-    "bf16", "dataloader_pin_memory",  # the default depends on the device
-    "gradient_checkpointing", "gradient_checkpointing_kwargs",  # under the name of the installed transformers
-    "activation_checkpointing", "activation_checkpointing_kwargs",
-}  # fmt: skip
-# ... and in one of the stages.
-HANDLED_BY = {SFTConfig: {"max_length"}, GRPOConfig: {"log_completions"}}
-
-# Keys that are passed to the trainer as given.
-PASSED_ON = {
-    # duration and rates
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "neftune_noise_alpha",
-    # the machine
-    "use_cpu", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps",
-    "accelerator_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
-    "ddp_static_graph", "ddp_timeout", "full_determinism",
-    # data
-    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "dataloader_multiprocessing_context", "dataloader_in_order", "shuffle_dataset", "pad_to_multiple_of",
-    # logs
-    "logging_strategy", "logging_steps", "logging_first_step", "log_level",
-    "log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
-    "trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "debug",
-    # checkpoints
-    "save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "ignore_data_skip",
-}  # fmt: skip
-PASSED_ON_BY = {
-    SFTConfig: {
-        "include_num_input_tokens_seen", "loss_type", "average_tokens_across_devices", "packing", "packing_strategy",
-        "dataset_num_proc", "dataloader_drop_last", "data_seed", "train_sampling_strategy",
-    },
-    GRPOConfig: {
-        # rollouts
-        "num_generations", "generation_batch_size", "steps_per_generation", "max_completion_length", "temperature",
-        "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation",
-        "max_tool_calling_iterations",
-        # loss
-        "beta", "num_iterations", "epsilon", "epsilon_high", "delta", "loss_type", "scale_rewards", "reward_weights",
-        "multi_objective_aggregation", "importance_sampling_level", "mask_truncated_completions",
-        "top_entropy_quantile", "off_policy_mask_threshold", "use_bias_correction_kl", "cast_lm_head_to_fp32",
-        "sapo_temperature_neg", "sapo_temperature_pos",
-        "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
-        "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
-        "entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta",
-        "entropy_target",
-        # logs
-        "num_completions_to_print", "log_unique_prompts",
-    },
-}  # fmt: skip
-
-# Keys that would have no effect, or break a guarantee of this repository: what to do instead -> keys.
-OPTIMIZER = "the optimizer is Muon with AdamW: set matrix_lr, embedding_lr, unembedding_lr or init_lr_fraction"
-NO_EVALUATION = "there is no evaluation during training: run evals/evaluate_model.py afterwards, and leave it out"
-LOADING = "model and tokenizer are loaded from model_name_or_path: leave it out"
-COLUMNS = "train_files are read and rendered by the chat template: leave it out"
-LAUNCHER = "the number of processes and the sharding are set by accelerate launch --config_file: leave it out"
-HUB = "push_to_hub uploads the finished model once, with the account of `hf auth login`: leave it out"
-PRECISION = "weights are float32, and bf16 chooses the precision: set bf16"
-VLLM = "rollouts run in transformers, whose cache is checked first: leave it out"
-INSTEAD = {
-    OPTIMIZER: {
-        "learning_rate", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules",
-    },
-    NO_EVALUATION: {
-        "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size",
-        "prediction_loss_only", "eval_on_start", "eval_do_concat_batches", "eval_use_gather_object",
-        "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "load_best_model_at_end",
-        "metric_for_best_model", "greater_is_better", "label_names", "fp16_full_eval", "bf16_full_eval",
-        "eval_packing", "num_generations_eval",
-    },
-    PRECISION: {"fp16"},
-    LOADING: {
-        "model_init_kwargs", "trust_remote_code", "eos_token", "pad_token", "chat_template_path",
-        "chat_template_kwargs",
-    },
-    COLUMNS: {
-        "remove_unused_columns", "length_column_name", "dataset_text_field", "dataset_kwargs", "log_multimodal",
-    },
-    LAUNCHER: {
-        "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ds3_gather_for_generation", "local_rank",
-        "ddp_backend",
-    },
-    HUB: {
-        "hub_token", "hub_strategy", "hub_always_push", "hub_revision", "log_completions_hub_repo",
-    },
-    VLLM: {
-        "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
-        "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
-        "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
-        "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
-        "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
-        "use_transformers_continuous_batching", "transformers_continuous_batching_config", "use_transformers_paged",
-    },
-    "the loss is on the assistant's tokens only: recipes/midtrain.py trains on all tokens": {
-        "assistant_only_loss", "completion_only_loss",
-    },
-    "longer conversations are skipped, none is cropped: set max_length": {"truncation_mode"},
-    "the models have no such layers: leave it out": {"router_aux_loss_coef", "disable_dropout"},
-    "there are no Liger kernels for these models: leave it out": {"use_liger_kernel", "liger_kernel_config"},
-    "training uses no cache, and the finished model is saved with its cache on: leave it out": {"use_cache"},
-    "set gradient_checkpointing": {"activation_offloading"},
-    "set packing": {"padding_free"},
-    "TRL will remove it, and the models' fused loss does not support it: leave it out": {"label_smoothing_factor"},
-    "set per_device_train_batch_size": {"auto_find_batch_size"},
-    "a loss that is not finite ends training: leave it out": {"logging_nan_inf_filter"},
-    "checkpoints hold everything needed to resume: leave it out": {
-        "save_only_model", "restore_callback_states_from_checkpoint",
-    },
-    "set save_strategy and save_steps": {"enable_jit_checkpoint"},
-}  # fmt: skip
-# GRPO has its own sampling of problems and its own loss reduction.
-INSTEAD_BY = {
-    SFTConfig: {},
-    GRPOConfig: {
-        "set loss_type": {"average_tokens_across_devices"},
-        "set shuffle_dataset and seed": {"data_seed", "train_sampling_strategy"},
-        "all tokens are counted: leave it out": {"include_num_input_tokens_seen"},
-        "only whole batches are drawn: leave it out": {"dataloader_drop_last"},
-    },
-}
-
-# Keys that are read only if another key has one of these values (empty: any but 0, false and none).
-NEEDS: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
-    ("packing", (), ("packing_strategy",)),
-    ("save_strategy", ("steps",), ("save_steps",)),
-    ("save_strategy", ("steps", "epoch"), ("save_total_limit", "save_on_each_node")),
-    ("resume_from_checkpoint", (), ("ignore_data_skip",)),
-    ("push_to_hub", (), ("hub_private_repo",)),
-    ("gradient_checkpointing", (), ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")),
-    ("logging_strategy", ("steps",), ("logging_steps",)),
-    ("report_to", (), ("run_name", "project")),
-    ("report_to", (["trackio"],), ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")),
-    (
-        "dataloader_num_workers",
-        (),
-        (
-            "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
-            "dataloader_in_order",
-        ),
-    ),
-    ("log_completions", (), ("num_completions_to_print", "log_unique_prompts")),
-    ("loss_type", ("grpo", "dapo", "bnpo", "dr_grpo", "luspo"), ("delta", "epsilon")),
-    ("loss_type", ("grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo"), ("epsilon_high",)),
-    ("loss_type", ("sapo",), ("sapo_temperature_neg", "sapo_temperature_pos")),
-    ("loss_type", ("vespo",), ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")),
-    ("beta", (), ("sync_ref_model", "use_bias_correction_kl")),
-    ("sync_ref_model", (), ("ref_model_mixup_alpha", "ref_model_sync_steps")),
-    ("use_adaptive_entropy", (), ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")),
-)  # fmt: skip
-
-# Values that the libraries check only during training, if at all.
-CHOICES = {
-    "importance_sampling_level": ("token", "sequence"),
-    "scale_rewards": ("group", "batch", "none"),
-    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "cache_implementation": ALL_CACHE_IMPLEMENTATIONS,
-    "save_strategy": ("no", "steps", "epoch"),  # `best` needs an evaluation
-}
-LOSSES = {
-    SFTConfig: ("nll", "dft"),  # `chunked_nll` is TRL's old name for `nll`
-    GRPOConfig: ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
-}
-DICTIONARIES = {
-    "lr_scheduler_kwargs", "generation_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
-}  # fmt: skip
-TINY = math.ulp(0.0)  # excludes 0
-RANGES = {
-    **dict.fromkeys(
-        (
-            "per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit", "pad_to_multiple_of",
-            "max_length", "dataset_num_proc", "max_completion_length", "generation_batch_size", "steps_per_generation",
-            "num_iterations", "num_completions_to_print", "ref_model_sync_steps", "dataloader_prefetch_factor",
-            "ddp_timeout", "max_tool_calling_iterations",
-        ),
-        (1, math.inf),
-    ),
-    **dict.fromkeys(
-        (
-            "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed", "top_k",
-            "beta", "epsilon", "epsilon_high", "entropy_coef", "entropy_coef_min", "entropy_coef_delta",
-            "neftune_noise_alpha", "matrix_lr", "embedding_lr", "unembedding_lr",
-        ),
-        (0, math.inf),
-    ),
-    **dict.fromkeys(
-        (
-            "num_train_epochs", "logging_steps", "save_steps", "temperature", "repetition_penalty", "init_lr_fraction",
-            "off_policy_mask_threshold", "sapo_temperature_neg", "sapo_temperature_pos",
-        ),
-        (TINY, math.inf),
-    ),
-    **dict.fromkeys(("top_p", "top_entropy_quantile"), (TINY, 1)),
-    **dict.fromkeys(("min_p", "ref_model_mixup_alpha"), (0, 1)),
-    "num_generations": (2, math.inf),
-}  # fmt: skip
+from .keys import (
+    CHOICES,
+    DICTIONARIES,
+    HANDLED,
+    HANDLED_BY,
+    INSTEAD,
+    INSTEAD_BY,
+    LOSSES,
+    NEEDS,
+    PASSED_ON,
+    PASSED_ON_BY,
+    RANGES,
+    TINY,
+)
 
 
 def fill_device_defaults(settings: TrainingArguments) -> None:
@@ -271,7 +79,7 @@ class DeviceDefaults:
 
 
 @dataclass
-class SFTSettings(DeviceDefaults, SFTConfig):
+class SFTSettings(DeviceDefaults, SFTConfig):  # type: ignore[misc]  # None only until `fill_device_defaults`
     """`trl.SFTConfig` that starts on any device."""
 
     max_length: int | None = field(default=None, metadata={"help": "Tokens per row; default: the context length."})
@@ -282,7 +90,7 @@ class SFTSettings(DeviceDefaults, SFTConfig):
 
 
 @dataclass
-class GRPOSettings(DeviceDefaults, GRPOConfig):
+class GRPOSettings(DeviceDefaults, GRPOConfig):  # type: ignore[misc]  # None only until `fill_device_defaults`
     """`trl.GRPOConfig` that starts on any device."""
 
     def __post_init__(self) -> None:
@@ -322,7 +130,7 @@ def parse_settings(
     return parsed, filled, given
 
 
-def given_values(dataclass_types: Sequence[type], words: list[str]) -> dict[str, Any]:
+def given_values(dataclass_types: Sequence[Any], words: list[str]) -> dict[str, Any]:
     """Key -> value of everything in the --config file or on the command line, even if it equals the default.
 
     Empty if the parser rejects something: [`parse`] reports it.

@@ -16,20 +16,18 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import recipes.training.checkpoint
 from modeling_nanochat.errors import UserError
 from recipes.training.arguments import LoopArguments
-from recipes.training.checkpoint import (
+from recipes.training.checkpoint import checkpoints as module
+from recipes.training.checkpoint.checkpoints import (
     FORMAT,
     Checkpoint,
     Checkpoints,
-    Damaged,
     RunState,
     restore_random_state,
-    sha256,
-    verify,
 )
-from recipes.training.random_state import random_state, set_random_state
+from recipes.training.checkpoint.files import Damaged, sha256, verify
+from recipes.training.checkpoint.random_state import random_state, set_random_state
 from recipes.training.setup import find_checkpoint
 
 
@@ -164,7 +162,7 @@ FILL_THE_DISK = """
     import resource, sys, torch
     from accelerate import Accelerator
     from modeling_nanochat.errors import UserError
-    from recipes.training.checkpoint import Checkpoints, RunState
+    from recipes.training.checkpoint.checkpoints import Checkpoints, RunState
     checkpoints = Checkpoints(sys.argv[1], Accelerator(cpu=True))
     def save(step, numbers):
         checkpoints.save(step, RunState(), {"optimizer": {"a": torch.zeros(numbers)}}, lambda: {"w": torch.ones(8)})
@@ -213,8 +211,8 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path):
 @pytest.fixture
 def slow_disk(monkeypatch):
     """Nothing is written until the event is set."""
-    event, write = threading.Event(), recipes.training.checkpoint.write_files
-    monkeypatch.setattr(recipes.training.checkpoint, "write_files", lambda *files: event.wait(60) and write(*files))
+    event, write = threading.Event(), module.write_files
+    monkeypatch.setattr(module, "write_files", lambda *files: event.wait(60) and write(*files))
     yield event
     event.set()
 

@@ -16,7 +16,7 @@ from modeling_nanochat.errors import UserError
 from recipes.pretrain import PretrainArguments
 from recipes.training.arguments import LoopArguments
 from recipes.training.batch_size import accumulation_steps
-from recipes.training.checkpoint import Checkpoints
+from recipes.training.checkpoint.checkpoints import Checkpoints
 from recipes.training.data.loader import Loader
 from recipes.training.data.streams import STREAMS, TextStreams
 from recipes.training.evaluation import Evaluation, bits_per_byte_evaluation, validation

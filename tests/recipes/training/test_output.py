@@ -17,7 +17,7 @@ from evals.report import render
 from evals.reporting.run_folder import read_run
 from modeling_nanochat.errors import UserError
 from recipes import midtrain, pretrain
-from recipes.training.checkpoint import discard
+from recipes.training.checkpoint.folders import discard
 from recipes.training.stage import JsonlLogger, OutputArguments, beside, check_output, finish_stage
 from recipes.training.stopping import stop_request
 

@@ -17,7 +17,7 @@ from training import forkserver, run
 
 import recipes.grpo
 import recipes.sft
-import recipes.training.trl.stage
+import recipes.training.trl.trainer
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.modeling_nanochat import NanoChatAttention, NanoChatMLP
 from recipes.sft import NanoChatSFTTrainer
@@ -94,8 +94,8 @@ def test_muon_is_compiled_where_that_pays(start, monkeypatch):
         compiled.append(compile)
         return muon_adamw(*args, **options)
 
-    monkeypatch.setattr(recipes.training.trl.stage, "compiles_on", lambda device: devices.append(device) or True)
-    monkeypatch.setattr(recipes.training.trl.stage, "muon_adamw", spy)
+    monkeypatch.setattr(recipes.training.trl.trainer, "compiles_on", lambda device: devices.append(device) or True)
+    monkeypatch.setattr(recipes.training.trl.trainer, "muon_adamw", spy)
     start("sft", max_steps=1)
     assert compiled == [True] and {device.type for device in devices} == {"cpu"}
 
@@ -164,7 +164,7 @@ def alternating(completions, **kwargs):
 
 
 def stop_before_step(monkeypatch, step):
-    from recipes.training.trl.stage import LearningCallback
+    from recipes.training.trl.trainer import LearningCallback
 
     watched = LearningCallback.on_pre_optimizer_step
 

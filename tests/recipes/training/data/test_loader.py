@@ -61,10 +61,7 @@ def equal(batches, others):
 
 def run_on(make_stream, world_size, rows, batch_size=2, shards=()):
     """(rows of the run in their order, states) of `world_size` processes that each take their share of `rows` rows."""
-    loaders = [
-        Loader(make_stream, batch_size=batch_size, rank=r, world_size=world_size, background=False)
-        for r in range(world_size)
-    ]
+    loaders = [Loader(make_stream, batch_size=batch_size, rank=r, world_size=world_size) for r in range(world_size)]
     for loader in loaders if shards else []:
         loader.load_state_dict(shards)
     start = loaders[0].row
@@ -86,40 +83,67 @@ def saved(states, folder):
     return [safe_open(file, "pt") for file in files]
 
 
+class Here:
+    """`BackgroundBatches` without the background: in the test's own process."""
+
+    def __init__(self, begin, shapes):
+        self.fill, self.shapes = begin(), shapes
+
+    def __next__(self):
+        batch = {name: torch.empty(shape, dtype=torch.long) for name, shape in self.shapes.items()}
+        states = self.fill({name: tensor.numpy() for name, tensor in batch.items()})
+        return batch, states
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(loader_module, "BackgroundBatches", Here)
+
+
+@pytest.fixture(params=["background", "here"])
+def anywhere(request):
+    if request.param == "here":
+        request.getfixturevalue("here")
+
+
 @pytest.fixture(params=[300, 2**20], ids=["states often", "states rarely"])
 def states_every(request, monkeypatch):
     monkeypatch.setattr(loader_module, "TOKENS_BETWEEN_STATES", request.param)
 
 
-@pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("kind", ["text", "mixed"])
 def test_a_run_resumed_after_40_batches_continues_with_the_same_8(
-    streams, talk, kind, background, states_every, tmp_path
+    streams, talk, kind, anywhere, states_every, tmp_path
 ):
     make_stream = streams if kind == "text" else talk
-    loader = Loader(make_stream, batch_size=4, background=background)
+    loader = Loader(make_stream, batch_size=4)
     take(loader, 40)
     shards = saved([loader.state_dict()], tmp_path)
     expected = take(loader, 8)
     loader.close()
-    resumed = Loader(make_stream, batch_size=4, background=background)
+    resumed = Loader(make_stream, batch_size=4)
     resumed.load_state_dict(shards)
     equal(take(resumed, 8), expected)
     resumed.close()
 
 
-def test_40_batches_go_beyond_an_epoch(streams, monkeypatch):
+def test_40_batches_go_beyond_an_epoch(streams, monkeypatch, here):
     monkeypatch.setattr(loader_module, "TOKENS_BETWEEN_STATES", 1)
-    loader = Loader(streams, batch_size=4, background=False)
+    loader = Loader(streams, batch_size=4)
     take(loader, 40)
     assert all(int(loader.states[stream]["cursor"]) > 2 * DOCUMENTS for stream in range(STREAMS))
 
 
 @pytest.mark.parametrize("kind", ["text", "mixed"])
-def test_in_the_background_comes_the_same(streams, talk, kind, states_every):
+def test_in_the_background_comes_the_same(streams, talk, kind, states_every, request):
     make_stream = streams if kind == "text" else talk
-    loaders = [Loader(make_stream, batch_size=3, background=background) for background in (True, False)]
-    equal(*(take(loader, 30) for loader in loaders))
+    loaders = [Loader(make_stream, batch_size=3) for _ in range(2)]
+    batches = take(loaders[0], 30)
+    request.getfixturevalue("here")
+    equal(batches, take(loaders[1], 30))
     assert loaders[0].state_dict().keys() == loaders[1].state_dict().keys()
     for name, tensor in loaders[0].state_dict().items():
         assert torch.equal(tensor, loaders[1].state_dict()[name]), name
@@ -128,7 +152,7 @@ def test_in_the_background_comes_the_same(streams, talk, kind, states_every):
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2), (5, 16), (1, 32)])
 def test_another_number_of_processes_gets_the_same_rows_in_the_same_order(
-    streams, before, after, states_every, tmp_path
+    streams, before, after, states_every, tmp_path, here
 ):
     in_one_go, _ = run_on(streams, 1, 320)
     first, states = run_on(streams, before, 60 // before * before, batch_size=1)
@@ -138,7 +162,7 @@ def test_another_number_of_processes_gets_the_same_rows_in_the_same_order(
 
 
 @pytest.mark.parametrize("kind", ["mixed", "streamed"])
-def test_changing_processes_keeps_the_order_of_every_kind_of_lanes(streams, talk, kind, states_every, tmp_path):
+def test_changing_processes_keeps_the_order_of_every_kind_of_lanes(streams, talk, kind, states_every, tmp_path, here):
     """From 3 processes to 2 and to 1, beyond an epoch of text and of conversations."""
     streamed = TextStreams(streams.texts.to_iterable_dataset(num_shards=20), streams.tokenizer, MAX_LENGTH, threads=1)
     make_stream = {"mixed": talk, "streamed": streamed}[kind]
@@ -150,13 +174,13 @@ def test_changing_processes_keeps_the_order_of_every_kind_of_lanes(streams, talk
     assert torch.equal(torch.cat(parts), in_one_go)
 
 
-def test_a_run_resumed_before_its_first_batch_or_twice_at_once(streams, tmp_path):
+def test_a_run_resumed_before_its_first_batch_or_twice_at_once(streams, tmp_path, here):
     in_one_go, _ = run_on(streams, 1, 60)
-    fresh = Loader(streams, batch_size=2, background=False)
+    fresh = Loader(streams, batch_size=2)
     shards = saved([fresh.state_dict()], tmp_path)
     rows, states = run_on(streams, 2, 40, shards=shards)
     assert torch.equal(rows, in_one_go[:40])
-    again = [Loader(streams, batch_size=1, rank=r, world_size=2, background=False) for r in range(2)]
+    again = [Loader(streams, batch_size=1, rank=r, world_size=2) for r in range(2)]
     shards = saved(states, tmp_path)
     for loader in again:
         loader.load_state_dict(shards)
@@ -165,7 +189,7 @@ def test_a_run_resumed_before_its_first_batch_or_twice_at_once(streams, tmp_path
     assert torch.equal(rows, in_one_go[40:])
 
 
-def test_another_batch_size_gets_the_same_rows(streams, tmp_path):
+def test_another_batch_size_gets_the_same_rows(streams, tmp_path, here):
     in_one_go, _ = run_on(streams, 1, 90, batch_size=3)
     first, states = run_on(streams, 2, 40, batch_size=4)
     second, _ = run_on(streams, 2, 50, batch_size=5, shards=saved(states, tmp_path))
@@ -181,8 +205,8 @@ def test_processes_share_the_lanes(world_size, count):
     assert all(g % STREAMS in shares[g % world_size] for g in range(1000))
 
 
-def test_states_of_different_steps_or_lanes_are_refused(streams, tmp_path):
-    loader = Loader(streams, batch_size=2, background=False)
+def test_states_of_different_steps_or_lanes_are_refused(streams, tmp_path, here):
+    loader = Loader(streams, batch_size=2)
     states = [loader.state_dict(), (next(loader), loader.state_dict())[1]]
     with pytest.raises(UserError, match="not of one step"):
         loader.load_state_dict(saved(states, tmp_path))
@@ -190,9 +214,8 @@ def test_states_of_different_steps_or_lanes_are_refused(streams, tmp_path):
         loader.load_state_dict(saved([states[0] | {"streams": torch.tensor(4)}], tmp_path))
 
 
-@pytest.mark.parametrize("background", [True, False])
-def test_document_masking_counts_from_every_beginning(streams, tokenizer, background):
-    loader = Loader(streams, batch_size=4, background=background, document_start=tokenizer.bos_token_id)
+def test_document_masking_counts_from_every_beginning(streams, tokenizer, anywhere):
+    loader = Loader(streams, batch_size=4, document_start=tokenizer.bos_token_id)
     for batch in take(loader, 5):
         ids, place = batch["input_ids"][:, :-1], batch["position_ids"]
         assert place.shape == ids.shape and place.dtype == torch.long
@@ -215,11 +238,11 @@ def test_batches_are_int64_and_their_own(streams):
     assert all(torch.equal(batch["input_ids"], copy) for batch, copy in zip(batches, copies, strict=True))
 
 
-def test_what_the_background_needs_survives_pickling(talk):
+def test_what_the_background_needs_survives_pickling(talk, here):
     """As it must where processes are spawned."""
     begin = (begin_filling, talk, 0, 1, 0, {}, None)
     function, *arguments = pickle.loads(pickle.dumps(begin))
-    loader = Loader(talk, batch_size=2, background=False)
+    loader = Loader(talk, batch_size=2)
     batch = {name: np.empty(shape, dtype=np.int64) for name, shape in loader.shapes().items()}
     function(*arguments)(batch)
     equal([{name: torch.from_numpy(array) for name, array in batch.items()}], take(loader, 1))

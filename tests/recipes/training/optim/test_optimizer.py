@@ -280,7 +280,10 @@ def test_ten_steps_of_turbo_are_the_originals():
     model, hyper = turbo_model(), golden["hyper"]
     optimizer = golden_optimizer(model, golden)
     schedule = Schedule(
-        golden["num_iterations"], hyper["warmup_steps"], hyper["warmdown_ratio"], hyper["final_lr_frac"]
+        golden["num_iterations"],
+        warmup_steps=hyper["warmup_steps"],
+        warmdown_ratio=hyper["warmdown_ratio"],
+        final_lr_fraction=hyper["final_lr_frac"],
     )
     for step, expected in enumerate(golden["fp32_ns"]["steps"]):
         schedule.apply(optimizer, step)

@@ -9,13 +9,13 @@ import torch
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The states of this process's random generators, as tensors."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words]),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy_keys": torch.from_numpy(keys.astype(np.int64)),
-        "numpy": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+        "numpy_keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+        "numpy": torch.tensor([numpy["state"]["pos"], numpy["has_gauss"], numpy["gauss"]], dtype=torch.float64),
     }
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 

@@ -13,17 +13,15 @@ Each process writes its shard of optimizer and data state, and reads what it nee
 processes may change between runs (see `MuonAdamW.load_sharded_state_dict`, `Loader.load_state_dict`). With several
 machines the folder must be on shared storage.
 
-Only this module knows names and contents of these files: others hand over states and get them back.
+Only this package knows names and contents of these files: others hand over states and get them back.
 """
 
-import hashlib
 import json
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,21 +30,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import flush
 
-from .processes import on_main_process
+from ..processes import on_main_process
+from .files import Damaged, copied, verify, write_files, write_marker
+from .folders import discard
 from .random_state import random_state, set_random_state
 
+KEPT = 2  # checkpoints: one is left if the newest is damaged
 FORMAT = 2  # of files and states; raise it when one of them changes. Checkpoints without a version are of format 1
-MARKER = "complete.json"
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-
-
-class Damaged(Exception):
-    """A checkpoint that cannot be trusted; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        return int(STEP_FOLDER.fullmatch(self.folder.name)[1])
+        return int(self.folder.name.removeprefix("step-"))
 
     @property
     def state(self) -> RunState:
@@ -119,11 +115,10 @@ class Checkpoints:
 
     Args:
         folder: Where they are; created with the first checkpoint.
-        keep: Number of checkpoints to keep. At least two, so that one is left if the newest is damaged.
     """
 
-    def __init__(self, folder: str | Path, accelerator: Accelerator, keep: int = 2):
-        self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
+    def __init__(self, folder: str | Path, accelerator: Accelerator):
+        self.folder, self.accelerator = Path(folder), accelerator
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.unfinished: Unfinished | None = None
 
@@ -247,14 +242,13 @@ class Checkpoints:
         missing = [name for name in files if not (unfinished / name).exists()]
         if missing:
             raise OSError(f"{missing[0]} was written on another machine; {self.folder} must be on shared storage")
-        write_text(unfinished / MARKER, json.dumps({"files": files}, indent=1))
-        flush(unfinished)
+        write_marker(unfinished, files)
         target = self.folder / f"step-{step:08d}"
         shutil.rmtree(target, ignore_errors=True)  # only a damaged one: this run did not resume from it
         unfinished.rename(target)
         flush(self.folder)
         abandoned = [other for other in self.present() if other.step > step]  # this run resumed from before them
-        for other in [*abandoned, *[other for other in self.present() if other.step <= step][: -self.keep]]:
+        for other in [*abandoned, *[other for other in self.present() if other.step <= step][:-KEPT]]:
             shutil.rmtree(other.folder, ignore_errors=True)
 
     def discard_unfinished(self) -> None:
@@ -265,81 +259,6 @@ class Checkpoints:
         """Delete all checkpoints."""
         if self.accelerator.is_main_process:
             discard(self.folder)
-
-
-def checkpoint_folders(folder: Path) -> dict[int, Path]:
-    """Step -> folder of a stage's checkpoints, valid or not, oldest first; also of those that TRL's trainers write."""
-    found = [(re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name), path) for path in folder.glob("*-*")]
-    return dict(sorted((int(name[1]), path) for name, path in found if name))
-
-
-def discard(folder: Path, only_leftovers: bool = False) -> None:
-    """Delete a stage's checkpoints atomically: a kill during deletion must not leave folders that look damaged.
-
-    Leftovers of such a kill are deleted too; with `only_leftovers`, nothing else is.
-    """
-    discarded = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(discarded, ignore_errors=True)
-    if folder.exists() and not only_leftovers:
-        folder.rename(discarded)
-        shutil.rmtree(discarded, ignore_errors=True)
-    with suppress(OSError):  # not empty: it holds another stage's
-        folder.parent.rmdir()
-
-
-def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies in CPU memory, which later training steps do not change."""
-    return {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-
-
-def write_files(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], state: str | None) -> dict:
-    """Write and flush this process's files; returns name -> size and SHA-256."""
-    written = {}
-    for name, content in tensors.items():
-        path = folder / f"{name}.safetensors"
-        save_file(content, path)
-        written[path.name] = path
-    if state is not None:
-        write_text(folder / "state.json", state)
-        written["state.json"] = folder / "state.json"
-    for path in written.values():
-        flush(path)
-    return {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in written.items()}
-
-
-def write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    flush(path)
-
-
-def verify(folder: Path) -> None:
-    """Raise [`Damaged`] unless every file is there and unchanged."""
-    try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except FileNotFoundError as error:
-        raise Damaged(f"{MARKER} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{MARKER} is not readable") from error
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            raise Damaged(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise Damaged(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        if sha256(path) != digest:
-            raise Damaged(f"{name} has changed since it was written")
-    for name in ("state.json", "model.safetensors"):
-        if name not in expected:
-            raise Damaged(f"{MARKER} does not list {name}")
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def restore_random_state(checkpoint: Checkpoint, accelerator: Accelerator) -> None:

@@ -33,7 +33,8 @@ from modeling_nanochat.chat.python_tool import check_sandbox, python
 from modeling_nanochat.chat.self_check import check_cached_decoding, check_renderings
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
-from modeling_nanochat.text.sources import expand, read_jsonl
+from modeling_nanochat.text.records import read_jsonl
+from modeling_nanochat.text.sources import expand
 from modeling_nanochat.tokenization_nanochat import whole_characters, whole_messages
 from recipes.training.attention import AttentionArguments, set_attention
 from recipes.training.model_card import CardArguments

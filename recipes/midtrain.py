@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
-from modeling_nanochat.text.sources import text_source
+from modeling_nanochat.text.texts import text_source
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.conversations import read_conversations, render
 from recipes.training.data.packing import Conversation

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.text.bulk_encoding import BulkEncoder, available_threads
-from modeling_nanochat.text.sources import text_dataset
+from modeling_nanochat.text.texts import text_dataset
 from modeling_nanochat.tokenization_nanochat import disable_special_tokens, escaped, whole_characters
 from tokenizer_train.bpe import SplitPattern, train_tokenizer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.sources import read_jsonl
+from modeling_nanochat.text.records import read_jsonl
 
 from .formats import check_cloze, check_gsm8k, check_match, kind_of, multiple_choice_question
 

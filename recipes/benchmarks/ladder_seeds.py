@@ -31,7 +31,7 @@ from evals.reporting.summary import NOTHING
 from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.text.sources import read_jsonl
+from modeling_nanochat.text.records import read_jsonl
 from recipes.ladder.commands import RECIPES
 from recipes.ladder.step import read_yaml
 

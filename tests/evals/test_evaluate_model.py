@@ -15,7 +15,7 @@ from evals.reporting.summary import summary_rows
 from evals.reporting.transcript import transcript
 from modeling_nanochat.cli import VERBOSE
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.sources import read_jsonl
+from modeling_nanochat.text.records import read_jsonl
 
 TASKS = {
     "problems": [{"question": f"{n} + 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(6)],

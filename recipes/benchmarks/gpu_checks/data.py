@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from modeling_nanochat.text.sources import text_source
+from modeling_nanochat.text.texts import text_source
 from recipes.benchmarks.loader_speed import measure
 from recipes.training.data.loader import Loader
 from recipes.training.data.streams import TextStreams

@@ -46,7 +46,9 @@ class MidtrainArguments(CardArguments):
     """Arguments specific to midtraining."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: folder or Hub id."})
-    train_files: list[str] = field(metadata={"help": "JSONL: conversations, GSM8K, ARC or MMLU records."})
+    train_files: list[str] = field(
+        metadata={"help": "Conversations, GSM8K, ARC, MMLU: parquet, JSON(L), globs, folders, Hub ids."}
+    )
     replay_files: list[str] | None = field(default=None, metadata={"help": "Raw text to mix in, as in pretraining."})
     replay_every: int | None = field(default=None, metadata={"help": "Conversation rows per row of replayed text, 4."})
     assistant_only_loss: bool = field(

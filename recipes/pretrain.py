@@ -54,8 +54,8 @@ class PretrainArguments:
     """Arguments specific to pretraining."""
 
     tokenizer: str = field(metadata={"help": "Tokenizer folder or Hub id."})
-    train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or globs, or one Hub dataset."})
-    val_files: list[str] = field(metadata={"help": "Validation text, same formats."})
+    train_files: list[str] = field(metadata={"help": "Text: parquet, JSON(L), .txt, globs, folders, Hub ids."})
+    val_files: list[str] = field(metadata={"help": "Validation text, the same formats."})
     architecture: Literal["plain", "turbo"] = field(
         default="plain", metadata={"help": "plain loads without custom code; turbo learns faster and ships its code."}
     )

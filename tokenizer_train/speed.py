@@ -32,7 +32,7 @@ from tokenizer_train.bpe import SplitPattern, train_tokenizer
 class SpeedArguments:
     """The text to measure on, and the number of repetitions."""
 
-    train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or patterns, or one Hub dataset."})
+    train_files: list[str] = field(metadata={"help": "Text: parquet, JSON(L), .txt, globs, folders, Hub ids."})
     vocab_size: int = field(default=32768, metadata={"help": "Entries of the trained tokenizer."})
     split_pattern: SplitPattern = field(default="nanochat", metadata={"help": "How text is split before merging."})
     train_megabytes: float = field(default=75, metadata={"help": "Megabytes of text to train on."})

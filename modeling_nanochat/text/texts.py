@@ -184,7 +184,7 @@ def check_beginning(name: str, reader: str, column: str) -> None:
             columns = read_schema(name).names
         else:
             number, first = first_text(name)
-            if reader == "text" or not first or first.startswith("["):  # a single array is left to the library
+            if reader == "text" or not first or first.lstrip().startswith("["):  # the library reads arrays
                 return
             columns = list(as_object(parse(first, name, number), f"{name}:{number}"))
     if column not in columns:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from modeling_nanochat.linear import is_only_a_weight, linear
 from modeling_nanochat.modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.text.bulk_encoding import BulkEncoder
-from modeling_nanochat.text.sources import text_dataset
+from modeling_nanochat.text.texts import text_dataset
 from modeling_nanochat.text.token_bytes import token_bytes
 from modeling_nanochat.tokenization_nanochat import whole_characters
 

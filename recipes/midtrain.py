@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
-from modeling_nanochat.text.sources import text_source
+from modeling_nanochat.text.texts import text_source
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.conversations import read_conversations, render
 from recipes.training.data.packing import Conversation
@@ -46,7 +46,9 @@ class MidtrainArguments(CardArguments):
     """Arguments specific to midtraining."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: folder or Hub id."})
-    train_files: list[str] = field(metadata={"help": "JSONL: conversations, GSM8K, ARC or MMLU records."})
+    train_files: list[str] = field(
+        metadata={"help": "Conversations, GSM8K, ARC, MMLU: parquet, JSON(L), globs, folders, Hub ids."}
+    )
     replay_files: list[str] | None = field(default=None, metadata={"help": "Raw text to mix in, as in pretraining."})
     replay_every: int | None = field(default=None, metadata={"help": "Conversation rows per row of replayed text, 4."})
     assistant_only_loss: bool = field(

@@ -35,7 +35,7 @@ from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.cli import parse
 from modeling_nanochat.configuration_nanochat import ASPECT_RATIO, HEAD_DIM
 from modeling_nanochat.errors import UserError, exit_on_user_error
-from modeling_nanochat.text.sources import text_source
+from modeling_nanochat.text.texts import text_source
 from modeling_nanochat.tokenization_nanochat import special_token_ids
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.documents import out_of_reach
@@ -54,8 +54,8 @@ class PretrainArguments:
     """Arguments specific to pretraining."""
 
     tokenizer: str = field(metadata={"help": "Tokenizer folder or Hub id."})
-    train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or globs, or one Hub dataset."})
-    val_files: list[str] = field(metadata={"help": "Validation text, same formats."})
+    train_files: list[str] = field(metadata={"help": "Text: parquet, JSON(L), .txt, globs, folders, Hub ids."})
+    val_files: list[str] = field(metadata={"help": "Validation text, the same formats."})
     architecture: Literal["plain", "turbo"] = field(
         default="plain", metadata={"help": "plain loads without custom code; turbo learns faster and ships its code."}
     )

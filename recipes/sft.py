@@ -44,7 +44,8 @@ class SFTArguments(CardArguments, RateArguments, AttentionArguments):
 
     model_name_or_path: str = field(default="", metadata={"help": "Midtrained model: folder or Hub id."})
     train_files: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL: conversations, GSM8K, ARC or MMLU records."}
+        default_factory=list,
+        metadata={"help": "Conversations, GSM8K, ARC, MMLU: parquet, JSON(L), globs, folders, Hub ids."},
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model in output_dir."})
 

@@ -47,7 +47,7 @@ class TokenizerEvaluateArguments:
     tokenizer: str = field(metadata={"help": "Tokenizer or model folder, or Hub id."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the record, for the report card."})
     train_files: list[str] = field(
-        default_factory=list, metadata={"help": "Its training text: parquet, JSONL or text files, or a Hub dataset."}
+        default_factory=list, metadata={"help": "Its training text: parquet, JSON(L) or .txt, folders, Hub ids."}
     )
     val_files: list[str] = field(default_factory=list, metadata={"help": "Held-out text of the same kind."})
     texts: list[str] = field(default_factory=list, metadata={"help": "Additional texts, each as name=file.txt."})

@@ -7,7 +7,8 @@ from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.sources import is_hub_id, read_texts, text_in_order
+from modeling_nanochat.text.sources import is_hub_id
+from modeling_nanochat.text.texts import read_texts, text_in_order
 from modeling_nanochat.tokenization_nanochat import whole_characters
 
 if TYPE_CHECKING:

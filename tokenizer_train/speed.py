@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_nanochat.cli import parse, text_table
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.text.bulk_encoding import BulkEncoder, available_threads
-from modeling_nanochat.text.sources import text_dataset
+from modeling_nanochat.text.texts import text_dataset
 from modeling_nanochat.tokenization_nanochat import disable_special_tokens, escaped, whole_characters
 from tokenizer_train.bpe import SplitPattern, train_tokenizer
 
@@ -32,7 +32,7 @@ from tokenizer_train.bpe import SplitPattern, train_tokenizer
 class SpeedArguments:
     """The text to measure on, and the number of repetitions."""
 
-    train_files: list[str] = field(metadata={"help": "Parquet, JSONL or text files or patterns, or one Hub dataset."})
+    train_files: list[str] = field(metadata={"help": "Text: parquet, JSON(L), .txt, globs, folders, Hub ids."})
     vocab_size: int = field(default=32768, metadata={"help": "Entries of the trained tokenizer."})
     split_pattern: SplitPattern = field(default="nanochat", metadata={"help": "How text is split before merging."})
     train_megabytes: float = field(default=75, metadata={"help": "Megabytes of text to train on."})

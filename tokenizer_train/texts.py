@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.sources import first_line, text_source
+from modeling_nanochat.text.sources import first_line
+from modeling_nanochat.text.texts import text_source
 from modeling_nanochat.tokenization_nanochat import whole_characters
 
 SAMPLES = ("news", "korean", "code", "math", "science")  # the rows of the original's table
@@ -50,7 +51,7 @@ def given_text(argument: str) -> Text:
 
 def read_text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode()
+        text = path.expanduser().read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a text file") from error
     except UnicodeDecodeError as error:

@@ -56,7 +56,7 @@ class TokenizerArguments:
 
     train_files: list[str] = field(
         metadata={
-            "help": "Parquet, JSONL or text files or patterns, or Hub datasets owner/name, owner/name:split or "
+            "help": "Parquet, JSON(L), .txt, patterns, folders, or Hub datasets owner/name, owner/name:split or "
             "owner/name:configuration:split."
         }
     )

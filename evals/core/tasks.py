@@ -22,7 +22,7 @@ import yaml
 
 from evals.tasks.fields import is_list_of_strings, require_index, require_strings
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.sources import read_jsonl
+from modeling_nanochat.text.records import read_jsonl
 
 MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING = "multiple_choice", "schema", "language_modeling"
 STRINGS = {MULTIPLE_CHOICE: ("query",), SCHEMA: ("continuation",), LANGUAGE_MODELING: ("context", "continuation")}

@@ -7,7 +7,7 @@ from typing import Any
 
 from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.sources import read_jsonl
+from modeling_nanochat.text.records import read_jsonl
 
 MODELS = {stage.name: stage.title for stage in STAGES.values()}
 REPORTED = {"tokenizer": "Tokenizer"} | MODELS

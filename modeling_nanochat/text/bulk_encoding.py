@@ -71,7 +71,7 @@ class BulkEncoder:
         pattern = pattern_name(self.tokenizer)
         self.may_be_cut = pattern is not None
         self.tiktoken = tiktoken_encoding(self.tokenizer, pattern)
-        self.unassigned = None if self.tiktoken is None else unassigned()
+        self.unassigned = np.empty(0) if self.tiktoken is None else unassigned()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

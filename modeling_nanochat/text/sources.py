@@ -1,11 +1,12 @@
-"""Reading of user data: JSONL with errors that name file and line; text from parquet, JSONL, text files or the Hub."""
+"""What the name of a data set stands for: local files, a folder laid out as on the Hub, or a data set on the Hub."""
 
 import glob
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 from ..errors import UserError
 
@@ -14,216 +15,130 @@ if TYPE_CHECKING:
 
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-WHOLE_UP_TO = 8 * 2**30  # bytes of local files; more are streamed, not converted to a second copy on disk
-READ_BATCH_SIZE = 128  # documents
-MIN_SHARDS = 64  # of a stream, to shuffle it well by shards; with fewer it is resharded or loaded completely
 
 
-def expand(patterns: Sequence[str], what: str) -> list[str]:
-    """Files that match the shell patterns, each pattern's matches sorted.
-
-    Raises:
-        UserError: There is no pattern, or one matches nothing or an empty file.
-    """
-    if not patterns:
-        raise UserError(f"{what}: no files given; name at least one")
-    files = []
-    for pattern in patterns:
-        matches = sorted(glob.glob(str(pattern), recursive=True))
-        if not matches and is_hub_id(str(pattern)):
-            raise UserError(
-                f"{what}: {pattern} is not a local file, and a Hub dataset cannot be read here; give local files"
-            )
-        if not matches:
-            raise UserError(
-                f"{what}: no file matches {pattern!r}; give the path of an existing file, from {Path.cwd()}"
-            )
-        files += matches
-    for name in files:
-        if Path(name).is_dir():
-            raise UserError(f"{what}: {name} is a folder; give its files, for instance '{name}/*.parquet'")
-        if Path(name).stat().st_size == 0:
-            raise UserError(f"{what}: {name} is empty; fill it or leave it out")
-    return files
-
-
-def read_jsonl(path: str | Path, arrays_are: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number (from 1) and the object of each non-blank line.
+def expand(names: Sequence[str], what: str) -> list[str]:
+    """The files and Hub ids that `names` stand for, in order; parquet files without rows are reported and left out.
 
     Args:
-        arrays_are: Field that takes the value of a line that is an array; None refuses such lines.
-
-    Raises:
-        UserError: The file is missing, or a line is not a JSON object; names file and line.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give the path of an existing JSONL file, from {Path.cwd()}")
-    with open(path, encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, parse_line(line, f"{path}:{number}", arrays_are)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
-
-
-def parse_line(line: str, where: str, arrays_are: str | None = None) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); correct the line") from error
-    if isinstance(record, list) and arrays_are:
-        return {arrays_are: record}
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}; correct the line")
-    return record
-
-
-def text_source(
-    files: Sequence[str], *, what: str = "text files", column: str = "text"
-) -> "Dataset | IterableDataset":
-    """The documents of [`text_dataset`], streamed if they are many: on the Hub, or local files of over 8 GiB.
-
-    A stream's shards (`num_shards`) are its files or, if these are few, their row groups. Args and errors are those of
-    [`text_dataset`].
-    """
-    if len(files) == 1 and is_hub_id(files[0]):
-        stream = resharded(read_hub(files[0], column, streaming=True))
-        return stream if stream.num_shards >= MIN_SHARDS else read_hub(files[0], column)
-    return local_source(files, what, column)
-
-
-def text_in_order(
-    files: Sequence[str], *, what: str = "text files", column: str = "text"
-) -> "Dataset | IterableDataset":
-    """The documents of [`text_dataset`], for reading in order and perhaps only in part: the Hub is always streamed."""
-    if len(files) == 1 and is_hub_id(files[0]):
-        return read_hub(files[0], column, streaming=True)
-    return local_source(files, what, column)
-
-
-def check_text_files(files: Sequence[str], what: str, column: str = "text") -> None:
-    """Raise [`UserError`] if the type or the beginning of a local file shows that [`text_dataset`] would refuse it.
-
-    A Hub dataset is not checked.
-    """
-    if len(files) == 1 and is_hub_id(files[0]):
-        return
-    for name in expand_text(files, what):
-        reader = reader_of(name)
-        try:
-            check_beginning(name, reader, column)
-        except UserError:
-            raise
-        except Exception as error:  # the libraries raise many kinds
-            raise reading_error(name, reader, error) from error
-
-
-def local_source(files: Sequence[str], what: str, column: str) -> "Dataset | IterableDataset":
-    names = expand_text(files, what)
-    if sum(Path(name).stat().st_size for name in names) > WHOLE_UP_TO:
-        return resharded(read_files(names, column, streaming=True))
-    return loaded_dataset(names, what, column)
-
-
-def text_dataset(files: Sequence[str], *, what: str = "text files", column: str = "text") -> "Dataset":
-    """A `datasets.Dataset` with the single column `text`, one document per row, in the order of the files.
-
-    Args:
-        files: Local parquet, JSONL or text files, also compressed, or patterns (a text file's documents are separated
-            by blank lines), or one Hub dataset id, optionally with `:split` or `:configuration:split`.
+        names: Local files, shell patterns (their matches are sorted), folders laid out as on the Hub and Hub ids, the
+            last two optionally with `:split` or `:configuration:split`. A local folder precedes a Hub id.
         what: Name of the setting, for errors.
-        column: Column that holds the text in parquet and JSONL files.
 
     Raises:
-        UserError: Nothing found, unknown file type, unreadable file, or no such column.
+        UserError: There is no name, or one stands for nothing or an empty file.
     """
-    if len(files) == 1 and is_hub_id(files[0]):
-        return read_hub(files[0], column)
-    return loaded_dataset(expand_text(files, what), what, column)
-
-
-def expand_text(files: Sequence[str], what: str) -> list[str]:
-    """[`expand`] for text; a Hub dataset among several entries is a separate error."""
-    for name in files:
-        if len(files) > 1 and is_hub_id(name):
-            raise UserError(
-                f"{what}: the Hub dataset {name} must be the only entry; give it alone, or local files only"
-            )
-    return expand(files, what)
-
-
-def loaded_dataset(names: list[str], what: str, column: str) -> "Dataset":
-    dataset = read_files(names, column)
-    try:
-        empty = not any(text and text.strip() for text in dataset["text"])
-    except UnicodeDecodeError as error:  # not noticed before the text is read
-        raise UserError(f"{what}: not UTF-8 text ({error.reason}); convert the files to UTF-8") from error
-    if empty:
-        raise UserError(f"{what}: no text in {', '.join(names[:3])}; every document is empty")
-    return dataset
-
-
-def read_texts(dataset: "Dataset | IterableDataset", where: str) -> Iterator[str]:
-    """Yield the texts of the column `text`; rows without text are skipped.
-
-    Raises:
-        UserError: Reading fails midway: no network, a broken file, text that is not UTF-8.
-    """
-    batches, read = iter(dataset.iter(READ_BATCH_SIZE)), 0
-    while True:
-        try:
-            batch = next(batches, {}).get("text", [])
-        except Exception as error:  # the libraries raise many kinds
-            if isinstance(cause := root_cause(error), UnicodeDecodeError):
-                why = f"not UTF-8 text after row {read} ({cause.reason}); convert it to UTF-8"
-                raise UserError(f"{where}: {why}") from error
-            raise UserError(f"{where}: reading failed after row {read} ({first_line(error)})") from error
-        if not batch:
-            return
-        read += len(batch)
-        yield from (text for text in batch if text is not None)
+    if not names:
+        raise UserError(f"{what}: no files given; name at least one")
+    found = [source for name in map(str, names) for source in ([name] if is_hub_id(name) else local_files(name, what))]
+    empty = {source for source in found if not is_hub_id(source) and lacks_rows(source)}
+    if empty.issuperset(found):
+        raise UserError(f"{what}: {found[0]} is empty; fill it or leave it out")
+    for source in sorted(empty):
+        print(f"{what}: {source} has no rows; skipped", flush=True)
+    return [source for source in found if source not in empty]
 
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` is `owner/name`, `owner/name:split` or `owner/name:configuration:split`, not a path."""
     owner, _, rest = name.partition("/")
-    no_path = not glob.glob(name) and not any(character in name for character in "*?[\\ ")
+    no_path = not (glob.glob(name) or split_folder(name)) and not any(character in name for character in "*?[\\ ")
     named = bool(owner) and owner not in (".", "..", "~") and bool(rest) and rest.count("/") == 0
     return named and no_path and suffix(rest.split(":")[0]) not in READERS
+
+
+def local_files(name: str, what: str) -> list[str]:
+    path = os.path.expanduser(name)
+    if found := split_folder(path):
+        files = folder_files(*found)
+    else:  # an existing file's name may contain brackets, which a pattern would interpret
+        files = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+    if not files:
+        raise UserError(f"{what}: no file matches {name!r}; give the path of an existing file, from {Path.cwd()}")
+    for file in files:
+        if os.path.isdir(file):
+            raise UserError(f"{what}: {file} is a folder; give its files, for instance '{file}/*.parquet'")
+        if not os.path.exists(file):
+            raise UserError(f"{what}: {file} is a link to a missing file; restore it or leave it out")
+        if os.path.getsize(file) == 0:
+            raise UserError(f"{what}: {file} is empty; fill it or leave it out")
+    return files
+
+
+def split_folder(name: str) -> tuple[str, list[str]] | None:
+    """The existing folder in `folder`, `folder:split` or `folder:configuration:split`, and what follows it."""
+    for colons in range(3):
+        folder, *rest = name.rsplit(":", colons)
+        if os.path.isdir(folder):
+            return folder, rest
+    return None
+
+
+def folder_files(folder: str, rest: list[str]) -> list[str]:
+    """Files of one split of a folder, by the `configs` in its README or the Hub's rules for names of files.
+
+    Raises:
+        UserError: No data files, or no such configuration or split.
+    """
+    from datasets import load_dataset_builder
+
+    configuration, split = configuration_and_split(rest)
+    try:
+        splits = load_dataset_builder(folder, *configuration).config.data_files
+    except Exception as error:  # the library raises many kinds
+        why = first_line(error, lines=2)
+        raise UserError(
+            f"{folder}: not a data set as on the Hub ({why}); give files, like '{folder}/*.jsonl'"
+        ) from error
+    if split not in splits:
+        raise UserError(f"{folder}: no split {split!r}, only {', '.join(map(str, splits))}; write {folder}:split")
+    return list(splits[split])
+
+
+def configuration_and_split(rest: list[str]) -> tuple[list[str], str]:
+    *configuration, split = rest or [""]
+    return configuration, split or "train"
+
+
+def load_hub(name: str, **options) -> "Dataset | IterableDataset":
+    """One split of a data set on the Hub. `options` are those of `datasets.load_dataset`.
+
+    Raises:
+        UserError: There is no such data set, configuration or split, or no network.
+    """
+    from datasets import load_dataset
+
+    repository, *rest = name.split(":")
+    if len(rest) > 2:
+        raise UserError(
+            f"{name}: too many colons; write owner/name, owner/name:split or owner/name:configuration:split"
+        )
+    configuration, split = configuration_and_split(rest)
+    try:
+        return load_dataset(repository, *configuration, split=split, **options)
+    except Exception as error:  # the library raises many kinds for "not found", "no network", "no such split"
+        why = first_line(error, lines=2)
+        raise UserError(
+            f"{repository}: could not be loaded from the Hub ({why}), and is no local file or folder; correct the name"
+        ) from error
+
+
+def lacks_rows(file: str) -> bool:
+    """Whether `file` is a parquet file of 0 rows. False for one that is broken: its reader says why."""
+    if suffix(file) != ".parquet":
+        return False
+    from pyarrow.parquet import read_metadata
+
+    try:
+        return read_metadata(file).num_rows == 0
+    except (OSError, ValueError):
+        return False
 
 
 def suffix(name: str) -> str:
     """The file extension that tells the type, without that of a compression."""
     path = Path(name)
     return (Path(path.stem) if path.suffix.lower() in COMPRESSED else path).suffix.lower()
-
-
-def read_hub(name: str, column: str, **options):
-    from datasets import load_dataset
-
-    repository, *configuration, split = name.split(":") if ":" in name else (name, "train")
-    if len(configuration) > 1:
-        raise UserError(
-            f"{name}: too many colons; write owner/name, owner/name:split or owner/name:configuration:split"
-        )
-    try:
-        dataset = load_dataset(repository, *configuration, split=split or "train", **options)
-    except Exception as error:  # the library raises many kinds for "not found", "no network", "no such split"
-        raise UserError(f"{repository}: could not be loaded from the Hub ({first_line(error)})") from error
-    return select_text(dataset, column, repository)
-
-
-def resharded(stream: "IterableDataset") -> "IterableDataset":
-    return stream if stream.num_shards >= MIN_SHARDS else stream.reshard()
-
-
-def read_files(names: Sequence[str], column: str, **options):
-    """Documents of local files; consecutive files of one type are read together."""
-    from datasets import concatenate_datasets
-
-    kinds = groupby(names, reader_of)
-    return concatenate_datasets([read_text_files(list(files), kind, column, **options) for kind, files in kinds])
 
 
 def reader_of(name: str) -> str:
@@ -233,94 +148,44 @@ def reader_of(name: str) -> str:
     return reader
 
 
-def read_text_files(names: list[str], reader: str, column: str, **options):
-    from datasets import load_dataset
+def open_text(name: str) -> TextIO:
+    """Open a file, compressed or not, as UTF-8 text without its byte-order mark."""
+    compression = Path(name).suffix.lower()
+    if compression not in COMPRESSED:
+        return open(name, encoding="utf-8-sig")
+    if compression == ".zst":  # fsspec would need the package zstandard
+        from pyarrow import input_stream
 
-    if reader == "text":
-        options["sample_by"] = "paragraph"
-    try:
-        for name in names:
-            check_beginning(name, reader, column)
-        if reader == "parquet":
-            options["columns"] = [column]  # other columns may differ from file to file
-        return select_text(load_dataset(reader, data_files=names, split="train", **options), column, names[0])
-    except Exception as error:  # corrupt parquet, wrong encoding: one line instead of the library's traceback
-        if len(names) > 1:  # read each alone to find the broken file
-            for name in names:
-                read_text_files([name], reader, column, **options)
-        if isinstance(error, UserError):
-            raise
-        binary = isinstance(root_cause(error), UnicodeDecodeError)
-        if reader == "json" and not binary and Path(names[0]).suffix.lower() not in COMPRESSED:
-            list(read_jsonl(names[0]))  # names the line, which the library does not
-        raise reading_error(names[0], reader, error) from error
-
-
-def reading_error(name: str, reader: str, error: Exception) -> UserError:
-    if isinstance(cause := root_cause(error), UnicodeDecodeError):
-        return UserError(f"{name}: not UTF-8 text ({cause.reason}); convert the file to UTF-8")
-    return UserError(f"{name}: cannot be read as {reader} ({first_line(error)}); give a file of that kind")
-
-
-def check_beginning(name: str, reader: str, column: str) -> None:
-    """Raise an error if the table or first record lacks the column, or the beginning is not text."""
-    if reader == "parquet":
-        check_table(column, name)
-    elif reader == "json":
-        check_first_record(column, name)
-    else:
-        beginning(name)
-
-
-def beginning(name: str) -> tuple[int, str]:
-    """Number (from 1) and text of the first non-blank line; empty text if there is none."""
+        return io.TextIOWrapper(input_stream(name, compression="zstd"), encoding="utf-8-sig")
     import fsspec
 
-    with fsspec.open(name, "rt", encoding="utf-8-sig", compression="infer") as lines:
+    return fsspec.open(name, "rt", encoding="utf-8-sig", compression="infer").open()
+
+
+def first_text(name: str) -> tuple[int, str]:
+    """Number (from 1) and text of the first non-blank line; empty text if there is none."""
+    with open_text(name) as lines:
         return next(((number, line) for number, line in enumerate(lines, start=1) if line.strip()), (1, ""))
 
 
-def check_first_record(column: str, name: str) -> None:
-    """Raise [`UserError`] without the column: the library would silently fill it if another JSON file has it."""
-    number, first = beginning(name)
-    if first and not first.lstrip().startswith("["):  # a file with a single array is left to the library
-        columns = parse_line(first, f"{name}:{number}")
-        if column not in columns:
-            raise UserError(missing_column(name, column, columns))
+@contextmanager
+def reading(name: str, reader: str) -> Iterator[None]:
+    """Report in one line what the libraries raise on a file that is broken or of another kind."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise many kinds
+        if isinstance(cause := root_cause(error), UnicodeDecodeError):
+            raise UserError(f"{name}: not UTF-8 text ({cause.reason}); convert the file to UTF-8") from error
+        why = f"{name}: cannot be read as {reader} ({first_line(error)})"
+        raise UserError(f"{why}; give a file of that kind") from error
 
 
-def check_table(column: str, name: str) -> None:
-    """Raise [`UserError`] without the column: a stream would fail only on reaching the file."""
-    import fsspec
-    from pyarrow.parquet import read_schema
-
-    with fsspec.open(name, "rb", compression="infer") as file:
-        columns = read_schema(file).names
-    if column not in columns:
-        raise UserError(missing_column(name, column, columns))
-
-
-def missing_column(where: str, column: str, columns: Iterable[str]) -> str:
-    return f"{where}: no column {column!r}, only {', '.join(columns)}; rename a column or set the column's name"
-
-
-def select_text(dataset: "Dataset | IterableDataset", column: str, where: str) -> "Dataset | IterableDataset":
-    columns = dataset.column_names or list(next(iter(dataset), {}))  # a text stream does not know them in advance
-    if column not in columns:
-        raise UserError(missing_column(where, column, columns))
-    kind = getattr((dataset.features or {}).get(column), "dtype", None)
-    if dataset.features and kind not in ("string", "large_string", "null"):
-        raise UserError(
-            f"{where}: column {column!r} holds {kind or 'something'} instead of text; name another one or convert it"
-        )
-    dataset = dataset.select_columns([column])
-    return dataset if column == "text" else dataset.rename_column(column, "text")
-
-
-def first_line(error: BaseException) -> str:
-    """First line of the root cause, where the libraries state the actual problem."""
+def first_line(error: BaseException, lines: int = 1) -> str:
+    """First line or lines of the root cause, where the libraries state the actual problem."""
     error = root_cause(error)
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return " ".join((str(error).strip() or type(error).__name__).splitlines()[:lines])
 
 
 def root_cause(error: BaseException) -> BaseException:

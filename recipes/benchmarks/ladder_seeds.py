@@ -32,7 +32,7 @@ from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import atomic_write, write_json
-from modeling_nanochat.text.sources import read_jsonl
+from modeling_nanochat.text.records import read_jsonl
 from recipes.ladder.commands import RECIPES
 from recipes.ladder.step import read_yaml
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import exit_on_user_error
-from modeling_nanochat.text.sources import text_source
+from modeling_nanochat.text.texts import text_source
 from recipes.training.data.loader import Loader
 from recipes.training.data.streams import TextStreams
 

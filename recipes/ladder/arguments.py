@@ -17,10 +17,14 @@ class RunArguments:
 
     run_dir: str = field(metadata={"help": "Folder for everything the run writes."})
     accelerate_config: str = field(metadata={"help": "File for `accelerate launch --config_file`."})
-    pretrain_files: list[str] | None = field(default=None, metadata={"help": "Raw text: parquet, JSONL, text."})
+    pretrain_files: list[str] | None = field(
+        default=None, metadata={"help": "Raw text: parquet, JSON(L), .txt, folders, Hub ids."}
+    )
     val_files: list[str] | None = field(default=None, metadata={"help": "Raw text for bits per byte."})
-    midtrain_files: list[str] | None = field(default=None, metadata={"help": "Conversations for midtraining, JSONL."})
-    sft_files: list[str] | None = field(default=None, metadata={"help": "Conversations for SFT, JSONL."})
+    midtrain_files: list[str] | None = field(
+        default=None, metadata={"help": "Conversations for midtraining: parquet, JSON(L), Hub ids."}
+    )
+    sft_files: list[str] | None = field(default=None, metadata={"help": "Conversations for SFT, same formats."})
     grpo_files: list[str] | None = field(default=None, metadata={"help": "Word problems in GSM8K format, JSONL."})
     eval_files: list[str] | None = field(default=None, metadata={"help": "Evaluation tasks, each name=file.jsonl."})
     examples: list[str] = field(

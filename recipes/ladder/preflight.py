@@ -15,7 +15,7 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.hub import find_folder
 from modeling_nanochat.loading import check_folder
-from modeling_nanochat.text.sources import check_text_files
+from modeling_nanochat.text.texts import check_text_files
 from recipes.grpo import GRPOArguments, read_problems
 from recipes.midtrain import MidtrainArguments
 from recipes.pretrain import PretrainArguments, load_tokenizer
@@ -38,7 +38,8 @@ class PendingOutputs:
         self.results = {step.result for step in steps}
 
     def __contains__(self, name: str) -> bool:
-        return any(path in self.results for path in (Path(name), *Path(name).parents))
+        paths = Path(name), Path(name.partition(":")[0])  # a folder's split
+        return any(parent in self.results for path in paths for parent in (path, *path.parents))
 
     def existing(self, names: Sequence[str] | None) -> list[str]:
         return [name for name in names or () if name not in self]

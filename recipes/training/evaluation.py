@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from evals.bits_per_byte import nats_and_bytes
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.bulk_encoding import BulkEncoder
-from modeling_nanochat.text.sources import text_source
+from modeling_nanochat.text.texts import text_source
 from modeling_nanochat.text.token_bytes import token_bytes
 from recipes.training.data.documents import CHUNK_SIZE, is_text
 from recipes.training.data.packing import Conversation, pack_conversations, pack_documents

@@ -18,7 +18,7 @@ from evals.tasks.evaluation import METRIC, same_answer
 from evals.tasks.letters import LetterQuestion
 from modeling_nanochat.cli import VERBOSE
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.sources import read_jsonl
+from modeling_nanochat.text.records import read_jsonl
 from recipes.training.data.conversations import read_conversations
 
 TASKS = {

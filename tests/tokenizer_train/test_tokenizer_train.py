@@ -209,7 +209,7 @@ def test_without_weights_all_is_read_in_order_files_and_hub_alike(run, tmp_path,
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """Streamed, since the pages of a file that is mapped into memory count as the process's own."""
     program = (
-        "import resource; from modeling_nanochat.text import sources; sources.WHOLE_UP_TO = 0;"
+        "import resource; from modeling_nanochat.text import texts; texts.WHOLE_UP_TO = 0;"
         "from tokenizer_train.train import main; main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     line = "".join(filter(str.isalpha, "".join(TEXTS)))[:3000]  # one word, which is split and counted fast
@@ -251,7 +251,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_bad_text_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, name, content, words, streamed):
     if streamed:
-        monkeypatch.setattr("modeling_nanochat.text.sources.WHOLE_UP_TO", 0)
+        monkeypatch.setattr("modeling_nanochat.text.texts.WHOLE_UP_TO", 0)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
         run([str(tmp_path / name)], "--vocab_size", "280")

@@ -10,7 +10,8 @@ from datasets import Dataset
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.text.conversations import check_messages
-from modeling_nanochat.text.sources import read_jsonl, text_dataset
+from modeling_nanochat.text.records import read_jsonl
+from modeling_nanochat.text.texts import text_dataset
 from recipes.grpo import read_problems
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.conversations import read_conversations, render, render_one
@@ -95,7 +96,7 @@ def test_missing_and_empty_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"empty.txt is empty"):
         text_dataset([str(tmp_path / "empty.txt")])
     (tmp_path / "blank.jsonl").write_text("\n\n")
-    with pytest.raises(UserError, match="no conversation"):
+    with pytest.raises(UserError, match="blank.jsonl is empty"):
         read_conversations([str(tmp_path / "blank.jsonl")])
     with pytest.raises(UserError, match="no such file"):
         list(read_jsonl(tmp_path / "nowhere.jsonl"))
@@ -152,8 +153,16 @@ def test_conversations_too_long_or_without_an_answer_are_left_out_aloud(toy_mode
     learnt = [token for token, mask in zip(*kept, strict=True) if mask]
     assert tokenizer.decode(learnt) == "Hello<|assistant_end|>"
     assert "1 conversations of more than 64 tokens, 1 without an answer" in capsys.readouterr().out
-    with pytest.raises(UserError, match="raise max_length"):
-        render(chats[1:], tokenizer, 64, show_progress=False)
+    for left, complaint in (
+        (chats[1:2], "^1 of 1 conversations have more than max_length 64 tokens; raise max_length$"),
+        (
+            chats[1:],
+            "^1 of 2 .* max_length 64 tokens and 1 have no answer of the assistant; raise max_length or add",
+        ),
+        (chats[2:], "^none of 1 conversations has an answer of the assistant, so nothing would be trained on"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            render(left, tokenizer, 64, show_progress=False)
 
 
 @dataclass

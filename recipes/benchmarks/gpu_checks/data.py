@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from evals.speed.timing import seconds_of
-from modeling_nanochat.text.sources import text_source
+from modeling_nanochat.text.texts import text_source
 from recipes.benchmarks.loader_speed import measure
 from recipes.training.data.loader import Loader
 from recipes.training.data.streams import TextStreams

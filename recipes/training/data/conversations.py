@@ -1,8 +1,7 @@
 """Conversations from files, as token ids with a mask of the tokens to train on."""
 
 from collections.abc import Sequence
-from itertools import islice
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -11,33 +10,25 @@ from transformers import PreTrainedTokenizerFast
 from evals.tasks.table import to_conversation
 from modeling_nanochat.chat.self_check import check_renderings
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.sources import expand, read_jsonl
+from modeling_nanochat.text.records import read_records
 from modeling_nanochat.tokenization_nanochat import whole_messages
 
 from .packing import Conversation
 
 
-def read_conversations(patterns: Sequence[str], what: str = "train_files", first: int | None = None) -> list[dict]:
-    """Conversations {"messages"} from JSONL files of conversations, GSM8K, ARC or MMLU records.
+def read_conversations(names: Sequence[str], what: str = "train_files", first: int | None = None) -> list[dict]:
+    """Conversations {"messages", "tools"?} from records of conversations, GSM8K, ARC or MMLU.
 
     Args:
-        patterns: Local files, or shell patterns.
+        names: Files, patterns, folders and Hub ids, as for `modeling_nanochat.text.records.read_records`.
         what: Name of the setting, for errors.
         first: Read only the first records of each file, to check that it is readable; None: all records.
 
     Raises:
-        UserError: A file is missing or empty, or a line is bad; the message names file and line.
+        UserError: A source is missing or empty, or a record is bad; the message names file and line.
     """
-    conversations = []
-    for name in expand(patterns, what):
-        if Path(name).suffix != ".jsonl":
-            raise UserError(f"{what}: {name} is not a .jsonl file; write one conversation per line")
-        before = len(conversations)
-        lines = islice(read_jsonl(name, arrays_are="messages"), first)  # arrays: the original's format
-        conversations += [to_conversation(record, f"{name}:{line}") for line, record in lines]
-        if len(conversations) == before:
-            raise UserError(f"{what}: {name} has no conversation in it; fill it or leave it out")
-    return conversations
+    records = read_records(names, what, arrays_are="messages", first=first)  # arrays: the original's format
+    return [to_conversation(record, where) for where, record in records]
 
 
 def render(
@@ -56,10 +47,11 @@ def render(
         UserError: None is left, or the template marks other tokens than those the assistant writes.
     """
     check_renderings(tokenizer)
-    rendered, too_long, unanswered = [], 0, 0
+    rendered: list[Conversation] = []
+    too_long = unanswered = 0
     hidden = None if show_progress else True  # None: tqdm shows it only on a terminal
-    options = {"desc": "rendering", "unit": " conversations", "mininterval": 1, "leave": False, "disable": hidden}
-    for conversation in tqdm(conversations, **options):
+    shown = {"desc": "rendering", "unit": " conversations", "mininterval": 1, "leave": False}
+    for conversation in tqdm(conversations, disable=hidden, **shown):
         ids, mask = render_one(conversation, tokenizer)
         too_long += len(ids) > max_length
         unanswered += not any(mask)
@@ -69,15 +61,25 @@ def render(
     if show_progress and (too_long or unanswered):
         print(f"left out: {too_long} conversations of more than {max_length} tokens, {unanswered} without an answer")
     if not rendered:
-        raise UserError(
-            f"none of {len(conversations)} conversations fits into max_length {max_length} with an answer; "
-            "raise max_length"
-        )
+        raise UserError(nothing_to_train_on(len(conversations), too_long, unanswered, max_length))
     return rendered
 
 
+def nothing_to_train_on(conversations: int, too_long: int, unanswered: int, max_length: int) -> str:
+    """Why none of the conversations is left, and what to do."""
+    if unanswered == conversations:
+        return (
+            f"none of {conversations} conversations has an answer of the assistant, so nothing would be trained on; "
+            "add answers"
+        )
+    found = f"{too_long} of {conversations} conversations have more than max_length {max_length} tokens"
+    if unanswered:
+        return f"{found} and {unanswered} have no answer of the assistant; raise max_length or add answers"
+    return f"{found}; raise max_length"
+
+
 def render_one(conversation: dict, tokenizer: PreTrainedTokenizerFast) -> Conversation:
-    rendered = tokenizer.apply_chat_template(
+    rendered: Any = tokenizer.apply_chat_template(
         whole_messages(conversation["messages"]),
         tools=whole_messages(conversation.get("tools")),
         tokenizer_kwargs={"verbose": False},  # the caller skips and reports long conversations

@@ -2,7 +2,7 @@ from golden import golden_json, shared
 
 from evals.tasks import gsm8k
 from modeling_nanochat.text.conversations import check_messages
-from modeling_nanochat.text.sources import read_jsonl
+from modeling_nanochat.text.records import read_jsonl
 
 
 def spoken(messages):

@@ -1,9 +1,12 @@
 """What any stage of a run would refuse is refused before the first one runs."""
 
+import gzip
 import json
 import sys
 
+import datasets
 import pytest
+from datasets import Dataset, load_dataset
 
 from modeling_nanochat.chat import python_tool
 from modeling_nanochat.errors import UserError
@@ -29,6 +32,10 @@ def files(tmp_path):
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "sharegpt.json").write_text(json.dumps([SHAREGPT, SHAREGPT], indent=1))
+    (tmp_path / "chats.json.gz").write_bytes(gzip.compress(json.dumps([CHAT]).encode()))
+    Dataset.from_list([CHAT]).to_parquet(tmp_path / "chats" / "data" / "test.parquet")
+    Dataset.from_list([{"text": "It was a dark night."}]).to_parquet(tmp_path / "corpus" / "train.parquet")
     (tmp_path / "latin.txt").write_bytes("Zwölf Boxkämpfer.".encode("latin-1"))
     (tmp_path / "table.parquet").write_bytes(b"PAR1 but no more")
     return tmp_path
@@ -53,7 +60,9 @@ def check(folder, *words, **files):
         {},
         {"sft_files": ["@problems.jsonl"], "midtrain_files": ["@*chats.jsonl", "@problems.jsonl"]},
         {"grpo_files": ["@problems.jsonl"] * 16, "eval_files": ["gsm8k=@problems.jsonl"]},
-        {"pretrain_files": ["me/corpus:train"], "val_files": ["@prose.txt", "@text.jsonl"]},
+        {"val_files": ["@prose.txt", "@text.jsonl"], "pretrain_files": ["@corpus:train"]},
+        {"midtrain_files": ["@chats.json.gz"], "sft_files": ["@chats:test"]},
+        {"sft_files": ["@run/data:sft:train"]},  # will be there
     ],
 )
 def test_what_the_stages_take_passes(files, given):
@@ -65,17 +74,22 @@ def test_what_the_stages_take_passes(files, given):
     [
         ({"midtrain_files": ["@sharegpt.jsonl"]}, "mid: .*sharegpt.jsonl:1: no `messages`"),
         ({"sft_files": ["@prose.jsonl"]}, "sft: .*prose.jsonl:1: not valid JSON"),
-        ({"sft_files": ["me/chats"]}, "sft: .*me/chats is not a local file, and a Hub dataset cannot be read here"),
+        ({"sft_files": ["me/chats"]}, "sft: me/chats: could not be loaded from the Hub .*no local file or folder"),
+        ({"sft_files": ["@sharegpt.json"]}, "sft: .*sharegpt.json, record 1: no `messages`"),
+        ({"sft_files": ["@prose.txt"]}, "sft: .*prose.txt is text without fields"),
+        ({"midtrain_files": ["@chats"]}, "mid: .*chats: no split 'train', only test"),
+        ({"midtrain_files": ["@corpus"]}, "mid: .*train.parquet, row 1: no `messages`"),
         ({"grpo_files": ["@chats.jsonl"]}, "rl: .*chats.jsonl:1: not a record of"),
-        ({"grpo_files": ["me/problems"]}, "rl: .*me/problems is not a local file"),
+        ({"grpo_files": ["me/problems"]}, "rl: .*me/problems: could not be loaded from the Hub"),
         ({"grpo_files": ["@nowhere.jsonl"]}, "rl: .*nowhere.jsonl"),
         ({"eval_files": ["chats=@chats.jsonl"]}, "base.eval: .*chats.jsonl:1: not a record of"),
-        ({"eval_files": ["a=me/problems"]}, "base.eval: eval_files: me/problems"),
+        ({"eval_files": ["a=me/problems"]}, "base.eval: .*me/problems: could not be loaded from the Hub"),
         ({"eval_files": ["a=@problems.jsonl", "a=@problems.jsonl"]}, "base.eval: .*occurs twice"),
         ({"pretrain_files": ["@prose.jsonl"]}, "base: .*prose.jsonl:1: not valid JSON"),
         ({"pretrain_files": ["@chats.jsonl"]}, "base: .*chats.jsonl: no column 'text'"),
         ({"pretrain_files": ["@latin.txt"]}, "base: .*latin.txt: not UTF-8"),
-        ({"pretrain_files": ["me/corpus", "@text.jsonl"]}, "the Hub dataset me/corpus must be the only entry"),
+        ({"pretrain_files": ["@text.jsonl", "me/corpus"]}, "base: me/corpus: could not be loaded from the Hub"),
+        ({"pretrain_files": ["@chats:test"]}, "base: .*test.parquet: no column 'text', only messages"),
         ({"val_files": ["@table.parquet"]}, "base: .*table.parquet: cannot be read as parquet"),
     ],
 )
@@ -109,6 +123,20 @@ def test_settings_that_a_stage_would_refuse_are_refused(files, word, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         check(files, word)
     assert "\n" not in str(error.value)
+
+
+def test_of_a_data_set_on_the_hub_the_beginning_is_streamed(files, monkeypatch):
+    def load(name, *configuration, split, streaming, **options):
+        asked.append((name, split, streaming))
+        return load_dataset(str(files / name.partition("/")[2]), split=split, streaming=streaming)
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    check(files, pretrain_files=["me/corpus"], midtrain_files=["me/chats:test"], sft_files=["me/chats:test"])
+    assert set(asked) == {("me/corpus", "train", True), ("me/chats", "test", True)}
+    with pytest.raises(UserError, match="sft: me/corpus, row 1: no `messages`"):
+        check(files, sft_files=["me/corpus"])
 
 
 def test_fewer_problems_than_a_step_takes_are_refused(files):

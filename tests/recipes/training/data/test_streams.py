@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.sources import read_files
+from modeling_nanochat.text.texts import read_all
 from modeling_nanochat.tokenization_nanochat import encode_documents
 from recipes.training.data import documents as documents_module
 from recipes.training.data import streams as streams_module
@@ -145,7 +145,7 @@ def test_streams_of_parquet_compressed_json_and_text_are_one(tmp_path, part_file
         lines.writelines(json.dumps({"text": f"line {i}"}) + "\n" for i in range(40))
     (tmp_path / "b.txt").write_text("\n\n".join(f"paragraph {i}" for i in range(40)))
     names = [*part_files[:2], str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.txt")]
-    dataset, whole = read_files(names, "text", streaming=True), read_files(names, "text")
+    dataset, whole = read_all(names, "text", streaming=True), read_all(names, "text")
     assert dataset.num_shards == 4 and len(whole) == 2 * IN_PART + 80
     texts = [text.strip() for stream in range(STREAMS) for text in first_epoch(dataset, stream)]
     assert sorted(texts) == sorted(text.strip() for text in whole["text"])

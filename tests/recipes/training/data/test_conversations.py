@@ -1,0 +1,69 @@
+"""Conversations are the same, whatever kind of file they come from."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from modeling_nanochat.errors import UserError
+from recipes.training.data.conversations import read_conversations, render
+
+CALL = {"type": "function", "function": {"name": "python", "arguments": {"code": "12*7"}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "days": 2}}}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "Forecast", "parameters": {"type": "object"}}}
+]
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "12*7?"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "name": "python", "content": "84"},
+            {"role": "assistant", "content": "84"},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "Rome?"},
+            {"role": "assistant", "content": None, "tool_calls": [WEATHER]},
+            {"role": "tool", "content": "sun"},
+            {"role": "assistant", "content": "Sun."},
+        ],
+        "tools": TOOLS,
+    },
+]
+PROBLEM = {"question": "1+1?", "answer": "1+1 = <<1+1=2>>2\n#### 2"}
+
+
+def write(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".parquet":
+        fields = dict.fromkeys(key for row in rows for key in row)
+        Dataset.from_list([fields | row for row in rows]).to_parquet(path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(json.dumps(rows, indent=1).encode("utf-8-sig")))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.json.gz", "folder/train.parquet"])
+def test_conversations_of_any_kind_of_file_are_rendered_as_those_of_jsonl(tmp_path, toy_model_and_tokenizer, name):
+    _, tokenizer = toy_model_and_tokenizer
+    rows = [*CONVERSATIONS, PROBLEM]
+    lines, other = write(tmp_path / "lines.jsonl", rows), write(tmp_path / name, rows)
+    name = str(tmp_path / "folder") if "folder" in name else other
+    expected, found = (render(read_conversations([source]), tokenizer, 999) for source in (lines, name))
+    assert len(expected) == len(rows)
+    for pair in zip(expected, found, strict=True):
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*pair, strict=True))
+
+
+def test_a_bad_row_of_a_table_is_named(tmp_path):
+    broken = {"messages": [{"role": "assistant", "content": "Hello."}]}
+    with pytest.raises(UserError, match=r"a.parquet, row 2, message 1: role 'assistant' is out of order"):
+        read_conversations([write(tmp_path / "a.parquet", [CONVERSATIONS[0], broken])])

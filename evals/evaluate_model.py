@@ -228,12 +228,13 @@ def core_records(
     """Return records of CORE, and of the accuracy on each of its tasks, named `core_<label>`."""
     result = core(model, tokenizer, tasks, max_per_task=args.core_max_per_task or -1, batch_size=args.batch_size)
     shared = {"max_per_task": args.core_max_per_task, "max_length": model.config.max_position_embeddings}
-    total, model_name = sum(figures["n"] for figures in result.tasks.values()), args.model_name_or_path
+    total, model_name = sum(int(figures["n"]) for figures in result.tasks.values()), args.model_name_or_path
     settings, value, error = {"tasks": len(tasks)} | shared, result.core, result.standard_error
     records = [make_record("core", "centered_accuracy", value, error, total, settings, model_name)]
     for task in tasks:
         settings = {"shots": task.num_fewshot, "baseline": round(task.baseline, 4)} | shared
-        value, error, n = (result.tasks[task.label][key] for key in ("accuracy", "standard_error", "n"))
+        figures = result.tasks[task.label]
+        value, error, n = figures["accuracy"], figures["standard_error"], int(figures["n"])
         records.append(make_record(f"core_{task.label}", "accuracy", value, error, n, settings, model_name))
     return records
 

@@ -23,7 +23,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in columns]
     aligns = [str.rjust if all(cell[:1] in "+-0123456789" for cell in column[1:]) else str.ljust for column in columns]
     lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    cells = [[align(*cell) for align, *cell in zip(aligns, line, widths, strict=True)] for line in lines]
+    cells = [[align(cell, w) for align, cell, w in zip(aligns, line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in cells)
 
 

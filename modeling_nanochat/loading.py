@@ -11,7 +11,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from . import registered  # noqa: F401  registers both architectures
@@ -45,7 +45,7 @@ def load_model_and_tokenizer(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Open a causal language model and its tokenizer, in evaluation mode.
 
     Args:
@@ -129,13 +129,16 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; errors refer to it as `name`."""
+def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer in `folder`; errors refer to it as `name`."""
     try:
         with errors_only():  # it reads config.json and warns about what `load_model` refuses
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of any kind: tokenizers raises bare `Exception`s
         raise UserError(f"{name}: the tokenizer cannot be opened: {one_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{name}: {type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
+    return tokenizer
 
 
 def load_model(folder: Path, name: str, dtype: torch.dtype | str) -> PreTrainedModel:

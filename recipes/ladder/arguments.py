@@ -25,8 +25,10 @@ class RunArguments:
         default=None, metadata={"help": "Conversations for midtraining: parquet, JSON(L), Hub ids."}
     )
     sft_files: list[str] | None = field(default=None, metadata={"help": "Conversations for SFT, same formats."})
-    grpo_files: list[str] | None = field(default=None, metadata={"help": "Word problems in GSM8K format, JSONL."})
-    eval_files: list[str] | None = field(default=None, metadata={"help": "Evaluation tasks, each name=file.jsonl."})
+    grpo_files: list[str] | None = field(
+        default=None, metadata={"help": "Problems like GSM8K: files, folders or Hub ids."}
+    )
+    eval_files: list[str] | None = field(default=None, metadata={"help": "Evaluation tasks, each name=source."})
     examples: list[str] = field(
         default_factory=list,
         metadata={"help": "Example questions for the chat and the page; written into the model folders."},

@@ -25,20 +25,7 @@ from modeling_nanochat.errors import UserError
 
 from ..batch_size import is_out_of_memory
 from ..device import several_on_cpu
-from .keys import (
-    CHOICES,
-    DICTIONARIES,
-    HANDLED,
-    HANDLED_BY,
-    INSTEAD,
-    INSTEAD_BY,
-    LOSSES,
-    NEEDS,
-    PASSED_ON,
-    PASSED_ON_BY,
-    RANGES,
-    TINY,
-)
+from . import keys
 
 
 def fill_device_defaults(settings: TrainingArguments) -> None:
@@ -122,9 +109,9 @@ def parse_settings(
     with settings_errors():
         parsed, filled = parse(arguments, settings, args=words)
     check_trackers(filled.report_to)
-    for other, values, keys in NEEDS:
+    for other, values, dependent in keys.NEEDS:
         value = getattr(filled, other, None)
-        if not (value in values if values else value) and (useless := [key for key in keys if key in given]):
+        if not (value in values if values else value) and (useless := [key for key in dependent if key in given]):
             wanted = " or ".join(word if isinstance(word, str) else word[0] for word in values) or "set"
             raise UserError(f"{useless[0]} has no effect unless {other} is {wanted}: set that, or leave it out")
     return parsed, filled, given
@@ -155,8 +142,9 @@ def given_values(dataclass_types: Sequence[Any], words: list[str]) -> dict[str, 
 
 def refuse_without_effect(given: Collection[str], base: type, own: Collection[str]) -> None:
     """Raise [`UserError`] for the first key that is neither the stage's own, nor handled, nor passed on."""
-    allowed = HANDLED | HANDLED_BY[base] | PASSED_ON | PASSED_ON_BY[base]
-    instead = {key: text for lists in (INSTEAD, INSTEAD_BY[base]) for text, keys in lists.items() for key in keys}
+    allowed = keys.HANDLED | keys.HANDLED_BY[base] | keys.PASSED_ON | keys.PASSED_ON_BY[base]
+    refused = [*keys.INSTEAD.items(), *keys.INSTEAD_BY[base].items()]
+    instead = {key: text for text, listed in refused for key in listed}
     for key in given:
         if key not in allowed and key not in own:
             unknown = f"this key of the installed {base.__module__.split('.')[0]} is untested here: leave it out"
@@ -168,16 +156,16 @@ def check_values(given: dict[str, Any], base: type) -> None:
     if given.get("max_steps", 1) < 1 and given["max_steps"] != -1:
         raise UserError(f"max_steps {given['max_steps']} trains nothing: give at least 1, or -1 for num_train_epochs")
     for key, value in given.items():
-        if key in RANGES and isinstance(value, int | float):
-            low, high = RANGES[key]
+        if key in keys.RANGES and isinstance(value, int | float):
+            low, high = keys.RANGES[key]
             if not low <= value <= high or math.isinf(value):
-                bounds = "more than 0" if low == TINY else f"at least {low}"
+                bounds = "more than 0" if low == keys.TINY else f"at least {low}"
                 bounds += "" if math.isinf(high) else f" and at most {high}"
                 raise UserError(f"{key} must be {bounds}, not {value}")
-        choices = LOSSES[base] if key == "loss_type" else CHOICES.get(key)
+        choices = keys.LOSSES[base] if key == "loss_type" else keys.CHOICES.get(key)
         if choices and value is not None and value not in choices:
             raise UserError(f"{key} {value}: there are only {', '.join(choices)}")
-        if key in DICTIONARIES and isinstance(value, str):
+        if key in keys.DICTIONARIES and isinstance(value, str):
             check_dictionary(key, value)
 
 

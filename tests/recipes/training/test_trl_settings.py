@@ -15,6 +15,7 @@ from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.grpo import GRPOArguments, NanoChatGRPOTrainer, exact_answer, read_problems
 from recipes.sft import NanoChatSFTTrainer, SFTArguments, token_dataset
 from recipes.training.data.conversations import render
+from recipes.training.trl import keys as trl_keys
 from recipes.training.trl import settings as trl_settings
 from recipes.training.trl.settings import GRPOSettings, SFTSettings, parse_settings
 
@@ -90,9 +91,9 @@ BESIDE = {
 
 def lists_of(config: type) -> tuple[set[str], set[str], set[str]]:
     """Keys that are handled, passed on, refused."""
-    handled = trl_settings.HANDLED | trl_settings.HANDLED_BY[config]
-    passed_on = trl_settings.PASSED_ON | trl_settings.PASSED_ON_BY[config]
-    refused = set().union(*trl_settings.INSTEAD.values(), *trl_settings.INSTEAD_BY[config].values())
+    handled = trl_keys.HANDLED | trl_keys.HANDLED_BY[config]
+    passed_on = trl_keys.PASSED_ON | trl_keys.PASSED_ON_BY[config]
+    refused = set().union(*trl_keys.INSTEAD.values(), *trl_keys.INSTEAD_BY[config].values())
     return handled, passed_on, refused
 
 
@@ -111,9 +112,7 @@ def test_no_list_has_a_key_that_the_libraries_do_not_have():
     known = {one.name for _, _, config in STAGES.values() for one in fields(config)}
     listed = {key for _, _, config in STAGES.values() for keys in lists_of(config) for key in keys}
     assert listed - known <= NEWER
-    assert trl_settings.RANGES.keys() | trl_settings.CHOICES.keys() <= listed | {
-        one.name for one in fields(SFTArguments)
-    }
+    assert trl_keys.RANGES.keys() | trl_keys.CHOICES.keys() <= listed | {one.name for one in fields(SFTArguments)}
 
 
 def words(**settings: object) -> list[str]:
@@ -204,12 +203,12 @@ def test_a_configuration_file_is_held_to_the_same(tmp_path):
 
 def test_a_key_that_came_with_a_newer_library_is_refused_until_it_was_tried(monkeypatch):
     for name in ("PASSED_ON", "HANDLED"):
-        monkeypatch.setattr(trl_settings, name, getattr(trl_settings, name) - {"max_grad_norm"})
+        monkeypatch.setattr(trl_keys, name, getattr(trl_keys, name) - {"max_grad_norm"})
     with pytest.raises(UserError, match="max_grad_norm would have no effect: this key .* is untested"):
         parse_settings(SFTArguments, SFTSettings, words(output_dir="out", max_grad_norm=1))
 
 
-@pytest.mark.parametrize("other, values, keys", trl_settings.NEEDS)
+@pytest.mark.parametrize("other, values, keys", trl_keys.NEEDS)
 def test_what_nothing_reads_without_another_key_is_refused(other, values, keys):
     off = {
         "loss_type": "cispo" if "cispo" not in values else "sapo",
@@ -318,7 +317,7 @@ def test_weight_decay_is_muons(examples):
     assert [group["weight_decay"] for group in optimizer.param_groups if group["kind"] == "muon"] == [0.25]
 
 
-@pytest.mark.parametrize("loss_type", trl_settings.LOSSES[GRPOConfig])
+@pytest.mark.parametrize("loss_type", trl_keys.LOSSES[GRPOConfig])
 def test_every_loss_of_grpo_that_is_offered_trains(loss_type, examples):
     trainer = live_trainer("grpo", examples, loss_type=loss_type, max_steps=1, disable_tqdm="true")
     trainer.train()

@@ -1,18 +1,20 @@
-"""Decoding of a batch: prompts first, then one token per row and step.
+"""Decoding of a batch: prompts first, then one token per row and step; rows may leave and others enter.
 
-[`Decoder`] has a growing cache and drops finished rows. [`CompiledDecoder`] has a fixed-size cache and a compiled
+[`Decoder`] has a growing cache and only the rows in use. [`CompiledDecoder`] has a cache of fixed size and a compiled
 step: it starts half a minute later and then runs faster, so it suits long chats, many questions and measurements.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..modeling_nanochat import CACHE
+from .frame import Frame, arrange
+
+Mask = torch.Tensor | dict[str, torch.Tensor | None] | None
 
 SMALLEST_STEP = 64
 # A step takes a few milliseconds, so Python's overhead around kernels matters; on a CPU so do the kernels for narrow
@@ -38,64 +40,105 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, pad: int = 0):
-        self.model = model
-        self.pad = pad
-        self.one_token: Callable = model
-        self.cache: Cache  # set by `prefill`, as are the positions
-        self.attention_mask: torch.Tensor | None = None  # (rows, length), None while no row is padded
-        self.position_ids: torch.Tensor  # (rows, 1), of the next token
+        self.model, self.pad = model, pad
+        self.lengths: list[int] = []  # tokens of each row so far
+        self.use(Frame(model.config, 0), [])
+
+    def use(self, frame: Frame, lengths: list[int]) -> None:
+        """Go on with a frame and the lengths of its rows."""
+        device, longest = self.model.device, max(lengths, default=0)
+        self.frame, self.lengths = frame, lengths
+        self.positions = torch.tensor(lengths, dtype=torch.long, device=device)[:, None]  # of the next tokens
+        # The first column of each row, which stays the same while all rows grow; None if it is 0 for all
+        self.starts = None if min(lengths, default=0) == longest else longest - self.positions
 
     def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> torch.Tensor:
-        """Feed prompts of different lengths, padded on the left; logits (rows, V) of their last positions.
+        """Start with the rows of `prompts` alone; arguments and result as in `admit`."""
+        return self.admit(prompts, max_new_tokens)
+
+    def fits(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keep: Sequence[int]) -> bool:
+        """Whether `admit` has room; it always has if nothing is kept."""
+        return True
+
+    def admit(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keep: Sequence[int] = ()) -> torch.Tensor:
+        """Append rows to those in `keep`; logits (rows, V) of the new ones' ends. Equal prompts are fed once.
 
         Args:
-            prompts: Token ids of each row.
-            max_new_tokens: Maximum number of steps that follow.
+            prompts: Token ids of each new row.
+            max_new_tokens: Steps that follow at most.
+            keep: Present rows that stay; all others leave.
         """
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        rows = [distinct.index(tuple(prompt)) for prompt in prompts]
+        moves = bool(keep) or len(distinct) < len(rows)
+        longest = max(map(len, prompts))
+        fresh = Frame(self.model.config, longest if moves else longest + max_new_tokens)
+        logits = self.feed_prompts(fresh, distinct)
+        lengths = [self.lengths[row] for row in keep] + [len(prompt) for prompt in prompts]
+        if moves:
+            kept = [(self.frame, keep)] if keep else []
+            fresh = arrange([*kept, (fresh, rows)], max(lengths), max(lengths) + max_new_tokens)
+        self.use(fresh, lengths)
+        return logits[torch.tensor(rows, device=logits.device)] if len(distinct) < len(rows) else logits
+
+    def feed_prompts(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Fill a cache with prompts of any lengths, padded on the left; logits (rows, V) of their last tokens."""
         device, longest = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (longest - len(row)) + list(row) for row in prompts], device=device)
-        lengths = torch.tensor([len(row) for row in prompts], device=device)
+        padding = torch.tensor([[longest - len(row)] for row in prompts], device=device)
         columns = torch.arange(longest, device=device)
-        padding = (longest - lengths)[:, None]
-        self.cache = self.new_cache(len(prompts), longest + max_new_tokens)
-        self.attention_mask = (columns >= padding).long() if lengths.min() < longest else None
-        self.position_ids = (columns - padding).clamp(min=0)
-        logits = self.feed(self.model, ids)
-        self.position_ids = lengths[:, None]
+        is_padded = any(len(row) < longest for row in prompts)
+        mask = (columns >= padding).long() if is_padded else None
+        logits = self.feed(self.model, cache, ids, (columns - padding).clamp(min=0), mask)
+        if isinstance(cache, Frame):
+            cache.length += longest
         return logits
 
     def step(self, tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Feed one token per row; logits (rows, V)."""
+        if self.frame.length == self.frame.capacity:
+            self.select(range(len(self.lengths)))
         ids = torch.as_tensor(tokens, device=self.model.device)[:, None]
-        self.widen_mask(ids)
-        logits = self.feed(self.one_token, ids)
-        self.position_ids = self.position_ids + 1
+        logits = self.feed(self.model, self.frame, ids, self.positions, self.step_mask())
+        self.frame.length += 1
+        self.lengths = [length + 1 for length in self.lengths]
+        self.positions = self.positions + 1
         return logits
 
-    def select(self, rows: list[int]) -> bool:
-        """Keep only `rows`; False if this decoder cannot drop rows."""
-        indices = torch.tensor(rows, device=self.position_ids.device)
-        self.cache.batch_select_indices(indices)
-        self.position_ids = self.position_ids[indices]
-        if self.attention_mask is not None:
-            self.attention_mask = self.attention_mask[indices]
-        return True
+    def step_mask(self) -> Mask:
+        """Which columns each row sees: (rows, 1, 1, columns) for sdpa, one per kind of layer if there are several.
 
-    def new_cache(self, rows: int, length: int) -> Cache:
-        return DynamicCache(config=self.model.config)
+        Built here, because transformers' mask functions take longer than a layer does. For other kernels they take
+        over, from a mask (rows, columns). None where all rows see all columns.
+        """
+        end = self.frame.length + 1
+        mask = None
+        if self.starts is not None:
+            mask = torch.arange(end, device=self.starts.device) >= self.starts
+        if self.model.config._attn_implementation != "sdpa":
+            return None if mask is None else mask.long()
+        mask = None if mask is None else mask[:, None, None]
+        if not self.frame.windows:
+            return mask
+        begins = {kind: max(0, end - window) if window else 0 for kind, window in self.frame.windows.items()}
+        return {kind: None if mask is None else mask[..., begin:] for kind, begin in begins.items()}
 
-    def widen_mask(self, ids: torch.Tensor) -> None:
-        if self.attention_mask is not None:
-            self.attention_mask = torch.cat([self.attention_mask, torch.ones_like(ids)], dim=1)
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only `rows`, in this order."""
+        lengths = [self.lengths[row] for row in rows]
+        room = max(self.frame.capacity - self.frame.length, max(lengths) // 4, SMALLEST_STEP)
+        self.use(arrange([(self.frame, rows)], max(lengths), max(lengths) + room), lengths)
 
-    def feed(self, forward: Callable, ids: torch.Tensor) -> torch.Tensor:
+    def feed(
+        self, forward: Any, cache: Cache, ids: torch.Tensor, position_ids: torch.Tensor, mask: Mask
+    ) -> torch.Tensor:
         output = forward(
             input_ids=ids,
-            attention_mask=self.attention_mask,
-            position_ids=self.position_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
             use_cache=True,
             logits_to_keep=1,
-            **{CACHE: self.cache},
+            **{CACHE: cache},
         )
         return output.logits[:, -1]
 
@@ -103,6 +146,7 @@ class Decoder:
 class CompiledDecoder(Decoder):
     """Decodes with a static cache and a step compiled to one graph per number of rows and cache length.
 
+    The cache has as many rows as its first prompts. Rows that leave are computed on until others take their places.
     Lengths are rounded up to an eighth of a power of two, and an existing cache is reused while at most twice too
     long, so a growing chat compiles a handful of times. On CUDA the step is also captured as a CUDA graph.
     """
@@ -111,33 +155,88 @@ class CompiledDecoder(Decoder):
         super().__init__(model, pad)
         options = CUDA_OPTIONS if model.device.type == "cuda" else CPU_OPTIONS
         self.compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, options=options)
-        self.one_token = self.compiled_forward
-        self.shape = (0, 0)  # rows and length of the cache
+        self.cache = Cache(layers=[])
+        self.shape = (0, 0)  # rows and columns of the cache
+        self.length = 0  # columns in use
+        self.places: list[int] = []  # row of the cache, for each row
+        self.mask: torch.Tensor | None = None  # (rows, columns) of the cache; None for a single unpadded row
 
-    def new_cache(self, rows: int, length: int) -> Cache:
+    def fits(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keep: Sequence[int]) -> bool:
+        longest = max([self.lengths[row] for row in keep] + [len(prompt) for prompt in prompts])
+        rows, columns = self.shape
+        return not keep or (len(keep) + len(prompts) <= rows and longest + max_new_tokens <= columns)
+
+    def admit(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keep: Sequence[int] = ()) -> torch.Tensor:
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        rows = [distinct.index(tuple(prompt)) for prompt in prompts]
+        fresh = Frame(self.model.config, max(map(len, prompts)))
+        logits = self.feed_prompts(fresh, distinct)
+        lengths = [self.lengths[row] for row in keep] + [len(prompt) for prompt in prompts]
+        if keep:
+            self.move([self.places[row] for row in keep], max(lengths))
+            taken = [self.places[row] for row in keep]
+            free = [place for place in range(self.shape[0]) if place not in taken]
+            self.places = taken + free[: len(prompts)]
+        else:
+            self.start(fresh, len(prompts), max(lengths) + max_new_tokens)
+            self.places = list(range(len(prompts)))
+        self.length = max(lengths)
+        self.write(fresh, rows, self.places[len(keep) :])
+        self.place(lengths)
+        return logits[torch.tensor(rows, device=logits.device)]
+
+    def start(self, fresh: Frame, rows: int, length: int) -> None:
+        """An empty cache of this many rows and columns, with the memory of the present one if that suffices."""
         if self.shape[0] == rows and length <= self.shape[1] <= 2 * length:
             self.cache.reset()  # keeps its memory, which captured graphs require
-            return self.cache
+            return
         step = max(SMALLEST_STEP, (1 << (length - 1).bit_length()) // 8)
         length = -(-length // step) * step
         self.shape = (rows, length)
         # Full length in every layer: transformers' static windows count in Python integers, so each step would
         # recompile. The masks still apply the windows.
-        layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        return Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(layers)])
+        self.cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in fresh.layers])
+        for layer, source in zip(self.cache.layers, fresh.layers, strict=True):
+            layer.lazy_initialization(
+                *(states[:1].expand(rows, -1, -1, -1) for states in (source.keys, source.values))
+            )
 
-    def select(self, rows: list[int]) -> bool:
-        return False
+    def move(self, places: Sequence[int], end: int) -> None:
+        """Move the contents of some rows of the cache so that they end at another column."""
+        width = min(self.length, end)
+        for layer in self.cache.layers if end != self.length else []:
+            for states in (layer.keys, layer.values):
+                kept = states[:, :, self.length - width : self.length].clone()
+                states[places, :, end - width : end] = kept[places]
 
-    def widen_mask(self, ids: torch.Tensor) -> None:
-        """Once, to the cache's length; batches without padding get one too, or they would compile another graph."""
-        rows, length = self.shape
-        if self.attention_mask is None and rows > 1:
-            self.attention_mask = torch.ones((rows, 1), dtype=torch.long, device=ids.device)
-        if self.attention_mask is not None and self.attention_mask.shape[1] < length:
-            missing = length - self.attention_mask.shape[1]
-            self.attention_mask = torch.nn.functional.pad(self.attention_mask, (0, missing), value=1)
+    def write(self, fresh: Frame, rows: Sequence[int], places: Sequence[int]) -> None:
+        """Copy rows of new prompts to their places, ending at the last column in use."""
+        for layer, source in zip(self.cache.layers, fresh.layers, strict=True):
+            layer.keys[places, :, self.length - fresh.length : self.length] = source.keys[rows, :, : fresh.length]
+            layer.values[places, :, self.length - fresh.length : self.length] = source.values[rows, :, : fresh.length]
+            layer.cumulative_length.fill_(self.length)
 
-    def compiled_forward(self, **inputs) -> CausalLMOutputWithPast:
+    def place(self, lengths: list[int]) -> None:
+        """Set positions and mask of all rows of the cache; without a row of ours they are those of an empty one."""
+        device, (rows, columns) = self.model.device, self.shape
+        of_place = dict(zip(self.places, lengths, strict=True))
+        used = torch.tensor([of_place.get(place, 0) for place in range(rows)], device=device)[:, None]
+        self.lengths, self.positions = lengths, used
+        # Even if no row is padded: without a mask the step would be another graph
+        alone = rows == 1 and lengths == [self.length]
+        self.mask = None if alone else (torch.arange(columns, device=device) >= self.length - used).long()
+
+    def step(self, tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        tokens = torch.as_tensor(tokens, device=self.model.device)
+        places = torch.tensor(self.places, device=tokens.device)
+        ids = tokens.new_full((self.shape[0],), self.pad).scatter(0, places, tokens)[:, None]
         with torch._dynamo.config.patch(recompile_limit=SHAPES):
-            return self.compiled(**inputs)
+            logits = self.feed(self.compiled, self.cache, ids, self.positions, self.mask)
+        self.length += 1
+        self.lengths = [length + 1 for length in self.lengths]
+        self.positions = self.positions + 1
+        return logits if self.places == list(range(self.shape[0])) else logits[places]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only `rows`; the others' places are free."""
+        self.places, self.lengths = [self.places[row] for row in rows], [self.lengths[row] for row in rows]

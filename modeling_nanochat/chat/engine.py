@@ -8,7 +8,9 @@ Unlike in the original's engine, prompts of a batch may differ (left padding), c
 and finished rows leave the batch.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from .python_tool import check_sandbox, run_python
 from .sampling import Sampler, SamplingOptions, check_setting
 from .self_check import check_cached_decoding, warn_of_untested_versions
 from .turn import MAX_TOOL_CALLS, Event, Finished, Turn, chat_codec
+
+Arrivals = Callable[[int], list[Turn]]
 
 
 class Engine:
@@ -116,16 +120,32 @@ class Engine:
         progress: Callable[[int], Any] | None = None,
     ) -> list[list[dict[str, Any]]]:
         """`generate_batch` for prompts rendered by `codec.prompt`."""
-        sampler = self.sampler(seed)
-        each = options if isinstance(options, Sequence) else [options] * len(prompts)
-        turns = [self.turn(prompt, max_new_tokens, own) for prompt, own in zip(prompts, each, strict=True)]
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            for _, event in self.decode([prompts[i] for i in rows], [turns[i] for i in rows], sampler):
-                if progress is not None and isinstance(event, Finished):
-                    progress(1)
+        options = options if isinstance(options, Sequence) else [options] * len(prompts)
+        turns = [self.turn(prompt, max_new_tokens, own) for prompt, own in zip(prompts, options, strict=True)]
+        self.complete(turns, self.sampler(seed), batch_size, progress)
         return [turn.messages for turn in turns]
+
+    def complete(
+        self,
+        turns: Sequence[Turn],
+        sampler: Sampler,
+        batch_size: int,
+        progress: Callable[[int], Any] | None = None,
+    ) -> None:
+        """Generate all `turns`, at most `batch_size` at a time; equal prompts one after the other share a prefill.
+
+        Longest prompts first: prompts fed together are padded little, and memory runs out at once if at all.
+        """
+        waiting = deque(sorted(turns, key=lambda turn: -len(turn.prompt)))
+
+        def arrivals(free: int) -> list[Turn]:
+            # Several at a time, because each arrival copies the cache
+            count = free if free >= max(1, batch_size // 4) else 0
+            return [waiting.popleft() for _ in range(min(count, len(waiting)))]
+
+        for _, event in self.run(arrivals, batch_size, sampler):
+            if progress is not None and isinstance(event, Finished):
+                progress(1)
 
     def fit(self, messages: list[dict[str, Any]], max_new_tokens: int = 256) -> list[dict[str, Any]]:
         """`messages` without the oldest turns, where needed to leave room for a reply; system messages stay.
@@ -137,16 +157,20 @@ class Engine:
         system = [message for message in messages if message["role"] == "system"]
         rest = messages[len(system) :]
         room = self.context - min(max_new_tokens, self.context // 2)
-        while (length := len(self.codec.prompt(system + rest))) > room:
-            later = [i for i, message in enumerate(rest) if i > 0 and message["role"] == "user"]
-            if not later:
-                break
-            rest = rest[later[0] :]
+        begins = [i for i, message in enumerate(rest) if i == 0 or message["role"] == "user"]
+        kept = rest[begins[-1] :] if begins else []
+        alone = length = len(self.codec.prompt(system + kept))
         if length >= self.context:
-            question = sum(len(self.codec.encode(message["content"] or "")) for message in rest)
+            question = sum(len(self.codec.encode(message["content"] or "")) for message in kept)
             fits = max(0, self.context - 1 - (length - question))
             raise UserError(f"the question itself is too long: {question} tokens, of which {fits} fit; shorten it")
-        return system + rest
+        # Backwards from the question, each turn rendered with it alone: every message is rendered at most once
+        for begin, end in reversed(list(pairwise(begins))):
+            length += len(self.codec.prompt(system + rest[begin:end] + rest[begins[-1] :])) - alone
+            if length > room:
+                break
+            kept = rest[begin:]
+        return system + kept
 
     def sampler(self, seed: int | None) -> Sampler:
         check_setting("seed", seed)
@@ -164,30 +188,50 @@ class Engine:
                 f"the conversation has {len(prompt)} tokens, the model's context is {self.context}; shorten it"
             )
         length = min(max_new_tokens, room)
-        return Turn(
-            self.codec, self.tool, length, self.max_tool_calls, options or self.options, live, seen=set(prompt)
-        )
+        return Turn(self.codec, self.tool, length, self.max_tool_calls, options or self.options, prompt, live)
+
+    def decode(self, prompts: list[list[int]], turns: list[Turn], sampler: Sampler) -> Iterator[tuple[int, Event]]:
+        """Generate `turns` together; yields (index, event)."""
+        arriving = list(turns)
+        number = {id(turn): index for index, turn in enumerate(turns)}
+        for turn, event in self.run(lambda free: [arriving.pop(0) for _ in range(len(arriving))], len(turns), sampler):
+            yield number[id(turn)], event
 
     # The decorator enters inference mode only while the generator itself runs, not while its consumer does.
     @torch.inference_mode()
-    def decode(self, prompts: list[list[int]], turns: list[Turn], sampler: Sampler) -> Iterator[tuple[int, Event]]:
-        """The core loop: feed the prompts once, then one token per row and step; yields (row, event)."""
+    def run(self, arrivals: Arrivals, batch_size: int, sampler: Sampler) -> Iterator[tuple[Turn, Event]]:
+        """The core loop: one token per turn and step; finished turns leave, waiting ones enter.
+
+        Args:
+            arrivals: Called before each step with the number of turns that may enter; returns some, or none yet. The
+                loop ends if there is none while no turn is being generated.
+            batch_size: Turns generated at a time.
+            sampler: Chooses the tokens.
+        """
         decoder = self.decoder()
-        logits = decoder.prefill(prompts, max(turn.max_length for turn in turns))
-        rows = list(range(len(turns)))  # row of the batch -> index of its turn
+        turns: list[Turn] = []  # one per row of the decoder
+        new: list[Turn] = []  # to enter as soon as the cache has room
         while True:
-            options, seen = [turns[index].options for index in rows], [turns[index].seen for index in rows]
-            for row, token in enumerate(sampler(logits[:, : self.vocabulary], options, seen).tolist()):
-                if turns[rows[row]].finish_reason is None:
-                    for event in turns[rows[row]].advance(token):
-                        yield rows[row], event
-            alive = [row for row, index in enumerate(rows) if turns[index].finish_reason is None]
-            if not alive:
-                return
+            alive = [row for row, turn in enumerate(turns) if turn.finish_reason is None]
             # Copying the cache costs about one step, so do it only if it halves all later steps.
-            if len(alive) <= len(rows) // 2 and decoder.select(alive):
-                rows = [rows[row] for row in alive]
-            logits = decoder.step([turns[index].ids[-1] for index in rows])
+            if alive and len(alive) <= len(turns) // 2:
+                decoder.select(alive)
+                turns, alive = [turns[row] for row in alive], list(range(len(alive)))
+            logits = decoder.step([turn.ids[-1] for turn in turns]) if alive else None
+            new += arrivals(batch_size - len(alive) - len(new))
+            if not alive and not new:
+                return
+            prompts, staying = [turn.prompt for turn in new], [turns[row] for row in alive]
+            room = max(turn.max_length - len(turn.ids) for turn in staying + new)
+            if new and decoder.fits(prompts, room, alive):
+                entered = decoder.admit(prompts, room, alive)
+                logits = entered if logits is None else torch.cat([logits[alive], entered])
+                turns, new = staying + new, []
+            options, seen = [turn.options for turn in turns], [turn.seen for turn in turns]
+            for turn, token in zip(turns, sampler(logits[:, : self.vocabulary], options, seen).tolist(), strict=True):
+                if turn.finish_reason is None:
+                    for event in turn.advance(token):
+                        yield turn, event
 
     def decoder(self) -> Decoder:
         """A new decoder for each batch; the compiled one is kept, with its graphs."""

@@ -103,8 +103,9 @@ class Turn:
     max_length: int
     max_tool_calls: int = MAX_TOOL_CALLS
     options: SamplingOptions = field(default_factory=SamplingOptions)
+    prompt: Sequence[int] = ()
     live: bool = False  # decode text token by token, for streaming
-    seen: set[int] = field(default_factory=set)  # ids of the prompt and of the reply
+    seen: set[int] = field(init=False)  # ids of the prompt and of the reply
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -115,6 +116,9 @@ class Turn:
     held: str = ""  # decoded text with which a stop string may begin
     text: str = ""
     tool_calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.seen = set(self.prompt)
 
     def advance(self, sampled: int) -> Iterator[Event]:
         """Append the next token, `sampled` unless one is forced, and yield the resulting events."""
@@ -132,6 +136,10 @@ class Turn:
         if self.finish_reason:
             self.messages.append({"role": "assistant", "content": self.text})
             yield Finished(self.messages, self.finish_reason)
+
+    def cancel(self) -> None:
+        """End the turn where it is; it has no `Finished`."""
+        self.finish_reason = "cancelled"
 
     def read(self, token: int) -> Iterator[Event]:
         """Process a token that the model chose."""

@@ -1,9 +1,13 @@
 """Decoding step by step, eagerly and compiled; and training compiled."""
 
+import functools
+
 import pytest
 import torch
 from conftest import random_model
 from greedy import alone
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import StaticCache
 
 from modeling_nanochat.chat.decoding import CompiledDecoder, Decoder
@@ -33,8 +37,50 @@ def test_rows_can_leave(either_model):
     logits = decoder.prefill(PROMPTS, 9)
     expected = decoder.step(logits.argmax(-1))
     decoder.prefill(PROMPTS, 9)
-    assert decoder.select([2, 0])
+    decoder.select([2, 0])
     assert torch.allclose(decoder.step(logits.argmax(-1)[[2, 0]]), expected[[2, 0]], atol=1e-5)
+
+
+def decoder_of(kind, model):
+    """`static`: the compiled decoder's cache without compilation, which takes half a minute."""
+    if kind == "growing":
+        return Decoder(model)
+    decoder = CompiledDecoder(model)
+    decoder.compiled = model.forward
+    return decoder
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@torch.inference_mode()
+def test_rows_leave_and_enter_at_any_step_and_each_is_what_it_is_alone(either_model, kind, data):
+    """Also several rows of one prompt, which is fed once."""
+    decoder, running, waiting = decoder_of(kind, either_model), [], [*PROMPTS, PROMPTS[0], [9] * 30, PROMPTS[0]]
+    for _ in range(30):
+        keep = [row for row in running if len(row[1]) < data.draw(st.integers(3, 20), "tokens")]
+        kept = [running.index(row) for row in keep]
+        count = data.draw(st.integers(0, len(waiting)), "entering")
+        new = waiting[:count] if decoder.fits(waiting[:count] or [[]], 20, kept) else []
+        if new:
+            logits, running = decoder.admit(new, 20, kept), keep + [(prompt, []) for prompt in new]
+            tokens = [row[1][-1] for row in keep] + logits.argmax(-1).tolist()
+            waiting = waiting[count:]
+            for row, token in zip(running[len(keep) :], tokens[len(keep) :], strict=True):
+                row[1].append(token)
+        elif keep:
+            decoder.select(kept)
+            running = keep
+        if not keep and not new:
+            return
+        for row, token in zip(running, decoder.step([row[1][-1] for row in running]).argmax(-1), strict=True):
+            row[1].append(int(token))
+            assert row[1] == greedy_alone(either_model, tuple(row[0]))[: len(row[1])]
+
+
+@functools.cache
+def greedy_alone(model, prompt):
+    return greedy(Decoder(model), [prompt], 30)[0]
 
 
 @torch.inference_mode()

@@ -1,9 +1,12 @@
+import functools
 import json
 import math
 
 import pytest
 import torch
 from golden import SHARED, golden_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -81,9 +84,9 @@ def test_what_the_model_is_fed_is_what_the_template_renders(engine, monkeypatch)
     fed = []
     feed = Decoder.feed
 
-    def record(self, forward, ids):
+    def record(self, forward, cache, ids, *others):
         fed.extend(ids[0].tolist())
-        return feed(self, forward, ids)
+        return feed(self, forward, cache, ids, *others)
 
     monkeypatch.setattr(Decoder, "feed", record)
     tokenizer = engine.codec.tokenizer
@@ -134,6 +137,53 @@ def test_rows_that_finish_leave_the_batch_and_the_others_go_on(engine, monkeypat
     assert finished == [0, 1, 2, 3]
     assert set(rows_fed) == {1}
     assert turns[3].messages == [{"role": "assistant", "content": "Once upon a time"}]
+
+
+def test_equal_prompts_share_a_prefill_and_draw_their_own_samples(engine, monkeypatch):
+    fed = []
+    feed = Decoder.feed_prompts
+    monkeypatch.setattr(
+        Decoder, "feed_prompts", lambda self, cache, prompts: fed.append(len(prompts)) or feed(self, cache, prompts)
+    )
+    warm = SamplingOptions(temperature=1.5, top_k=None)
+    replies = engine.generate_batch([QUESTION] * 16, warm, max_new_tokens=12, seed=0)
+    assert fed == [1]
+    assert len({json.dumps(reply) for reply in replies}) > 8
+    assert replies == engine.generate_batch([QUESTION] * 16, warm, max_new_tokens=12, seed=0)
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_turns_that_arrive_and_leave_at_any_time_are_what_they_are_alone(engine, data):
+    """Greedy, with limits of tokens of their own; some are cancelled, as when a visitor leaves."""
+    limits = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=8), "limits")
+    prompts = [engine.codec.prompt(data.draw(st.sampled_from(QUESTIONS), "question")) for _ in limits]
+    waiting = [engine.turn(prompt, limit, GREEDY) for prompt, limit in zip(prompts, limits, strict=True)]
+    turns, cancelled = list(waiting), set()
+
+    def arrivals(free):
+        assert free >= 0
+        running = [turn for turn in turns if turn not in waiting and turn.finish_reason is None and turn.ids]
+        if running and data.draw(st.integers(0, 9), "cancel") == 0:
+            running[0].cancel()
+            cancelled.add(id(running[0]))
+        count = min(free, len(waiting), data.draw(st.integers(0, 3), "arrivals"))
+        count = count or min(1, len(waiting), free)  # otherwise the loop would end
+        return [waiting.pop(0) for _ in range(count)]
+
+    for _ in engine.run(arrivals, data.draw(st.integers(1, 4), "batch"), engine.sampler(None)):
+        pass
+    assert not waiting
+    for prompt, turn, limit in zip(prompts, turns, limits, strict=True):
+        alone = greedy_ids(engine, tuple(prompt))[:limit]
+        assert turn.ids == alone or (id(turn) in cancelled and turn.ids == alone[: len(turn.ids)])
+
+
+@functools.cache
+def greedy_ids(engine, prompt):
+    turn = engine.turn(list(prompt), 12, GREEDY)
+    list(engine.decode([list(prompt)], [turn], engine.sampler(None)))
+    return turn.ids
 
 
 def test_tool_use_in_a_batch_of_different_prompts(engine):
@@ -222,6 +272,45 @@ def test_limits_of_context_and_length(engine):
     assert (len(turn.ids), turn.finish_reason) == (room, "length")
     with pytest.raises(UserError, match="at least 1"):
         next(engine.stream(QUESTION, max_new_tokens=0))
+
+
+def naive_fit(engine, messages, max_new_tokens):
+    """As `fit`, but renders everything again for each turn that is left out."""
+    system = [message for message in messages if message["role"] == "system"]
+    rest = messages[len(system) :]
+    while len(engine.codec.prompt(system + rest)) > engine.context - min(max_new_tokens, engine.context // 2):
+        later = [i for i, message in enumerate(rest) if i > 0 and message["role"] == "user"]
+        if not later:
+            break
+        rest = rest[later[0] :]
+    return system + rest
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fit_keeps_as_many_turns_as_possible(engine, data):
+    call = {"type": "function", "function": {"name": "python", "arguments": {"code": "1+1"}}}
+    words = st.integers(0, 60).map(lambda n: "lamp " * n)
+    messages = [{"role": "system", "content": data.draw(words)}] if data.draw(st.booleans()) else []
+    for _ in range(data.draw(st.integers(0, 6))):
+        messages.append({"role": "user", "content": data.draw(words)})
+        if data.draw(st.booleans()):
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            messages.append({"role": "tool", "name": "python", "content": data.draw(words)})
+        messages.append({"role": "assistant", "content": data.draw(words)})
+    messages.append({"role": "user", "content": "And now?"})
+    limit = data.draw(st.integers(1, 300))
+    assert engine.fit(messages, limit) == naive_fit(engine, messages, limit)
+
+
+def test_fitting_a_long_history_reads_only_its_end(engine, monkeypatch):
+    """500 messages of 1,000 characters, of which two fit."""
+    rendered, prompt = [], engine.codec.prompt
+    monkeypatch.setattr(engine.codec, "prompt", lambda messages: rendered.append(len(messages)) or prompt(messages))
+    roles = ("user", "assistant")
+    history = [{"role": roles[i % 2], "content": f"{i} ".ljust(1000, "a")} for i in range(500)]
+    engine.fit([*history, *QUESTION])
+    assert sum(rendered) <= 8
 
 
 def test_fit_forgets_the_oldest_turns_first(engine):

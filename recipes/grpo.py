@@ -25,12 +25,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import set_seed
-from trl import GRPOTrainer
 
 from evals.tasks.replies import ReplyQuestion, last_words
 from evals.tasks.table import answered_in_words, question_of
-from modeling_nanochat.chat.python_tool import check_sandbox, python
-from modeling_nanochat.chat.self_check import check_cached_decoding, check_renderings
+from modeling_nanochat.chat.python_tool import check_sandbox
+from modeling_nanochat.chat.self_check import check_renderings
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.text.records import read_records
@@ -38,6 +37,7 @@ from modeling_nanochat.tokenization_nanochat import whole_messages
 from recipes.training.attention import AttentionArguments, set_attention
 from recipes.training.model_card import CardArguments
 from recipes.training.stage import check_output
+from recipes.training.trl.rollouts import EngineRollouts, fitting, sampling_options
 from recipes.training.trl.settings import GRPOSettings, parse_settings
 from recipes.training.trl.stage import (
     check_rows,
@@ -62,18 +62,10 @@ class GRPOArguments(CardArguments, RateArguments, AttentionArguments):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model in output_dir."})
 
 
-class NanoChatGRPOTrainer(MuonTrainer, GRPOTrainer):
-    """`GRPOTrainer` with Muon.
-
-    Raises:
-        UserError: Decoding with the KV cache differs from the forward pass without it.
-    """
+class NanoChatGRPOTrainer(MuonTrainer, EngineRollouts):
+    """`GRPOTrainer` with Muon and completions from the chat engine."""
 
     stage = "rl"
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        check_cached_decoding(self.model)  # on its device and with TRL's patched forward, as in rollouts
 
 
 def main() -> None:
@@ -88,6 +80,9 @@ def main() -> None:
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)
     check_renderings(tokenizer)
+    sampling_options(training)  # may be refused
+    problems = fitting(problems, tokenizer, model.config.max_position_embeddings, training)
+    check_rows(training, len(problems))
     args = replace(args, examples=args.examples_or_those_of(model))
     set_seed(training.seed)
     log = start_log(output.output_dir, training, checkpoint)
@@ -99,7 +94,6 @@ def main() -> None:
             train_dataset=problems,
             processing_class=tokenizer,
             reward_funcs=exact_answer,
-            tools=[python],
             muon_rates=args.scaled(),
         )
 
@@ -122,9 +116,9 @@ def read_problems(sources: list[str]) -> Dataset:
     return Dataset.from_list(problems)
 
 
-def exact_answer(prompts: list, completions: list[list[dict]], problem: list[str], **kwargs: Any) -> list[float]:
-    """1.0 for completions that are finished and correct, graded as in the evaluation, else 0.0."""
-    return [float(is_right(*pair)) for pair in zip(completions, map(json.loads, problem), strict=True)]
+def exact_answer(reply: list[list[dict]], problem: list[str], **kwargs: Any) -> list[float]:
+    """1.0 for replies, given by their messages, that are finished and correct as in the evaluation, else 0.0."""
+    return [float(is_right(*pair)) for pair in zip(reply, map(json.loads, problem), strict=True)]
 
 
 def is_right(completion: list[dict], problem: dict[str, Any]) -> bool:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from datasets import Dataset
 
+from modeling_nanochat.chat.sampling import SamplingOptions
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.grpo import NanoChatGRPOTrainer, exact_answer, read_problems
+from recipes.training.trl.rollouts import fitting, rollouts
 from recipes.training.trl.settings import GRPOSettings
 
 
@@ -23,7 +25,7 @@ def test_reward_is_for_the_exact_answer_in_the_last_message():
         [],
     ]
     problem = json.dumps({"question": "Apples?", "answer": "12 + 7 = <<12+7=19>>19\n#### 19"})
-    rewards = exact_answer([None] * 7, completions, [problem] * 7)
+    rewards = exact_answer(completions, [problem] * 7)
     assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
@@ -38,7 +40,7 @@ def test_reward_is_for_all_words_of_the_answer_and_no_rival_in_a_turn_that_ended
         [],
     ]
     problem = json.dumps({"question": "The story?", "answer": ["Mira", "kite"], "rivals": ["drum"]})
-    rewards = exact_answer([None] * 6, completions, [problem] * 6)
+    rewards = exact_answer(completions, [problem] * 6)
     assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
@@ -61,6 +63,60 @@ def test_a_record_that_is_not_answered_in_words_is_refused(tmp_path):
         UserError, match=r"a.jsonl:1: a record of mmlu; only replies to match and gsm8k can be rewarded"
     ):
         read_problems([str(tmp_path / "a.jsonl")])
+
+
+@pytest.fixture
+def trainer(toy_model_folder, tmp_path):
+    """Of eight completions of two problems."""
+    lines = [json.dumps({"question": f"What is {n}+7?", "answer": f"#### {n + 7}"}) + "\n" for n in (12, 30)]
+    (tmp_path / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
+    model, tokenizer = load_model_and_tokenizer(toy_model_folder, dtype=torch.float32, device="cpu")
+    args = GRPOSettings(
+        output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=20,
+        max_steps=1, temperature=0.9, top_k=40, min_p=0.01, bf16=False, use_cpu=True, save_strategy="no",
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    return NanoChatGRPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=read_problems([str(tmp_path / "problems.jsonl")]),
+        processing_class=tokenizer,
+        reward_funcs=exact_answer,
+        muon_rates={"matrix_lr": 0.0, "embedding_lr": 0.0, "unembedding_lr": 0.0},
+    )
+
+
+def test_completions_come_from_the_engine_with_a_mask_of_what_the_model_chose(trainer, monkeypatch):
+    engine = trainer.engine
+    call = engine.codec.tokenizer("<|python_start|>12+7<|python_end|>", add_special_tokens=False).input_ids
+    script = iter([*call, *[0] * 4, *[7] * 99])
+    monkeypatch.setattr(engine, "sampler", lambda seed: lambda logits, *_: torch.tensor([next(script)] * len(logits)))
+    found = rollouts([trainer.train_dataset[0]["prompt"]] * 4, trainer)
+    assert found["prompt_ids"] == [engine.codec.prompt(trainer.train_dataset[0]["prompt"])] * 4
+    forced = [engine.codec.output_start, *engine.codec.encode("19"), engine.codec.output_end]
+    for ids, mask, reply in zip(found["completion_ids"], found["env_mask"], found["reply"], strict=True):
+        assert len(ids) == len(mask) == 20
+        assert [token for token, chosen in zip(ids, mask, strict=True) if not chosen] == forced
+        assert [message["role"] for message in reply] == ["assistant", "tool", "assistant"]
+    assert trainer._metrics["train"]["tools/call_frequency"] == [1.0]
+    assert trainer.sampling == SamplingOptions(0.9, 40, 1.0, 0.01)
+
+
+def test_completions_follow_torch_s_global_seed(trainer):
+    prompts = [problem["prompt"] for problem in trainer.train_dataset for _ in range(4)]
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(rollouts(prompts, trainer)["completion_ids"])
+    assert drawn[0] == drawn[1] != drawn[2] and len({tuple(ids) for ids in drawn[0]}) > 4
+
+
+def test_problems_without_room_for_a_completion_are_left_out(trainer, capsys):
+    problems = Dataset.from_list([{"prompt": [{"role": "user", "content": "lamp " * n}]} for n in (1, 900)])
+    assert len(fitting(problems, trainer.processing_class, 256, trainer.args)) == 1
+    assert "left out: 1 problems of more than 236 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no problem leaves room for max_completion_length 20"):
+        fitting(problems.select([1]), trainer.processing_class, 256, trainer.args)
 
 
 @pytest.mark.parametrize("spread", [True, False])

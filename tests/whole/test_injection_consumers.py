@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hostile import ANY, HOSTILE, contents, learnt, messages_of, part, read, rendered, whole, written
 from hypothesis import given, settings
@@ -21,7 +22,6 @@ from evals.tasks.letters import prompt_ids
 from modeling_nanochat.chat import __main__ as chat_module
 from modeling_nanochat.chat.__main__ import Chat
 from modeling_nanochat.chat.engine import Engine
-from modeling_nanochat.chat.python_tool import python
 from modeling_nanochat.chat.sampling import SamplingOptions
 from modeling_nanochat.chat.turn import ChatCodec, Finished, Turn
 from modeling_nanochat.loading import load_model_and_tokenizer
@@ -149,16 +149,7 @@ def test_sft_on_prompts_and_completions(toy_model_folder, tmp_path):
     assert fed(trainer) == sorted((written(chat), whole(chat[1][-1][2]) + "<|assistant_end|>") for chat in CHATS)
 
 
-class ScriptedGRPOTrainer(NanoChatGRPOTrainer):
-    """Generates what it is told: a call for each prompt, then an answer. Keeps what generation was given."""
-
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        self.prompted.append(prompt_ids)
-        writes = self.calls if len(self.prompted) == 1 else self.answers
-        return [list(writes) for _ in prompt_ids], None
-
-
-def grpo_trainer(folder, problems, output_dir, **options) -> ScriptedGRPOTrainer:
+def grpo_trainer(folder, problems, output_dir, **options) -> NanoChatGRPOTrainer:
     model, tokenizer = load_model_and_tokenizer(folder, device="cpu")
     model.config.max_position_embeddings = 2000
     args = GRPOSettings(
@@ -166,33 +157,34 @@ def grpo_trainer(folder, problems, output_dir, **options) -> ScriptedGRPOTrainer
         max_completion_length=1500, max_tool_calling_iterations=1, **CPU
     )  # fmt: skip
     parts = {"model": model, "args": args, "processing_class": tokenizer, "muon_rates": RATES}
-    return ScriptedGRPOTrainer(train_dataset=problems, tools=[python], **parts, **options)
+    return NanoChatGRPOTrainer(train_dataset=problems, **parts, **options)
 
 
 @pytest.mark.parametrize("text", ["".join(HOSTILE[:9]), "".join(HOSTILE[9:]), HALF], ids=["tokens", "edges", "half"])
 def test_grpo_with_the_tools_results(toy_model_folder, tmp_path, text):
-    """Prompt, and call with result: what TRL puts together is what the template renders."""
+    """Prompt, and call with result: what the trainer gets is what the template renders."""
     (tmp_path / "problems.jsonl").write_text(json.dumps({"question": text, "answer": "#### 19"}) + "\n")
     problems, seen = read_problems([str(tmp_path / "problems.jsonl")]), []
 
-    def reward(completions, completion_ids, **kwargs):
-        seen.extend(zip(completions, completion_ids, strict=True))
-        return [0.0] * len(completions)
+    def reward(reply, completion_ids, **kwargs):
+        seen.extend(zip(reply, completion_ids, strict=True))
+        return [0.0] * len(reply)
 
     trainer = grpo_trainer(toy_model_folder, problems, tmp_path / "out", reward_funcs=reward)
     tokenizer, text = trainer.processing_class, READ_AS if text == HALF else text
     code = f"print({text!a})".replace("<", r"\x3c")
-    trainer.prompted = []
-    trainer.calls = tokenizer(f" So:\n<|python_start|>{code}<|python_end|>", add_special_tokens=False).input_ids
-    trainer.answers = tokenizer("#### 19<|assistant_end|>", add_special_tokens=False).input_ids
+    calls = tokenizer(f" So:\n<|python_start|>{code}<|python_end|>", add_special_tokens=False).input_ids
+    answers = tokenizer("#### 19<|assistant_end|>", add_special_tokens=False).input_ids
+    unread = [0] * (len(trainer.engine.codec.encode(text)) + 2)  # drawn while the result is written
+    script = iter([*calls, *unread, *answers])
+    trainer.engine.sampler = lambda seed: lambda logits, *_: torch.tensor([next(script)] * len(logits))
     trainer.train()
     chat = (None, [(text, [(" So:\n", code, text)], "#### 19")])
-    first, second = trainer.prompted
-    assert read(tokenizer, first[0]) == question(text)
-    assert second[0] == rendered(tokenizer, messages_of(chat)[:-1], add_generation_prompt=True)
+    prompt = trainer.engine.codec.prompt(problems[0]["prompt"])
+    assert read(tokenizer, prompt) == question(text)
     for completion, ids in seen:
-        assert first[0] + list(ids) == rendered(tokenizer, messages_of(chat))
-        assert read(tokenizer, first[0] + list(ids)) == written(chat)
+        assert prompt + list(ids) == rendered(tokenizer, messages_of(chat))
+        assert read(tokenizer, prompt + list(ids)) == written(chat)
         assert [message["content"] for message in completion] == [" So:\n", text, "#### 19"]
     assert len(seen) == 2
 

@@ -7,7 +7,6 @@ for these would be accepted without effect. `recipes/training/trl/settings.py` c
 
 import math
 
-from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from trl import GRPOConfig, SFTConfig
 
 # Keys that this repository handles itself, in both stages ...
@@ -51,8 +50,7 @@ PASSED_ON_BY = {
     GRPOConfig: {
         # rollouts
         "num_generations", "generation_batch_size", "steps_per_generation", "max_completion_length", "temperature",
-        "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation",
-        "max_tool_calling_iterations",
+        "top_p", "top_k", "min_p", "repetition_penalty", "max_tool_calling_iterations",
         # loss
         "beta", "num_iterations", "epsilon", "epsilon_high", "delta", "loss_type", "scale_rewards", "reward_weights",
         "multi_objective_aggregation", "importance_sampling_level", "mask_truncated_completions",
@@ -75,7 +73,7 @@ COLUMNS = "train_files are read and rendered by the chat template: leave it out"
 LAUNCHER = "the number of processes and the sharding are set by accelerate launch --config_file: leave it out"
 HUB = "push_to_hub uploads the finished model once, with the account of `hf auth login`: leave it out"
 PRECISION = "weights are float32, and bf16 chooses the precision: set bf16"
-VLLM = "rollouts run in transformers, whose cache is checked first: leave it out"
+VLLM = "completions come from the chat engine: leave it out"
 INSTEAD = {
     OPTIMIZER: {
         "learning_rate", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules",
@@ -135,6 +133,10 @@ INSTEAD_BY = {
         "set shuffle_dataset and seed": {"data_seed", "train_sampling_strategy"},
         "all tokens are counted: leave it out": {"include_num_input_tokens_seen"},
         "only whole batches are drawn: leave it out": {"dataloader_drop_last"},
+        "completions come from the chat engine: set temperature, top_k, top_p, min_p or repetition_penalty": {
+            "generation_kwargs",
+            "cache_implementation",
+        },
     },
 }
 
@@ -172,7 +174,6 @@ CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "cache_implementation": ALL_CACHE_IMPLEMENTATIONS,
     "save_strategy": ("no", "steps", "epoch"),  # `best` needs an evaluation
 }
 LOSSES = {
@@ -180,7 +181,7 @@ LOSSES = {
     GRPOConfig: ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
 }
 DICTIONARIES = {
-    "lr_scheduler_kwargs", "generation_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
+    "lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
 }  # fmt: skip
 TINY = math.ulp(0.0)  # excludes 0
 RANGES = {

@@ -26,7 +26,6 @@ LOGGED = {
     "reward": "reward",
     "reward_std": "reward_std",
     "tools/call_frequency": "tool_calls_per_completion",
-    "tools/failure_frequency": "tool_failure_frequency",
     "completions/mean_length": "completion_tokens",
     "completions/clipped_ratio": "clipped_ratio",
     "num_tokens": "tokens",

@@ -1,0 +1,103 @@
+"""GRPO's completions from the chat engine, in place of TRL's loop of generation, parsing and tool calls.
+
+TRL generates until every row has stopped, runs the calls, and starts again with the results from an empty cache. Here
+the result of a call goes into the running row, equal prompts share a prefill, and rows that have ended leave.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import unwrap_model_for_generation
+
+from modeling_nanochat.chat.engine import Engine
+from modeling_nanochat.chat.sampling import SamplingOptions
+from modeling_nanochat.chat.turn import MAX_TOOL_CALLS, chat_codec
+from modeling_nanochat.errors import UserError
+
+
+def sampling_options(training: GRPOConfig) -> SamplingOptions:
+    """How completions are sampled.
+
+    Raises:
+        UserError: An option is out of the engine's range.
+    """
+    return SamplingOptions(
+        temperature=training.temperature,
+        top_k=training.top_k,
+        top_p=training.top_p,
+        min_p=training.min_p or 0.0,
+        repetition_penalty=training.repetition_penalty,
+    )
+
+
+def fitting(problems: Dataset, tokenizer: PreTrainedTokenizerFast, context: int, training: GRPOConfig) -> Dataset:
+    """The problems whose `prompt` leaves room for a whole completion; prints how many are left out.
+
+    Raises:
+        UserError: None is left.
+    """
+    codec, longest = chat_codec(tokenizer), context - training.max_completion_length
+    kept = [i for i, prompt in enumerate(problems["prompt"]) if len(codec.prompt(prompt)) <= longest]
+    left_out = len(problems) - len(kept)
+    if not kept:
+        raise UserError(
+            f"no problem leaves room for max_completion_length {training.max_completion_length} in the context of "
+            f"{context} tokens; lower it, or shorten the problems"
+        )
+    if left_out and training.process_index == 0:
+        print(f"left out: {left_out} problems of more than {longest} tokens, which leave no room for a completion")
+    return problems.select(kept) if left_out else problems
+
+
+class EngineRollouts(GRPOTrainer):
+    """Trainer mixin: `rollout_func` is the engine; reward functions get the messages of each completion as `reply`.
+
+    Raises:
+        UserError: Decoding with the KV cache differs from the forward pass without it.
+    """
+
+    processing_class: PreTrainedTokenizerFast
+    _metrics: dict[str, dict[str, list[float]]]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)  # TRL is pinned
+            super().__init__(*args, rollout_func=rollouts, **kwargs)
+        self.sampling = sampling_options(self.args)
+        calls = self.args.max_tool_calling_iterations
+        # Checks decoding on the model's device and with TRL's patched forward
+        self.engine = Engine(
+            self.model, self.processing_class, max_tool_calls=MAX_TOOL_CALLS if calls is None else calls
+        )
+        self.model.train()
+
+
+def rollouts(prompts: list[list[dict[str, Any]]], trainer: EngineRollouts) -> dict[str, Sequence[Any]]:
+    """A completion of each prompt, as TRL's `rollout_func` returns them.
+
+    `env_mask` is 1 where the model chose the token and 0 for the tool's output. The seed is drawn from torch's global
+    state, which checkpoints restore and which differs between processes.
+    """
+    engine, codec = trainer.engine, trainer.engine.codec
+    rendered = [codec.prompt(prompt) for prompt in prompts]
+    turns = [engine.turn(prompt, trainer.args.max_completion_length, trainer.sampling) for prompt in rendered]
+    sampler = engine.sampler(int(torch.randint(2**31, ())))
+    with (
+        unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator),
+        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+    ):
+        engine.complete(turns, sampler, batch_size=len(turns))
+    calls = torch.tensor([float(turn.tool_calls) for turn in turns], device=trainer.accelerator.device)
+    trainer._metrics["train"]["tools/call_frequency"].append(trainer.accelerator.gather(calls).mean().item())
+    return {
+        "prompt_ids": rendered,
+        "completion_ids": [turn.ids for turn in turns],
+        "logprobs": None,  # recomputed by the trainer in the forward pass
+        "env_mask": [[int(chosen) for chosen in turn.sampled] for turn in turns],
+        "reply": [turn.messages for turn in turns],
+    }

@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,23 +30,7 @@ class OriginalRun:
     """The original's model in training, set up as in its training script."""
 
     def __init__(self, setting: Setting, config: NanoChatConfig, batch: dict[str, torch.Tensor]):
-        gpt = importlib.import_module("nanochat.gpt")
-        heads = {"n_head": config.num_attention_heads, "n_kv_head": config.num_key_value_heads}
-        sizes = {"sequence_len": config.max_position_embeddings, "vocab_size": config.vocab_size, **heads}
-        sizes |= {"n_layer": config.num_hidden_layers, "n_embd": config.hidden_size}
-        if "window_pattern" in {field.name for field in dataclasses.fields(gpt.GPTConfig)}:
-            sizes["window_pattern"] = "L"
-        with torch.device("meta"):
-            self.model = gpt.GPT(gpt.GPTConfig(**sizes))
-        self.model.to_empty(device=setting.device)
-        self.model.init_weights()
-        if not setting.on_gpu:  # the launch version's bfloat16 embeddings would need autocast
-            for weight in self.model.parameters():
-                weight.data = weight.data.float()
-        with torch.no_grad():  # as in our run: zeros multiply faster
-            for weight in self.model.parameters():
-                if weight.ndim == 2:
-                    weight.normal_(std=weight.shape[1] ** -0.5)
+        self.model = original_model(config, setting.device)
         classic = hasattr(self.model, "setup_optimizers")
         self.optimizers = self.model.setup_optimizers() if classic else [self.model.setup_optimizer()]
         self.autocast = classic and setting.on_gpu  # the current version casts its weights itself
@@ -70,6 +55,28 @@ class OriginalRun:
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
         return loss
+
+
+def original_model(config: NanoChatConfig, device: str) -> Any:
+    """The imported version's model of these sizes with full attention and random weights; in float32 on a CPU."""
+    gpt = importlib.import_module("nanochat.gpt")
+    heads = {"n_head": config.num_attention_heads, "n_kv_head": config.num_key_value_heads}
+    sizes = {"sequence_len": config.max_position_embeddings, "vocab_size": config.vocab_size, **heads}
+    sizes |= {"n_layer": config.num_hidden_layers, "n_embd": config.hidden_size}
+    if "window_pattern" in {field.name for field in dataclasses.fields(gpt.GPTConfig)}:
+        sizes["window_pattern"] = "L"
+    with torch.device("meta"):
+        model = gpt.GPT(gpt.GPTConfig(**sizes))
+    model.to_empty(device=device)
+    model.init_weights()
+    if device == "cpu":  # the launch version's bfloat16 embeddings would need autocast
+        for weight in model.parameters():
+            weight.data = weight.data.float()
+    with torch.no_grad():  # as in our run: zeros multiply faster
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=weight.shape[1] ** -0.5)
+    return model
 
 
 def check_original(setting: Setting, report: Report) -> None:

@@ -143,6 +143,18 @@ class Decoder:
         return output.logits[:, -1]
 
 
+class PlacedLayer(StaticLayer):
+    """Keys and values (rows, heads, columns, head_dim) of the compiled decoder.
+
+    Full length in every layer: transformers' static windows count in Python integers, so each step would recompile.
+    The masks still apply the windows.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    cumulative_length: torch.Tensor
+
+
 class CompiledDecoder(Decoder):
     """Decodes with a static cache and a step compiled to one graph per number of rows and cache length.
 
@@ -155,7 +167,8 @@ class CompiledDecoder(Decoder):
         super().__init__(model, pad)
         options = CUDA_OPTIONS if model.device.type == "cuda" else CPU_OPTIONS
         self.compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, options=options)
-        self.cache = Cache(layers=[])
+        self.layers: list[PlacedLayer] = []
+        self.cache = Cache(layers=[*self.layers])
         self.shape = (0, 0)  # rows and columns of the cache
         self.length = 0  # columns in use
         self.places: list[int] = []  # row of the cache, for each row
@@ -193,25 +206,23 @@ class CompiledDecoder(Decoder):
         step = max(SMALLEST_STEP, (1 << (length - 1).bit_length()) // 8)
         length = -(-length // step) * step
         self.shape = (rows, length)
-        # Full length in every layer: transformers' static windows count in Python integers, so each step would
-        # recompile. The masks still apply the windows.
-        self.cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in fresh.layers])
-        for layer, source in zip(self.cache.layers, fresh.layers, strict=True):
-            layer.lazy_initialization(
-                *(states[:1].expand(rows, -1, -1, -1) for states in (source.keys, source.values))
-            )
+        self.layers = [PlacedLayer(max_cache_len=length) for _ in fresh.parts]
+        self.cache = Cache(layers=[*self.layers])
+        for layer, source in zip(self.layers, fresh.parts, strict=True):
+            keys, values = (states[:1].expand(rows, -1, -1, -1) for states in (source.keys, source.values))
+            layer.lazy_initialization(keys, values)
 
     def move(self, places: Sequence[int], end: int) -> None:
         """Move the contents of some rows of the cache so that they end at another column."""
         width = min(self.length, end)
-        for layer in self.cache.layers if end != self.length else []:
+        for layer in self.layers if end != self.length else []:
             for states in (layer.keys, layer.values):
                 kept = states[:, :, self.length - width : self.length].clone()
                 states[places, :, end - width : end] = kept[places]
 
     def write(self, fresh: Frame, rows: Sequence[int], places: Sequence[int]) -> None:
         """Copy rows of new prompts to their places, ending at the last column in use."""
-        for layer, source in zip(self.cache.layers, fresh.layers, strict=True):
+        for layer, source in zip(self.layers, fresh.parts, strict=True):
             layer.keys[places, :, self.length - fresh.length : self.length] = source.keys[rows, :, : fresh.length]
             layer.values[places, :, self.length - fresh.length : self.length] = source.values[rows, :, : fresh.length]
             layer.cumulative_length.fill_(self.length)

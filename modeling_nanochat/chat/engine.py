@@ -120,8 +120,8 @@ class Engine:
         progress: Callable[[int], Any] | None = None,
     ) -> list[list[dict[str, Any]]]:
         """`generate_batch` for prompts rendered by `codec.prompt`."""
-        options = options if isinstance(options, Sequence) else [options] * len(prompts)
-        turns = [self.turn(prompt, max_new_tokens, own) for prompt, own in zip(prompts, options, strict=True)]
+        each = options if isinstance(options, Sequence) else [options] * len(prompts)
+        turns = [self.turn(prompt, max_new_tokens, own) for prompt, own in zip(prompts, each, strict=True)]
         self.complete(turns, self.sampler(seed), batch_size, progress)
         return [turn.messages for turn in turns]
 
@@ -212,24 +212,29 @@ class Engine:
         turns: list[Turn] = []  # one per row of the decoder
         new: list[Turn] = []  # to enter as soon as the cache has room
         while True:
-            alive = [row for row, turn in enumerate(turns) if turn.finish_reason is None]
+            alive = [row for row, turn in enumerate(turns) if turn.is_running]
             # Copying the cache costs about one step, so do it only if it halves all later steps.
             if alive and len(alive) <= len(turns) // 2:
                 decoder.select(alive)
                 turns, alive = [turns[row] for row in alive], list(range(len(alive)))
-            logits = decoder.step([turn.ids[-1] for turn in turns]) if alive else None
+            logits = decoder.step([turn.ids[-1] for turn in turns]) if alive else torch.empty(0)
             new += arrivals(batch_size - len(alive) - len(new))
             if not alive and not new:
                 return
-            prompts, staying = [turn.prompt for turn in new], [turns[row] for row in alive]
+            prompts, staying = [[*turn.prompt, *turn.ids] for turn in new], [turns[row] for row in alive]
             room = max(turn.max_length - len(turn.ids) for turn in staying + new)
             if new and decoder.fits(prompts, room, alive):
                 entered = decoder.admit(prompts, room, alive)
-                logits = entered if logits is None else torch.cat([logits[alive], entered])
+                logits = torch.cat([logits[alive], entered]) if alive else entered
+                for turn in new:
+                    for event in turn.resume():
+                        yield turn, event
                 turns, new = staying + new, []
             options, seen = [turn.options for turn in turns], [turn.seen for turn in turns]
-            for turn, token in zip(turns, sampler(logits[:, : self.vocabulary], options, seen).tolist(), strict=True):
-                if turn.finish_reason is None:
+            generators = [turn.generator for turn in turns]
+            tokens = sampler(logits[:, : self.vocabulary], options, seen, generators).tolist()
+            for turn, token in zip(turns, tokens, strict=True):
+                if turn.is_running:
                     for event in turn.advance(token):
                         yield turn, event
 

@@ -20,6 +20,9 @@ class FrameLayer(CacheLayerMixin):
         window: Tokens that the layer's attention sees, the current one included; None: all.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, frame: "Frame", window: int | None):
         super().__init__()
         self.frame, self.window = frame, window
@@ -80,7 +83,8 @@ class Frame(Cache):
         self.windows = {
             kind: decoder.sliding_window if kind == "sliding_attention" else None for kind in kinds if kind is not None
         }
-        super().__init__(layers=[FrameLayer(self, self.windows.get(kind)) for kind in kinds])
+        self.parts = [FrameLayer(self, self.windows.get(kind)) for kind in kinds]
+        super().__init__(layers=[*self.parts])
         self.config, self.capacity, self.length = config, capacity, 0
 
 
@@ -93,8 +97,8 @@ def arrange(sources: Sequence[tuple[Frame, Sequence[int]]], longest: int, capaci
     """
     frame = Frame(sources[0][0].config, capacity)
     frame.length = longest
-    for i, layer in enumerate(frame.layers):
-        olds = [(source.layers[i], source.length, rows) for source, rows in sources]
+    for i, layer in enumerate(frame.parts):
+        olds = [(source.parts[i], source.length, rows) for source, rows in sources]
         layer.keys = aligned([(old.keys, length, rows) for old, length, rows in olds], longest, capacity)
         layer.values = aligned([(old.values, length, rows) for old, length, rows in olds], longest, capacity)
         layer.is_initialized = True

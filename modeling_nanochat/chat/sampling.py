@@ -110,14 +110,20 @@ class Sampler:
         logits: torch.Tensor,
         options: SamplingOptions | Sequence[SamplingOptions],
         seen: Sequence[Collection[int]] = (),
+        generators: Sequence[torch.Generator | None] = (),
     ) -> torch.Tensor:
         """Logits (rows, vocabulary) -> token ids (rows,).
 
         Args:
             options: One for all rows, or one per row.
             seen: The ids that each row contains so far; needed by `repetition_penalty` only.
+            generators: One per row, or none: a row with its own draws the same whatever the other rows are.
         """
         options = [options] * len(logits) if isinstance(options, SamplingOptions) else options
+        if any(generators):
+            rows = zip(logits, options, seen, generators, strict=True)
+            alone = [Sampler(own or self.generator)(row[None], [option], [ids]) for row, option, ids, own in rows]
+            return torch.cat(alone)
         logits = penalize_repetition(logits.float(), options, seen)
         most_likely = logits.argmax(-1)
         greedy = [row.is_greedy for row in options]

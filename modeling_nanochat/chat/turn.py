@@ -3,9 +3,11 @@
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
@@ -99,7 +101,7 @@ class Turn:
     """
 
     codec: ChatCodec
-    tool: Callable[[str], str] | None
+    tool: Callable[[str], str | Future[str]] | None  # a future: the turn pauses until it is done
     max_length: int
     max_tool_calls: int = MAX_TOOL_CALLS
     options: SamplingOptions = field(default_factory=SamplingOptions)
@@ -116,6 +118,8 @@ class Turn:
     held: str = ""  # decoded text with which a stop string may begin
     text: str = ""
     tool_calls: int = 0
+    pending: tuple[str, Future[str]] | None = None  # a call whose result is still to come
+    generator: torch.Generator | None = None  # for samples that do not depend on the other rows
 
     def __post_init__(self) -> None:
         self.seen = set(self.prompt)
@@ -136,6 +140,10 @@ class Turn:
         if self.finish_reason:
             self.messages.append({"role": "assistant", "content": self.text})
             yield Finished(self.messages, self.finish_reason)
+
+    @property
+    def is_running(self) -> bool:
+        return self.finish_reason is None and self.pending is None
 
     def cancel(self) -> None:
         """End the turn where it is; it has no `Finished`."""
@@ -166,6 +174,18 @@ class Turn:
         yield from self.new_text(final=True)
         yield ToolCall(code)
         output = self.tool(code)
+        if isinstance(output, Future):
+            self.pending = code, output
+        else:
+            yield from self.write_result(code, output)
+
+    def resume(self) -> Iterator[Event]:
+        """Go on after a call whose result was still to come."""
+        if self.pending is not None:
+            (code, output), self.pending = self.pending, None
+            yield from self.write_result(code, output.result())
+
+    def write_result(self, code: str, output: str) -> Iterator[Event]:
         self.forced.extend([self.codec.output_start, *self.codec.encode(output), self.codec.output_end])
         self.messages += [call_message(self.text, code), {"role": "tool", "name": "python", "content": output}]
         self.text = ""

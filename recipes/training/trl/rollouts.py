@@ -5,12 +5,11 @@ the result of a call goes into the running row, equal prompts share a prefill, a
 """
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
@@ -41,7 +40,7 @@ def fitting(problems: Dataset, tokenizer: PreTrainedTokenizerFast, context: int,
     Raises:
         UserError: None is left.
     """
-    codec, longest = chat_codec(tokenizer), context - training.max_completion_length
+    codec, longest = chat_codec(tokenizer), context - (training.max_completion_length or 0)
     kept = [i for i, prompt in enumerate(problems["prompt"]) if len(codec.prompt(prompt)) <= longest]
     left_out = len(problems) - len(kept)
     if not kept:
@@ -61,13 +60,15 @@ class EngineRollouts(GRPOTrainer):
         UserError: Decoding with the KV cache differs from the forward pass without it.
     """
 
+    args: GRPOConfig
+    model: PreTrainedModel
     processing_class: PreTrainedTokenizerFast
-    _metrics: dict[str, dict[str, list[float]]]
 
     def __init__(self, *args: Any, **kwargs: Any):
+        kwargs["rollout_func"] = rollouts
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)  # TRL is pinned
-            super().__init__(*args, rollout_func=rollouts, **kwargs)
+            super().__init__(*args, **kwargs)
         self.sampling = sampling_options(self.args)
         calls = self.args.max_tool_calling_iterations
         # Checks decoding on the model's device and with TRL's patched forward
@@ -77,7 +78,7 @@ class EngineRollouts(GRPOTrainer):
         self.model.train()
 
 
-def rollouts(prompts: list[list[dict[str, Any]]], trainer: EngineRollouts) -> dict[str, Sequence[Any]]:
+def rollouts(prompts: list[list[dict[str, Any]]], trainer: EngineRollouts) -> dict[str, Any]:
     """A completion of each prompt, as TRL's `rollout_func` returns them.
 
     `env_mask` is 1 where the model chose the token and 0 for the tool's output. The seed is drawn from torch's global
@@ -85,7 +86,8 @@ def rollouts(prompts: list[list[dict[str, Any]]], trainer: EngineRollouts) -> di
     """
     engine, codec = trainer.engine, trainer.engine.codec
     rendered = [codec.prompt(prompt) for prompt in prompts]
-    turns = [engine.turn(prompt, trainer.args.max_completion_length, trainer.sampling) for prompt in rendered]
+    longest = trainer.args.max_completion_length or engine.context
+    turns = [engine.turn(prompt, longest, trainer.sampling) for prompt in rendered]
     sampler = engine.sampler(int(torch.randint(2**31, ())))
     with (
         unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator),

@@ -19,7 +19,6 @@ from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.self_check import (
     FLOAT32_LIMIT,
     REDUCED_LIMIT,
-    by_decoder,
     by_generate,
     check_cached_decoding,
     check_renderings,
@@ -76,16 +75,22 @@ def test_wild_and_untrained_weights_pass(make):
 
 
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
-@pytest.mark.parametrize("way", [by_generate, by_decoder])
-def test_an_ignored_cache_exceeds_both_limits_tenfold(architecture, way, ignored_cache):
+def test_an_ignored_cache_exceeds_both_limits_tenfold(architecture, ignored_cache):
     model = trained_like(architecture, 0)
     rows = probe(model)
     with torch.no_grad():
-        expected, logits = without_cache(model, rows), way(model, rows)
+        expected, logits = without_cache(model, rows), by_generate(model, rows)
     difference = logits - expected
     assert difference.abs().max() > 10 * FLOAT32_LIMIT
     assert (difference.pow(2).mean(-1).sqrt() / expected.std(-1)).max() > 10 * REDUCED_LIMIT
     assert disagreement(logits, expected, reduced=False) and disagreement(logits, expected, reduced=True)
+
+
+def test_a_cache_that_only_the_engine_s_decoder_does_without_is_one_line(ignored_cache, monkeypatch):
+    model = trained_like("plain", 0)
+    monkeypatch.setattr("modeling_nanochat.chat.self_check.by_generate", without_cache)
+    with pytest.raises(UserError, match="the chat engine computes other logits"):
+        check_cached_decoding(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,107 @@
+"""Whether a tokenizer is bounded in time and memory, and fits the model: the parts of its files that can make it not.
+
+The fast tokenizer is native code, which can be neither interrupted nor limited: what is in the files decides.
+"""
+
+import json
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from ..errors import UserError
+from ..tokenization_nanochat import ASSISTANT_END, BOS, ESCAPES, SPECIAL_TOKENS, SPLIT_PATTERNS
+from .files import read_json
+
+# A regular expression can take time that grows with the square or exponentially; these are known not to.
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {ESCAPES, *SPLIT_PATTERNS.values(), *(CONTRACTIONS + n + REST for n in (r"|\p{N}{1,3}", r"|\p{N}"))}
+PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+MAX_PIPELINE_CHARACTERS = 20_000  # of each, as JSON
+MAX_GROWTH = 64  # of a text by replacements
+MAX_TOKEN_CHARACTERS = 10_000
+MAX_PADDING = 2**20
+MAX_ADDED_TOKENS = 20_000
+UNSET = ((None, None), (0, 1))  # bos and eos: not set, or the defaults of transformers' class
+
+
+def check_tokenizer(folder: Path, name: str) -> None:
+    """Raise [`UserError`] if the tokenizer's files lead elsewhere, or describe one without bounds."""
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        content = read_json(settings, name)
+        names = (key for key, value in content.items() if key.endswith(("_file", "_files", "_object")) and value)
+        if key := next((key for key in names if key != "special_tokens_map_file"), None):
+            raise UserError(f"{name}: tokenizer_config.json has `{key}`, which leads to another file; remove the key")
+        check_added(content.get("added_tokens_decoder"), "tokenizer_config.json", name)
+    tokenizer = read_json(folder / "tokenizer.json", name)
+    check_added(tokenizer.get("added_tokens"), "tokenizer.json", name)
+    if problem := problem_of(tokenizer):
+        raise UserError(f"{name}: tokenizer.json: {problem}; use a tokenizer of tokenizer_train/train.py")
+
+
+def check_added(tokens: Any, file: str, name: str) -> None:
+    if isinstance(tokens, list | dict) and len(tokens) > MAX_ADDED_TOKENS:
+        raise UserError(f"{name}: {file} adds {len(tokens):,} tokens, at most {MAX_ADDED_TOKENS:,}; remove some")
+
+
+def problem_of(tokenizer: dict[str, Any]) -> str | None:
+    """What could make a tokenizer.json slow or large, in words; None if nothing."""
+    for key in PIPELINE:
+        if len(json.dumps(tokenizer.get(key))) > MAX_PIPELINE_CHARACTERS:
+            return f"its {key} has more than {MAX_PIPELINE_CHARACTERS:,} characters"
+        parts = list(objects(tokenizer.get(key)))
+        patterns = (part["Regex"] for part in parts if "Regex" in part)
+        if unknown := next((pattern for pattern in patterns if pattern not in PATTERNS), None):
+            return f"its {key} has the regular expression {str(unknown)[:60]!r}, for which no bound on time is known"
+        if (
+            prod(max(1, len(str(part.get(name, "")))) for part in parts for name in ("content", "prepend"))
+            > MAX_GROWTH
+        ):
+            return f"its {key} makes texts more than {MAX_GROWTH} times longer"
+    padding = tokenizer.get("padding") or {}
+    if any(number > MAX_PADDING for number in numbers(padding)):
+        return f"it pads to more than {MAX_PADDING:,} tokens"
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    entries = vocabulary if isinstance(vocabulary, dict) else [str(entry[0]) for entry in vocabulary]
+    if max(map(len, entries), default=0) > MAX_TOKEN_CHARACTERS:
+        return f"a token has more than {MAX_TOKEN_CHARACTERS:,} characters"
+    return None
+
+
+def objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object inside a value of JSON, itself included."""
+    if isinstance(value, dict):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from objects(item)
+
+
+def numbers(value: Any) -> Iterator[float]:
+    return (n for part in objects(value) for n in part.values() if isinstance(n, int | float))
+
+
+def check_token_ids(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, name: str) -> None:
+    """Raise [`UserError`] for ids beyond the model's vocabulary, or control tokens with other ids than in config.json.
+
+    With control tokens under other ids a model loads and answers, but only nonsense.
+    """
+    vocabulary = tokenizer.get_vocab()
+    highest = max(vocabulary.values(), default=0)
+    if highest >= config.vocab_size:
+        raise UserError(
+            f"{name}: the tokenizer has {highest + 1} tokens, the model only {config.vocab_size}; "
+            "they are not from the same training, copy the right tokenizer into the folder"
+        )
+    ends = config.eos_token_id
+    if (config.bos_token_id, ends) in UNSET or any(token not in vocabulary for token in SPECIAL_TOKENS):
+        return
+    for token, ids in ((BOS, config.bos_token_id), (ASSISTANT_END, ends)):
+        if ids is not None and vocabulary[token] not in (ids if isinstance(ids, list) else [ids]):
+            raise UserError(
+                f"{name}: {token} is {vocabulary[token]} in the tokenizer, config.json has {ids}; "
+                "they are not from the same training, copy the right tokenizer into the folder"
+            )

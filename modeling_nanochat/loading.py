@@ -3,18 +3,15 @@
 Weights are read only from safetensors inside the folder, and code in a checkpoint is never run.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from . import registered  # noqa: F401  registers both architectures
 from .checks.chat_templates import limit_chat_template
-from .checks.configuration import check_config
+from .checks.configuration import check_config, errors_only
 from .checks.files import check_model_files
 from .checks.tokenizer import check_token_ids, check_tokenizer
 from .errors import UserError, one_line
@@ -83,6 +80,7 @@ def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
     try:
         with errors_only():  # it reads config.json and warns about what `load_model` refuses
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer("a")  # some settings of a wrong type fail only here
     except Exception as error:  # of any kind: tokenizers raises bare `Exception`s
         raise UserError(f"{name}: the tokenizer cannot be opened: {one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -134,14 +132,3 @@ def first_not_finite(model: PreTrainedModel) -> str | None:
     finite = torch.stack([tensor.sum().float() for tensor in tensors.values()]).isfinite().tolist()
     suspects = (name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite)
     return next((name for name in suspects if not tensors[name].isfinite().all()), None)
-
-
-@contextmanager
-def errors_only() -> Iterator[None]:
-    """Silence transformers' warnings within the block."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

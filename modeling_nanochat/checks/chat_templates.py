@@ -20,7 +20,7 @@ from transformers.utils import get_json_schema
 
 from ..errors import UserError
 
-SECONDS = 5.0  # for one call; a conversation takes milliseconds
+SECONDS = 3.0  # for one call; a conversation takes milliseconds
 OWN_TEMPLATE = Path(__file__).parents[1] / "chat_template.jinja"
 # What the tokenizer renders in place of the folder's template: parts of text, marked where the model writes.
 RENDERED = (

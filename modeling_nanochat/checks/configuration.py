@@ -3,12 +3,14 @@
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from ..errors import UserError, one_line
 from .files import WEIGHTS, read_json, weight_files
@@ -55,6 +57,8 @@ def problem_of(key: str, value: Any, tensors: int) -> str | None:
         return f"is {value}, the weights are {tensors} tensors"
     if (key in POSITIVE and value <= 0) or (key.endswith("_eps") and value < 0):
         return f"is {value}, too small"
+    if key.endswith("dropout") and not 0 <= value <= 1:
+        return f"is {value}, not from 0 to 1"
     return None
 
 
@@ -101,9 +105,20 @@ def header(path: Path, name: str) -> list[list[int]]:
 def numbers_built(folder: Path, name: str) -> int:
     """Numbers in the parameters and buffers of the model that config.json describes, built without memory."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
+        with errors_only(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # of any kind: an invalid configuration fails wherever it is used
         raise UserError(f"{name}: config.json cannot be opened: {one_line(error)}") from error
     return sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Silence transformers' warnings within the block."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from ..errors import UserError
-from ..tokenization_nanochat import ASSISTANT_END, BOS, ESCAPES, SPECIAL_TOKENS, SPLIT_PATTERNS
+from ..errors import UserError, one_line
+from ..tokenization_nanochat import ASSISTANT_END, BOS, ESCAPES, PAD, PYTHON_END, SPECIAL_TOKENS, SPLIT_PATTERNS
 from .files import read_json
 
 # A regular expression can take time that grows with the square or exponentially; these are known not to.
@@ -25,6 +25,7 @@ MAX_GROWTH = 64  # of a text by replacements
 MAX_TOKEN_CHARACTERS = 10_000
 MAX_PADDING = 2**20
 MAX_ADDED_TOKENS = 20_000
+ENDS = (ASSISTANT_END, PYTHON_END, BOS, PAD)  # what `set_special_tokens` stops generation at
 UNSET = ((None, None), (0, 1))  # bos and eos: not set, or the defaults of transformers' class
 
 
@@ -39,7 +40,11 @@ def check_tokenizer(folder: Path, name: str) -> None:
         check_added(content.get("added_tokens_decoder"), "tokenizer_config.json", name)
     tokenizer = read_json(folder / "tokenizer.json", name)
     check_added(tokenizer.get("added_tokens"), "tokenizer.json", name)
-    if problem := problem_of(tokenizer):
+    try:
+        problem = problem_of(tokenizer)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        problem = f"not a tokenizer's ({one_line(error)})"
+    if problem:
         raise UserError(f"{name}: tokenizer.json: {problem}; use a tokenizer of tokenizer_train/train.py")
 
 
@@ -54,9 +59,12 @@ def problem_of(tokenizer: dict[str, Any]) -> str | None:
         if len(json.dumps(tokenizer.get(key))) > MAX_PIPELINE_CHARACTERS:
             return f"its {key} has more than {MAX_PIPELINE_CHARACTERS:,} characters"
         parts = list(objects(tokenizer.get(key)))
-        patterns = (part["Regex"] for part in parts if "Regex" in part)
-        if unknown := next((pattern for pattern in patterns if pattern not in PATTERNS), None):
-            return f"its {key} has the regular expression {str(unknown)[:60]!r}, for which no bound on time is known"
+        if unknown := [part["Regex"] for part in parts if part.get("Regex", ESCAPES) not in PATTERNS]:
+            return (
+                f"its {key} has the regular expression {str(unknown[0])[:60]!r}, for which no bound on time is known"
+            )
+        if any(part.get("String") == "" for part in parts):
+            return f"its {key} searches for an empty text"
         if (
             prod(max(1, len(str(part.get(name, "")))) for part in parts for name in ("content", "prepend"))
             > MAX_GROWTH
@@ -96,12 +104,16 @@ def check_token_ids(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig
             f"{name}: the tokenizer has {highest + 1} tokens, the model only {config.vocab_size}; "
             "they are not from the same training, copy the right tokenizer into the folder"
         )
-    ends = config.eos_token_id
-    if (config.bos_token_id, ends) in UNSET or any(token not in vocabulary for token in SPECIAL_TOKENS):
+    if any(token not in vocabulary for token in SPECIAL_TOKENS):
         return
-    for token, ids in ((BOS, config.bos_token_id), (ASSISTANT_END, ends)):
-        if ids is not None and vocabulary[token] not in (ids if isinstance(ids, list) else [ids]):
-            raise UserError(
-                f"{name}: {token} is {vocabulary[token]} in the tokenizer, config.json has {ids}; "
-                "they are not from the same training, copy the right tokenizer into the folder"
-            )
+    first, ends = getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None)
+    if (first, ends) in UNSET:
+        return
+    mine = {vocabulary[token] for token in ENDS}
+    listed = set(ends) if isinstance(ends, list) else {ends}
+    if first not in (None, vocabulary[BOS]) or not (ends is None or vocabulary[ASSISTANT_END] in listed <= mine):
+        raise UserError(
+            f"{name}: config.json has bos_token_id {first} and eos_token_id {ends}, but {BOS} is {vocabulary[BOS]} in "
+            f"the tokenizer, {ASSISTANT_END} {vocabulary[ASSISTANT_END]}; they are not from the same training, copy "
+            "the right tokenizer into the folder"
+        )

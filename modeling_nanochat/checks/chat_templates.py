@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,7 @@ class RenderProcess:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[str] | None = None
         self.owner = os.getpid()
+        self.stop: Callable[[], Any] = lambda: None
 
     def __reduce__(self) -> tuple[type["RenderProcess"], tuple[()]]:
         return RenderProcess, ()  # copies and other processes start their own
@@ -128,18 +131,19 @@ class RenderProcess:
             try:
                 answer = exchange(process, line)
             except BaseException:  # Ctrl-C: the answer would be taken for the next one
-                process.kill()
+                self.stop()
                 raise
             finally:
                 deadline.cancel()
             if answer:
                 return json.loads(answer)
-            process.wait()  # otherwise `poll` may not know yet
+            self.stop()
         return {"error": f"it took more than {SECONDS:g} s, or the process that renders it was killed"}
 
     def running(self) -> subprocess.Popen[str]:
         if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
             self.process, self.owner = start_renderer(), os.getpid()
+            self.stop = weakref.finalize(self, stop, self.process, self.owner)
         return self.process
 
 
@@ -157,6 +161,14 @@ def start_renderer() -> subprocess.Popen[str]:
     if exchange(process) != "ready\n":
         raise UserError("the process that renders chat templates cannot start; check the installation of transformers")
     return process
+
+
+def stop(process: subprocess.Popen[str], owner: int) -> None:
+    """End `process` and close its pipes, unless this is a fork of its owner."""
+    if owner == os.getpid():
+        process.kill()
+        with suppress(BrokenPipeError), process:
+            pass
 
 
 def exchange(process: subprocess.Popen[str], line: str = "") -> str:

@@ -12,10 +12,12 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from ..configuration_nanochat import NanoChatConfig
 from ..errors import UserError, one_line
-from .files import WEIGHTS, read_json, weight_files
+from ..sizes import parameter_counts
+from .files import MAX_TENSORS, WEIGHTS, read_json, weight_files
 
-MAX_HEADER_BYTES = 2**24  # of a safetensors file: some 100,000 tensors
+MAX_HEADER_BYTES = 2**24  # of a safetensors file
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Keys whose value is a number of objects, which are built one after the other.
 COUNT = re.compile(r"(^|_)(n_)?(layers?|blocks|labels|experts|depth)$")
@@ -77,6 +79,8 @@ def entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def stored(folder: Path, name: str) -> tuple[int, int]:
     """Tensors and numbers in the folder's weights, from the headers of the files."""
     shapes = [shape for path in weight_files(folder, name) for shape in header(path, name)]
+    if len(shapes) > MAX_TENSORS:
+        raise UserError(f"{name}: the weights are {len(shapes):,} tensors, at most {MAX_TENSORS:,} are opened")
     return len(shapes), sum(map(math.prod, shapes))
 
 
@@ -103,10 +107,12 @@ def header(path: Path, name: str) -> list[list[int]]:
 
 
 def numbers_built(folder: Path, name: str) -> int:
-    """Numbers in the parameters and buffers of the model that config.json describes, built without memory."""
+    """Numbers in the model that config.json describes: computed for this project's, otherwise built without memory."""
     try:
         with errors_only(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if isinstance(config, NanoChatConfig):
+                return parameter_counts(config)["total"]
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # of any kind: an invalid configuration fails wherever it is used
         raise UserError(f"{name}: config.json cannot be opened: {one_line(error)}") from error

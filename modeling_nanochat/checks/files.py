@@ -23,6 +23,7 @@ MAX_BYTES = {
     "added_tokens.json": 2**20,
     "chat_template.jinja": 2**20,
 }
+MAX_TENSORS = 100_000  # each takes the libraries some 20 microseconds
 WITH_TEMPLATES = "additional_chat_templates"  # a folder, which transformers reads too
 
 
@@ -81,6 +82,8 @@ def check_shards(folder: Path, name: str) -> list[str]:
     shards = read_json(folder / WEIGHTS_INDEX, name).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{name}: {WEIGHTS_INDEX} has no `weight_map`; save the model again")
+    if len(shards) > MAX_TENSORS:
+        raise UserError(f"{name}: {WEIGHTS_INDEX} names {len(shards):,} tensors, at most {MAX_TENSORS:,} are opened")
     files = sorted({str(shard) for shard in shards.values()})
     for shard in files:
         if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):

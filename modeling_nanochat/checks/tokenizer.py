@@ -20,7 +20,7 @@ CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {ESCAPES, *SPLIT_PATTERNS.values(), *(CONTRACTIONS + n + REST for n in (r"|\p{N}{1,3}", r"|\p{N}"))}
 PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-MAX_PIPELINE_CHARACTERS = 20_000  # of each, as JSON
+MAX_STEP_CHARACTERS = 20_000  # of each, as JSON
 MAX_GROWTH = 64  # of a text by replacements
 MAX_TOKEN_CHARACTERS = 10_000
 MAX_PADDING = 2**20
@@ -56,27 +56,29 @@ def check_added(tokens: Any, file: str, name: str) -> None:
 def problem_of(tokenizer: dict[str, Any]) -> str | None:
     """What could make a tokenizer.json slow or large, in words; None if nothing."""
     for key in PIPELINE:
-        if len(json.dumps(tokenizer.get(key))) > MAX_PIPELINE_CHARACTERS:
-            return f"its {key} has more than {MAX_PIPELINE_CHARACTERS:,} characters"
-        parts = list(objects(tokenizer.get(key)))
-        if unknown := [part["Regex"] for part in parts if part.get("Regex", ESCAPES) not in PATTERNS]:
-            return (
-                f"its {key} has the regular expression {str(unknown[0])[:60]!r}, for which no bound on time is known"
-            )
-        if any(part.get("String") == "" for part in parts):
-            return f"its {key} searches for an empty text"
-        if (
-            prod(max(1, len(str(part.get(name, "")))) for part in parts for name in ("content", "prepend"))
-            > MAX_GROWTH
-        ):
-            return f"its {key} makes texts more than {MAX_GROWTH} times longer"
-    padding = tokenizer.get("padding") or {}
-    if any(number > MAX_PADDING for number in numbers(padding)):
+        if problem := problem_of_step(tokenizer.get(key)):
+            return f"its {key} {problem}"
+    if any(number > MAX_PADDING for number in numbers(tokenizer.get("padding"))):
         return f"it pads to more than {MAX_PADDING:,} tokens"
     vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
     entries = vocabulary if isinstance(vocabulary, dict) else [str(entry[0]) for entry in vocabulary]
     if max(map(len, entries), default=0) > MAX_TOKEN_CHARACTERS:
-        return f"a token has more than {MAX_TOKEN_CHARACTERS:,} characters"
+        return f"it has a token of more than {MAX_TOKEN_CHARACTERS:,} characters"
+    return None
+
+
+def problem_of_step(step: Any) -> str | None:
+    if len(json.dumps(step)) > MAX_STEP_CHARACTERS:
+        return f"has more than {MAX_STEP_CHARACTERS:,} characters"
+    parts = list(objects(step))
+    patterns = [str(part["Regex"]) for part in parts if "Regex" in part]
+    if unknown := next((repr(pattern) for pattern in patterns if pattern not in PATTERNS), None):
+        return f"has the regular expression {unknown[:60]}, for which no bound on time is known"
+    if any(part.get("String") == "" for part in parts):
+        return "searches for an empty text"
+    inserted = [str(part[key]) for part in parts for key in ("content", "prepend") if key in part]
+    if prod(max(1, len(text)) for text in inserted) > MAX_GROWTH:
+        return f"makes texts more than {MAX_GROWTH} times longer"
     return None
 
 

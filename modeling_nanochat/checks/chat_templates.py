@@ -45,7 +45,7 @@ def limit_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     templates = template.values() if isinstance(template, dict) else [template]
     if not all(isinstance(text, str) for text in templates):
         raise UserError(f"{name}: the chat template is not text; save the tokenizer again")
-    tokenizer.apply_chat_template = LimitedTemplate(tokenizer, name)  # type: ignore[method-assign]  # on purpose
+    tokenizer.apply_chat_template = LimitedTemplate(tokenizer, name)  # type: ignore[assignment, method-assign]
 
 
 class LimitedTemplate:

@@ -6,6 +6,7 @@ A script that is started, never imported. It imports no torch and nothing of thi
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ def limit_memory() -> None:
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The rendered `texts` and the `spans` that the model writes in each, or an `error` in one line."""
+    render: Callable[..., Any] = render_jinja_template  # its annotation says that it returns one string
     try:
-        texts, spans = render_jinja_template(**request)
+        texts, spans = render(**request)
     except MemoryError:
         return {"error": f"more than {MEMORY // 2**20} MB of memory"}
     except Exception as error:  # a template can raise anything

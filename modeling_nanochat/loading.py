@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import registered  # noqa: F401  registers both architectures
 from .checks.chat_templates import limit_chat_template
 from .checks.configuration import check_config, errors_only
-from .checks.files import check_model_files
+from .checks.files import check_files, check_model_files
 from .checks.tokenizer import check_token_ids, check_tokenizer
 from .errors import UserError, one_line
 from .hub import find_folder
@@ -56,7 +56,8 @@ def load_model_and_tokenizer(
     dtype = default_dtype(device) if dtype is None else dtype
     name = str(name_or_path)
     folder = find_folder(name)
-    check_folder(folder, name)
+    check_model_files(folder, name)
+    check_config(folder, name)
     tokenizer = load_tokenizer(folder, name)
     model = load_model(folder, name, dtype)
     check_token_ids(tokenizer, model.config, name)
@@ -76,15 +77,15 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer in `folder`; errors refer to it as `name`."""
+    """The fast tokenizer in `folder`, from tokenizer.json whatever class the folder names; errors call it `name`."""
+    check_files(folder, name)
+    check_tokenizer(folder, name)
     try:
-        with errors_only():  # it reads config.json and warns about what `load_model` refuses
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with errors_only():  # it warns of another class
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
             tokenizer("a")  # some settings of a wrong type fail only here
     except Exception as error:  # of any kind: tokenizers raises bare `Exception`s
         raise UserError(f"{name}: the tokenizer cannot be opened: {one_line(error)}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"{name}: {type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
     limit_chat_template(tokenizer, name)
     return tokenizer
 

@@ -45,7 +45,7 @@ def check_tokenizer(folder: Path, name: str) -> None:
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         problem = f"not a tokenizer's ({one_line(error)})"
     if problem:
-        raise UserError(f"{name}: tokenizer.json: {problem}; use a tokenizer of tokenizer_train/train.py")
+        raise UserError(f"{name}: tokenizer.json: {problem}; use a tokenizer made for nanochat")
 
 
 def check_added(tokens: Any, file: str, name: str) -> None:

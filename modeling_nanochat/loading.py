@@ -1,6 +1,7 @@
 """Open a model folder or Hub id, checked first so that a fault is reported in one line.
 
-Weights are read only from safetensors inside the folder, and code in a checkpoint is never run.
+Weights are read only from safetensors inside the folder, and code in a checkpoint is never run. What `checks` refuses
+would take unbounded time or memory.
 """
 
 from pathlib import Path
@@ -16,6 +17,7 @@ from .checks.files import check_files, check_model_files
 from .checks.tokenizer import check_token_ids, check_tokenizer
 from .errors import UserError, one_line
 from .hub import find_folder
+from .tokenization_nanochat import RESPONSE_TEMPLATE
 
 
 def pick_device() -> torch.device:
@@ -49,8 +51,8 @@ def load_model_and_tokenizer(
         device: Default: `pick_device()`.
 
     Raises:
-        UserError: No such folder or Hub id; config, safetensors or tokenizer are missing or do not match; a weight is
-            not finite.
+        UserError: No such folder or Hub id; config, safetensors or tokenizer are missing, too large or do not match; a
+            weight is not finite.
     """
     device = torch.device(device) if device is not None else pick_device()
     dtype = default_dtype(device) if dtype is None else dtype
@@ -87,6 +89,8 @@ def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
     except Exception as error:  # of any kind: tokenizers raises bare `Exception`s
         raise UserError(f"{name}: the tokenizer cannot be opened: {one_line(error)}") from error
     limit_chat_template(tokenizer, name)
+    if getattr(tokenizer, "response_template", None) is not None:  # regular expressions, which TRL runs on replies
+        tokenizer.response_template = RESPONSE_TEMPLATE
     return tokenizer
 
 

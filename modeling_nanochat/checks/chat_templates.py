@@ -31,6 +31,8 @@ RENDERED = (
     "{%- else -%}{{- part.text -}}{%- endif -%}"
     "{%- endfor -%}"
 )
+# Arguments of the library that say what is rendered; others say how the text is encoded.
+RENDERING = ("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask")
 
 
 def limit_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -67,6 +69,8 @@ class LimitedTemplate:
         chat_template: str | None = None,
         **options: Any,
     ) -> Any:
+        if options.get("sanitize_control_tokens"):
+            raise ValueError("sanitize_control_tokens needs the text before it is rendered, here it comes afterwards")
         apply: Callable[..., Any] = type(self.tokenizer).apply_chat_template
         takes = inspect.signature(apply).parameters
         batched = bool(conversation) and isinstance(conversation[0], list | tuple)
@@ -91,9 +95,6 @@ class LimitedTemplate:
             )
         spans = answer["spans"] or [[]] * len(answer["texts"])
         return [parts_of(text, written) for text, written in zip(answer["texts"], spans, strict=True)]
-
-
-RENDERING = ("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask")
 
 
 def without_none(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 import json
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import check_folder, load_model_and_tokenizer
-from modeling_nanochat.tokenization_nanochat import SPLIT_PATTERNS
+from modeling_nanochat.tokenization_nanochat import RESPONSE_TEMPLATE, SPLIT_PATTERNS
 from tokenizer_train.bpe import train_tokenizer
 
 
@@ -105,6 +106,12 @@ def test_a_setting_of_a_wrong_type_is_one_line(toy_model_folder, settings):
     refusal(toy_model_folder, load)
 
 
+def test_replies_are_parsed_by_our_own_patterns(toy_model_folder):
+    hostile = RESPONSE_TEMPLATE | {"start_anchor_pattern": "(a|a)+b"}
+    change(toy_model_folder, "tokenizer_config.json", response_template=hostile)
+    assert load_model_and_tokenizer(toy_model_folder, device="cpu")[1].response_template == RESPONSE_TEMPLATE
+
+
 def swap(folder, one, other):
     """Exchange two control tokens, whose ids the library counts in their order."""
     tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
@@ -130,6 +137,11 @@ def test_an_id_beyond_the_vocabulary_is_refused(toy_model_folder):
     model = json.loads((toy_model_folder / "tokenizer.json").read_text())["model"]
     change(toy_model_folder, model=model | {"vocab": model["vocab"] | {"zq": 10**6}})
     assert "has 1000001 tokens, the model only 320" in refusal(toy_model_folder, load)
+
+
+def test_the_class_that_the_folder_names_is_not_asked(toy_model_folder):
+    change(toy_model_folder, "tokenizer_config.json", tokenizer_class="BertJapaneseTokenizer")
+    assert type(load_model_and_tokenizer(toy_model_folder, device="cpu")[1]) is PreTrainedTokenizerFast
 
 
 @pytest.mark.parametrize("ids", [{"bos_token_id": None, "eos_token_id": None}, {"bos_token_id": 0, "eos_token_id": 1}])

@@ -12,12 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from textwrap import shorten
 
 INTERRUPTED, PIPE_CLOSED = 128 + 2, 128 + 13  # a shell's exit codes for SIGINT and SIGPIPE
 
 
 class UserError(Exception):
     """Something outside the code is wrong; the message says in one line what, where, and what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's error, at most 300 characters; its type if it has none."""
+    return shorten(str(error).strip() or type(error).__name__, 300, placeholder=" ...")
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:

@@ -1,26 +1,23 @@
 """Open a model folder or Hub id, checked first so that a fault is reported in one line.
 
-Weights are read only from safetensors inside the folder, and code in a checkpoint is never run.
+Weights are read only from safetensors inside the folder, and code in a checkpoint is never run. What `checks` refuses
+would take unbounded time or memory.
 """
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import registered  # noqa: F401  registers both architectures
-from .errors import UserError
+from .checks.chat_templates import limit_chat_template
+from .checks.configuration import check_config, errors_only
+from .checks.files import check_files, check_model_files
+from .checks.tokenizer import check_token_ids, check_tokenizer
+from .errors import UserError, one_line
 from .hub import find_folder
-
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-ATTENTION = ("attn_implementation", "_attn_implementation")  # names of kernels that transformers would download
-MERGE = "AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')"
+from .tokenization_nanochat import RESPONSE_TEMPLATE
 
 
 def pick_device() -> torch.device:
@@ -54,21 +51,18 @@ def load_model_and_tokenizer(
         device: Default: `pick_device()`.
 
     Raises:
-        UserError: No such folder or Hub id; config, safetensors or tokenizer are missing or do not match; a weight is
-            not finite.
+        UserError: No such folder or Hub id; config, safetensors or tokenizer are missing, too large or do not match; a
+            weight is not finite.
     """
     device = torch.device(device) if device is not None else pick_device()
     dtype = default_dtype(device) if dtype is None else dtype
     name = str(name_or_path)
     folder = find_folder(name)
-    check_folder(folder, name)
+    check_model_files(folder, name)
+    check_config(folder, name)
     tokenizer = load_tokenizer(folder, name)
     model = load_model(folder, name, dtype)
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
-            "they are not from the same training, copy the right tokenizer into the folder"
-        )
+    check_token_ids(tokenizer, model.config, name)
     model = model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps `to` without its types
     if broken := first_not_finite(model):
         raise UserError(
@@ -78,66 +72,25 @@ def load_model_and_tokenizer(
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Raise [`UserError`] for a folder that is incomplete, or whose weights are elsewhere or pickled."""
-    if (folder / "adapter_config.json").is_file():  # transformers would open the base model that it names
-        raise UserError(
-            f"{name}: a PEFT adapter, not a full model; merge it into its base model with peft's "
-            f"{MERGE.format(name=name)}, copy the tokenizer's files into `merged` and give that"
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{name}: has no config.json, so it is not a model folder; did the training stage finish?")
-    config = read_json(folder / "config.json", name)
-    if "transformers_weights" in config:  # transformers reads that file instead
-        raise UserError(
-            f"{name}: config.json has `transformers_weights`; rename the file to {WEIGHTS}, remove the key"
-        )
-    if kernel := next((key for key in ATTENTION if "/" in str(config.get(key))), None):
-        raise UserError(f"{name}: config.json has `{kernel}`, which runs code from the Hub; remove the key")
-    if not (folder / WEIGHTS).is_file():
-        check_shards(folder, name)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{name}: has no tokenizer.json; copy the tokenizer folder that the model was trained with into it"
-        )
-
-
-def check_shards(folder: Path, name: str) -> None:
-    """Raise [`UserError`] unless the index names only safetensors that exist in this folder.
-
-    transformers would open any path it names, pickles included. Links are followed: the Hub's cache consists of them.
-    """
-    if not (folder / WEIGHTS_INDEX).is_file():
-        pickled = " (pickled weights are not opened, convert them)" if list(folder.glob("*.bin")) else ""
-        raise UserError(f"{name}: has no {WEIGHTS}{pickled}; did the training stage finish, or the download?")
-    shards = read_json(folder / WEIGHTS_INDEX, name).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise UserError(f"{name}: {WEIGHTS_INDEX} has no `weight_map`; save the model again")
-    for shard in sorted({str(shard) for shard in shards.values()}):
-        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise UserError(f"{name}: {WEIGHTS_INDEX} names {shard!r}; only safetensors inside the folder are opened")
-        if not (folder / shard).is_file():
-            raise UserError(f"{name}: has no {shard}, which {WEIGHTS_INDEX} names; copy or download the folder again")
-
-
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{name}: {path.name} cannot be opened: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{name}: {path.name} cannot be opened: not a JSON object")
-    return content
+    """Raise [`UserError`] for a folder that is incomplete, or that could not be opened in bounded time and memory."""
+    check_model_files(folder, name)
+    check_config(folder, name)
+    check_tokenizer(folder, name)
 
 
 def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer in `folder`; errors refer to it as `name`."""
+    """The fast tokenizer in `folder`, from tokenizer.json whatever class the folder names; errors call it `name`."""
+    check_files(folder, name)
+    check_tokenizer(folder, name)
     try:
-        with errors_only():  # it reads config.json and warns about what `load_model` refuses
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with errors_only():  # it warns of another class
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer("a")  # some settings of a wrong type fail only here
     except Exception as error:  # of any kind: tokenizers raises bare `Exception`s
         raise UserError(f"{name}: the tokenizer cannot be opened: {one_line(error)}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"{name}: {type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
+    limit_chat_template(tokenizer, name)
+    if getattr(tokenizer, "response_template", None) is not None:  # regular expressions, which TRL runs on replies
+        tokenizer.response_template = RESPONSE_TEMPLATE
     return tokenizer
 
 
@@ -184,18 +137,3 @@ def first_not_finite(model: PreTrainedModel) -> str | None:
     finite = torch.stack([tensor.sum().float() for tensor in tensors.values()]).isfinite().tolist()
     suspects = (name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite)
     return next((name for name in suspects if not tensors[name].isfinite().all()), None)
-
-
-def one_line(error: Exception) -> str:
-    return shorten(str(error).strip() or type(error).__name__, 300, placeholder=" ...")
-
-
-@contextmanager
-def errors_only() -> Iterator[None]:
-    """Silence transformers' warnings within the block."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

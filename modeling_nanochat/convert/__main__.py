@@ -24,6 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .. import NanoChatForCausalLM, NanoChatTurboForCausalLM
+from ..checks.configuration import check_config
+from ..checks.files import check_files
 from ..cli import parse
 from ..configuration_nanochat import NanoChatConfig
 from ..errors import UserError, exit_on_user_error
@@ -135,6 +137,8 @@ def to_original(args: ConvertArguments) -> None:
     if not (folder / "config.json").is_file():
         what = "already a checkpoint of the original" if steps(folder) else "not a model folder, it has no config.json"
         raise UserError(f"{args.input}: {what}; --to {args.to} takes a model folder")
+    check_files(folder, args.input)
+    check_config(folder, args.input)
     try:
         sizes, architecture = config_to_original(read_config(folder))
         if args.to == "launch" and architecture == "turbo":

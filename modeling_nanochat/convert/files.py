@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from .. import registered  # noqa: F401  registers both architectures
-from ..errors import UserError
-from ..loading import one_line
+from ..errors import UserError, one_line
 from .config import OriginalConfig
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .engine import Engine
 from .python_tool import run_python
 from .sampling import SamplingOptions
@@ -39,6 +39,8 @@ class SharedEngine(Engine):
         super().__init__(model, tokenizer, tool, max_tool_calls)
         self.rows = rows
         self.waiting: SimpleQueue[Turn] = SimpleQueue()
+        self.first: list[Turn] = []  # taken from `waiting` to start a batch
+        self.entered: list[Turn] = []  # those being generated
         self.outboxes: dict[int, SimpleQueue[Event | Exception]] = {}  # by the turn's id
         self.tools = ThreadPoolExecutor(rows, thread_name_prefix="tool")
         self.lock, self.thread = Lock(), Thread(target=self.serve, name="engine", daemon=True)
@@ -85,25 +87,25 @@ class SharedEngine(Engine):
     def serve(self) -> None:
         """The engine's thread: generates all turns that callers have left in `waiting`."""
         while True:
-            running: list[Turn] = [self.waiting.get()]
+            self.first, self.entered = [self.waiting.get()], []
             try:
-                first = list(running)
-
-                def arrivals(free: int, first: list[Turn] = first, running: list[Turn] = running) -> list[Turn]:
-                    arrived = [first.pop()] if first else []
-                    while len(arrived) < free:
-                        try:
-                            arrived.append(self.waiting.get_nowait())
-                        except Empty:
-                            break
-                    running += arrived
-                    return [turn for turn in arrived if turn.finish_reason is None]
-
-                for turn, event in self.run(arrivals, self.rows, self.sampler(None)):
+                for turn, event in self.run(self.arrivals, self.rows, self.sampler(None)):
                     self.deliver(turn, event)
             except Exception as error:  # out of memory, a broken tool: those who wait are told, the next are served
-                for turn in running:
-                    self.deliver(turn, UserError(f"the reply could not be generated: {str(error).splitlines()[0]}"))
+                for turn in self.entered:
+                    self.deliver(turn, UserError(f"the reply could not be generated: {one_line(error)}"))
+
+    def arrivals(self, free: int) -> list[Turn]:
+        """Up to `free` waiting turns whose callers have not left."""
+        arrived: list[Turn] = []
+        while len(arrived) < free:
+            try:
+                turn = self.first.pop() if self.first else self.waiting.get_nowait()
+            except Empty:
+                break
+            arrived += [turn] if turn.finish_reason is None else []
+        self.entered = [turn for turn in self.entered if turn.is_running] + arrived
+        return arrived
 
     def deliver(self, turn: Turn, event: Event | Exception) -> None:
         if outbox := self.outboxes.get(id(turn)):  # the caller may have left

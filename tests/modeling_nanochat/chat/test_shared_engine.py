@@ -96,8 +96,9 @@ def test_slow_code_of_one_caller_does_not_hold_up_the_others(toy_model_and_token
 
 
 def test_a_failure_is_told_to_those_who_wait_and_the_next_are_served(engine, monkeypatch):
-    def fail(*args):
-        raise RuntimeError("out of memory\nat length")
+    def fail(engine, arrivals, rows, sampler):
+        arrivals(rows)
+        raise RuntimeError("out of memory")
 
     run = Engine.run
     monkeypatch.setattr(Engine, "run", fail)

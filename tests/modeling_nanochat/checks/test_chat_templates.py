@@ -69,7 +69,7 @@ def test_our_own_template_is_rendered_as_ever(toy_model_and_tokenizer, template)
         {"enable_thinking": True},
         {"truncation": True, "max_length": 5},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options) or "none",
 )
 def test_results_are_those_of_the_library(foreign, toy_model_and_tokenizer, options):
     expected = toy_model_and_tokenizer[1].apply_chat_template(CONVERSATION, **options)

@@ -4,15 +4,40 @@ The interpreter is pydantic-monty: worker processes without file system, network
 and memory. There is no fallback: if it is missing, the tool refuses to run.
 """
 
+import contextlib
 import functools
+import importlib.util
+import json
 import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as NoReply
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .sandbox import MAX_CALLS, MAX_OUTPUT_CHARACTERS
+
+__all__ = [
+    "MAX_CODE_CHARACTERS",
+    "MAX_OUTPUT_CHARACTERS",
+    "check_sandbox",
+    "python",
+    "run_python",
+    "sandbox_has_started",
+]
 
 MAX_CODE_CHARACTERS = 10_000
-MAX_OUTPUT_CHARACTERS = 1_000
-MAX_PRINTED_BYTES = 16 * MAX_OUTPUT_CHARACTERS  # printing more than this stops the code
+START_SECONDS = 60.0
+REPLY_SECONDS = 10.0  # beyond the code's own limit: then the sandbox itself is stuck, and is replaced
+# All that the sandbox's processes get to see of the environment.
+ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "MONTY_BIN", "SYSTEMROOT")
+PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__package__}.sandbox import main; main()"
 
 
 def check_sandbox() -> None:
@@ -21,7 +46,7 @@ def check_sandbox() -> None:
 
 
 def sandbox_has_started() -> bool:
-    """Whether this process has started interpreters, whose threads would be missing in a fork."""
+    """Whether this process, or the one it was forked from, has started interpreters."""
     return sandbox_pool.cache_info().currsize > 0
 
 
@@ -37,76 +62,156 @@ def python(code: str) -> str:
 def run_python(code: str, *, timeout: float = 1.0, max_memory: int = 64 * 2**20) -> str:
     """Run `code` in the isolated interpreter and return its output.
 
+    The interpreter is not CPython: it lacks most of the standard library, `del`, `yield` and inheritance, and rounds
+    some halves differently: `round(2.675, 2)` is 2.68, not 2.67.
+
     Args:
-        code: Python source. The value of a trailing expression is shown, as in a notebook.
+        code: Python source, which may be indented as a whole. The value of a trailing expression is shown, as in a
+            notebook, also before a final `;`. In a line of nothing but digits, `+ - * / . ( )`, spaces and commas,
+            commas that all separate groups of three digits are thousands separators, as in the original's
+            calculator: `1,000+1` is 1001.
         timeout: Seconds of computation; `time.sleep` returns at once.
         max_memory: Heap in bytes.
 
     Returns:
         Printed text and the `str` of the last value: `19`, `5.0`. An error is one line after the printed text:
-        `ZeroDivisionError: division by zero`. At most 1,000 characters; empty for code that shows nothing.
+        `ZeroDivisionError: division by zero`. At most 1,000 characters; empty for code that shows nothing. At most 64
+        calls run at a time; a further one waits `timeout` seconds, then returns `TimeoutError: the tool is busy ...`.
 
     Raises:
         UserError: pydantic-monty is not installed or cannot start.
     """
-    pool = sandbox_pool(os.getpid())
     if len(code) > MAX_CODE_CHARACTERS:
         return f"SyntaxError: the code is longer than {MAX_CODE_CHARACTERS} characters"
-    from pydantic_monty import CollectString, MontyError
-
-    printed = CollectString(max_bytes=MAX_PRINTED_BYTES)
-    limits = {"max_feed_duration_secs": timeout, "max_memory": max_memory}
-    error = ""
-    try:
-        with pool.checkout(limits=limits, os_policy={"sleep": "zero"}) as session:
-            print_value(session, session.feed_run(code, print_callback=printed), printed)
-    except MontyError as raised:
-        error = error_line(raised, timeout, max_memory)
-    return truncated_output(printed.output, error)
-
-
-def print_value(session: Any, value: Any, printed: Any) -> None:
-    """Print the last value inside the sandbox: here, `str` of a value that contains itself many times never ends."""
-    from pydantic_monty import MontyClassProxy
-
-    if value is None:
-        return
-    if isinstance(value, MontyClassProxy):  # an instance of a class in the code, which cannot be sent back
-        value = f"<{value.name} object>"
-    new_line = "print()\n" if printed.output and not printed.output.endswith("\n") else ""
-    session.feed_run(new_line + "print(value)", inputs={"value": value}, print_callback=printed)
-
-
-def error_line(error: Exception, timeout: float, max_memory: int) -> str:
-    """`Type: message` in one line; limits are stated with their values, and truncated output is not an error."""
-    text = error.display("type-msg") if hasattr(error, "display") else f"RuntimeError: {error}"
-    if "time limit exceeded" in text or getattr(error, "timed_out", False):
-        return f"TimeoutError: stopped after {timeout:g} s"
-    if f"> {MAX_PRINTED_BYTES} bytes" in text:
-        return ""
-    if text.startswith("MemoryError") and "memory limit" in text:
-        return f"MemoryError: more than {max_memory // 2**20} MB"
-    return " ".join(text.split())
-
-
-def truncated_output(printed: str, error: str) -> str:
-    room = MAX_OUTPUT_CHARACTERS - len(error) - 1
-    text = printed.rstrip("\n")
-    if len(text) > room:
-        text = text[: max(room - 3, 0)] + "..."
-    return "\n".join(part for part in (text, error[:MAX_OUTPUT_CHARACTERS]) if part)
+    return sandbox_pool(os.getpid()).run(code, timeout, max_memory)
 
 
 @functools.cache
-def sandbox_pool(process_id: int) -> Any:
-    """The pool of interpreters, one per process, because a forked child must not share its parent's workers."""
+def sandbox_pool(process_id: int) -> "SandboxPool":
+    """The interpreters of this process: a fork must not share its parent's."""
+    if importlib.util.find_spec("pydantic_monty") is None:
+        raise UserError("the python tool needs pydantic-monty: pip install pydantic-monty")
+    return SandboxPool()
+
+
+class SandboxPool:
+    """Calls from any thread to one sandbox process, which is replaced when it dies.
+
+    No call waits for another caller's: each has an interpreter of its own, up to MAX_CALLS.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.slots = threading.BoundedSemaphore(MAX_CALLS)
+        self.sandbox = Sandbox()
+        if hasattr(os, "register_at_fork"):
+            pool = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: close_inherited(pool()))
+
+    def run(self, code: str, timeout: float, max_memory: int) -> str:
+        if not self.slots.acquire(timeout=timeout):
+            return f"TimeoutError: the tool is busy: {MAX_CALLS} calls have been running for {timeout:g} s"
+        try:
+            return self.live_sandbox().call(timeout, code=code, max_memory=max_memory)
+        finally:
+            self.slots.release()
+
+    def live_sandbox(self) -> "Sandbox":
+        with self.lock:
+            if self.sandbox.process.poll() is not None:
+                self.sandbox = Sandbox()
+            return self.sandbox
+
+
+def close_inherited(pool: SandboxPool | None) -> None:
+    """Close a fork's copies of its parent's pipes, whose end must be seen when the parent ends."""
+    if pool is not None:
+        pool.sandbox.close()
+
+
+class Sandbox:
+    """The sandbox process and a thread that hands its replies to the callers.
+
+    Raises:
+        UserError: It does not start.
+    """
+
+    def __init__(self) -> None:
+        self.process = start_process()
+        self.lock, self.numbers = threading.Lock(), count()
+        started: Future[str] = Future()
+        self.waiting: dict[int | None, Future[str]] = {None: started}
+        # Not a method: once nobody refers to this object it is collected, and its process sees the end of its input.
+        threading.Thread(target=hand_out, args=(self.process.stdout, self.waiting), daemon=True).start()
+        problem = result_of(started, START_SECONDS)
+        if problem != "":
+            self.kill()
+            raise UserError(
+                f"the python tool cannot start pydantic-monty ({problem}): install it into a virtual environment"
+            )
+
+    def call(self, timeout: float, **request: Any) -> str:
+        number, reply = next(self.numbers), Future[str]()
+        self.waiting[number] = reply
+        line = json.dumps({"id": number, "timeout": timeout, **request}).encode() + b"\n"
+        with self.lock, contextlib.suppress(OSError):  # it has died: no reply
+            write_all(self.process.stdin, line)
+        text = result_of(reply, timeout + REPLY_SECONDS if self.process.poll() is None else 0)
+        self.waiting.pop(number, None)
+        if text is None:
+            self.kill()
+            return "RuntimeError: the interpreter crashed"
+        return text
+
+    def kill(self) -> None:
+        """End the process and its interpreters."""
+        with contextlib.suppress(OSError):  # it has ended
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def start_process() -> subprocess.Popen[bytes]:
+    """Start `sandbox.main` with our import path, in a process group of its own, deaf to Ctrl-C in the terminal."""
+    path = [str(Path(__file__).parents[2]), *sys.path]
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", PROGRAM, json.dumps(path)],
+        bufsize=0,  # a fork must find neither locks nor unwritten bytes
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        start_new_session=True,
+    )
+
+
+def write_all(pipe: Any, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[pipe.write(rest) :]
+
+
+def hand_out(pipe: Any, waiting: dict[int | None, Future[str]]) -> None:
+    """Give each line of replies to its caller; when the lines end, give up for all who wait."""
+    rest = b""
+    while chunk := pipe.read(2**16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for reply in map(json.loads, lines):
+            if future := waiting.pop(reply["id"], None):
+                future.set_result(reply["text"])
+    for future in list(waiting.values()):
+        future.cancel()
+
+
+def result_of(future: Future[str], seconds: float) -> str | None:
+    """The result, or None if it does not come within `seconds`, or at all."""
     try:
-        from pydantic_monty import Monty
-    except ImportError as error:
-        raise UserError("the python tool needs pydantic-monty: pip install pydantic-monty") from error
-    try:
-        return Monty().__enter__()
-    except Exception as error:  # for instance IndexError, if it is installed two folders below the root
-        raise UserError(
-            f"the python tool cannot start pydantic-monty ({error!r}): install it into a virtual environment"
-        ) from error
+        return future.result(seconds)
+    except (NoReply, CancelledError):
+        return None

@@ -1,0 +1,140 @@
+"""The process between ours and the interpreters: it runs model-written code in pydantic-monty's workers.
+
+It is a process of its own because pydantic-monty's threads do not survive a fork of ours, and because what its client
+writes to stderr, warns about or allocates would be ours. Requests and replies are JSON, one per line; see
+`python_tool.py` for the other end.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from .tool_source import LAST_VALUE, prepare_source
+
+MAX_CALLS = 64  # at a time; each is a worker of 8 MB and its code's heap
+MAX_OUTPUT_CHARACTERS = 1_000
+RECYCLE_AFTER = 1_000  # calls, so that a burst of calls does not leave its workers for ever
+GRACE_SECONDS = 0.5  # for the interpreter to notice that its time is over, before its process is killed
+
+# Runs inside the interpreter. The code gets names of its own, so it cannot reach these; only bounded strings come out.
+# Exceeding a limit cannot be caught there: every exception that leaves the interpreter is one.
+PROGRAM = f"""
+def execute(source, room):
+    names = {{"__name__": "__main__"}}
+    try:
+        exec(source, names)
+        value = names.get("{LAST_VALUE}")
+        return None if value is None else str(value)[:room], None
+    except BaseException as error:
+        return None, (type(error).__name__ + ": " + str(error)[:room]).removesuffix(": ")
+execute(source, room)
+"""
+
+
+class PrintedText:
+    """The beginning of what the code prints; the rest is dropped."""
+
+    def __init__(self, room: int):
+        self.room, self.text = room, ""
+
+    def __call__(self, stream: str, text: str) -> None:
+        self.text += text[: self.room - len(self.text)]
+
+
+def main() -> None:
+    """Start the interpreters, then answer requests until our input ends; the first reply says whether they started."""
+    warnings.simplefilter("ignore")  # about the code that is parsed
+    try:
+        from pydantic_monty import Monty
+
+        pool = Monty(
+            max_processes=MAX_CALLS, max_checkouts_per_worker=RECYCLE_AFTER, feed_duration_limit_grace=GRACE_SECONDS
+        ).__enter__()
+    except Exception as error:  # for instance IndexError, if it is installed two folders below the root
+        return Replies().send(id=None, text=repr(error))
+    replies = Replies()
+    replies.send(id=None, text="")
+    threads = ThreadPoolExecutor(MAX_CALLS)
+    for line in sys.stdin.buffer:
+        threads.submit(answer, pool, replies, **json.loads(line))
+    end_all()
+
+
+def end_all() -> None:
+    """End this process and its interpreters, whatever they are doing."""
+    if hasattr(os, "getpgid") and os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+class Replies:
+    """Lines on standard output, from any thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def send(self, **reply: Any) -> None:
+        with self.lock, contextlib.suppress(BrokenPipeError):
+            sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
+            sys.stdout.buffer.flush()
+
+
+def answer(pool: Any, replies: Replies, id: int, **request: Any) -> None:
+    try:
+        text = run(pool, **request)
+    except Exception as error:  # a reply must come
+        text = one_line(f"RuntimeError: {error!r}")
+    replies.send(id=id, text=text)
+
+
+def run(pool: Any, code: str, timeout: float, max_memory: int) -> str:
+    """Run `code` in an interpreter; returns what the tool shows, see `run_python`."""
+    from pydantic_monty import MontyError
+
+    try:
+        code.encode()
+    except UnicodeEncodeError:
+        return "SyntaxError: the code contains half a surrogate pair"
+    printed = PrintedText(MAX_OUTPUT_CHARACTERS + 1)
+    value, error = None, None
+    limits = {"max_feed_duration_secs": timeout, "max_memory": max_memory}
+    inputs = {"source": prepare_source(code), "room": MAX_OUTPUT_CHARACTERS + 1}
+    try:
+        with pool.checkout(limits=limits, os_policy={"sleep": "zero"}) as session:
+            value, error = session.feed_run(PROGRAM, inputs=inputs, print_callback=printed)
+    except MontyError as raised:
+        error = limit_line(raised, timeout, max_memory)
+    return shown(printed.text, value, error)
+
+
+def limit_line(raised: Any, timeout: float, max_memory: int) -> str:
+    """The limit that the code has exceeded, with its value."""
+    kind = raised.exception()
+    if getattr(raised, "timed_out", False) or isinstance(kind, TimeoutError):
+        return f"TimeoutError: stopped after {timeout:g} s"
+    if isinstance(kind, MemoryError):
+        return f"MemoryError: more than {max_memory // 2**20} MB"
+    return "RuntimeError: the interpreter crashed"
+
+
+def shown(printed: str, value: str | None, error: str | None) -> str:
+    """Printed text, value and error, each on new lines; only the error is never cut to make room."""
+    text = printed
+    if value is not None:
+        text += ("\n" if printed and not printed.endswith("\n") else "") + value
+    last = one_line(error or "")
+    room = MAX_OUTPUT_CHARACTERS - len(last) - 1
+    text = text.rstrip("\n")
+    if len(text) > room:
+        text = text[: max(room - 3, 0)] + "..."
+    return "\n".join(part for part in (text, last) if part)
+
+
+def one_line(error: str) -> str:
+    return " ".join(error.split())[:MAX_OUTPUT_CHARACTERS]

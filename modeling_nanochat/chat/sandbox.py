@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .tool_source import LAST_VALUE, prepare_source
@@ -58,12 +57,20 @@ def main() -> None:
         ).__enter__()
     except Exception as error:  # for instance IndexError, if it is installed two folders below the root
         return Replies().send(id=None, text=repr(error))
-    replies = Replies()
+    replies, reading = Replies(), threading.Lock()
     replies.send(id=None, text="")
-    threads = ThreadPoolExecutor(MAX_CALLS)
-    for line in sys.stdin.buffer:
-        threads.submit(answer, pool, replies, **json.loads(line))
-    end_all()
+    for _ in range(MAX_CALLS):
+        threading.Thread(target=serve, args=(pool, reading, replies)).start()
+
+
+def serve(pool: Any, reading: threading.Lock, replies: "Replies") -> None:
+    """Read a request and answer it, again and again; whoever reads next is another thread."""
+    while True:
+        with reading:
+            line = sys.stdin.buffer.readline()
+        if not line:
+            end_all()
+        answer(pool, replies, **json.loads(line))
 
 
 def end_all() -> None:

@@ -42,12 +42,12 @@ PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__pac
 
 def check_sandbox() -> None:
     """Raise [`UserError`] unless the isolated interpreter is installed and starts."""
-    sandbox_pool(os.getpid())
+    sandbox_pool(os.getpid()).live_sandbox()
 
 
 def sandbox_has_started() -> bool:
-    """Whether this process, or the one it was forked from, has started interpreters."""
-    return sandbox_pool.cache_info().currsize > 0
+    """Whether this process has started interpreters."""
+    return sandbox_pool(os.getpid()).sandbox is not None
 
 
 def python(code: str) -> str:
@@ -62,8 +62,8 @@ def python(code: str) -> str:
 def run_python(code: str, *, timeout: float = 1.0, max_memory: int = 64 * 2**20) -> str:
     """Run `code` in the isolated interpreter and return its output.
 
-    The interpreter is not CPython: it lacks most of the standard library, `del`, `yield` and inheritance, and rounds
-    some halves differently: `round(2.675, 2)` is 2.68, not 2.67.
+    The interpreter is not CPython: it lacks `del`, `yield`, inheritance, most of the standard library and some
+    methods; code that needs them gets an error. Its numbers are CPython's, as far as a test compares them.
 
     Args:
         code: Python source, which may be indented as a whole. The value of a trailing expression is shown, as in a
@@ -89,13 +89,11 @@ def run_python(code: str, *, timeout: float = 1.0, max_memory: int = 64 * 2**20)
 @functools.cache
 def sandbox_pool(process_id: int) -> "SandboxPool":
     """The interpreters of this process: a fork must not share its parent's."""
-    if importlib.util.find_spec("pydantic_monty") is None:
-        raise UserError("the python tool needs pydantic-monty: pip install pydantic-monty")
     return SandboxPool()
 
 
 class SandboxPool:
-    """Calls from any thread to one sandbox process, which is replaced when it dies.
+    """Calls from any thread to one sandbox process, started by the first and replaced when it dies.
 
     No call waits for another caller's: each has an interpreter of its own, up to MAX_CALLS.
     """
@@ -103,7 +101,7 @@ class SandboxPool:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.slots = threading.BoundedSemaphore(MAX_CALLS)
-        self.sandbox = Sandbox()
+        self.sandbox: Sandbox | None = None
         if hasattr(os, "register_at_fork"):
             pool = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: close_inherited(pool()))
@@ -117,16 +115,24 @@ class SandboxPool:
             self.slots.release()
 
     def live_sandbox(self) -> "Sandbox":
+        """The sandbox, started if there is none; raises [`UserError`] if it cannot be."""
         with self.lock:
-            if self.sandbox.process.poll() is not None:
+            if self.sandbox is not None and self.sandbox.process.poll() is not None:
+                self.sandbox.kill()
+                self.sandbox = None
+            if self.sandbox is None:
+                if importlib.util.find_spec("pydantic_monty") is None:
+                    raise UserError("the python tool needs pydantic-monty: pip install pydantic-monty")
                 self.sandbox = Sandbox()
             return self.sandbox
 
 
 def close_inherited(pool: SandboxPool | None) -> None:
     """Close a fork's copies of its parent's pipes, whose end must be seen when the parent ends."""
-    if pool is not None:
-        pool.sandbox.close()
+    if pool is not None and pool.sandbox is not None:
+        for pipe in (pool.sandbox.process.stdin, pool.sandbox.process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 class Sandbox:
@@ -154,7 +160,7 @@ class Sandbox:
         number, reply = next(self.numbers), Future[str]()
         self.waiting[number] = reply
         line = json.dumps({"id": number, "timeout": timeout, **request}).encode() + b"\n"
-        with self.lock, contextlib.suppress(OSError):  # it has died: no reply
+        with self.lock, contextlib.suppress(OSError, ValueError):  # it has died: no reply
             write_all(self.process.stdin, line)
         text = result_of(reply, timeout + REPLY_SECONDS if self.process.poll() is None else 0)
         self.waiting.pop(number, None)
@@ -170,11 +176,8 @@ class Sandbox:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
         self.process.wait()
-
-    def close(self) -> None:
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        with self.lock:
+            self.process.stdin.close()  # type: ignore[union-attr] # a pipe
 
 
 def start_process() -> subprocess.Popen[bytes]:
@@ -200,11 +203,12 @@ def write_all(pipe: Any, data: bytes) -> None:
 def hand_out(pipe: Any, waiting: dict[int | None, Future[str]]) -> None:
     """Give each line of replies to its caller; when the lines end, give up for all who wait."""
     rest = b""
-    while chunk := pipe.read(2**16):
-        *lines, rest = (rest + chunk).split(b"\n")
-        for reply in map(json.loads, lines):
-            if future := waiting.pop(reply["id"], None):
-                future.set_result(reply["text"])
+    with pipe:
+        while chunk := pipe.read(2**16):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for reply in map(json.loads, lines):
+                if future := waiting.pop(reply["id"], None):
+                    future.set_result(reply["text"])
     for future in list(waiting.values()):
         future.cancel()
 

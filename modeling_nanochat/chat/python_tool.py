@@ -130,9 +130,8 @@ class SandboxPool:
 def close_inherited(pool: SandboxPool | None) -> None:
     """Close a fork's copies of its parent's pipes, whose end must be seen when the parent ends."""
     if pool is not None and pool.sandbox is not None:
-        for pipe in (pool.sandbox.process.stdin, pool.sandbox.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        pool.sandbox.requests.close()
+        pool.sandbox.replies.close()
 
 
 class Sandbox:
@@ -144,11 +143,13 @@ class Sandbox:
 
     def __init__(self) -> None:
         self.process = start_process()
+        self.requests: Any = self.process.stdin
+        self.replies: Any = self.process.stdout
         self.lock, self.numbers = threading.Lock(), count()
         started: Future[str] = Future()
         self.waiting: dict[int | None, Future[str]] = {None: started}
         # Not a method: once nobody refers to this object it is collected, and its process sees the end of its input.
-        threading.Thread(target=hand_out, args=(self.process.stdout, self.waiting), daemon=True).start()
+        threading.Thread(target=hand_out, args=(self.replies, self.waiting), daemon=True).start()
         problem = result_of(started, START_SECONDS)
         if problem != "":
             self.kill()
@@ -161,7 +162,7 @@ class Sandbox:
         self.waiting[number] = reply
         line = json.dumps({"id": number, "timeout": timeout, **request}).encode() + b"\n"
         with self.lock, contextlib.suppress(OSError, ValueError):  # it has died: no reply
-            write_all(self.process.stdin, line)
+            write_all(self.requests, line)
         text = result_of(reply, timeout + REPLY_SECONDS if self.process.poll() is None else 0)
         self.waiting.pop(number, None)
         if text is None:
@@ -177,14 +178,14 @@ class Sandbox:
             self.process.kill()
         self.process.wait()
         with self.lock:
-            self.process.stdin.close()  # type: ignore[union-attr] # a pipe
+            self.requests.close()
 
 
 def start_process() -> subprocess.Popen[bytes]:
     """Start `sandbox.main` with our import path, in a process group of its own, deaf to Ctrl-C in the terminal."""
-    path = [str(Path(__file__).parents[2]), *sys.path]
+    root = Path(__file__).parents[len(__package__.split("."))]
     return subprocess.Popen(
-        [sys.executable, "-I", "-c", PROGRAM, json.dumps(path)],
+        [sys.executable, "-I", "-c", PROGRAM, json.dumps([str(root), *sys.path])],
         bufsize=0,  # a fork must find neither locks nor unwritten bytes
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -12,13 +12,14 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from .tool_source import LAST_VALUE, prepare_source
 
 MAX_CALLS = 64  # at a time; each is a worker of 8 MB and its code's heap
 MAX_OUTPUT_CHARACTERS = 1_000
-RECYCLE_AFTER = 1_000  # calls, so that a burst of calls does not leave its workers for ever
+KEPT = os.cpu_count() or 1  # workers that stay for further calls; those beyond serve one call each
 GRACE_SECONDS = 0.5  # for the interpreter to notice that its time is over, before its process is killed
 
 # Runs inside the interpreter. The code gets names of its own, so it cannot reach these; only bounded strings come out.
@@ -55,27 +56,46 @@ def main() -> None:
     """Start the interpreters, then answer requests until our input ends; the first reply says whether they started."""
     warnings.simplefilter("ignore")  # about the code that is parsed
     try:
-        from pydantic_monty import Monty
-
-        pool = Monty(
-            max_processes=MAX_CALLS, max_checkouts_per_worker=RECYCLE_AFTER, feed_duration_limit_grace=GRACE_SECONDS
-        ).__enter__()
+        interpreters = Interpreters()
     except Exception as error:  # for instance IndexError, if it is installed two folders below the root
         return Replies().send(id=None, text=repr(error))
     replies, reading = Replies(), threading.Lock()
     replies.send(id=None, text="")
     for _ in range(MAX_CALLS):
-        threading.Thread(target=serve, args=(pool, reading, replies)).start()
+        threading.Thread(target=serve, args=(interpreters, reading, replies)).start()
 
 
-def serve(pool: Any, reading: threading.Lock, replies: "Replies") -> None:
+class Interpreters:
+    """Workers of pydantic-monty: a few that are kept, and more while many calls run at a time."""
+
+    def __init__(self) -> None:
+        from pydantic_monty import Monty
+
+        settings: dict[str, Any] = {"max_processes": MAX_CALLS, "feed_duration_limit_grace": GRACE_SECONDS}
+        self.kept = Monty(**settings).__enter__()
+        self.others = Monty(**settings, min_processes=0, max_checkouts_per_worker=1).__enter__()
+        self.free = threading.Semaphore(KEPT)
+
+    @contextlib.contextmanager
+    def session(self, timeout: float, max_memory: int) -> Iterator[Any]:
+        keep = self.free.acquire(blocking=False)
+        limits: Any = {"max_feed_duration_secs": timeout, "max_memory": max_memory}
+        try:
+            with (self.kept if keep else self.others).checkout(limits=limits, os_policy={"sleep": "zero"}) as session:
+                yield session
+        finally:
+            if keep:
+                self.free.release()
+
+
+def serve(interpreters: Interpreters, reading: threading.Lock, replies: "Replies") -> None:
     """Read a request and answer it, again and again; whoever reads next is another thread."""
     while True:
         with reading:
             line = sys.stdin.buffer.readline()
         if not line:
             end_all()
-        answer(pool, replies, **json.loads(line))
+        answer(interpreters, replies, **json.loads(line))
 
 
 def end_all() -> None:
@@ -97,15 +117,15 @@ class Replies:
             sys.stdout.buffer.flush()
 
 
-def answer(pool: Any, replies: Replies, id: int, **request: Any) -> None:
+def answer(interpreters: Interpreters, replies: Replies, id: int, **request: Any) -> None:
     try:
-        text = run(pool, **request)
+        text = run(interpreters, **request)
     except Exception as error:  # a reply must come
         text = one_line(f"RuntimeError: {error!r}")
     replies.send(id=id, text=text)
 
 
-def run(pool: Any, code: str, timeout: float, max_memory: int) -> str:
+def run(interpreters: Interpreters, code: str, timeout: float, max_memory: int) -> str:
     """Run `code` in an interpreter; returns what the tool shows, see `run_python`."""
     from pydantic_monty import MontyError
 
@@ -115,10 +135,9 @@ def run(pool: Any, code: str, timeout: float, max_memory: int) -> str:
         return "SyntaxError: the code contains half a surrogate pair"
     printed = PrintedText(MAX_OUTPUT_CHARACTERS + 1)
     value, error = None, None
-    limits = {"max_feed_duration_secs": timeout, "max_memory": max_memory}
     inputs = {"source": prepare_source(code), "room": MAX_OUTPUT_CHARACTERS + 1}
     try:
-        with pool.checkout(limits=limits, os_policy={"sleep": "zero"}) as session:
+        with interpreters.session(timeout, max_memory) as session:
             value, error = session.feed_run(PROGRAM, inputs=inputs, print_callback=printed)
     except MontyError as raised:
         error = limit_line(raised, timeout, max_memory)

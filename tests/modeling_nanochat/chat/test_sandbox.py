@@ -201,6 +201,8 @@ def test_endless_code_of_others_does_not_hold_up_a_call():
         assert run_python("6 * 7", timeout=20) == "42"
         assert time.monotonic() - started < 6 and not any(other.done() for other in others)
         assert {other.result() for other in others} == {"TimeoutError: stopped after 8 s"}
+    left = sandbox_process().children(recursive=True)
+    assert len(psutil.wait_procs(left, timeout=0.5)[1]) <= os.cpu_count()
 
 
 def test_more_calls_than_interpreters_are_told_that_the_tool_is_busy(monkeypatch):

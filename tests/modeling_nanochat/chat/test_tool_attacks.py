@@ -64,7 +64,7 @@ def assert_withstood(names, folder, server):
             assert run_python("12 * 7", timeout=SLACK) == "84"
         except AssertionError as error:
             raise AssertionError(name) from error
-    assert len(psutil.Process(os.getpid()).children(recursive=True)) <= 3
+    assert len(psutil.Process(os.getpid()).children(recursive=True)) <= 3 + os.cpu_count()
 
 
 def test_there_are_enough_attacks():

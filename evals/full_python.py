@@ -71,7 +71,7 @@ def run_program(source: str, *, timeout: float = 5.0, memory: int = 256 * 2**20)
         reader, writer = os.pipe()
         settings = {
             "root": root,
-            "prefix": sys.base_prefix,
+            "prefix": os.path.realpath(sys.base_prefix),
             "python": os.path.realpath(sys.executable),
             "status": writer,
             "seconds": math.ceil(timeout),

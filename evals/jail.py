@@ -23,7 +23,7 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x4
 MNT_DETACH, AT_FDCWD, AT_RECURSIVE = 0x2, -100, 0x8000
 MOUNT_SETATTR, READ_ONLY_NOSUID = 442, 0x1 | 0x2  # the system call's number is the same on every architecture
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
-NOBODY, INSIDE = 65534, 1000  # user ids: what root becomes; what any user is called inside
+NOBODY, INSIDE = 65534, 1000  # user ids: root's after the setup; other users' inside the namespace
 MAX_PROCESSES, MAX_FILES, MAX_FILE_BYTES = 8, 64, 16 * 2**20
 MAX_DISK = "size=32m,nr_inodes=4096,mode=755"
 LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/etc/ld.so.cache")
@@ -43,6 +43,9 @@ REFUSED = {
     "bpf": (321, 280),
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
 }
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
@@ -56,17 +59,18 @@ def main() -> None:
     os.umask(0o022)
     source = sys.stdin.buffer.read()
     try:
-        signal.alarm(settings["seconds"] + 2)  # even if whoever started us is no more
+        signal.alarm(settings["seconds"] + 2)  # even if the caller has died
         enter_namespaces()
         build_root(settings["root"], settings["prefix"], source)
         drop_privileges()
+        first = os.fork()
     except OSError as error:
         os.write(status, json.dumps({"refused": f"{error.strerror}: {error.filename}"}).encode())
         return
-    if first := os.fork():
+    if first:
         os.waitpid(first, 0)
     else:
-        be_first_process(lambda: become_program(settings), status)
+        run_as_init(lambda: exec_program(settings), status)
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -129,7 +133,7 @@ def drop_privileges() -> None:
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def be_first_process(program: Callable[[], NoReturn], status: int) -> NoReturn:
+def run_as_init(program: Callable[[], NoReturn], status: int) -> NoReturn:
     """Start the program and report how it ends; the processes that it leaves behind end with this one."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -143,7 +147,7 @@ def be_first_process(program: Callable[[], NoReturn], status: int) -> NoReturn:
             os._exit(0)
 
 
-def become_program(settings: dict[str, Any]) -> NoReturn:
+def exec_program(settings: dict[str, Any]) -> NoReturn:
     try:
         limit(settings["seconds"], settings["memory"])
         refuse_system_calls()
@@ -170,14 +174,14 @@ def limit(seconds: int, memory: int) -> None:
 
 
 def refuse_system_calls() -> None:
-    """Let the kernel answer REFUSED with "operation not permitted", and kill on calls of another architecture."""
+    """Make REFUSED fail with EPERM (seccomp), and kill on system calls of another architecture."""
     column, architecture = ARCHITECTURES[platform.machine()]
     numbers = [each[column] for each in REFUSED.values()]
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
-    filters = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, 0x80000000), (load, 0, 0, 0)]
+    load, equal, at_least, ret = 0x20, 0x15, 0x35, 0x06
+    filters = [(load, 0, 0, 4), (equal, 1, 0, architecture), (ret, 0, 0, 0x80000000), (load, 0, 0, 0)]
     filters += [(at_least, len(numbers) + 1, 0, 0x40000000)]  # x32, a second table of the same calls
     filters += [(equal, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
-    filters += [(give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x00050001)]
+    filters += [(ret, 0, 0, 0x7FFF0000), (ret, 0, 0, 0x00050001)]
     install(filters)
 
 

@@ -35,7 +35,7 @@ __all__ = [
 MAX_CODE_CHARACTERS = 10_000
 START_SECONDS = 60.0
 REPLY_SECONDS = 10.0  # beyond the code's own limit: then the sandbox itself is stuck, and is replaced
-# All that the sandbox's processes get to see of the environment.
+# The only environment variables that the sandbox's processes inherit.
 ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "MONTY_BIN", "SYSTEMROOT")
 PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__package__}.sandbox import main; main()"
 
@@ -135,7 +135,7 @@ def close_inherited(pool: SandboxPool | None) -> None:
 
 
 class Sandbox:
-    """The sandbox process and a thread that hands its replies to the callers.
+    """The sandbox process and a thread that delivers its replies to the callers.
 
     Raises:
         UserError: It does not start.
@@ -149,7 +149,7 @@ class Sandbox:
         started: Future[str] = Future()
         self.waiting: dict[int | None, Future[str]] = {None: started}
         # Not a method: once nobody refers to this object it is collected, and its process sees the end of its input.
-        threading.Thread(target=hand_out, args=(self.replies, self.waiting), daemon=True).start()
+        threading.Thread(target=deliver_replies, args=(self.replies, self.waiting), daemon=True).start()
         problem = result_of(started, START_SECONDS)
         if problem != "":
             self.kill()
@@ -182,7 +182,7 @@ class Sandbox:
 
 
 def start_process() -> subprocess.Popen[bytes]:
-    """Start `sandbox.main` with our import path, in a process group of its own, deaf to Ctrl-C in the terminal."""
+    """Start `sandbox.main` with our import path, in its own session, so that Ctrl-C does not reach it."""
     root = Path(__file__).parents[len(__package__.split("."))]
     return subprocess.Popen(
         [sys.executable, "-I", "-c", PROGRAM, json.dumps([str(root), *sys.path])],
@@ -201,8 +201,8 @@ def write_all(pipe: Any, data: bytes) -> None:
         rest = rest[pipe.write(rest) :]
 
 
-def hand_out(pipe: Any, waiting: dict[int | None, Future[str]]) -> None:
-    """Give each line of replies to its caller; when the lines end, give up for all who wait."""
+def deliver_replies(pipe: Any, waiting: dict[int | None, Future[str]]) -> None:
+    """Set the result of each waiting call from its line; at the end of the lines, cancel those that remain."""
     rest = b""
     with pipe:
         while chunk := pipe.read(2**16):

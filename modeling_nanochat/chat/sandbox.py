@@ -89,17 +89,17 @@ class Interpreters:
 
 
 def serve(interpreters: Interpreters, reading: threading.Lock, replies: "Replies") -> None:
-    """Read a request and answer it, again and again; whoever reads next is another thread."""
+    """Read a request and answer it, repeatedly; while it is answered, another thread reads the next."""
     while True:
         with reading:
             line = sys.stdin.buffer.readline()
         if not line:
-            end_all()
+            kill_group()
         answer(interpreters, replies, **json.loads(line))
 
 
-def end_all() -> None:
-    """End this process and its interpreters, whatever they are doing."""
+def kill_group() -> None:
+    """Kill this process and its interpreters, which may be in the middle of a call."""
     if hasattr(os, "getpgid") and os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(0)
@@ -120,7 +120,7 @@ class Replies:
 def answer(interpreters: Interpreters, replies: Replies, id: int, **request: Any) -> None:
     try:
         text = run(interpreters, **request)
-    except Exception as error:  # a reply must come
+    except Exception as error:  # otherwise the caller would wait for its reply
         text = one_line(f"RuntimeError: {error!r}")
     replies.send(id=id, text=text)
 
@@ -141,7 +141,7 @@ def run(interpreters: Interpreters, code: str, timeout: float, max_memory: int) 
             value, error = session.feed_run(PROGRAM, inputs=inputs, print_callback=printed)
     except MontyError as raised:
         error = limit_line(raised, timeout, max_memory)
-    return shown(printed.text, value, error)
+    return format_output(printed.text, value, error)
 
 
 def limit_line(raised: Any, timeout: float, max_memory: int) -> str:
@@ -154,7 +154,7 @@ def limit_line(raised: Any, timeout: float, max_memory: int) -> str:
     return raised.display("type-msg") if hasattr(raised, "display") else f"RuntimeError: {raised}"
 
 
-def shown(printed: str, value: str | None, error: str | None) -> str:
+def format_output(printed: str, value: str | None, error: str | None) -> str:
     """Printed text, value and error, each on new lines; only the error is never cut to make room."""
     text = printed
     if value is not None:

@@ -183,7 +183,31 @@ def test_a_caller_that_dies_takes_the_program_with_it_at_its_limit(tmp_path):
     folder.rmdir()  # empty: what was in it was never on the disk
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
+as_root = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
+
+
+@as_root
+def test_an_ordinary_user_can_run_programs():
+    """Root's tests above bind without a user namespace; this one needs a Python that another user can read."""
+    root, python = str(Path(full_python.__file__).parents[1]), "/usr/bin/python3"
+    become = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
+    importable = [*become, python, "-B", "-c", "import sys, evals.full_python\nassert sys.version_info >= (3, 11)"]
+    environment = {"PYTHONPATH": root, "TMPDIR": "/tmp"}
+    if (
+        not Path(python).exists()
+        or subprocess.run(importable, check=False, env=environment, capture_output=True).returncode
+    ):
+        pytest.skip(f"another user cannot import this repository with {python} >= 3.11")
+    caller = (
+        "from evals.full_python import check_full_python, run_program\ncheck_full_python()\n"
+        f"for source in {[*REFUSED.values()]}: print(run_program(source.replace('PORT', '9'), timeout=30).code)"
+    )
+    command = [*become, python, "-B", "-c", caller]
+    result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert result.stdout == "1\n" * len(REFUSED), result
+
+
+@as_root
 def test_where_the_kernel_forbids_namespaces_nothing_runs():
     caller = "from evals.full_python import run_program\nprint(run_program('print(1)'))"
     command = ["setpriv", "--bounding-set", "-sys_admin", sys.executable, "-c", caller]

@@ -39,12 +39,12 @@ from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.sizes import decode_bytes_per_step
+from modeling_nanochat.tokenization_nanochat import build_tokenizer, byte_symbols
 from recipes.benchmarks.gpu_checks import Setting, Skipped
 from recipes.benchmarks.gpu_checks.original import find_checkout, original_model
 from recipes.grpo import read_problems
 from recipes.training.trl.rollouts import EngineRollouts, rollouts
 from recipes.training.trl.settings import GRPOSettings
-from tokenizer_train.bpe import train_tokenizer
 
 COUNTERPARTS = {"classic": "plain", "current": "turbo"}
 GREEDY = SamplingOptions(temperature=0)
@@ -123,8 +123,8 @@ def our_engine(args: EngineSpeedArguments) -> Engine:
         for weight in model.parameters():
             if weight.ndim == 2:
                 weight.normal_(std=weight.shape[1] ** -0.5)
-    engine = Engine(model, train_tokenizer(["lamp mat sun"] * 9, 270), tool=None)
-    engine.vocabulary = args.vocab_size  # the tokenizer's is small; nothing is decoded in these measurements
+    engine = Engine(model, build_tokenizer({symbol: i for i, symbol in enumerate(byte_symbols())}, []), tool=None)
+    engine.vocabulary = args.vocab_size  # the tokenizer's is only bytes; nothing is decoded in these measurements
     engine.codec.stop = {-1}
     return engine
 

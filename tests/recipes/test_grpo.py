@@ -115,7 +115,7 @@ def test_problems_without_room_for_a_completion_are_left_out(trainer, capsys):
     problems = Dataset.from_list([{"prompt": [{"role": "user", "content": "lamp " * n}]} for n in (1, 900)])
     assert len(fitting(problems, trainer.processing_class, 256, trainer.args)) == 1
     assert "left out: 1 problems of more than 236 tokens" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no problem leaves room for max_completion_length 20"):
+    with pytest.raises(UserError, match="every problem has more than 236 tokens"):
         fitting(problems.select([1]), trainer.processing_class, 256, trainer.args)
 
 

@@ -35,18 +35,20 @@ def sampling_options(training: GRPOConfig) -> SamplingOptions:
 
 
 def fitting(problems: Dataset, tokenizer: PreTrainedTokenizerFast, context: int, training: GRPOConfig) -> Dataset:
-    """The problems whose `prompt` leaves room for a whole completion; prints how many are left out.
+    """The problems whose `prompt` leaves room for a completion; prints how many are left out.
+
+    Room for `max_completion_length` tokens, or for half of the context where that is less.
 
     Raises:
         UserError: None is left.
     """
-    codec, longest = chat_codec(tokenizer), context - (training.max_completion_length or 0)
+    codec, longest = chat_codec(tokenizer), context - min(training.max_completion_length or context, context // 2)
     kept = [i for i, prompt in enumerate(problems["prompt"]) if len(codec.prompt(prompt)) <= longest]
     left_out = len(problems) - len(kept)
     if not kept:
         raise UserError(
-            f"no problem leaves room for max_completion_length {training.max_completion_length} in the context of "
-            f"{context} tokens; lower it, or shorten the problems"
+            f"train_files: every problem has more than {longest} tokens, which leaves no room for a completion in the "
+            f"model's context of {context}; shorten them, or lower max_completion_length"
         )
     if left_out and training.process_index == 0:
         print(f"left out: {left_out} problems of more than {longest} tokens, which leave no room for a completion")

@@ -11,7 +11,7 @@ MAKE_AGAIN = make$(if $(MAKEOVERRIDES), $(MAKEOVERRIDES))
 INSTALLED = $(VENV)/.installed-$(LIBRARIES)
 JAVASCRIPT = @huggingface/jinja@0.5.11 @huggingface/tokenizers@0.2.0
 
-.PHONY: help run install test lint pytest gpu-check chat space constraints clean
+.PHONY: help run install test lint pytest slow gpu-check chat space constraints clean
 
 help:  ## list these targets (what `make` alone does)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,7 +29,7 @@ space: $(INSTALLED)  ## chat with it in the browser
 
 install: $(INSTALLED)  ## create the virtual environment with the libraries
 
-test: lint pytest  ## what CI runs: lint, pytest
+test: lint pytest  ## lint and the quick tests; CI also runs slow
 
 # Types are checked against the tested libraries only: other versions have other annotations.
 lint: $(INSTALLED)  ## ruff: rules and format; mypy: types
@@ -39,9 +39,14 @@ lint: $(INSTALLED)  ## ruff: rules and format; mypy: types
 
 # The chat template is also rendered in JavaScript if npm is installed; otherwise that test is skipped. One thread per
 # process: on two cores, two threads next to a busy process are many times slower.
-pytest: $(INSTALLED)  ## the tests that need no GPU and little time, two files at a time
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NODE_PATH=$(abspath $(VENV)/js/node_modules) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+pytest: $(INSTALLED)  ## the quick tests that need no GPU, two files at a time
 	@npm install --prefix $(VENV)/js --no-audit --no-fund --loglevel error $(JAVASCRIPT) >/dev/null 2>&1 || echo "no npm, or no network: the chat template is not tested in JavaScript"
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NODE_PATH=$(abspath $(VENV)/js/node_modules) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+slow: $(INSTALLED)  ## the tests of more than seven seconds each
+	$(PYTEST) -m slow
 
 gpu-check: $(INSTALLED)  ## check kernels, gradients, speed and stages on this machine's GPU, in eight minutes
 	$(BIN)/python recipes/benchmarks/gpu_check.py

@@ -164,6 +164,7 @@ def test_each_turbo_ingredient_has_the_originals_effect():
         assert abs(loss.item() - expected[name]) < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_packed_documents_do_not_see_each_other(either_model, unfused):
     one, two = torch.arange(12).unsqueeze(0), torch.arange(100, 120).unsqueeze(0)

@@ -45,6 +45,7 @@ QUESTION = "<|bos|><|user_start|><|user_end|><|assistant_start|>"
 CALL = "<|python_start|><|python_end|><|output_start|><|output_end|>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_chat_completions(ask, tokenizer, text):
     usage = ask("/v1/chat/completions", messages=[{"role": "user", "content": text}], max_tokens=1)

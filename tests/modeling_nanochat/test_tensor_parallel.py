@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import random_model
 from safetensors.torch import load_file
@@ -32,6 +33,7 @@ os._exit(0)  # gloo's threads outlive their group; one that frees a tensor while
 """
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path):
     model, ids = random_model("plain"), torch.arange(40).reshape(2, 20)
     model.resize_token_embeddings(512, mean_resizing=False)  # the head is cut in two along the vocabulary

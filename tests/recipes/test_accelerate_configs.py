@@ -196,18 +196,21 @@ def test_cpu_runs(script, tmp_path):
     assert facts == expected
 
 
+@pytest.mark.slow
 def test_two_processes_run_by_torchrun(script, tmp_path):
     run_together([[*TORCHRUN, "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]])
     for facts in facts_of(tmp_path, 2):
         assert (facts["sum"], facts["processes"], facts["precision"]) == (3.0, 2, "no")
 
 
+@pytest.mark.slow
 def test_two_nodes_run_by_torchrun(script, tmp_path):
     run_on_nodes(script, str(tmp_path))
     for facts in facts_of(tmp_path, 2):
         assert (facts["sum"], facts["processes"], facts["device"]) == (3.0, 2, "cpu")
 
 
+@pytest.mark.slow
 def test_two_nodes_run_by_their_launch_file(script, tmp_path):
     """The file is for GPUs; without one Accelerate takes the CPU."""
     meeting = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]

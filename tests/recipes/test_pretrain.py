@@ -39,6 +39,7 @@ def pretrain(tmp_path, tokenizer, **options):
     return subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "words"), [("plain", "carries no code"), ("turbo", "trust_remote_code=True")]
 )
@@ -53,6 +54,7 @@ def test_both_architectures_learn_and_leave_a_folder(architecture, words, toy_mo
     assert measured[-1] < measured[0]
 
 
+@pytest.mark.slow
 def test_the_horizon_counts_matrices_and_head_in_both(toy_model_and_tokenizer, tmp_path):
     """Turbo's value embeddings are looked up, not multiplied: they ask for no more text."""
     tokenizer = toy_model_and_tokenizer[1]
@@ -65,6 +67,7 @@ def test_the_horizon_counts_matrices_and_head_in_both(toy_model_and_tokenizer, t
     assert (record["per_device_train_batch_size"], record["gradient_accumulation_steps"]) == (4, 1)
 
 
+@pytest.mark.slow
 def test_core_and_samples_come_at_intervals(toy_model_and_tokenizer, tmp_path):
     entry = {
         "label": "mats",

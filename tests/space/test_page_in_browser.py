@@ -98,6 +98,7 @@ def says(*parts):
     return [*parts, Finished([], "stop")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_what_is_written_is_shown_letter_for_letter_and_nothing_is_fetched(visit, served, scheme):
     engine, _ = served

@@ -206,6 +206,7 @@ def test_without_weights_all_is_read_in_order_files_and_hub_alike(run, tmp_path,
     assert [source.expected for source in sources] == [float("inf"), 11, float("inf")]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """Streamed, since the pages of a file that is mapped into memory count as the process's own."""
     program = (
@@ -302,6 +303,7 @@ def test_documents_that_fit_are_not_told_to_be_cut(train, tmp_path, capsys):
     assert record["documents_cut"] == record["characters_left_out"] == count
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing_half_written(tmp_path):
     files = jsonl(tmp_path / "a.jsonl", [" ".join(TEXTS)] * 20_000)
     words = [sys.executable, str(SCRIPT), "--train_files", files, "--output_dir", str(tmp_path / "run" / "tokenizer")]

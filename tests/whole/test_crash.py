@@ -4,6 +4,7 @@ import random
 import signal
 from functools import partial
 
+import pytest
 import training
 from kills import mortal
 
@@ -13,6 +14,7 @@ CALLS_OF_A_SAVE = 20  # of these functions
 EVENTS_OF_A_STEP = 1500  # calls and returns that Python's profiler sees, roughly
 
 
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     forks, world = training.forkserver(), training.write_world(tmp_path / "world")
     settings = {"max_steps": STEPS, "save_steps": 2, "eval_steps": 50, "per_device_train_batch_size": 8}

@@ -42,6 +42,7 @@ def stranger(tmp_path, folder, ids, trust=""):
     return done, load_file(result) if done.returncode == 0 else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "trust"), [("plain", ""), ("turbo", "trust")])
 def test_a_saved_folder_opens_without_this_package(architecture, trust, tmp_path):
     model = random_model(architecture)
@@ -60,6 +61,7 @@ def test_a_saved_folder_opens_without_this_package(architecture, trust, tmp_path
     assert bool(code) == (architecture == "turbo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "name", "trust"),
     [(plain_model, "classic", ""), (turbo_model, "current", "trust")],

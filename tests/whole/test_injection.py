@@ -55,6 +55,7 @@ def tokenizer(folder):
     return tokenizer
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(conversations(ANY))
 def test_control_tokens_are_the_templates_and_texts_come_back(tokenizer, conversation):

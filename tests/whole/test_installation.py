@@ -211,6 +211,7 @@ def test_a_failing_pip_ends_with_its_errors_and_what_to_do(tmp_path, libraries_s
     assert str(venv / "install.log") in last
 
 
+@pytest.mark.slow
 def test_an_environment_that_an_interrupted_installation_left_is_made_again(tmp_path, monkeypatch, capsys):
     venv = tmp_path / "venv"
     (venv / "lib").mkdir(parents=True)

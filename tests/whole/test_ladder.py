@@ -119,6 +119,7 @@ def test_changed_settings_are_refused_in_one_line(run_dir):
     assert result.stderr.count("\n") == 1 and "mid was finished with other settings" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_stage_before_its_predecessor_says_so_and_leaves_nothing(run_dir, tmp_path):
     command = [sys.executable, "recipes/sft.py", "--config", "recipes/pocket/sft.yaml"]
     command += ["--model_name_or_path", str(tmp_path / "mid"), "--output_dir", str(tmp_path / "sft")]
@@ -129,6 +130,7 @@ def test_a_stage_before_its_predecessor_says_so_and_leaves_nothing(run_dir, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_stage_is_redone_from_where_one_asks(run_dir):
     paths = [run_dir / stage / "model.safetensors" for stage in STAGES]
     before = [path.stat().st_mtime_ns for path in paths]
@@ -139,6 +141,7 @@ def test_a_stage_is_redone_from_where_one_asks(run_dir):
     assert (run_dir / "results" / "rl.json").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_line_through_accelerate_launch_is_one_line(run_dir, tmp_path):
     bad = tmp_path / "chats.jsonl"
     bad.write_text('{"messages": [{"role": "assistant", "content": "I begin."}]}\n')
@@ -189,6 +192,7 @@ def own_files(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_the_ladder_stands_on_own_files_named_in_a_yaml(own_files, tmp_path):
     settings = {"run_dir": str(tmp_path / "run"), "accelerate_config": "accelerate_configs/cpu.yaml"} | own_files
     config = tmp_path / "mine.yaml"

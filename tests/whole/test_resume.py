@@ -44,6 +44,7 @@ def stop_after_a_checkpoint(process, output: Path):
     return training.finish(process)
 
 
+@pytest.mark.slow
 def test_two_nodes_of_one_process_train_the_same_curve(world, undisturbed, tmp_path):
     output = tmp_path / "base"
     nodes = training.start_nodes(training.pretrain_arguments(world, output, **SETTINGS))
@@ -52,6 +53,7 @@ def test_two_nodes_of_one_process_train_the_same_curve(world, undisturbed, tmp_p
     training.assert_the_same_course(output, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_one_process_to_two(world, undisturbed, tmp_path):
     output = tmp_path / "base"
     arguments = training.pretrain_arguments(world, output, **SETTINGS, resume="auto")
@@ -66,6 +68,7 @@ def test_a_run_moves_from_one_process_to_two(world, undisturbed, tmp_path):
     training.assert_the_same_course(output, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_two_processes_to_one(world, undisturbed, forks, tmp_path):
     output = tmp_path / "base"
     arguments = training.pretrain_arguments(world, output, **SETTINGS, resume="auto")
@@ -85,6 +88,7 @@ def stopped_run(world, tmp_path, forks):
     return output, arguments
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(world, undisturbed, forks, tmp_path):
     output, arguments = stopped_run(world, tmp_path, forks)
     older, newer = sorted((tmp_path / "checkpoints" / "base").glob("step-*"))
@@ -99,6 +103,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(world, undistu
     assert training.curve(output) == training.curve(undisturbed)
 
 
+@pytest.mark.slow
 def test_what_would_bury_or_bend_a_run_is_refused(world, forks, tmp_path):
     _, arguments = stopped_run(world, tmp_path, forks)
     code, _, errors = training.finish(training.start(arguments))
@@ -126,6 +131,7 @@ def midtraining(world, undisturbed, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_midtraining_goes_on_after_a_kill_and_after_a_signal_bit_for_bit(midtraining, forks, tmp_path):
     undisturbed, disturbed = tmp_path / "a" / "mid", tmp_path / "b" / "mid"
     assert training.run(forks, midtraining(undisturbed), stage="midtrain") == 0

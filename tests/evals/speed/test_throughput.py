@@ -55,6 +55,7 @@ def run(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_contender_and_ends_in_json():
     command = [sys.executable, "evals/speed/throughput.py", *words(decode_batch_sizes=[1, 3])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -78,6 +79,7 @@ def test_the_command_measures_every_contender_and_ends_in_json():
     assert losses["turbo eager"] != pytest.approx(losses["plain eager"], abs=1e-2)
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_measured_beside_the_rest(run):
     results = json.loads(run(torch_compile=True, architectures=["plain"]).splitlines()[-1])
     assert [row["candidate"] for row in results["training"]] == ["plain eager", "plain compiled"]
@@ -158,6 +160,7 @@ def test_peaks_are_of_the_very_device_or_unknown(name, peaks):
     assert device_peaks(name) == peaks
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_training_alone():
     large = setting(vocab_size=65536)
     weights = 4 * sum(p.numel() for p in build_model("plain", large).parameters())

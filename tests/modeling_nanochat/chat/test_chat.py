@@ -186,6 +186,7 @@ def test_without_an_input_nothing_is_asked(toy_model_folder, capsys, monkeypatch
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_the_first_chat_shows_nothing_but_the_chat(toy_model_folder):
     """No warning of ours or of a library, with the warnings that Python shows to a user."""
     command = [sys.executable, "-m", "modeling_nanochat.chat", str(toy_model_folder), "--max_new_tokens", "3"]

@@ -115,6 +115,7 @@ def test_transformers_static_cache_compiles_once_too():
                     assert (logits - whole[:, i]).abs().max() < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_training_compiles_to_one_graph_with_the_same_gradients(architecture):
     model = random_model(architecture).train()

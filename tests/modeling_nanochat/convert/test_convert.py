@@ -168,6 +168,7 @@ def test_golden_checkpoints_come_back_bit_equal(architecture, tmp_path):
     assert (back / "model_000650.pt").stat().st_size < 1.05 * (source / "model_000650.pt").stat().st_size
 
 
+@pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(plain, tmp_path):
     command = [sys.executable, "-m", "modeling_nanochat.convert", "--input", str(plain), "--output_dir"]
     done = subprocess.run([*command, str(tmp_path / "out")], check=False, capture_output=True, text=True)

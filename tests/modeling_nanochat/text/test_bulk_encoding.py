@@ -87,6 +87,7 @@ every_pattern = pytest.mark.parametrize("pattern", SPLIT_PATTERNS)
 every_library = pytest.mark.parametrize("library", LIBRARIES)
 
 
+@pytest.mark.slow
 @every_pattern
 @every_library
 @settings(deadline=None, max_examples=60)
@@ -123,6 +124,7 @@ def telling_tokenizer(pattern):
     return build_tokenizer(vocab, pairs, split_pattern=pattern)
 
 
+@pytest.mark.slow
 @every_pattern
 def test_every_character_is_split_alike(pattern):
     """Whatever versions of Unicode the libraries have; and what is no character yet goes to the tokenizer itself."""
@@ -172,6 +174,7 @@ def real_texts(size: int) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "size"), [("nanochat", 5_000_000), ("cl100k", 500_000), ("qwen2", 500_000), ("gpt2", 500_000)]
 )

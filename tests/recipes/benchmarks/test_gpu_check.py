@@ -94,6 +94,7 @@ def outcome(setting: Setting, tmp_path: Path, limit: float = 60) -> dict:
         return run_check("probe", setting, limit, log)
 
 
+@pytest.mark.slow
 def test_the_command_runs_checks_in_their_own_processes_and_ends_in_a_table(tmp_path):
     output = tmp_path / "new" / "checks.jsonl"
     command = [sys.executable, "recipes/benchmarks/gpu_check.py", "--device", "cpu", "--only", "g1", "g0", "g3_whole"]
@@ -128,6 +129,7 @@ def test_a_gate_that_fails_makes_the_check_fail(monkeypatch, setting, tmp_path):
     assert "NO" in summary([result]).splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_check_over_its_limit_is_ended_with_its_children_and_keeps_its_figures(monkeypatch, setting, tmp_path):
     child = tmp_path / "child"
     body = (
@@ -287,7 +289,7 @@ def write_original(folder: Path) -> None:
         path.write_text(text)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_steps_beside_the_original_s(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
     write_original(tmp_path)
@@ -305,6 +307,7 @@ def test_compiled_steps_beside_the_original_s(tmp_path, monkeypatch, capsys):
         beside_original.main()
 
 
+@pytest.mark.slow
 def test_the_original_beside_ours(check, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(Skipped, match="give --original"):
@@ -316,7 +319,7 @@ def test_the_original_beside_ours(check, tmp_path, monkeypatch):
         check("g4_current", original=str(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["g6", "g8", "g9"])
 def test_stages(check, name):
     report = check(name)

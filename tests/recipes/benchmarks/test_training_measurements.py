@@ -81,7 +81,7 @@ def test_the_log_gives_medians_after_the_warm_up(tmp_path):
     assert found["data_share"] == pytest.approx(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["training_speed", "learning_curves"])
 def test_the_scripts_run(script, tmp_path):
     world = training.write_world(tmp_path / "world")

@@ -99,6 +99,7 @@ def dtype(request):
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_training_keeps_activations_in_the_precision_of_products(architecture, dtype):
     model = random_model(architecture).train()

@@ -125,6 +125,7 @@ def restarting(*lengths: int) -> torch.Tensor:
 PACKED = [restarting(*lengths) for lengths in ([20, 12], [5, 9, 18], [32], [3, 3, 3, 23], [16, 16])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_flex_attention_windows_are_blocks_and_full_layers_causal(flexible, dtype):
     graphs = graphs_of_training(flexible("turbo"), dtype, autograd=True)
@@ -132,6 +133,7 @@ def test_with_flex_attention_windows_are_blocks_and_full_layers_causal(flexible,
     assert len({block_mask(node) for node in graphs.calls(FLEX)}) == 1  # one mask for all layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_with_flex_attention_packed_documents_are_blocks(flexible, architecture):
     graphs = graphs_of_training(flexible(architecture), torch.float32, PACKED, autograd=True)
@@ -145,6 +147,7 @@ def block_mask(node: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
     return tuple(part for part in node.args[4] if isinstance(part, torch.fx.Node) and part.op != "get_attr")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [None, PACKED[1]])
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_flex_attention_gives_the_loss_and_gradients_of_sdpa(flexible, architecture, positions):
@@ -168,6 +171,7 @@ def test_an_evaluation_is_one_graph_with_causal_attention_in_full_layers(archite
     assert len(graphs) == 1 and graphs.attention() == expected(architecture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_decoding_steps_in_a_static_cache_are_one_graph_with_a_mask(architecture):
     """The mask is what leaves out the part of the cache that is still empty."""

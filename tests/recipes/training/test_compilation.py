@@ -31,6 +31,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_run_is_the_same_and_one_line_says_so(tmp_path):
     changed = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WITHOUT_COMPILER]
@@ -97,7 +98,7 @@ def test_a_wish_that_cannot_be_met_is_an_error(monkeypatch):
         maybe_compile(random_model("plain"), True, Machine())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_a_compiled_training_pass_is_the_uncompiled_one(architecture):
     model, machine = random_model(architecture).train(), Machine()

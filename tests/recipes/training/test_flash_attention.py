@@ -79,6 +79,7 @@ def test_bounds_that_a_collator_brings_are_taken(model):
     assert torch.equal(found, logits(model, "flash_attention_3", position_ids=PACKED[0]))
 
 
+@pytest.mark.slow
 def test_other_numbers_of_documents_compile_nothing_anew(model):
     torch.compiler.reset()
     model.config._attn_implementation = "flash_attention_3"

@@ -100,6 +100,7 @@ def assert_alike(found: Course, expected: Course) -> None:
     assert found.held_out == pytest.approx(expected.held_out, rel=DIFFERENCE)
 
 
+@pytest.mark.slow
 def test_float8_learns_as_float32_does_for_a_while_and_not_with_a_wrong_scale(pocket):
     """Two layers of 128 channels, 65,536 tokens."""
     ids, held_out = pocket(256)
@@ -110,7 +111,7 @@ def test_float8_learns_as_float32_does_for_a_while_and_not_with_a_wrong_scale(po
         assert_alike(course(2, 4, ids, held_out, scale_error=SATURATING), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_float8_learns_as_float32_does_over_a_million_tokens(pocket):
     """d4, 256 channels; half an hour on one core."""
     ids, held_out = pocket(4096)

@@ -89,6 +89,7 @@ def greedy(model, ids, steps):
     return new
 
 
+@pytest.mark.slow
 def test_the_code_in_every_card_continues_as_the_model_does_without_a_warning(finished, capsys, caplog):
     for stage, folder in finished.items():
         model, tokenizer = load_model_and_tokenizer(folder, device="cpu")
@@ -107,6 +108,7 @@ def test_the_stage_is_read_from_the_card_that_it_wrote(finished):
         assert training_stage(load_model_and_tokenizer(folder, device="cpu")[0].name_or_path) == stage
 
 
+@pytest.mark.slow
 def test_a_folder_runs_as_its_card_says_where_this_package_is_unknown(finished, tmp_path):
     """The card's Python by itself, and its command for a server, if it has one, up to the first answer."""
     folder = finished["rl"]

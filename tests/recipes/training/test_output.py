@@ -71,6 +71,7 @@ def steps_of(run: Path) -> tuple[str, int]:
     ]
 
 
+@pytest.mark.slow
 def test_wherever_its_ending_is_killed_a_run_goes_on_or_is_found_finished(toy_model_and_tokenizer, tmp_path):
     outcomes = []
     for change in range(100):
@@ -88,6 +89,7 @@ def test_wherever_its_ending_is_killed_a_run_goes_on_or_is_found_finished(toy_mo
     assert not killed and outcomes == sorted(outcomes) and 2 < sum(outcomes) < len(outcomes)
 
 
+@pytest.mark.slow
 def test_wherever_its_ending_is_killed_a_model_has_its_own_record(toy_model_and_tokenizer, tmp_path):
     """Also while another model is replaced, which is there until the new one is."""
     for change in range(100):
@@ -240,6 +242,7 @@ def world(tmp_path_factory):
     return training.write_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.slow
 def test_a_base_model_that_learns_nothing_says_so_also_after_it_was_resumed(world, forks, tmp_path):
     output, says, still = (
         tmp_path / "run" / "base",
@@ -268,6 +271,7 @@ def test_a_base_model_that_learns_nothing_says_so_also_after_it_was_resumed(worl
     assert (output / "model.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_stops_training_with_a_checkpoint(world, tmp_path):
     output, (master, slave) = tmp_path / "base", os.openpty()
     arguments = training.pretrain_arguments(world, output, max_steps=100_000, save_steps=2, eval_steps=0)

@@ -76,6 +76,7 @@ def saved_compiled(layers: int) -> int:
     return sum(value.untyped_storage().nbytes() for value in values if isinstance(value, torch.Tensor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved", "most"), [(saved_eagerly, 38), (saved_compiled, 30)])
 def test_a_layer_keeps_this_many_bytes_per_token_and_channel(saved, most):
     """In bfloat16; without the weights' casts, and a few numbers per token and head of norms and softmax."""

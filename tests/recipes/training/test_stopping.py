@@ -42,6 +42,7 @@ def run_out_of_memory(in_layer: int, is_sharded: bool):
     NanoChatMLP.forward = limited
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_a_process_without_memory_in_a_training_step_ends_all_with_one_line(is_sharded, tmp_path):
     forks, world, said = training.forkserver(), training.write_world(tmp_path / "world"), tmp_path / "said"

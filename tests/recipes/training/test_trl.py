@@ -297,6 +297,7 @@ def test_the_libraries_have_nothing_to_warn_of(stage, start, recwarn, caplog, mo
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_two_processes_train_one_model(stage, start, tmp_path):
     """On a CPU each would train on its own unless Accelerate is told."""

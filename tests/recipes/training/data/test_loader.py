@@ -354,6 +354,7 @@ def started():
     return process, int(process.stdout.readline())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_leaves_the_worker_at_work_and_silent(number):
     process, worker = started()

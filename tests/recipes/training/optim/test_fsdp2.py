@@ -25,6 +25,7 @@ def sharded_and_stopped():
     training.ask_to_stop_after_a_checkpoint()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["current", "classic"])
 def test_a_run_moves_into_fsdp2_and_out_of_it(recipe, tmp_path):
     """One process without FSDP2, then two with it, each stopped by SIGTERM, then one again; two passes a step."""
@@ -42,6 +43,7 @@ def test_a_run_moves_into_fsdp2_and_out_of_it(recipe, tmp_path):
     training.assert_the_same_course(moved, undisturbed)
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_from_start_to_end(tmp_path):
     forks, world = training.forkserver(), training.write_world(tmp_path / "world")
     one, two = tmp_path / "one" / "base", tmp_path / "two" / "base"

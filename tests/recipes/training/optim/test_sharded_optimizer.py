@@ -181,6 +181,7 @@ def largest_difference(first: dict, second: dict) -> float:
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["current", "classic"])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_many_processes_compute_what_one_does(folder, recipe, processes):

@@ -131,7 +131,7 @@ def our_engine(args: EngineSpeedArguments) -> Engine:
 
 def ours(engine: Engine, args: EngineSpeedArguments) -> Callable[..., None]:
     def generate(length: int, rows: int, new_tokens: int = args.new_tokens) -> None:
-        prompt = list(range(1000, 1000 + length))
+        prompt = [100 + i % 100 for i in range(length)]
         turns = [engine.turn(prompt, new_tokens, GREEDY) for _ in range(rows)]
         engine.complete(turns, engine.sampler(0), rows)
         assert all(len(turn.ids) == new_tokens for turn in turns)
@@ -156,7 +156,7 @@ def original_engine(args: EngineSpeedArguments) -> Callable[[int, int], None]:
     engine = importlib.import_module("nanochat.engine").Engine(model, NoSpecialTokens())
 
     def generate(length: int, rows: int) -> None:
-        prompt = list(range(1000, 1000 + length))
+        prompt = [100 + i % 100 for i in range(length)]
         columns = list(engine.generate(prompt, rows, max_tokens=args.new_tokens, temperature=0.0))
         assert len(columns) == args.new_tokens
 
@@ -195,9 +195,9 @@ def single_figures(engine: Engine, found: dict[str, float], args: EngineSpeedArg
 
 
 def bytes_per_second() -> float:
-    """Speed of reading memory by a batched matrix-vector product, over 256 MiB."""
-    matrix, vector = torch.randn(8, 8192, 1024), torch.randn(8, 1024, 1)
-    return matrix.numel() * 4 / median_seconds(lambda: torch.bmm(matrix, vector), "cpu", 9)
+    """Speed of reading memory, by the sum of 256 MiB."""
+    numbers = torch.randn(2**26)
+    return numbers.numel() * 4 / median_seconds(numbers.sum, "cpu", 9)
 
 
 def rollout_speed(args: EngineSpeedArguments) -> dict[str, float]:

@@ -16,11 +16,15 @@ from modeling_nanochat.errors import UserError, exit_on_user_error, is_imported_
 ROOT = Path(__file__).parents[2]
 INSTALLED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 MODULES = ["modeling_nanochat.chat", "modeling_nanochat.convert"]
+NO_COMMANDS = {"evals/jail.py"}  # `full_python.py` alone starts it
 SCRIPTS = sorted(
-    str(path.relative_to(ROOT))
-    for folder in ("recipes", "evals", "tokenizer_train", "space")
-    for path in (ROOT / folder).rglob("*.py")
-    if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+    {
+        str(path.relative_to(ROOT))
+        for folder in ("recipes", "evals", "tokenizer_train", "space")
+        for path in (ROOT / folder).rglob("*.py")
+        if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+    }
+    - NO_COMMANDS
 )
 # Whatever a command imports first stands for all libraries: it is there that Ctrl-C comes.
 LIBRARIES = [

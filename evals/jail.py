@@ -27,6 +27,7 @@ NOBODY, INSIDE = 65534, 1000  # user ids: root's after the setup; other users' i
 MAX_PROCESSES, MAX_FILES, MAX_FILE_BYTES = 8, 64, 16 * 2**20
 MAX_DISK = "size=32m,nr_inodes=4096,mode=755"
 LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/etc/ld.so.cache")
+HOME = "/private"  # inside: the program's own folder, the only one it can write to
 DEVICES = ("/dev/null", "/dev/urandom")
 # Refused inside, by number on x86-64 and on aarch64. Sockets: network namespaces do not cover every family (vsock).
 REFUSED = {
@@ -101,14 +102,14 @@ def build_root(root: str, prefix: str, source: bytes) -> None:
             bind(path, root + path, READ_ONLY_NOSUID)
     for path in DEVICES:
         bind(path, root + path, 0)
-    os.mkdir(root + "/work")
-    write(root + "/work/program.py", source)
+    os.mkdir(root + HOME)
+    write(f"{root}{HOME}/program.py", source)
     if os.geteuid() == 0:
-        os.chown(root + "/work", NOBODY, NOBODY)
+        os.chown(root + HOME, NOBODY, NOBODY)
     os.chdir(root)
     call("pivot_root", b".", b".")
     call("umount2", b".", MNT_DETACH)
-    os.chdir("/work")
+    os.chdir(HOME)
 
 
 def bind(path: str, target: str, attributes: int) -> None:

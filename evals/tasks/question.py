@@ -1,5 +1,6 @@
 """A question of an evaluation task, the model that is asked, and its answers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -37,7 +38,7 @@ class Answers:
     settings: dict[str, Any] = field(default_factory=dict)  # what the record has to say about how it was asked
 
 
-class Question:
+class Question(ABC):
     """A question with its right answer, read from a record of a data set.
 
     A task is one file with a subclass of `LetterQuestion`, `ContinuationQuestion` or `ReplyQuestion`, which decide how
@@ -49,9 +50,9 @@ class Question:
     needs_chat: ClassVar[bool] = True  # only a model trained on chat tokens can answer
 
     @property
+    @abstractmethod
     def reference(self) -> str:
         """The right answer, equal to the prediction of a model that is right."""
-        raise NotImplementedError
 
     @property
     def prompts(self) -> int:
@@ -64,6 +65,7 @@ class Question:
         return 0.0
 
     @classmethod
+    @abstractmethod
     def from_record(cls, record: dict[str, Any], where: str) -> Self:
         """Check a record that has `fields`.
 
@@ -74,13 +76,12 @@ class Question:
         Raises:
             UserError: A field has the wrong type or value.
         """
-        raise NotImplementedError
 
     def conversation(self) -> list[dict] | None:
         """Return the question and a right answer as messages to train on; None if the task has no such answer."""
         return None
 
     @classmethod
+    @abstractmethod
     def answer(cls, questions: Sequence[Self], asked: EvaluatedModel, progress: Progress | None = None) -> Answers:
         """Return the model's answers to `questions`, which are all of this class."""
-        raise NotImplementedError

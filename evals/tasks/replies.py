@@ -1,5 +1,6 @@
 """Questions that a model answers in words, with its python tool."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -22,13 +23,13 @@ class ReplyQuestion(Question):
         """The conversation to answer: the history, then the question as the user's turn."""
         return [*self.history, {"role": "user", "content": self.question}]
 
+    @abstractmethod
     def extract(self, reply: Sequence[dict]) -> str:
         """Return the answer that a reply gives, "" if none; it is right if equal to `reference`.
 
         Only the assistant's own text may count, not its code or the tool's output: otherwise printing an answer would
         be enough.
         """
-        raise NotImplementedError
 
     def shown(self, reply: Sequence[dict]) -> str:
         """Return what a reader compares between the replies to different questions."""

@@ -130,7 +130,7 @@ REFUSED = {
     "the host's other sockets": "import socket\nsocket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)",
     "tracing": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, None, None) == 0",
     "namespaces": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
-    "mounting": "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/work', b'proc', 0, None) == 0",
+    "mounting": "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/private', b'proc', 0, None) == 0",
     "its parent's parent": f"import os\nos.kill({os.getpid()}, 0)",
     "other descriptors": "import os\nfor number in range(3, 64): os.close(os.dup(number))",
     "leaving by ..": "import os\nos.chdir('../../../../..')\nassert os.path.exists('etc/passwd')",

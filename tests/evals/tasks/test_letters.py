@@ -3,8 +3,8 @@ import torch
 from golden import core_model, golden_json, golden_tokenizer
 
 from evals.batching import batches_by_length
+from evals.tasks.arc import ArcQuestion
 from evals.tasks.letters import (
-    LetterQuestion,
     last_logits,
     letter_id,
     multiple_choice_prompt,
@@ -20,7 +20,7 @@ def cases():
 
 
 def as_question(case):
-    return LetterQuestion(case["question"], tuple(case["choices"]), tuple(case["letters"]), case["gold"])
+    return ArcQuestion(case["question"], tuple(case["choices"]), tuple(case["letters"]), case["gold"])
 
 
 def test_the_letter_stands_behind_its_choice():

@@ -31,6 +31,12 @@ CPU_OPTIONS: dict[str, Any] = {
 SHAPES = 64  # torch's default limit is eight compilations of a function
 
 
+def without_repeats(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The different prompts, and which of them each prompt is."""
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    return list(number), [number[tuple(prompt)] for prompt in prompts]
+
+
 class Decoder:
     """Continues a batch of rows.
 
@@ -68,8 +74,7 @@ class Decoder:
             max_new_tokens: Steps that follow at most.
             keep: Present rows that stay; all others leave.
         """
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
-        rows = [distinct.index(tuple(prompt)) for prompt in prompts]
+        distinct, rows = without_repeats(prompts)
         moves = bool(keep) or len(distinct) < len(rows)
         longest = max(map(len, prompts))
         fresh = Frame(self.model.config, longest if moves else longest + max_new_tokens)
@@ -180,8 +185,7 @@ class CompiledDecoder(Decoder):
         return not keep or (len(keep) + len(prompts) <= rows and longest + max_new_tokens <= columns)
 
     def admit(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keep: Sequence[int] = ()) -> torch.Tensor:
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
-        rows = [distinct.index(tuple(prompt)) for prompt in prompts]
+        distinct, rows = without_repeats(prompts)
         fresh = Frame(self.model.config, max(map(len, prompts)))
         logits = self.feed_prompts(fresh, distinct)
         lengths = [self.lengths[row] for row in keep] + [len(prompt) for prompt in prompts]

@@ -221,15 +221,16 @@ class Engine:
             new += arrivals(batch_size - len(alive) - len(new))
             if not alive and not new:
                 return
-            prompts, staying = [[*turn.prompt, *turn.ids] for turn in new], [turns[row] for row in alive]
-            room = max(turn.max_length - len(turn.ids) for turn in staying + new)
-            if new and decoder.fits(prompts, room, alive):
-                entered = decoder.admit(prompts, room, alive)
-                logits = torch.cat([logits[alive], entered]) if alive else entered
-                for turn in new:
-                    for event in turn.resume():
-                        yield turn, event
-                turns, new = staying + new, []
+            if new:
+                prompts, staying = [[*turn.prompt, *turn.ids] for turn in new], [turns[row] for row in alive]
+                room = max(turn.max_length - len(turn.ids) for turn in staying + new)
+                if decoder.fits(prompts, room, alive):
+                    entered = decoder.admit(prompts, room, alive)
+                    logits = torch.cat([logits[alive], entered]) if alive else entered
+                    for turn in new:
+                        for event in turn.resume():
+                            yield turn, event
+                    turns, new = staying + new, []
             options, seen = [turn.options for turn in turns], [turn.seen for turn in turns]
             generators = [turn.generator for turn in turns]
             tokens = sampler(logits[:, : self.vocabulary], options, seen, generators).tolist()

@@ -121,7 +121,7 @@ def test_every_command_has_help_with_its_options(script, capsys, monkeypatch, si
     run_as_main = (
         runpy.run_module if script in MODULES else lambda name, **how: runpy.run_path(str(ROOT / name), **how)
     )
-    monkeypatch.delitem(sys.modules, script, raising=False)  # runpy warns of a module that is there already
+    monkeypatch.delitem(sys.modules, f"{script}.__main__", raising=False)  # runpy warns of one that is there already
     with pytest.raises(SystemExit) as end:
         run_as_main(script, run_name="__main__")
     out = capsys.readouterr().out

@@ -3,7 +3,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import evaluate
 import pytest
 from transformers.utils import logging
 
@@ -14,10 +13,14 @@ from evals.reporting.run_folder import read_run
 from evals.reporting.summary import summary_rows
 from evals.reporting.transcript import transcript
 from evals.tasks import table
-from evals.tasks.evaluation import METRIC, same_answer
+from evals.tasks.evaluation import evaluate_task, same_answer
 from evals.tasks.letters import LetterQuestion
+from evals.tasks.question import EvaluatedModel
+from evals.tasks.task_files import load_task
+from modeling_nanochat.chat.sampling import SamplingOptions
 from modeling_nanochat.cli import VERBOSE
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.text.records import read_jsonl
 from recipes.training.data.conversations import read_conversations
 
@@ -298,6 +301,27 @@ def test_sampled_replies_follow_the_seed_and_the_record_says_how_they_were_sampl
     assert settings["temperature"] == 0 and "top_k" not in settings and greedy != first
 
 
+def test_several_samples_of_a_question_are_graded_each_and_pass_at_k_has_its_record(
+    toy_model_folder, files, monkeypatch
+):
+    """Of three questions, all of whose replies are the same, two of two samples, one and none are right."""
+    contents = iter(["red", "red", "red", "blue", "", "blue"])
+    monkeypatch.setattr(
+        "evals.tasks.replies.generate_replies",
+        lambda asked, chats, *_: [[{"role": "assistant", "content": next(contents)}] for _ in chats],
+    )
+    model, tokenizer = load_model_and_tokenizer(str(toy_model_folder))
+    asked = EvaluatedModel(model, tokenizer, None, SamplingOptions(temperature=1.0), samples=2)
+    result = evaluate_task(load_task("facts", str(files / "facts.jsonl")), asked, "m", {})
+    accuracy, both = result.records
+    assert (accuracy["metric"], accuracy["value"], accuracy["n"]) == ("accuracy", 0.5, 3)
+    assert (both["metric"], both["value"]) == ("pass@2", pytest.approx(2 / 3)) and both["settings"]["samples"] == 2
+    assert [(row["index"], row["right"], row["reply"]) for row in result.predictions] == [
+        (0, True, "red"), (0, True, "red"), (1, True, "red"), (1, False, "blue"), (2, False, ""), (2, False, "blue")
+    ]  # fmt: skip
+    assert len(result.samples) == 3 and result.samples[1]["correct"]
+
+
 def test_where_there_is_no_terminal_progress_is_a_plain_line_at_intervals(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 40.0, 50.0])
     monkeypatch.setattr("evals.progress.time.monotonic", lambda: next(clock))
@@ -375,13 +399,6 @@ def test_a_mistyped_key_of_the_yaml_is_named(files, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate_model.py", "--config", str(config)])
     with pytest.raises(UserError, match="eval.yaml.*batchsize"):
         main()
-
-
-def test_the_accuracy_metric_loads_offline():
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
-    figures = metric.compute(predictions=["A", "B", "A", "C"], references=["A", "B", "A", "A"], baseline=0.25)
-    assert figures == {"accuracy": 0.75, "standard_error": pytest.approx(0.2165, abs=1e-4), "n": 4,
-                       "centered_accuracy": pytest.approx(2 / 3)}  # fmt: skip
 
 
 def test_the_samples_are_shared_out_over_the_tasks():

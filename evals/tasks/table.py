@@ -13,13 +13,21 @@ from modeling_nanochat.text.conversations import check_messages, check_tools
 from .arc import ArcQuestion
 from .cloze import ClozeQuestion
 from .gsm8k import Gsm8kQuestion
+from .humaneval import HumanEvalQuestion
 from .match import MatchQuestion
 from .mmlu import MmluQuestion
 from .question import Question
 from .replies import ReplyQuestion
 
 # The first whose fields a record has: a task whose fields include another's comes before it.
-TASKS: tuple[type[Question], ...] = (ClozeQuestion, ArcQuestion, MmluQuestion, MatchQuestion, Gsm8kQuestion)
+TASKS: tuple[type[Question], ...] = (
+    ClozeQuestion,
+    ArcQuestion,
+    MmluQuestion,
+    MatchQuestion,
+    Gsm8kQuestion,
+    HumanEvalQuestion,
+)
 
 
 def task_of(record: dict[str, Any]) -> type[Question] | None:

@@ -153,6 +153,17 @@ def test_the_same_evaluation_twice_gives_the_same_figures(toy_model_folder, file
     assert {record["n"] for record in first["records"] if record["task"] in ("problems", "letters")} == {4}
 
 
+def test_half_a_surrogate_pair_in_a_question_loses_no_results(toy_model_folder, files):
+    """Neither in a prompt nor in a sample that is kept."""
+    halves = {"match": {"question": "Which \ud800?", "answer": "red", "rivals": []}, "mmlu": TASKS["letters"][0]}
+    halves["mmlu"] = halves["mmlu"] | {"question": "Which \udc00?"}
+    for name, record in halves.items():
+        (files / f"{name}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    asked = {"eval_files": [str(files / f"{name}.jsonl") for name in halves], "text_files": [], "max_length": None}
+    results = run_evaluation(arguments(toy_model_folder, files, **asked))
+    assert len(results["records"]) == 2 and results["samples"][0]["messages"][0]["content"] == "Which \ufffd?"
+
+
 def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, files):
     long = {"question": "word " * 400, "answer": "#### 1"}
     (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")

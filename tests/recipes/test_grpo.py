@@ -18,15 +18,16 @@ def test_reward_is_for_the_exact_answer_in_the_last_message():
     completions = [
         [{"role": "assistant", "content": "19 apples.\n#### 19"}],
         [call, tool, {"role": "assistant", "content": "#### 19"}],
-        [{"role": "assistant", "content": "#### 19."}],
+        [{"role": "assistant", "content": "#### 19.0."}],
+        [{"role": "assistant", "content": "#### 19/2"}],
         [call, tool],
         [{"role": "assistant", "content": "19"}],
         [{"role": "assistant", "content": None}],
         [],
     ]
     problem = json.dumps({"question": "Apples?", "answer": "12 + 7 = <<12+7=19>>19\n#### 19"})
-    rewards = exact_answer(completions, [problem] * 7)
-    assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    rewards = exact_answer(completions, [problem] * 8)
+    assert rewards == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_reward_is_for_all_words_of_the_answer_and_no_rival_in_a_turn_that_ended():
@@ -60,7 +61,7 @@ def test_a_record_that_is_not_answered_in_words_is_refused(tmp_path):
     record = {"question": "Which?", "choices": ["red", "blue"], "answer": 0}
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     with pytest.raises(
-        UserError, match=r"a.jsonl:1: a record of mmlu; only replies to match and gsm8k can be rewarded"
+        UserError, match=r"a.jsonl:1: a record of mmlu; only replies to match, gsm8k, humaneval can be rewarded"
     ):
         read_problems([str(tmp_path / "a.jsonl")])
 

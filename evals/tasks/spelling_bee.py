@@ -10,8 +10,9 @@ are our own: 51 questions and the wording of the answer.
 
 import random
 import string
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, overload
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.texts import text_dataset
@@ -24,7 +25,6 @@ Split = Literal["train", "test"]
 
 FIRST_TEST_SEED = 10_000_000  # not negative seeds: Random(-n) is Random(n)
 FROM_WORD, LOWER_CASE, QUESTION_MARK = 0.9, 0.3, 0.5
-QUOTES = ("", "'", '"')
 QUESTIONS = (
     "How often does {letter} occur in {word}",
     "How often does the letter {letter} occur in the word {word}",
@@ -107,7 +107,7 @@ class Generated(Sequence[Question]):
 
     Args:
         words: See [`read_words`].
-        size: Number of questions.
+        size: Number of questions, at most 10 million.
         split: No question of `test` has the seed of one of `train`.
     """
 
@@ -117,27 +117,35 @@ class Generated(Sequence[Question]):
     def __len__(self) -> int:
         return self.size
 
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Question]: ...
+
+    def __getitem__(self, index: int | slice) -> Question | list[Question]:
+        chosen = range(self.size)[index]
+        return self.question(self.rng(chosen)) if isinstance(chosen, int) else [self[i] for i in chosen]
+
     def rng(self, index: int) -> random.Random:
-        if not 0 <= index < self.size:
-            raise IndexError(f"question {index} of {self.size}")
         return random.Random(index if self.split == "train" else FIRST_TEST_SEED + index)
+
+    @abstractmethod
+    def question(self, rng: random.Random) -> Question:
+        """Draw a question."""
 
 
 class SpellingBee(Generated):
     """Questions about the letters of words."""
 
-    def __getitem__(self, index: int) -> SpellingBeeQuestion:  # type: ignore[override]  # no slices
-        rng = self.rng(index)
+    def question(self, rng: random.Random) -> SpellingBeeQuestion:
         word = rng.choice(self.words)
         letter = rng.choice(word) if rng.random() < FROM_WORD else rng.choice(string.ascii_lowercase)
-        question = rng.choice(QUESTIONS)
-        question = question.lower() if rng.random() < LOWER_CASE else question
-        around_letter, around_word = rng.choice(QUOTES), rng.choice(QUOTES)
-        question = question.format(
-            letter=f"{around_letter}{letter}{around_letter}", word=f"{around_word}{word}{around_word}"
-        )
-        question += "?" if rng.random() < QUESTION_MARK else ""
-        return SpellingBeeQuestion(question, [], worked_answer(word, letter))
+        template = rng.choice(QUESTIONS)
+        template = template.lower() if rng.random() < LOWER_CASE else template
+        text = template.format(letter=quoted(letter, rng), word=quoted(word, rng))
+        text += "?" if rng.random() < QUESTION_MARK else ""
+        return SpellingBeeQuestion(text, [], worked_answer(word, letter))
 
 
 class SimpleSpelling(Generated):
@@ -148,9 +156,14 @@ class SimpleSpelling(Generated):
         random.Random(42).shuffle(words)
         super().__init__(words, size, split)
 
-    def __getitem__(self, index: int) -> SpellingQuestion:  # type: ignore[override]  # no slices
-        word = self.rng(index).choice(self.words)
+    def question(self, rng: random.Random) -> SpellingQuestion:
+        word = rng.choice(self.words)
         return SpellingQuestion(f"Spell the word: {word}", [], (",".join(word),), ())
+
+
+def quoted(text: str, rng: random.Random) -> str:
+    quote = rng.choice(("", "'", '"'))
+    return f"{quote}{text}{quote}"
 
 
 def worked_answer(word: str, letter: str) -> str:

@@ -17,6 +17,7 @@ from evals.tasks.evaluation import evaluate_task, same_answer
 from evals.tasks.letters import LetterQuestion
 from evals.tasks.question import EvaluatedModel
 from evals.tasks.task_files import load_task
+from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.sampling import SamplingOptions
 from modeling_nanochat.cli import VERBOSE
 from modeling_nanochat.errors import UserError
@@ -331,6 +332,20 @@ def test_several_samples_of_a_question_are_graded_each_and_pass_at_k_has_its_rec
         (0, True, "red"), (0, True, "red"), (1, True, "red"), (1, False, "blue"), (2, False, ""), (2, False, "blue")
     ]  # fmt: skip
     assert len(result.samples) == 3 and result.samples[1]["correct"]
+
+
+def test_samples_of_a_question_differ_and_follow_the_seed(toy_model_and_tokenizer, files):
+    model, tokenizer = toy_model_and_tokenizer
+    task = load_task("problems", str(files / "problems.jsonl"))
+
+    def replies(seed):
+        options = SamplingOptions(temperature=1.5)
+        asked = EvaluatedModel(model, tokenizer, Engine(model, tokenizer), options, 8, 8, seed, samples=3)
+        return [row["reply"] for row in evaluate_task(task, asked, "m", {}).predictions]
+
+    first = replies(seed=1)
+    assert len(first) == 6 * 3 and len(set(first)) > 12
+    assert replies(seed=1) == first != replies(seed=2)
 
 
 def test_where_there_is_no_terminal_progress_is_a_plain_line_at_intervals(monkeypatch, capsys):

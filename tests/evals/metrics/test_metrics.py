@@ -12,6 +12,7 @@ import evals.metrics.core.core
 from evals.core.score import combine
 from evals.core.tasks import CoreTask
 from evals.metrics.chat_core.six_tasks import BASELINES, chat_core
+from evals.metrics.code_pass.estimate import pass_at_k
 from evals.metrics.core.centered import mean_centered
 from evals.metrics.paired import paired_difference
 
@@ -91,6 +92,16 @@ def test_letters_are_compared_with_guessing(load):
         "centered_accuracy": pytest.approx(2 / 3),
         "n": 4,
     }
+
+
+def test_the_metrics_of_answers_agree_with_the_accuracy_in_the_records(load):
+    expected = pass_at_k([[True]] * 2 + [[False]])
+    letters = load("letter_choice").compute(predictions=list("ABA"), references=list("ABC"))
+    numbers = load("exact_answer").compute(
+        predictions=["#### 1", "#### 2.0", "#### 1"], references=["#### 1", "#### 2", "#### 3"]
+    )
+    for figures in (letters, numbers):
+        assert (figures["accuracy"], figures["standard_error"]) == pytest.approx(expected)
 
 
 def test_replies_are_graded_as_numbers_or_by_the_original_rule(load):

@@ -57,6 +57,19 @@ def test_problems_of_both_kinds_are_read_into_the_same_columns(tmp_path):
     assert json.loads(second["problem"]) == record
 
 
+def test_a_function_is_rewarded_if_its_tests_pass(tmp_path):
+    record = {"prompt": "def one():\n", "canonical_solution": "    return 1\n", "entry_point": "one"}
+    record["test"] = "def check(candidate):\n    assert candidate() == 1\n"
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    try:
+        (problem,) = read_problems([str(tmp_path / "a.jsonl")])
+    except UserError as error:
+        pytest.skip(str(error))
+    assert problem["prompt"] == [{"role": "user", "content": "def one():\n"}]
+    replies = [[{"role": "assistant", "content": f"def one(): return {number}"}] for number in (1, 2)]
+    assert exact_answer(replies, [problem["problem"]] * 2) == [1.0, 0.0]
+
+
 def test_a_record_that_is_not_answered_in_words_is_refused(tmp_path):
     record = {"question": "Which?", "choices": ["red", "blue"], "answer": 0}
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")

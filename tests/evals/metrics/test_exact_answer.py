@@ -16,7 +16,9 @@ numbers = st.decimals(min_value=-(10**30), max_value=10**30, places=6).map(lambd
     before=st.text(st.characters(exclude_characters="#"), max_size=20),
     spaces=st.sampled_from(["", " ", "  ", "\t"]),
     currency=st.sampled_from(["", "$", "€"]),
-    after=st.sampled_from(["", ".", "!", "%", " apples", " apples, not 3.", "**", "\n5", ",", ")", " - done"]),
+    after=st.sampled_from(
+        ["", ".", "!", "%", " apples", " apples, not 3.", "/hour", "**", "\n5", ",", ")", " - done"]
+    ),
 )
 def test_however_a_number_is_written_it_is_the_same_answer(number, commas, zeros, before, spaces, currency, after):
     sign, digits = ("-", number[1:]) if number.startswith("-") else ("", number)

@@ -88,6 +88,25 @@ def test_code_that_hangs_forks_or_fills_memory_is_wrong_in_time(isolation, monke
     assert time.monotonic() - started < 2 * len(HOSTILE) + 10
 
 
+def test_no_more_programs_run_at_a_time_than_this_process_has_cores(monkeypatch):
+    running, most = set(), []
+
+    def run(source, timeout):
+        running.add(name := object())
+        most.append(len(running))
+        time.sleep(0.02)
+        running.discard(name)
+        return full_python.ProgramResult("exit", 0, "", "")
+
+    monkeypatch.setattr(humaneval, "run_program", run)
+    monkeypatch.setattr(humaneval.os, "sched_getaffinity", lambda _: range(8))
+    for processes, cores in (("1", 8), ("4", 2), ("16", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        most.clear()
+        HumanEvalQuestion.extract_all([question()], [[says(RIGHT)] * 20])
+        assert max(most) == cores and len(most) == 20
+
+
 @pytest.mark.slow
 def test_every_published_solution_passes(isolation):
     questions = load_task("humaneval", str(shared("data/humaneval/HumanEval.jsonl"))).questions

@@ -160,7 +160,7 @@ def run_evaluation(args: EvaluateArguments) -> dict[str, Any]:
     samples = spread([result.samples for result in results if result.samples], args.num_samples)
     if asked.engine is not None:
         samples.append(greeting(asked))
-    records += [result.record for result in results]
+    records += [record for result in results for record in result.records]
     if core_tasks:
         records += core_records(model, tokenizer, core_tasks, args)
     seconds = round(time.perf_counter() - started, 1)

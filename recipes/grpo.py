@@ -104,14 +104,16 @@ def read_problems(sources: list[str]) -> Dataset:
     """Dataset of `prompt`, the optional history and the question, and `problem`, the record as JSON, to grade replies.
 
     Raises:
-        UserError: No problem, or a record of a task that is not answered in words; names file and line.
+        UserError: No problem, or a record of a task that is not answered in words (names file and line) or whose
+            answers cannot be graded on this machine.
     """
     problems = []
     for where, record in read_records(sources, "train_files"):
         question = question_of(record, where)
         if not isinstance(question, ReplyQuestion):
-            names = " and ".join(answered_in_words())
+            names = ", ".join(answered_in_words())
             raise UserError(f"{where}: a record of {question.name}; only replies to {names} can be rewarded")
+        question.check_grading()
         problems.append({"prompt": whole_messages(question.messages), "problem": json.dumps(record, default=str)})
     return Dataset.from_list(problems)
 

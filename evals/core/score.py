@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evals.batching import MAX_LOGITS, batches_by_length
+from evals.metrics.core.centered import binomial_error, centered, mean_centered
 
 from .prompts import Row, block_rows, drawn_examples
 from .tasks import LANGUAGE_MODELING, CoreTask, load_core
@@ -193,12 +194,15 @@ def score_batch(model: PreTrainedModel, rows: Sequence[Row]) -> list[Score]:
 
 def combine(tasks: Sequence[CoreTask], counts: Sequence[Sequence[int]]) -> CoreResult:
     """Return the result from [right, all] of each task."""
-    figures, errors = {}, []
-    for task, (right, n) in zip(tasks, counts, strict=True):
-        accuracy, span = right / n, 1.0 - task.baseline
-        error = math.sqrt(accuracy * (1 - accuracy) / n)
-        centered = (accuracy - task.baseline) / span
-        figures[task.label] = {"accuracy": accuracy, "standard_error": error, "centered": centered, "n": n}
-        errors.append(error / span)
-    mean = sum(figure["centered"] for figure in figures.values()) / len(figures)
-    return CoreResult(mean, math.hypot(*errors) / len(errors), figures)
+    accuracies = [right / n for right, n in counts]
+    errors = [binomial_error(accuracy, n) for accuracy, (_, n) in zip(accuracies, counts, strict=True)]
+    figures = {
+        task.label: {
+            "accuracy": accuracy,
+            "standard_error": error,
+            "centered": centered(accuracy, task.baseline),
+            "n": n,
+        }
+        for task, accuracy, error, (_, n) in zip(tasks, accuracies, errors, counts, strict=True)
+    }
+    return CoreResult(*mean_centered(accuracies, errors, [task.baseline for task in tasks]), figures)

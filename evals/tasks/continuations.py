@@ -46,7 +46,8 @@ class ContinuationQuestion(Question):
     def answer(cls, questions: Sequence[Self], asked: EvaluatedModel, progress: Progress | None = None) -> Answers:
         choices = predict_choices(asked.model, asked.tokenizer, questions, asked.batch_size, progress)
         names = [f"choice {choice + 1}" for choice in choices]
-        return Answers(predictions=list(map(str, choices)), texts=names, shown=names, settings={"shots": 0})
+        predictions, texts = [[str(choice)] for choice in choices], [[name] for name in names]
+        return Answers(predictions=predictions, texts=texts, shown=names, settings={"shots": 0})
 
 
 def predict_choices(

@@ -54,7 +54,8 @@ class LetterQuestion(Question):
     @classmethod
     def answer(cls, questions: Sequence[Self], asked: EvaluatedModel, progress: Progress | None = None) -> Answers:
         letters = predict_letters(asked.model, asked.tokenizer, questions, asked.batch_size, progress)
-        return Answers(predictions=letters, texts=letters, shown=letters, settings={"shots": 0})
+        given = [[letter] for letter in letters]
+        return Answers(predictions=given, texts=given, shown=letters, settings={"shots": 0})
 
 
 def predict_letters(

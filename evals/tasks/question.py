@@ -25,16 +25,17 @@ class EvaluatedModel:
     batch_size: int = 32  # prompts per forward pass
     max_new_tokens: int = 96  # of a reply, tool results included
     seed: int = 0
+    samples: int = 1  # replies to each question; letters and continuations are always one
 
 
 @dataclass(frozen=True)
 class Answers:
     """A model's answers to the questions of a task, in their order."""
 
-    predictions: list[str]  # right if equal to the question's `reference`
-    texts: list[str]  # what the model answered, as kept with the predictions
-    shown: list[str]  # what a reader compares to notice that all answers are the same
-    conversations: list[list[dict]] = field(default_factory=list)  # question and reply; empty if not in words
+    predictions: list[list[str]]  # one for each sample, right if equal to the question's `reference`
+    texts: list[list[str]]  # what the model answered in each sample, as kept with the predictions
+    shown: list[str]  # what a reader compares to notice that all answers are the same; of the first sample
+    conversations: list[list[dict]] = field(default_factory=list)  # question and first reply; empty if not in words
     settings: dict[str, Any] = field(default_factory=dict)  # what the record has to say about how it was asked
 
 
@@ -54,9 +55,13 @@ class Question(ABC):
     def reference(self) -> str:
         """The right answer, equal to the prediction of a model that is right."""
 
+    @classmethod  # noqa: B027, most tasks need nothing
+    def check_grading(cls) -> None:
+        """Raise [`UserError`] if answers cannot be graded on this machine; called before the model is asked."""
+
     @property
     def prompts(self) -> int:
-        """Number of prompts that the model answers for this question, for the progress bar."""
+        """Number of prompts that the model answers for a sample of this question, for the progress bar."""
         return 1
 
     @property

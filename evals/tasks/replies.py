@@ -31,6 +31,11 @@ class ReplyQuestion(Question):
         be enough.
         """
 
+    @classmethod
+    def extract_all(cls, questions: Sequence[Self], replies: Sequence[list[list[dict]]]) -> list[list[str]]:
+        """Return the answer of each of the replies to each question."""
+        return [[question.extract(reply) for reply in each] for question, each in zip(questions, replies, strict=True)]
+
     def shown(self, reply: Sequence[dict]) -> str:
         """Return what a reader compares between the replies to different questions."""
         return last_words(reply)
@@ -38,15 +43,18 @@ class ReplyQuestion(Question):
     @classmethod
     def answer(cls, questions: Sequence[Self], asked: EvaluatedModel, progress: Progress | None = None) -> Answers:
         conversations = [question.messages for question in questions]
-        replies = generate_replies(asked, conversations, progress)
+        replies = generate_replies(asked, [each for each in conversations for _ in range(asked.samples)], progress)
+        of_each = [replies[i : i + asked.samples] for i in range(0, len(replies), asked.samples)]
+        firsts = [samples[0] for samples in of_each]
         settings: dict[str, Any] = {"max_new_tokens": asked.max_new_tokens, "temperature": asked.options.temperature}
         settings |= {"top_k": asked.options.top_k} if asked.options.temperature else {}
-        settings["questions_beyond_context"] = sum(not reply for reply in replies)
+        settings |= {"samples": asked.samples} if asked.samples > 1 else {}
+        settings["questions_beyond_context"] = sum(not reply for reply in firsts)
         return Answers(
-            predictions=[question.extract(reply) for question, reply in zip(questions, replies, strict=True)],
-            texts=[assistant_text(reply) for reply in replies],
-            shown=[question.shown(reply) for question, reply in zip(questions, replies, strict=True)],
-            conversations=[[*messages, *reply] for messages, reply in zip(conversations, replies, strict=True)],
+            predictions=cls.extract_all(questions, of_each),
+            texts=[[assistant_text(reply) for reply in samples] for samples in of_each],
+            shown=[question.shown(reply) for question, reply in zip(questions, firsts, strict=True)],
+            conversations=[[*messages, *reply] for messages, reply in zip(conversations, firsts, strict=True)],
             settings=settings,
         )
 

@@ -9,17 +9,26 @@ from typing import Any
 from modeling_nanochat.convert.conversations import from_original, has_call_parts
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.conversations import check_messages, check_tools
+from modeling_nanochat.tokenization_nanochat import whole_messages
 
 from .arc import ArcQuestion
 from .cloze import ClozeQuestion
 from .gsm8k import Gsm8kQuestion
+from .humaneval import HumanEvalQuestion
 from .match import MatchQuestion
 from .mmlu import MmluQuestion
 from .question import Question
 from .replies import ReplyQuestion
 
 # The first whose fields a record has: a task whose fields include another's comes before it.
-TASKS: tuple[type[Question], ...] = (ClozeQuestion, ArcQuestion, MmluQuestion, MatchQuestion, Gsm8kQuestion)
+TASKS: tuple[type[Question], ...] = (
+    ClozeQuestion,
+    ArcQuestion,
+    MmluQuestion,
+    MatchQuestion,
+    Gsm8kQuestion,
+    HumanEvalQuestion,
+)
 
 
 def task_of(record: dict[str, Any]) -> type[Question] | None:
@@ -35,7 +44,7 @@ def answered_in_words() -> list[str]:
 
 
 def question_of(record: dict[str, Any], where: str) -> Question:
-    """Return a record as a question of its task.
+    """Return a record as a question of its task. Unpaired surrogates, which no file can hold, become U+FFFD.
 
     Args:
         record: One object of a data set.
@@ -48,7 +57,7 @@ def question_of(record: dict[str, Any], where: str) -> Question:
     if task is None:
         names = ", ".join(task.name for task in TASKS)
         raise UserError(f"{where}: not a record of {names}; {fields_of(record)}")
-    return task.from_record(record, where)
+    return task.from_record(whole_messages(record), where)
 
 
 def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]:

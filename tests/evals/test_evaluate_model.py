@@ -3,7 +3,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import evaluate
 import pytest
 from transformers.utils import logging
 
@@ -14,10 +13,15 @@ from evals.reporting.run_folder import read_run
 from evals.reporting.summary import summary_rows
 from evals.reporting.transcript import transcript
 from evals.tasks import table
-from evals.tasks.evaluation import METRIC, same_answer
+from evals.tasks.evaluation import evaluate_task, same_answer
 from evals.tasks.letters import LetterQuestion
+from evals.tasks.question import EvaluatedModel
+from evals.tasks.task_files import load_task
+from modeling_nanochat.chat.engine import Engine
+from modeling_nanochat.chat.sampling import SamplingOptions
 from modeling_nanochat.cli import VERBOSE
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.text.records import read_jsonl
 from recipes.training.data.conversations import read_conversations
 
@@ -148,6 +152,17 @@ def test_the_same_evaluation_twice_gives_the_same_figures(toy_model_folder, file
     first, second = run_evaluation(args), run_evaluation(args)
     assert first["records"] == second["records"] and first["samples"] == second["samples"]
     assert {record["n"] for record in first["records"] if record["task"] in ("problems", "letters")} == {4}
+
+
+def test_half_a_surrogate_pair_in_a_question_loses_no_results(toy_model_folder, files):
+    """Neither in a prompt nor in a sample that is kept."""
+    halves = {"match": {"question": "Which \ud800?", "answer": "red", "rivals": []}, "mmlu": TASKS["letters"][0]}
+    halves["mmlu"] = halves["mmlu"] | {"question": "Which \udc00?"}
+    for name, record in halves.items():
+        (files / f"{name}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    asked = {"eval_files": [str(files / f"{name}.jsonl") for name in halves], "text_files": [], "max_length": None}
+    results = run_evaluation(arguments(toy_model_folder, files, **asked))
+    assert len(results["records"]) == 2 and results["samples"][0]["messages"][0]["content"] == "Which \ufffd?"
 
 
 def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, files):
@@ -298,6 +313,41 @@ def test_sampled_replies_follow_the_seed_and_the_record_says_how_they_were_sampl
     assert settings["temperature"] == 0 and "top_k" not in settings and greedy != first
 
 
+def test_several_samples_of_a_question_are_graded_each_and_pass_at_k_has_its_record(
+    toy_model_folder, files, monkeypatch
+):
+    """Of three questions, all of whose replies are the same, two of two samples, one and none are right."""
+    contents = iter(["red", "red", "red", "blue", "", "blue"])
+    monkeypatch.setattr(
+        "evals.tasks.replies.generate_replies",
+        lambda asked, chats, *_: [[{"role": "assistant", "content": next(contents)}] for _ in chats],
+    )
+    model, tokenizer = load_model_and_tokenizer(str(toy_model_folder))
+    asked = EvaluatedModel(model, tokenizer, None, SamplingOptions(temperature=1.0), samples=2)
+    result = evaluate_task(load_task("facts", str(files / "facts.jsonl")), asked, "m", {})
+    accuracy, both = result.records
+    assert (accuracy["metric"], accuracy["value"], accuracy["n"]) == ("accuracy", 0.5, 3)
+    assert (both["metric"], both["value"]) == ("pass@2", pytest.approx(2 / 3)) and both["settings"]["samples"] == 2
+    assert [(row["index"], row["right"], row["reply"]) for row in result.predictions] == [
+        (0, True, "red"), (0, True, "red"), (1, True, "red"), (1, False, "blue"), (2, False, ""), (2, False, "blue")
+    ]  # fmt: skip
+    assert len(result.samples) == 3 and result.samples[1]["correct"]
+
+
+def test_samples_of_a_question_differ_and_follow_the_seed(toy_model_and_tokenizer, files):
+    model, tokenizer = toy_model_and_tokenizer
+    task = load_task("problems", str(files / "problems.jsonl"))
+
+    def replies(seed):
+        options = SamplingOptions(temperature=1.5)
+        asked = EvaluatedModel(model, tokenizer, Engine(model, tokenizer), options, 8, 8, seed, samples=3)
+        return [row["reply"] for row in evaluate_task(task, asked, "m", {}).predictions]
+
+    first = replies(seed=1)
+    assert len(first) == 6 * 3 and len(set(first)) > 12
+    assert replies(seed=1) == first != replies(seed=2)
+
+
 def test_where_there_is_no_terminal_progress_is_a_plain_line_at_intervals(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 40.0, 50.0])
     monkeypatch.setattr("evals.progress.time.monotonic", lambda: next(clock))
@@ -375,13 +425,6 @@ def test_a_mistyped_key_of_the_yaml_is_named(files, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate_model.py", "--config", str(config)])
     with pytest.raises(UserError, match="eval.yaml.*batchsize"):
         main()
-
-
-def test_the_accuracy_metric_loads_offline():
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
-    figures = metric.compute(predictions=["A", "B", "A", "C"], references=["A", "B", "A", "A"], baseline=0.25)
-    assert figures == {"accuracy": 0.75, "standard_error": pytest.approx(0.2165, abs=1e-4), "n": 4,
-                       "centered_accuracy": pytest.approx(2 / 3)}  # fmt: skip
 
 
 def test_the_samples_are_shared_out_over_the_tasks():

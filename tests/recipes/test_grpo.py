@@ -18,15 +18,16 @@ def test_reward_is_for_the_exact_answer_in_the_last_message():
     completions = [
         [{"role": "assistant", "content": "19 apples.\n#### 19"}],
         [call, tool, {"role": "assistant", "content": "#### 19"}],
-        [{"role": "assistant", "content": "#### 19."}],
+        [{"role": "assistant", "content": "#### 19.0."}],
+        [{"role": "assistant", "content": "#### 19/2"}],
         [call, tool],
         [{"role": "assistant", "content": "19"}],
         [{"role": "assistant", "content": None}],
         [],
     ]
     problem = json.dumps({"question": "Apples?", "answer": "12 + 7 = <<12+7=19>>19\n#### 19"})
-    rewards = exact_answer(completions, [problem] * 7)
-    assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    rewards = exact_answer(completions, [problem] * 8)
+    assert rewards == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_reward_is_for_all_words_of_the_answer_and_no_rival_in_a_turn_that_ended():
@@ -56,11 +57,24 @@ def test_problems_of_both_kinds_are_read_into_the_same_columns(tmp_path):
     assert json.loads(second["problem"]) == record
 
 
+def test_a_function_is_rewarded_if_its_tests_pass(tmp_path):
+    record = {"prompt": "def one():\n", "canonical_solution": "    return 1\n", "entry_point": "one"}
+    record["test"] = "def check(candidate):\n    assert candidate() == 1\n"
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    try:
+        (problem,) = read_problems([str(tmp_path / "a.jsonl")])
+    except UserError as error:
+        pytest.skip(str(error))
+    assert problem["prompt"] == [{"role": "user", "content": "def one():\n"}]
+    replies = [[{"role": "assistant", "content": f"def one(): return {number}"}] for number in (1, 2)]
+    assert exact_answer(replies, [problem["problem"]] * 2) == [1.0, 0.0]
+
+
 def test_a_record_that_is_not_answered_in_words_is_refused(tmp_path):
     record = {"question": "Which?", "choices": ["red", "blue"], "answer": 0}
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     with pytest.raises(
-        UserError, match=r"a.jsonl:1: a record of mmlu; only replies to match and gsm8k can be rewarded"
+        UserError, match=r"a.jsonl:1: a record of mmlu; only replies to match, gsm8k, humaneval can be rewarded"
     ):
         read_problems([str(tmp_path / "a.jsonl")])
 

@@ -18,13 +18,22 @@ Returns:
     standard_error: standard error of that ratio over rows; NaN with fewer than two rows.
     bytes: total bytes.
 """
+CITATION = """\
+@article{gao2020pile,
+    title = {The Pile: An 800GB Dataset of Diverse Text for Language Modeling},
+    author = {Gao, Leo and Biderman, Stella and Black, Sid and others},
+    journal = {arXiv preprint arXiv:2101.00027},
+    year = {2020}
+}"""
 
 
 @evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
 class BitsPerByte(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"nats": datasets.Value("float64"), "bytes": datasets.Value("int64")})
-        return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=features)
+        return evaluate.MetricInfo(
+            description=DESCRIPTION, citation=CITATION, inputs_description=INPUTS, features=features
+        )
 
     def _compute(self, nats: list[float], bytes: list[int]) -> dict[str, float]:
         n, total = len(bytes), sum(bytes)

@@ -40,18 +40,23 @@ def test_parts_equal_the_golden_ones():
         assert parts == case["parts"]
 
 
-def is_correct(reply, answer):
-    question = gsm8k.Gsm8kQuestion.from_record({"question": "Q", "answer": answer}, "f:1")
+def is_correct(reply, answer, grading="number"):
+    question = gsm8k.Gsm8kQuestion.from_record({"question": "Q", "answer": answer, "grading": grading}, "f:1")
     return question.extract([{"role": "assistant", "content": reply}]) == question.reference
 
 
-def test_grades_equal_the_golden_ones():
+def test_grades_by_the_original_rule_equal_the_golden_ones():
     misc = golden_json("misc.json")
     for case in misc["gsm8k"]:
         for reply, grade in case["grades"].items():
-            assert is_correct(reply, case["answer"]) == bool(grade), (reply, case["answer"])
+            assert is_correct(reply, case["answer"], "original") == bool(grade), (reply, case["answer"])
     for text, answer in misc["gsm8k_extract"].items():
-        assert gsm8k.extract_answer(text) == answer, text
+        assert gsm8k.extract_answer(text, "original") == answer, text
+
+
+def test_numbers_are_compared_as_numbers_unless_the_record_asks_for_the_original_rule():
+    assert is_correct("It is #### $1,234.50.", "#### 1234.5") and is_correct("#### 17.", "#### 17")
+    assert not is_correct("#### 17.", "#### 17", "original") and not is_correct("#### 19/2", "#### 19")
 
 
 def test_real_training_answers_become_well_formed_conversations():

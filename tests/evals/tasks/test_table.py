@@ -10,13 +10,13 @@ ARC = {"question": "Which?", "choices": {"text": ["red", "blue"], "label": ["1",
 MMLU = {"question": "Which?", "subject": "colours", "choices": ["red", "blue", "green", "grey"], "answer": 2}
 MATCH = {"question": "Which?", "answer": "red", "rivals": ["blue"]}
 CLOZE = {"query": "The sky is", "choices": ["blue", "square"], "gold": 0}
+HUMANEVAL = {"prompt": "def f():\n", "canonical_solution": "    pass\n", "test": "", "entry_point": "f"}
 
 
 def test_the_fields_tell_the_task():
-    names = [
-        getattr(task_of(record), "name", None) for record in (CHAT, GSM8K, ARC, MMLU, MATCH, CLOZE, {"text": "x"})
-    ]
-    assert names == [None, "gsm8k", "arc", "mmlu", "match", "cloze", None]
+    records = (CHAT, GSM8K, ARC, MMLU, MATCH, CLOZE, HUMANEVAL, {"text": "x"})
+    names = [getattr(task_of(record), "name", None) for record in records]
+    assert names == [None, "gsm8k", "arc", "mmlu", "match", "cloze", "humaneval", None]
 
 
 def test_no_task_hides_a_later_one():
@@ -40,6 +40,10 @@ def test_a_word_problem_with_a_history_becomes_one_conversation():
     assert messages == before + to_conversation(GSM8K, "f:1")["messages"]
 
 
+def test_a_function_is_answered_by_the_whole_of_it():
+    assert to_conversation(HUMANEVAL, "f:1")["messages"][1]["content"] == "def f():\n\n    pass\n"
+
+
 @pytest.mark.parametrize(("record", "letter"), [(ARC, "2"), (MMLU, "C")])
 def test_multiple_choice_is_answered_by_the_bare_letter(record, letter):
     user, assistant = to_conversation(record, "f:1")["messages"]
@@ -59,6 +63,9 @@ def test_multiple_choice_is_answered_by_the_bare_letter(record, letter):
         (GSM8K | {"answer": "#### 19/2"}, "no final '#### <number>'"),
         (GSM8K | {"answer": "#### 1 234"}, "no final '#### <number>'"),
         (GSM8K | {"answer": "#### ,"}, "no final '#### <number>'"),
+        (GSM8K | {"answer": "#### " + "1" * 102}, "no final '#### <number>'"),
+        (GSM8K | {"answer": "#### $5 each\n#### 10"}, "no final '#### <number>'"),
+        (GSM8K | {"grading": "exact"}, "`grading` must be one of number, original, found 'exact'"),
         (GSM8K | {"history": CHAT["messages"][:1]}, "`history` must end with an answer of the assistant"),
         (MMLU | {"history": CHAT["messages"]}, "only questions that are answered in words"),
         (GSM8K | {"question": 3}, "`question` must be a string"),

@@ -54,7 +54,7 @@ def test_a_draw_of_examples_is_repeatable_and_spread_over_the_file(tmp_path):
         (["{"], r":1: not valid JSON"),
         ([MATCH, "", GSM8K], r":3: a record of gsm8k among records of match"),
         ([GSM8K, {"text": "x"}], r":2: not a record of"),
-        ([{"text": "x"}], r":1: not a record of cloze, arc, mmlu, match, gsm8k; its fields are text"),
+        ([{"text": "x"}], r":1: not a record of cloze, arc, mmlu, match, gsm8k, humaneval; its fields are text"),
         ([{"messages": []}], r":1: not a record of"),
         ([MATCH | {"rivals": "blue"}], r":1: `rivals` must be a list"),
         ([MATCH | {"rivals": [""]}], r":1: `rivals` must be .* none of them empty"),

@@ -26,9 +26,22 @@ def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     single = weight.dtype == hidden_states.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if not (on_cpu and single and 0 < rows <= FEW_ROWS and weight.shape[0] % PARTS == 0):
         return layer(hidden_states)
-    columns = hidden_states.reshape(rows, -1).t().expand(PARTS, -1, -1)
-    output = torch.bmm(weight.view(PARTS, -1, weight.shape[1]), columns)
-    return output.view(-1, rows).t().reshape(*hidden_states.shape[:-1], -1)
+    output = product(in_parts(weight), hidden_states.reshape(rows, -1))
+    return output.reshape(*hidden_states.shape[:-1], -1)
+
+
+def in_parts(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (n, C) as a batch (parts, n / parts, C), for `product`."""
+    parts = PARTS if weight.shape[0] % PARTS == 0 else 1
+    return weight.view(parts, -1, weight.shape[1])
+
+
+def product(parts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Rows (rows, C) times the transposed weight `in_parts` -> (rows, n), contiguous for a single row only."""
+    rows = x.size(0)
+    output = torch.bmm(parts, x.t().expand(parts.size(0), -1, -1))
+    # Not transposed, or the strides would be (1, 1), by which BLAS does not know a vector and is nine times slower
+    return output.view(1, -1) if rows == 1 else output.view(-1, rows).t()
 
 
 def is_only_a_weight(layer: nn.Module) -> TypeGuard[nn.Linear]:

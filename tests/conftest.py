@@ -42,7 +42,7 @@ def toy_model(tokenizer, *, layers=2, width=32, context=256):
     return model.eval()
 
 
-def random_model(architecture: str):
+def random_model(architecture: str, **others):
     """A small model of the architecture with a vocabulary of 500 and large random weights."""
     sizes = {
         "vocab_size": 500,
@@ -50,7 +50,7 @@ def random_model(architecture: str):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
-    }
+    } | others
     torch.manual_seed(0)
     if architecture == "plain":
         model = NanoChatForCausalLM(NanoChatConfig(num_hidden_layers=3, **sizes))

@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
 from ..modeling_nanochat import CACHE
+from .cpu_step import step_of
 from .frame import Frame, arrange
 
 Mask = torch.Tensor | dict[str, torch.Tensor | None] | None
@@ -47,13 +48,15 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, pad: int = 0):
         self.model, self.pad = model, pad
+        self.device = model.device  # which takes as long as a kernel to look up
+        self.cpu_step = step_of(model)
         self.lengths: list[int] = []  # tokens of each row so far
-        self.use(Frame(model.config, 0), [])
+        self.use(Frame(model.config, 0), [], torch.empty(0, dtype=torch.long, device=self.device))
 
-    def use(self, frame: Frame, lengths: list[int]) -> None:
-        """Go on with a frame and the lengths of its rows."""
-        device, longest = self.model.device, max(lengths, default=0)
-        self.frame, self.lengths = frame, lengths
+    def use(self, frame: Frame, lengths: list[int], last: torch.Tensor) -> None:
+        """Go on with a frame, the lengths of its rows and their last tokens (rows,)."""
+        device, longest = self.device, max(lengths, default=0)
+        self.frame, self.lengths, self.last = frame, lengths, last
         self.positions = torch.tensor(lengths, dtype=torch.long, device=device)[:, None]  # of the next tokens
         # The first column of each row, which stays the same while all rows grow; None if it is 0 for all
         self.starts = None if min(lengths, default=0) == longest else longest - self.positions
@@ -83,12 +86,13 @@ class Decoder:
         if moves:
             kept = [(self.frame, keep)] if keep else []
             fresh = arrange([*kept, (fresh, rows)], max(lengths), max(lengths) + max_new_tokens)
-        self.use(fresh, lengths)
+        ends = self.last.new_tensor([prompt[-1] for prompt in prompts])
+        self.use(fresh, lengths, torch.cat([self.last[list(keep)], ends]))
         return logits[torch.tensor(rows, device=logits.device)] if len(distinct) < len(rows) else logits
 
     def feed_prompts(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Fill a cache with prompts of any lengths, padded on the left; logits (rows, V) of their last tokens."""
-        device, longest = self.model.device, max(map(len, prompts))
+        device, longest = self.device, max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (longest - len(row)) + list(row) for row in prompts], device=device)
         padding = torch.tensor([[longest - len(row)] for row in prompts], device=device)
         columns = torch.arange(longest, device=device)
@@ -103,8 +107,12 @@ class Decoder:
         """Feed one token per row; logits (rows, V)."""
         if self.frame.length == self.frame.capacity:
             self.select(range(len(self.lengths)))
-        ids = torch.as_tensor(tokens, device=self.model.device)[:, None]
-        logits = self.feed(self.model, self.frame, ids, self.positions, self.step_mask())
+        ids = torch.as_tensor(tokens, device=self.device)
+        if self.cpu_step is not None:
+            logits = self.cpu_step(ids, self.last, self.positions, self.frame, self.step_mask())
+        else:
+            logits = self.feed(self.model, self.frame, ids[:, None], self.positions, self.step_mask())
+        self.last = ids
         self.frame.length += 1
         self.lengths = [length + 1 for length in self.lengths]
         self.positions = self.positions + 1
@@ -132,7 +140,8 @@ class Decoder:
         """Keep only `rows`, in this order."""
         lengths = [self.lengths[row] for row in rows]
         room = max(self.frame.capacity - self.frame.length, max(lengths) // 4, SMALLEST_STEP)
-        self.use(arrange([(self.frame, rows)], max(lengths), max(lengths) + room), lengths)
+        moved = arrange([(self.frame, rows)], max(lengths), max(lengths) + room)
+        self.use(moved, lengths, self.last[list(rows)])
 
     def feed(
         self, forward: Any, cache: Cache, ids: torch.Tensor, position_ids: torch.Tensor, mask: Mask
@@ -233,7 +242,7 @@ class CompiledDecoder(Decoder):
 
     def place(self, lengths: list[int]) -> None:
         """Set positions and mask of all rows of the cache; without a row of ours they are those of an empty one."""
-        device, (rows, columns) = self.model.device, self.shape
+        device, (rows, columns) = self.device, self.shape
         of_place = dict(zip(self.places, lengths, strict=True))
         used = torch.tensor([of_place.get(place, 0) for place in range(rows)], device=device)[:, None]
         self.lengths, self.positions = lengths, used
@@ -242,7 +251,7 @@ class CompiledDecoder(Decoder):
         self.mask = None if alone else (torch.arange(columns, device=device) >= self.length - used).long()
 
     def step(self, tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        tokens = torch.as_tensor(tokens, device=self.model.device)
+        tokens = torch.as_tensor(tokens, device=self.device)
         places = torch.tensor(self.places, device=tokens.device)
         ids = tokens.new_full((self.shape[0],), self.pad).scatter(0, places, tokens)[:, None]
         with torch._dynamo.config.patch(recompile_limit=SHAPES):

@@ -82,13 +82,18 @@ def test_a_tool_call_runs_and_its_result_is_forced(engine):
 
 def test_what_the_model_is_fed_is_what_the_template_renders(engine, monkeypatch):
     fed = []
-    feed = Decoder.feed
+    feed_prompts, step = Decoder.feed_prompts, Decoder.step
 
-    def record(self, forward, cache, ids, *others):
-        fed.extend(ids[0].tolist())
-        return feed(self, forward, cache, ids, *others)
+    def record_prompts(self, cache, prompts):
+        fed.extend(prompts[0])
+        return feed_prompts(self, cache, prompts)
 
-    monkeypatch.setattr(Decoder, "feed", record)
+    def record_step(self, tokens):
+        fed.extend(tokens)
+        return step(self, tokens)
+
+    monkeypatch.setattr(Decoder, "feed_prompts", record_prompts)
+    monkeypatch.setattr(Decoder, "step", record_step)
     tokenizer = engine.codec.tokenizer
     turn, _ = play(engine, call_text(tokenizer))
     rendered = tokenizer.apply_chat_template(QUESTION + turn.messages, return_dict=False)

@@ -130,14 +130,14 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_the_check_is_quick_for_the_pocket_model():
-    """Less than 100 ms on a quiet machine; three times as much is left for a busy one."""
+    """Less than 100 ms; three times as much is left for a slower processor."""
     model = trained_like("turbo", 0)
     check_cached_decoding(model)
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.process_time()  # so that a busy machine changes nothing
         check_cached_decoding(model)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     assert min(seconds) < 0.3
 
 

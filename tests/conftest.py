@@ -42,10 +42,10 @@ def toy_model(tokenizer, *, layers=2, width=32, context=256):
     return model.eval()
 
 
-def random_model(architecture: str):
-    """A small model of the architecture with a vocabulary of 500 and large random weights."""
+def random_model(architecture: str, vocab_size: int = 500):
+    """A small model of the architecture with large random weights."""
     sizes = {
-        "vocab_size": 500,
+        "vocab_size": vocab_size,
         "hidden_size": 64,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -1,6 +1,8 @@
 """lm-eval on model folders as they are: the choices, replies and accuracies of `evals/evaluate_model.py`."""
 
 import json
+import shlex
+import sys
 from operator import itemgetter
 from pathlib import Path
 
@@ -146,3 +148,15 @@ def test_missing_and_other_questions_are_reported(toy_model_folder, tmp_path):
         reply_documents(pretrained=str(toy_model_folder), replies=str(path))
     with pytest.raises(UserError, match="nanochat_cloze needs the tokenizer; add --metadata tokenizer=FOLDER"):
         documents("cloze", ContinuationQuestion, dict, {"cloze": str(path)})
+
+
+def test_the_documented_command_is_one_of_lm_eval(monkeypatch):
+    from lm_eval._cli import HarnessCLI
+
+    readme = (FOLDER.parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (command,) = (line for line in readme.splitlines() if line.startswith("lm-eval run"))
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    arguments = HarnessCLI().parse_args()
+    assert arguments.include_path == "evals/lm_eval" and set(arguments.metadata) <= RECORDS.keys()
+    named = "".join(path.read_text() for path in FOLDER.glob("*.yaml"))
+    assert all(f"task: {task}\n" in named for task in arguments.tasks.split(","))

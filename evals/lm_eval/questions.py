@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from evals.tasks.continuations import ContinuationQuestion, continuation_rows
 from evals.tasks.letters import LetterQuestion, letter_id
-from evals.tasks.question import Question
 from evals.tasks.replies import ReplyQuestion
 from evals.tasks.table import question_of
 from modeling_nanochat.errors import UserError
@@ -37,7 +36,7 @@ def reply_documents(**metadata: Any) -> dict[str, Dataset]:
 
 
 def documents(
-    name: str, kind: type[Question], document: Callable[[Any, Any], Document], metadata: dict[str, Any]
+    name: str, kind: type, document: Callable[[Any, Any], Document], metadata: dict[str, Any]
 ) -> dict[str, Dataset]:
     """Return the questions of a task as the split that lm-eval reads.
 

@@ -159,4 +159,4 @@ def test_the_documented_command_is_one_of_lm_eval(monkeypatch):
     arguments = HarnessCLI().parse_args()
     assert arguments.include_path == "evals/lm_eval" and set(arguments.metadata) <= RECORDS.keys()
     named = "".join(path.read_text() for path in FOLDER.glob("*.yaml"))
-    assert all(f"task: {task}\n" in named for task in arguments.tasks.split(","))
+    assert all(f"task: {task}\n" in named for task in arguments.tasks)

@@ -54,6 +54,7 @@ gpu-check: $(INSTALLED)  ## check kernels, gradients, speed and stages on this m
 constraints:  ## pin the newest versions that pyproject.toml allows; commit them when the tests pass
 	rm -rf .venv-ranges
 	@$(MAKE) --no-print-directory install LIBRARIES=ranges VENV=.venv-ranges
+	.venv-ranges/bin/pip install -q -e '.[harness]'
 	.venv-ranges/bin/python .ci/constraints.py
 
 clean:  ## remove the virtual environments and everything in runs/

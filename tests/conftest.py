@@ -43,7 +43,7 @@ def toy_model(tokenizer, *, layers=2, width=32, context=256):
 
 
 def random_model(architecture: str, **others):
-    """A small model of the architecture with a vocabulary of 500 and large random weights."""
+    """A small model of the architecture with large random weights."""
     sizes = {
         "vocab_size": 500,
         "hidden_size": 64,

@@ -33,3 +33,8 @@ def with_progress(batches: Sequence[list[int]], progress: Callable[[int], Any] |
         yield batch
         if progress is not None:
             progress(len(batch))
+
+
+def most_tokens(device) -> int:
+    import os
+    return int(os.environ.get("MT", 1024))

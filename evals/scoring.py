@@ -1,15 +1,9 @@
-"""Losses of token rows under a causal language model: what rows share is computed once, in batches by length.
+"""Losses of token rows under a causal language model: what rows share is computed once, in batches by length."""
 
-The options of a question begin with the same tokens. These are fed once, into a key-value cache. What follows is fed
-side by side in one row: each token has the position that it has in its own option, and sees the common tokens and its
-own option. That is the computation of whole rows, without its repetitions.
-"""
-
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, takewhile
-from math import nan
+from math import isfinite, nan
 from typing import Any
 
 import torch
@@ -20,27 +14,11 @@ from transformers import DynamicCache, PreTrainedModel
 from modeling_nanochat.modeling_nanochat import CACHE
 
 from .batching import MAX_LOGITS, batches_by_length, most_tokens, with_progress
+from .token_trees import TRUNK, Row, Tree, trees_of
 
-LEAST_SAVED = 32  # tokens: about the cost of a second forward pass
-COMMON, PADDING = -1, -2  # in place of a branch's number
-WINDOWED = {"full_attention": False, "sliding_attention": True}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A tokenized prompt; tokens from `start` on are scored, so `start` is at least 1."""
-
-    ids: list[int]
-    start: int
-
-    @property
-    def target(self) -> list[int]:
-        return self.ids[self.start :]
-
-    @property
-    def fed(self) -> tuple[int, ...]:
-        """What a model reads: no token is predicted from the last one."""
-        return tuple(self.ids[:-1])
+PADDING = -2  # in place of a branch's number
+ATTENTION = ("sdpa", "eager")  # kernels that take any mask
+LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -50,112 +28,50 @@ class Score:
     loss: float
     predicted: list[int]
 
-
-UNSCORED = Score(nan, [])
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Rows by their number, and the first tokens `trunk` of all of them."""
-
-    rows: dict[int, Row]
-    trunk: tuple[int, ...]
-
-    @cached_property
-    def branches(self) -> list[tuple[int, ...]]:
-        """The different continuations of the trunk; a single empty one if all rows read the same."""
-        return list(dict.fromkeys(self.branch(row) for row in self.rows.values()))
-
-    def branch(self, row: Row) -> tuple[int, ...]:
-        return row.fed[len(self.trunk) :]
-
     @property
-    def is_split(self) -> bool:
-        return any(self.branches)
-
-    @cached_property
-    def size(self) -> int:
-        return len(self.trunk) + sum(map(len, self.branches))
-
-    @property
-    def cached(self) -> tuple[int, ...]:
-        """What the first pass of a split tree reads. The last token of the trunk predicts, so it is left to the second."""
-        return self.trunk[:-1]
-
-    @property
-    def read(self) -> list[int]:
-        """What the second pass of a split tree reads, or the only pass of another."""
-        tokens = [token for branch in self.branches for token in branch]
-        return [self.trunk[-1], *tokens] if self.is_split else list(self.trunk)
-
-    def layout(self) -> tuple[list[int], list[int]]:
-        """The position and the branch of each token that the second pass reads."""
-        end = len(self.trunk)
-        positions = [end - 1, *(end + i for branch in self.branches for i in range(len(branch)))]
-        return positions, [COMMON, *(number for number, branch in enumerate(self.branches) for _ in branch)]
-
-    def columns(self, row: Row) -> list[int]:
-        """Where in [`read`] the row's scored tokens are predicted."""
-        first, end = row.start - 1, len(row.ids) - 1
-        if not self.is_split:
-            return list(range(first, end))
-        begins = list(accumulate(map(len, self.branches), initial=1))
-        begin, length = begins[self.branches.index(self.branch(row))], len(self.trunk)
-        return [begin + position - length if position >= length else 0 for position in range(first, end)]
+    def is_finite(self) -> bool:
+        return isfinite(self.loss)
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Return the length of the common prefix of all sequences."""
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False)))
-
-
-def trees_of(rows: dict[int, Row], share: bool) -> list[Tree]:
-    """Return the trees of a group of rows: a single one if that saves enough, else one per different row."""
-    by_fed: dict[tuple[int, ...], dict[int, Row]] = {}
-    for number, row in rows.items():
-        by_fed.setdefault(row.fed, {})[number] = row
-    # A row is scored from the last token of the trunk on, at the earliest.
-    common = min([common_prefix(list(by_fed)), *(row.start for row in rows.values())])
-    if share and (len(by_fed) - 1) * (common - 1) >= LEAST_SAVED:
-        return [Tree(rows, next(iter(by_fed))[:common])]
-    return [Tree(same, fed) for fed, same in by_fed.items()]
-
-
-def score_groups(
-    model: PreTrainedModel, groups: Sequence[Sequence[Row]], batch_size: int = 32, progress: Any = None
-) -> list[list[Score]]:
-    """Return the score of each row; what all rows of a group begin with is computed once.
+class Scorer:
+    """Scores rows of tokens.
 
     Args:
         model: A causal language model in evaluation mode.
-        groups: The rows of each question.
-        batch_size: Maximum number of groups in a forward pass, fewer if they are long. With 1 nothing is shared and
-            every row is fed alone.
-        progress: Called with the number of rows just scored.
+        batch_size: Maximum number of questions in a forward pass, fewer if they are long. 1 is the reference: every
+            row is read whole and alone.
     """
-    share, trees, count = batch_size > 1 and can_share(model), [], 0
-    for group in groups:
-        scored = {count + i: row for i, row in enumerate(group) if row.target}
-        trees += trees_of(scored, share) if scored else []
-        count += len(group)
-    scores = [UNSCORED] * count
-    for batch in tree_batches(trees, batch_size, model):
-        for number, score in score_trees(model, batch).items():
-            scores[number] = score
-        if progress is not None:
-            progress(sum(len(tree.rows) for tree in batch))
-    remaining = iter(scores)
-    return [[next(remaining) for _ in group] for group in groups]
 
+    def __init__(self, model: PreTrainedModel, batch_size: int = 32):
+        self.model, self.batch_size = model, batch_size
+        self.share = batch_size > 1 and can_share(model)
 
-def tree_batches(trees: Sequence[Tree], batch_size: int, model: PreTrainedModel) -> list[list[Tree]]:
-    """Return batches of trees of similar size, split ones apart from the others."""
-    batches = []
-    for is_split in (True, False):
-        alike = [tree for tree in trees if tree.is_split == is_split]
-        for batch in batches_by_length([tree.size for tree in alike], batch_size, most_tokens(model.device)):
-            batches += within_memory([alike[i] for i in batch], model.config.vocab_size)
-    return batches
+    def scores(
+        self, questions: Sequence[Sequence[Row]], progress: Callable[[int], Any] | None = None
+    ) -> list[list[Score]]:
+        """Return the score of each row of each question; what all rows of a question begin with is computed once.
+
+        `progress` is called with the number of rows just scored.
+        """
+        trees: list[Tree] = []
+        numbers = iter(range(sum(map(len, questions))))
+        numbered = [{next(numbers): row for row in rows} for rows in questions]
+        for rows in numbered:
+            scored = {number: row for number, row in rows.items() if row.target}
+            trees += trees_of(scored, self.share) if scored else []
+        scores: dict[int, Score] = {}
+        for batch in with_progress(self.batches(trees), progress, lambda batch: sum(len(tree.rows) for tree in batch)):
+            scores |= score_trees(self.model, batch)
+        return [[scores.get(number, Score(nan, [])) for number in rows] for rows in numbered]
+
+    def batches(self, trees: Sequence[Tree]) -> list[list[Tree]]:
+        """Return batches of trees of similar size, split ones apart from the others."""
+        batches = []
+        for is_split in (True, False):
+            alike = [tree for tree in trees if tree.is_split == is_split]
+            for batch in batches_by_length([tree.size for tree in alike], self.batch_size, most_tokens(self.model)):
+                batches += within_memory([alike[i] for i in batch], vocab_size(self.model))
+        return batches
 
 
 def within_memory(batch: list[Tree], vocab_size: int) -> list[list[Tree]]:
@@ -167,55 +83,69 @@ def within_memory(batch: list[Tree], vocab_size: int) -> list[list[Tree]]:
     return within_memory(batch[:half], vocab_size) + within_memory(batch[half:], vocab_size)
 
 
+def context_of(model: PreTrainedModel) -> int:
+    """Return the most tokens that the model can read; models without attention have no such limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
 @torch.no_grad()
 def score_trees(model: PreTrainedModel, trees: Sequence[Tree]) -> dict[int, Score]:
-    """Score the rows of trees, all split or none, by their numbers. Padding is on the right, where no token sees it."""
-    places = {
-        number: [(i, column) for column in tree.columns(row)]
-        for i, tree in enumerate(trees)
-        for number, row in tree.rows.items()
-    }
-    index = {place: i for i, place in enumerate(dict.fromkeys(place for row in places.values() for place in row))}
-    inputs = second_pass(model, trees) if trees[0].is_split else {"use_cache": False}
-    logits = logits_at(model, list(index), input_ids=padded([tree.read for tree in trees], model.device), **inputs)
+    """Score the rows of trees, all split or none, by their numbers. Padding is on the right, where nothing sees it."""
     rows = {number: row for tree in trees for number, row in tree.rows.items()}
-    losses, predicted = [], []
-    for number, row in rows.items():  # by row, to avoid a float32 copy of all
-        scored = logits[[index[place] for place in places[number]]].float()
-        losses.append(F.cross_entropy(scored, torch.tensor(row.target, device=scored.device)))
+    places = [
+        (i, column) for i, tree in enumerate(trees) for row in tree.rows.values() for column in tree.columns(row)
+    ]
+    different = {place: i for i, place in enumerate(dict.fromkeys(places))}
+    inputs = second_pass(model, trees) if trees[0].is_split else {"use_cache": False}
+    logits = logits_at(model, list(different), input_ids=padded(model, [tree.read_last for tree in trees]), **inputs)
+    index = torch.tensor([different[place] for place in places], device=logits.device)
+    targets = torch.tensor([token for row in rows.values() for token in row.target], device=logits.device)
+    lengths, losses, predicted = [len(row.target) for row in rows.values()], [], []
+    for kept, target in zip(index.split(lengths), targets.split(lengths), strict=True):  # no float32 copy of all
+        scored = logits[kept].float()
+        losses.append(F.cross_entropy(scored, target))
         predicted.append(scored.argmax(-1))
     tokens, values = iter(torch.cat(predicted).tolist()), torch.stack(losses).tolist()
-    return {n: Score(loss, [next(tokens) for _ in row.target]) for loss, (n, row) in zip(values, rows.items(), strict=True)}
+    return {
+        number: Score(loss, [next(tokens) for _ in row.target])
+        for (number, row), loss in zip(rows.items(), values, strict=True)
+    }
 
 
 def second_pass(model: PreTrainedModel, trees: Sequence[Tree]) -> dict[str, Any]:
-    """Feed what precedes the trunks' last tokens; return the keywords of the pass that reads the rest."""
-    first, cache = padded([tree.cached for tree in trees], model.device), DynamicCache()
+    """Run the first pass of split trees, and return the keywords of the second one beside its ids."""
+    first, cache = padded(model, [tree.read_first for tree in trees]), DynamicCache()
     model(input_ids=first, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     columns = torch.arange(first.shape[1], device=model.device)
-    lengths = torch.tensor([[len(tree.cached)] for tree in trees], device=model.device)
-    positions, branches = zip(*(tree.layout() for tree in trees), strict=True)
-    positions, branches = padded(positions, model.device), padded(branches, model.device, PADDING)
-    all_positions = torch.cat([columns.expand(len(trees), -1), positions], 1)
-    all_branches = torch.cat([torch.where(columns < lengths, COMMON, PADDING), branches], 1)
-    distance, keys = positions[:, :, None] - all_positions[:, None], all_branches[:, None]
-    seen = (distance >= 0) & ((keys == COMMON) | (keys == branches[:, :, None]))
+    lengths = torch.tensor([[len(tree.read_first)] for tree in trees], device=model.device)
+    positions = padded(model, [tree.positions for tree in trees])
+    owners = padded(model, [tree.owners for tree in trees], PADDING)
+    key_positions = torch.cat([columns.expand(len(trees), -1), positions], 1)[:, None]
+    key_owners = torch.cat([torch.where(columns < lengths, TRUNK, PADDING), owners], 1)[:, None]
+    distance = positions[:, :, None] - key_positions
+    seen = (distance >= 0) & ((key_owners == TRUNK) | (key_owners == owners[:, :, None]))
     return {"attention_mask": masks(model, seen, distance), "position_ids": positions, "use_cache": True, CACHE: cache}
 
 
-def masks(model: PreTrainedModel, seen: torch.Tensor, distance: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Masks (B, 1, queries, keys) from both of (B, queries, keys): one, or one per kind of layer if there are several."""
-    windows = attention_windows(model)
-    made = {kind: seen if window is None else seen & (distance < window) for kind, window in windows.items()}
-    if model.config._attn_implementation == "eager":  # adds its mask
-        least = torch.finfo(model.dtype).min
-        made = {kind: torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, least) for kind, mask in made.items()}
-    made = {kind: mask[:, None] for kind, mask in made.items()}
+def masks(
+    model: PreTrainedModel, seen: torch.Tensor, distance: torch.Tensor
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Return the mask (B, 1, queries, keys), or one for each kind of layer, from (B, queries, keys) each."""
+    made = {}
+    for kind, window in attention_windows(model).items():
+        mask = (seen if window is None else seen & (distance < window))[:, None]
+        if model.config._attn_implementation == "eager":  # adds its mask to the scores
+            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+        made[kind] = mask
     return made if len(made) > 1 else next(iter(made.values()))
 
 
 def attention_windows(model: PreTrainedModel) -> dict[str, int | None]:
-    """The window of each kind of layer, None for full attention."""
+    """Return how many tokens each kind of layer sees, None for all."""
     decoder = model.config.get_text_config(decoder=True)
     window = getattr(decoder, "sliding_window", None)
     kinds = getattr(decoder, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
@@ -223,38 +153,47 @@ def attention_windows(model: PreTrainedModel) -> dict[str, int | None]:
 
 
 def can_share(model: PreTrainedModel) -> bool:
-    """Whether rows that share a beginning get the same scores as whole ones, found by trying a few tokens.
+    """Whether trees get the scores of whole rows, found by trying it on a few tokens.
 
-    Not with a state in place of keys and values, nor with kernels or position codes that ignore masks or positions.
+    They do not if a model has a state in place of keys and values, or ignores masks or positions.
     """
-    if model.config._attn_implementation not in ("sdpa", "eager") or not attention_windows(model).keys() <= WINDOWED.keys():
+    if model.config._attn_implementation not in ATTENTION or not attention_windows(model).keys() <= LAYERS:
         return False
-    ids = [7 * i % model.config.vocab_size for i in range(16)]
-    long = {0: Row(ids, 10), 1: Row([*ids[:10], 3, 2, 1], 10)}
-    short = {2: Row(ids[:8], 5), 3: Row([*ids[:5], 1, 2], 5)}
+    ids = [7 * i % vocab_size(model) for i in range(16)]
+    long, short = (
+        {0: Row(ids, 10), 1: Row([*ids[:10], 3, 2, 1], 10)},
+        {2: Row(ids[:8], 5), 3: Row([*ids[:5], 1, 2], 5)},
+    )
     try:
         shared = score_trees(model, [Tree(long, tuple(ids[:10])), Tree(short, tuple(ids[:5]))])
-        whole = score_trees(model, [tree for rows in (long, short) for tree in trees_of(rows, share=False)])
-    except Exception:  # whatever a model raises if its cache or its masks are others
+    except Exception:  # whatever a model raises that takes no such cache, mask or positions
         return False
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.2
+    whole = score_trees(model, [tree for rows in (long, short) for tree in trees_of(rows, share=False)])
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.2  # nats
     return all(abs(shared[number].loss - score.loss) <= tolerance for number, score in whole.items())
 
 
 def logits_at(model: PreTrainedModel, places: Sequence[tuple[int, int]], **inputs: Any) -> torch.Tensor:
-    """Return the logits (N, V) at N places (row, column); the head runs at these only.
+    """Return the logits (N, V) at N places (row, column) of the model's output.
 
-    `logits_to_keep` would keep the same columns of all rows.
+    The head runs at these places only. `logits_to_keep` would keep the same columns of all rows, mostly in vain.
     """
     rows, columns = (torch.tensor(part, device=model.device) for part in zip(*places, strict=True))
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][rows, columns][None], *hidden[1:]))
+    head, cut = model.get_output_embeddings(), []
+
+    def keep(_: Any, arguments: tuple) -> tuple:
+        cut.append(True)
+        return arguments[0][rows, columns][None], *arguments[1:]
+
+    hook = head.register_forward_pre_hook(keep) if head is not None else None
     try:
         logits = model(**inputs).logits
     finally:
-        hook.remove()
-    return logits[0]
+        if hook is not None:
+            hook.remove()
+    return logits[0] if cut else logits[rows, columns]
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device, value: int = 0) -> torch.Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
+def padded(model: PreTrainedModel, rows: Sequence[Sequence[int]], value: int = 0) -> torch.Tensor:
+    """Return rows of integers as a tensor (rows, longest) on the model's device, padded on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(model.device)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite, nan
 from typing import Any
 
@@ -44,7 +45,10 @@ class Scorer:
 
     def __init__(self, model: PreTrainedModel, batch_size: int = 32):
         self.model, self.batch_size = model, batch_size
-        self.share = batch_size > 1 and can_share(model)
+
+    @cached_property
+    def shares(self) -> bool:
+        return can_share(self.model)
 
     def scores(
         self, questions: Sequence[Sequence[Row]], progress: Callable[[int], Any] | None = None
@@ -58,11 +62,16 @@ class Scorer:
         numbered = [{next(numbers): row for row in rows} for rows in questions]
         for rows in numbered:
             scored = {number: row for number, row in rows.items() if row.target}
-            trees += trees_of(scored, self.share) if scored else []
+            trees += self.trees(scored) if scored else []
         scores: dict[int, Score] = {}
         for batch in with_progress(self.batches(trees), progress, lambda batch: sum(len(tree.rows) for tree in batch)):
             scores |= score_trees(self.model, batch)
         return [[scores.get(number, Score(nan, [])) for number in rows] for rows in numbered]
+
+    def trees(self, rows: dict[int, Row]) -> list[Tree]:
+        trees = trees_of(rows, share=self.batch_size > 1)
+        is_split = any(tree.is_split for tree in trees)  # otherwise the model need not be tried
+        return trees if not is_split or self.shares else trees_of(rows, share=False)
 
     def batches(self, trees: Sequence[Tree]) -> list[list[Tree]]:
         """Return batches of trees of similar size, split ones apart from the others."""

@@ -55,7 +55,7 @@ def test_predicted_letters_equal_the_golden_ones(cases, batch_size):
 
 def test_no_letter_is_predicted_if_logits_are_not_finite(cases):
     model, questions = core_model(), [as_question(case) for case in cases]
-    model.lm_head.weight.data[cases[0]["letter_ids"][0]] = math.nan
+    model.lm_head.weight.data.fill_(math.nan)
     asked = EvaluatedModel(model, golden_tokenizer(), None, None)
     answers = ArcQuestion.answer(questions, asked)
     assert answers.shown == [""] * len(cases) and answers.settings["questions_not_finite"] == len(cases)

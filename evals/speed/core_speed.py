@@ -111,28 +111,22 @@ def print_results(rows: list[Measured], found: dict[str, float]) -> None:
 
 def ratio_of_processes(args: CoreSpeedArguments) -> float:
     """Return how much longer one process takes for all tasks than `args.processes` together."""
-    seconds = []
+    context, seconds = get_context("spawn"), []
     for count in (1, args.processes):
-        context = get_context("spawn")
-        settings = (args, context.Barrier(count))
-        with ProcessPoolExecutor(count, context, initializer=prepare, initargs=settings) as pool:
-            shares = [pool.submit(run_share, index, count) for index in range(count)]
+        with context.Manager() as manager, ProcessPoolExecutor(count, context) as pool:
+            loaded = manager.Barrier(count)
+            shares = [pool.submit(run_share, args, index, count, loaded) for index in range(count)]
             seconds.append(max(share.result() for share in shares))
     return seconds[0] / seconds[1]
 
 
-def prepare(args: CoreSpeedArguments, barrier: Any) -> None:
-    """Load what a process needs; `run_share` follows once all have."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; only the parent handles it
+def run_share(args: CoreSpeedArguments, index: int, count: int, loaded: Any) -> float:
+    """Return the seconds that process `index` of `count` takes for its share of the tasks, once all have loaded."""
     torch.set_num_threads(1)
-    run_share.loaded = (args, barrier, *load_model_and_tokenizer(args.model_name_or_path), load_core(args.core_dir))
-
-
-def run_share(index: int, count: int) -> float:
-    """Return the seconds that process `index` of `count` takes for its share of the tasks."""
-    args, barrier, model, tokenizer, tasks = run_share.loaded
+    tasks = load_core(args.core_dir)
+    model, tokenizer = load_model_and_tokenizer(args.model_name_or_path)
     options = {"process_index": index, "num_processes": count, "gather": lambda grades: grades}
-    barrier.wait()
+    loaded.wait()
     return seconds_of(lambda: args.core(model, tokenizer, tasks, **options), model.device.type)
 
 

@@ -1,4 +1,4 @@
-"""Measures how CORE's examples are scored, all options of many together and one prompt at a time, and compares both."""
+"""Measures how CORE scores examples: all options of many together, and one prompt at a time; compares both."""
 
 from functools import partial
 

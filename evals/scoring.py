@@ -128,7 +128,8 @@ def score_trees(model: PreTrainedModel, trees: Sequence[Tree]) -> dict[int, Scor
 def second_pass(model: PreTrainedModel, trees: Sequence[Tree]) -> dict[str, Any]:
     """Run the first pass of split trees, and return the keywords of the second one beside its ids."""
     first, cache = padded(model, [tree.read_first for tree in trees]), DynamicCache()
-    model(input_ids=first, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+    no_logits = torch.empty(0, dtype=torch.long, device=model.device)
+    model(input_ids=first, use_cache=True, logits_to_keep=no_logits, **{CACHE: cache})
     columns = torch.arange(first.shape[1], device=model.device)
     lengths = torch.tensor([[len(tree.read_first)] for tree in trees], device=model.device)
     positions = padded(model, [tree.positions for tree in trees])

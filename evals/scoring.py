@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite, nan
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
@@ -32,6 +34,30 @@ class Score:
     @property
     def is_finite(self) -> bool:
         return isfinite(self.loss)
+
+
+class Filled(Exception):
+    """Raised to end a forward pass whose keys and values are all in the cache."""
+
+
+class FilledCache(DynamicCache):
+    """A cache that ends the forward pass that has filled its last layer: the output of that pass is not needed.
+
+    The rest of the layer would be a fifth of the pass of a model of four layers. A pass of a sharded model does not
+    end early: FSDP has to free what it has gathered.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.empty = set(range(model.config.get_text_config(decoder=True).num_hidden_layers))
+        self.ends = not any(isinstance(weight, DTensor) for weight in model.parameters())
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+        updated, fills = super().update(keys, values, layer, *args, **kwargs), layer in self.empty
+        self.empty.discard(layer)
+        if self.ends and fills and not self.empty:
+            raise Filled
+        return updated
 
 
 class Scorer:
@@ -127,9 +153,9 @@ def score_trees(model: PreTrainedModel, trees: Sequence[Tree]) -> dict[int, Scor
 
 def second_pass(model: PreTrainedModel, trees: Sequence[Tree]) -> dict[str, Any]:
     """Run the first pass of split trees, and return the keywords of the second one beside its ids."""
-    first, cache = padded(model, [tree.read_first for tree in trees]), DynamicCache()
-    no_logits = torch.empty(0, dtype=torch.long, device=model.device)
-    model(input_ids=first, use_cache=True, logits_to_keep=no_logits, **{CACHE: cache})
+    first, cache = padded(model, [tree.read_first for tree in trees]), FilledCache(model)
+    with suppress(Filled):
+        model(input_ids=first, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     columns = torch.arange(first.shape[1], device=model.device)
     lengths = torch.tensor([[len(tree.read_first)] for tree in trees], device=model.device)
     positions = padded(model, [tree.positions for tree in trees])

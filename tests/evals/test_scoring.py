@@ -113,6 +113,16 @@ def test_what_options_share_is_read_once(either_model, monkeypatch):
     assert tokens_fed(either_model, monkeypatch, [contexts(ids(100), 5, 5)]) == 100 + 2 * 10
 
 
+@pytest.mark.parametrize("name", ["plain", "turbo"])
+def test_the_pass_that_fills_the_cache_ends_there(name):
+    model, read = any_model(name), []
+    scorer, layer = Scorer(model), model.model.layers[-1]
+    assert scorer.shares
+    layer.mlp.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    scorer.scores([choices(ids(100), 3, 3)])
+    assert read == [1 + 2 * 2]  # the last common token, and each option without its last one
+
+
 def test_a_model_without_a_cache_of_keys_and_values_reads_whole_rows(monkeypatch):
     model, rows = foreign_model("mamba"), choices(ids(60), 2, 2)
     assert not Scorer(model).shares and context_of(model) > 10**9

@@ -52,9 +52,12 @@ class FilledCache(DynamicCache):
         self.empty = set(range(model.config.get_text_config(decoder=True).num_hidden_layers))
         self.ends = not any(isinstance(weight, DTensor) for weight in model.parameters())
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
-        updated, fills = super().update(keys, values, layer, *args, **kwargs), layer in self.empty
-        self.empty.discard(layer)
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        fills = layer_idx in self.empty
+        self.empty.discard(layer_idx)
         if self.ends and fills and not self.empty:
             raise Filled
         return updated

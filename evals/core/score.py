@@ -11,7 +11,6 @@ for models other than its own. To exceed the training length, as its own models 
 lm-eval scores these tasks too, but with other prompts and another choice of examples.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate

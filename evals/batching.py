@@ -1,10 +1,16 @@
 """Batches of examples of similar length, to reduce padding."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel
+
+Item = TypeVar("Item")
 
 # Limits the memory of a forward pass with a few very long prompts; short prompts never reach it.
 MAX_TOKENS_PER_BATCH = 16384
+# Products of this size keep a CPU busy already; larger ones leave its caches.
+MAX_TOKENS_ON_CPU = 1024
 MAX_LOGITS = 2**26  # in memory at once: 256 MiB in float32, plus a few copies
 
 
@@ -27,9 +33,18 @@ def batches_by_length(
     return batches
 
 
-def with_progress(batches: Sequence[list[int]], progress: Callable[[int], Any] | None) -> Iterator[list[int]]:
+def most_tokens(model: PreTrainedModel) -> int:
+    """Return the maximum number of tokens in a batch on the model's device."""
+    return MAX_TOKENS_ON_CPU if model.device.type == "cpu" else MAX_TOKENS_PER_BATCH
+
+
+def with_progress(
+    batches: Sequence[list[Item]],
+    progress: Callable[[int], Any] | None,
+    examples: Callable[[list[Item]], int] = len,
+) -> Iterator[list[Item]]:
     """Yield the batches; after each, call `progress` with its number of examples, like `tqdm.update`."""
     for batch in batches:
         yield batch
         if progress is not None:
-            progress(len(batch))
+            progress(examples(batch))

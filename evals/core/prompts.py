@@ -10,30 +10,17 @@ published ones.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from evals.token_trees import Row, common_prefix, cropped
 from modeling_nanochat.tokenization_nanochat import encode_documents
 
 from .tasks import LANGUAGE_MODELING, MULTIPLE_CHOICE, CoreTask
 
 SHUFFLE_SEED = 1337
 FEWSHOT_SEED = 1234  # plus the example's index
-
-
-@dataclass(frozen=True)
-class Row:
-    """A tokenized prompt; tokens from `start` on are scored, so `start` is at least 1."""
-
-    ids: list[int]
-    start: int
-
-    @property
-    def target(self) -> list[int]:
-        return self.ids[self.start :]
 
 
 def drawn_examples(task: CoreTask, max_per_task: int = -1) -> list[dict[str, Any]]:
@@ -98,16 +85,6 @@ def rows_of(task_type: str, encoded: Sequence[list[int]], max_length: int) -> li
         return [cropped(ids, same, max_length) for ids in encoded]
     same = common_prefix([ids[::-1] for ids in encoded])
     return [cropped(ids, len(ids) - same, max_length) for ids in encoded]
-
-
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Return the length of the common prefix of all sequences."""
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False)))
-
-
-def cropped(ids: list[int], start: int, max_length: int) -> Row:
-    surplus = max(0, len(ids) - max_length)
-    return Row(ids[surplus:], max(1, start - surplus))  # nothing predicts the first token
 
 
 def block_rows(

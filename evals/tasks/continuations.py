@@ -3,16 +3,16 @@
 Needs no chat tokens, so it is the only kind of task file that a base model can be evaluated on.
 """
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from evals.batching import batches_by_length, with_progress
+from evals.scoring import Scorer, context_of
+from evals.token_trees import Row, common_prefix, cropped
 from modeling_nanochat.tokenization_nanochat import encode_documents
 
 from .question import Answers, EvaluatedModel, Progress, Question
@@ -45,9 +45,10 @@ class ContinuationQuestion(Question):
     @classmethod
     def answer(cls, questions: Sequence[Self], asked: EvaluatedModel, progress: Progress | None = None) -> Answers:
         choices = predict_choices(asked.model, asked.tokenizer, questions, asked.batch_size, progress)
-        names = [f"choice {choice + 1}" for choice in choices]
+        names = ["none" if choice is None else f"choice {choice + 1}" for choice in choices]
         predictions, texts = [[str(choice)] for choice in choices], [[name] for name in names]
-        return Answers(predictions=predictions, texts=texts, shown=names, settings={"shots": 0})
+        settings = {"shots": 0, "questions_not_finite": choices.count(None)}
+        return Answers(predictions=predictions, texts=texts, shown=names, settings=settings)
 
 
 def predict_choices(
@@ -56,49 +57,28 @@ def predict_choices(
     questions: Sequence[ContinuationQuestion],
     batch_size: int = 32,
     progress: Progress | None = None,
-) -> list[int]:
-    """Return for each question the index of the choice with the lowest mean loss (the first on ties)."""
-    rows, owners = [], []
-    for index, question in enumerate(questions):
-        rows += continuation_rows(tokenizer, [question.query + choice for choice in question.choices])
-        owners += [index] * len(question.choices)
-    losses: list[list[float]] = [[] for _ in questions]
-    for owner, loss in zip(owners, mean_losses(model, rows, batch_size, progress), strict=True):
-        losses[owner].append(loss)
-    return [scores.index(min(scores)) for scores in losses]
+) -> list[int | None]:
+    """Return for each question the index of the choice with the lowest mean loss (the first on ties).
+
+    None if a loss is not finite, so that there is no lowest one.
+    """
+    prompts = [[question.query + choice for choice in question.choices] for question in questions]
+    rows = [continuation_rows(tokenizer, of_question, context_of(model)) for of_question in prompts]
+    return [lowest([score.loss for score in scores]) for scores in Scorer(model, batch_size).scores(rows, progress)]
 
 
-def continuation_rows(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[tuple[list[int], int]]:
-    """Return the token ids of each prompt, prefixed with bos, and the first position where the prompts differ."""
+def lowest(losses: Sequence[float]) -> int | None:
+    return losses.index(min(losses)) if all(map(math.isfinite, losses)) else None
+
+
+def continuation_rows(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], max_length: int = sys.maxsize
+) -> list[Row]:
+    """Return the token ids of each prompt, prefixed with bos, scored from the first position where they differ.
+
+    Longer prompts than `max_length` are cropped at the beginning, as in CORE.
+    """
     rows = encode_documents(tokenizer, prompts)
-    shortest = min(map(len, rows))
-    same = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
     # A choice that is a prefix of another would have no tokens to score; its last token is scored instead.
-    return [(row, min(same, shortest - 1)) for row in rows]
-
-
-def mean_losses(
-    model: PreTrainedModel,
-    rows: Sequence[tuple[Sequence[int], int]],
-    batch_size: int = 32,
-    progress: Progress | None = None,
-) -> list[float]:
-    """Return the mean loss in nats over the tokens from `start` on, for each row (ids, start)."""
-    losses = [0.0] * len(rows)
-    for batch in with_progress(batches_by_length([len(ids) for ids, _ in rows], batch_size), progress):
-        for index, loss in zip(batch, batch_mean_losses(model, [rows[i] for i in batch]), strict=True):
-            losses[index] = loss
-    return losses
-
-
-@torch.no_grad()
-def batch_mean_losses(model: PreTrainedModel, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
-    first = min(start for _, start in rows)
-    ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
-    labels = pad_sequence(
-        [torch.tensor([-100] * start + list(ids[start:])) for ids, start in rows], batch_first=True, padding_value=-100
-    )[:, first:].to(model.device)
-    kept = torch.arange(first - 1, ids.shape[1] - 1, device=model.device)  # position p predicts token p + 1
-    logits = model(input_ids=ids.to(model.device), logits_to_keep=kept, use_cache=False).logits
-    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    return (losses.sum(1) / (labels != -100).sum(1)).tolist()
+    start = min(common_prefix(rows), *(len(row) - 1 for row in rows))
+    return [cropped(row, start, max_length) for row in rows]

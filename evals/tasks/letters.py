@@ -1,19 +1,21 @@
 """Multiple choice by letter: nanochat's prompt, answered by the letter with the highest logit (no generation)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, cast
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from evals.batching import batches_by_length, with_progress
+from evals.batching import batches_by_length, most_tokens, with_progress
+from evals.scoring import logits_at, padded
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.tokenization_nanochat import whole_characters
 
 from .question import Answers, EvaluatedModel, Progress, Question
 
+NO_LETTER = ""  # where logits are not finite
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -55,7 +57,8 @@ class LetterQuestion(Question):
     def answer(cls, questions: Sequence[Self], asked: EvaluatedModel, progress: Progress | None = None) -> Answers:
         letters = predict_letters(asked.model, asked.tokenizer, questions, asked.batch_size, progress)
         given = [[letter] for letter in letters]
-        return Answers(predictions=given, texts=given, shown=letters, settings={"shots": 0})
+        settings = {"shots": 0, "questions_not_finite": letters.count(NO_LETTER)}
+        return Answers(predictions=given, texts=given, shown=letters, settings=settings)
 
 
 def predict_letters(
@@ -67,17 +70,21 @@ def predict_letters(
 ) -> list[str]:
     """Return for each question the letter whose token has the highest logit after the prompt (the first on ties).
 
+    NO_LETTER if a logit is not finite, so that there is no highest one.
+
     Raises:
         UserError: A letter is not exactly one token.
     """
     letter_ids = {letter: letter_id(tokenizer, letter) for question in questions for letter in question.letters}
     prompts = [prompt_ids(tokenizer, question.prompt) for question in questions]
-    predictions = [""] * len(questions)
-    for batch in with_progress(batches_by_length([len(p) for p in prompts], batch_size), progress):
-        for index, logits in zip(batch, last_logits(model, [prompts[i] for i in batch]), strict=True):
+    predictions = [NO_LETTER] * len(questions)
+    batches = batches_by_length([len(prompt) for prompt in prompts], batch_size, most_tokens(model))
+    for batch in with_progress(batches, progress):
+        for index, logits in zip(batch, last_logits(model, [prompts[i] for i in batch]).cpu(), strict=True):
             letters = questions[index].letters
             scores = logits[[letter_ids[letter] for letter in letters]].tolist()
-            predictions[index] = letters[scores.index(max(scores))]
+            if all(map(math.isfinite, scores)):
+                predictions[index] = letters[scores.index(max(scores))]
     return predictions
 
 
@@ -100,11 +107,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 def last_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return the logits (B, V) at the last token of each prompt.
 
-    Padding is on the right, where causal attention hides it from all earlier positions, so no mask is needed; the head
-    runs only at positions where a prompt ends.
+    Padding is on the right, where causal attention hides it from all earlier positions, so no mask is needed.
     """
-    input_ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(model.device)
-    ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
-    kept, column = torch.unique(ends, return_inverse=True)
-    logits = model(input_ids=input_ids, logits_to_keep=kept, use_cache=False).logits
-    return logits[torch.arange(len(prompts), device=model.device), column].float()
+    ends = [(row, len(prompt) - 1) for row, prompt in enumerate(prompts)]
+    return logits_at(model, ends, input_ids=padded(model, prompts), use_cache=False).float()

@@ -87,6 +87,7 @@ CHECKS = {
     ),
     "g6": Check("FSDP2", "sharded:check_fsdp2", 80, 150, timed=False),
     "g10": Check("decode", "decode:check_decode", 100, 150, prepare="decode:prepare_decode"),
+    "g13": Check("CORE", "core:check_core", 40, 120),
     "g11": Check("data", "data:check_data", 20, 60, needs=("trl", "datasets")),
     "g7": Check("memory", "memory:check_memory", 120, 200),
     "g8": Check("loop", "stages:check_loop", 60, 120, needs=("trl", "datasets")),

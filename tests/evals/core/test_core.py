@@ -3,7 +3,6 @@ import json
 import math
 
 import pytest
-import torch
 import yaml
 from conftest import toy_model, toy_tokenizer
 from golden import core_model, golden_json, golden_tokenizer, shared
@@ -11,18 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evals.core.score
-from evals.core.prompts import (
-    Row,
-    block_rows,
-    common_prefix,
-    cropped,
-    drawn_examples,
-    fewshot_indices,
-    prompts_of,
-    rows_of,
-)
-from evals.core.score import Score, chosen, core, load_core, score_batch, score_rows, within_memory
+import evals.scoring
+from evals.core.grading import chosen
+from evals.core.prompts import block_rows, drawn_examples, fewshot_indices, prompts_of, rows_of
+from evals.core.score import core, load_core
 from evals.core.tasks import CoreTask
+from evals.scoring import Score, Scorer
+from evals.token_trees import Row, common_prefix, cropped
 from modeling_nanochat.errors import UserError
 
 LABELS = (
@@ -102,9 +96,8 @@ def test_tokens_and_spans_equal_the_golden_ones(golden, tokenizer, label):
 @pytest.mark.parametrize("label", LABELS)
 def test_losses_predictions_and_choices_equal_the_golden_ones(golden, model, tokenizer, label, batch_size):
     rows = rows_of_case(golden[label], tokenizer)
-    scores = iter(score_rows(model, [row for of_one in rows for row in of_one], batch_size))
-    for of_one, expected in zip(rows, golden[label]["examples"], strict=True):
-        of_this = [next(scores) for _ in of_one]
+    scores = Scorer(model, batch_size).scores(rows)
+    for of_one, of_this, expected in zip(rows, scores, golden[label]["examples"], strict=True):
         if "mean_losses" in expected:
             losses = [score.loss for score in of_this]
             assert losses == pytest.approx(expected["mean_losses"], abs=1e-4, rel=0, nan_ok=True)
@@ -148,60 +141,32 @@ def test_processes_share_the_examples_out_and_add_up_to_the_same(golden, model, 
         options = {"process_index": index, "num_processes": num_processes, "gather": gather}
         return core(model, tokenizer, tasks, **options)
 
-    def keep(counts):
-        shares.append(counts)
-        return torch.ones_like(counts)
+    def keep(grades):
+        shares.append(grades)
+        return grades
 
     for index in range(num_processes):
         run(index, keep)
-    assert run(0, lambda counts: sum(shares)) == alone
-    assert all(share[:, 1].sum() > 0 for share in shares)  # seven processes too had something to do
+    assert run(0, lambda grades: sum(shares)) == alone
+    assert all(share.any() for share in shares)  # seven processes too had something to do
 
 
 def test_batches_do_not_hang_on_the_number_of_processes(golden, model, tokenizer, monkeypatch):
     monkeypatch.setattr(evals.core.score, "EXAMPLES_PER_BLOCK", 3)
     task, seen = as_task(golden["mc_flags"]), []
-    score = evals.core.score.score_batch
-    monkeypatch.setattr(evals.core.score, "score_batch", lambda model, rows: seen.append(rows) or score(model, rows))
+    score = evals.scoring.score_trees
+    monkeypatch.setattr(evals.scoring, "score_trees", lambda model, trees: seen.append(trees) or score(model, trees))
     core(model, tokenizer, [task])
     alone = seen.copy()
     seen.clear()
     for index in range(2):
-        core(model, tokenizer, [task], process_index=index, num_processes=2, gather=lambda c: c.clamp(min=1))
-    assert len(seen) == len(alone) and all(batch in alone for batch in seen)
+        core(model, tokenizer, [task], process_index=index, num_processes=2, gather=lambda grades: grades)
+    assert all(batch in alone for batch in seen) and all(batch in seen for batch in alone)
 
 
 def test_several_processes_need_a_sum(model, tokenizer, golden):
     with pytest.raises(ValueError, match="gather"):
         core(model, tokenizer, [as_task(golden["mc_flags"])], num_processes=2)
-
-
-def test_both_architectures_score_a_row_the_same_alone_and_in_a_padded_batch(either_model):
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        Row(torch.randint(500, (length,), generator=generator).tolist(), start)
-        for length, start in ((40, 30), (9, 1), (23, 22), (5, 5))
-    ]
-    together = score_batch(either_model, rows)
-    for row, score in zip(rows, together, strict=True):
-        logits = either_model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
-        targets = torch.tensor(row.target, dtype=torch.long)
-        scored = logits[row.start - 1 : len(row.ids) - 1]
-        assert score.predicted == scored.argmax(-1).tolist()
-        expected = torch.nn.functional.cross_entropy(scored, targets).item()
-        assert score.loss == pytest.approx(expected, abs=1e-4, nan_ok=True)
-    assert math.isnan(together[-1].loss) and math.isnan(score_batch(either_model, rows[-1:])[0].loss)
-
-
-def test_large_batches_are_split_by_their_logits_and_score_the_same(golden, model, tokenizer, monkeypatch):
-    rows = [row for of_one in rows_of_case(golden["schema_question"], tokenizer) for row in of_one]
-    whole = score_rows(model, rows)
-    monkeypatch.setattr(evals.core.score, "MAX_LOGITS", 500 * 30)
-    parts = within_memory(list(range(len(rows))), rows, 500)
-    assert sorted(i for part in parts for i in part) == list(range(len(rows))) and len(parts) > 2
-    in_parts = score_rows(model, rows)
-    assert [score.predicted for score in in_parts] == [score.predicted for score in whole]
-    assert [score.loss for score in in_parts] == pytest.approx([score.loss for score in whole], abs=1e-5)
 
 
 def test_an_option_without_tokens_of_its_own_wins_only_in_front():
@@ -354,8 +319,69 @@ def test_folders_that_are_missing_or_hold_no_table_are_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_the_real_tasks_load_and_run_with_prompts_beyond_the_context():
-    tasks = load_core(shared("data/core"))
+@pytest.fixture(scope="module")
+def real_tasks():
+    return load_core(shared("data/core"))
+
+
+def test_options_scored_together_get_the_grades_of_one_at_a_time(model, tokenizer, real_tasks):
+    alone, together = (core(model, tokenizer, real_tasks, max_per_task=3, batch_size=size) for size in (1, 32))
+    assert alone == together and len(alone.right) == 22
+
+
+def test_options_scored_together_get_the_losses_of_one_at_a_time(model, tokenizer, real_tasks):
+    for task in real_tasks:
+        examples = drawn_examples(task, 3)
+        rows = block_rows(task, tokenizer, examples, range(2), 400)  # beyond the model's context of 256
+        alone, together = (Scorer(model, size).scores(rows) for size in (1, 32))
+        for of_one, of_both in zip(alone, together, strict=True):
+            losses = [[score.loss for score in scores] for scores in (of_one, of_both)]
+            assert losses[0] == pytest.approx(losses[1], abs=1e-5, nan_ok=True)
+            assert [score.predicted for score in of_one] == [score.predicted for score in of_both]
+
+
+def test_right_says_of_each_drawn_example_whether_it_was_right(golden, model, tokenizer):
+    case = golden["mc_homes"]
+    result = core(model, tokenizer, [as_task(case)], max_per_task=case["max_per_task"])
+    assert result.right == {"mc_homes": [example["correct"] for example in case["examples"]]}
+    assert not result.notes
+
+
+def mc_task(*examples):
+    return CoreTask("odd", "multiple_choice", examples, 0, " ", 0.5)
+
+
+def test_an_option_without_tokens_of_its_own_is_never_right_and_is_noted(model, tokenizer):
+    beginning = {"query": "The", "choices": ["cat", "cat sat"], "gold": 0}
+    for example in (beginning, beginning | {"choices": ["cat", "cat"]}):
+        result = core(model, tokenizer, [mc_task(example)])
+        assert result.right == {"odd": [False]}
+        assert result.notes == {"odd": ["1 of 1 examples: an option without tokens of its own, which is never right"]}
+
+
+def test_losses_that_are_not_finite_count_as_wrong_and_are_noted(golden, tokenizer):
+    model, tasks = core_model(), [as_task(golden[label]) for label in ("mc_flags", "lm_flags", "schema_give")]
+    model.lm_head.weight.data[3] = math.nan
+    result = core(model, tokenizer, tasks)
+    assert not any(any(right) for right in result.right.values())
+    notes = ["8 of 8 examples: a loss that is not finite, counted as wrong"]
+    assert result.notes == {task.label: notes for task in tasks}
+
+
+def test_half_of_a_surrogate_pair_is_read_as_a_replacement_character_and_noted(model, tokenizer):
+    half, whole = ({"query": text, "choices": ["a b", "c d"], "gold": 0} for text in ("\ud83d The", "\ufffd The"))
+    results = [core(model, tokenizer, [mc_task(example)]) for example in (half, whole)]
+    assert results[0].right == results[1].right and not results[1].notes
+    assert results[0].notes == {"odd": ["1 of 1 examples: an unpaired surrogate in the text, read as U+FFFD"]}
+
+
+def test_an_empty_continuation_is_not_right(model, tokenizer):
+    task = CoreTask("empty", "language_modeling", [{"context": "The cat", "continuation": ""}], 0, "", 0.0)
+    assert core(model, tokenizer, [task]).right == {"empty": [False]}
+
+
+def test_the_real_tasks_load_and_run_with_prompts_beyond_the_context(real_tasks):
+    tasks = real_tasks
     assert len(tasks) == 22 and {task.task_type for task in tasks} == {
         "multiple_choice", "schema", "language_modeling",
     }  # fmt: skip

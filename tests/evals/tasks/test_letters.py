@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from golden import core_model, golden_json, golden_tokenizer
@@ -11,6 +13,7 @@ from evals.tasks.letters import (
     predict_letters,
     prompt_ids,
 )
+from evals.tasks.question import EvaluatedModel
 from modeling_nanochat.errors import UserError
 
 
@@ -48,6 +51,14 @@ def test_predicted_letters_equal_the_golden_ones(cases, batch_size):
     questions = [as_question(case) for case in cases]
     predictions = predict_letters(core_model(), golden_tokenizer(), questions, batch_size=batch_size)
     assert predictions == [case["predicted"] for case in cases]
+
+
+def test_no_letter_is_predicted_if_logits_are_not_finite(cases):
+    model, questions = core_model(), [as_question(case) for case in cases]
+    model.lm_head.weight.data.fill_(math.nan)
+    asked = EvaluatedModel(model, golden_tokenizer(), None, None)
+    answers = ArcQuestion.answer(questions, asked)
+    assert answers.shown == [""] * len(cases) and answers.settings["questions_not_finite"] == len(cases)
 
 
 def test_a_letter_of_several_tokens_is_refused(cases):

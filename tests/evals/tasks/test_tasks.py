@@ -1,12 +1,15 @@
 import json
+import math
 
 import pytest
 from golden import core_model, golden_json, golden_tokenizer, shared
 
+from evals.scoring import Scorer
 from evals.tasks.cloze import ClozeQuestion
-from evals.tasks.continuations import continuation_rows, mean_losses, predict_choices
+from evals.tasks.continuations import continuation_rows, predict_choices
 from evals.tasks.gsm8k import to_messages
 from evals.tasks.match import has_word
+from evals.tasks.question import EvaluatedModel
 from evals.tasks.table import question_of
 from evals.tasks.task_files import load_task, parse_task_argument
 from modeling_nanochat.errors import UserError
@@ -150,12 +153,30 @@ def test_cloze_losses_and_choices_equal_the_golden_ones():
         rows = continuation_rows(tokenizer, example["prompts"])
         assert [ids for ids, _ in rows] == example["token_ids"]
         assert [start for _, start in rows] == example["start"]
-        assert mean_losses(model, rows, batch_size=3) == pytest.approx(example["mean_losses"], abs=1e-4)
+        (scores,) = Scorer(model, batch_size=3).scores([rows])
+        assert [score.loss for score in scores] == pytest.approx(example["mean_losses"], abs=1e-4)
     shuffled = [ClozeQuestion.from_record(task["data"][i], "f:1") for i in task["shuffled_order"]]
     assert predict_choices(model, tokenizer, shuffled) == [example["pred"] for example in task["examples"]]
 
 
 def test_a_choice_that_begins_another_is_still_scored():
     rows = continuation_rows(golden_tokenizer(), ["a b", "a b c"])
-    losses = mean_losses(core_model(), rows)
-    assert all(0 < loss < 20 for loss in losses)
+    (scores,) = Scorer(core_model()).scores([rows])
+    assert all(0 < score.loss < 20 for score in scores)
+
+
+def test_no_choice_is_predicted_if_losses_are_not_finite():
+    model, tokenizer = core_model(), golden_tokenizer()
+    question = ClozeQuestion("The cat ", ("sat", "ran"), 0)
+    assert predict_choices(model, tokenizer, [question]) != [None]
+    model.lm_head.weight.data[3] = math.nan
+    answers = ClozeQuestion.answer([question], EvaluatedModel(model, tokenizer, None, None))
+    assert answers.shown == ["none"] and answers.settings["questions_not_finite"] == 1
+
+
+def test_prompts_beyond_the_context_keep_their_ends():
+    tokenizer = golden_tokenizer()
+    rows = continuation_rows(tokenizer, ["a b c d e f g", "a b c d e f g h"], 5)
+    whole = continuation_rows(tokenizer, ["a b c d e f g", "a b c d e f g h"])
+    assert [row.ids for row in rows] == [row.ids[-5:] for row in whole]
+    assert [row.target for row in rows] == [row.target for row in whole]

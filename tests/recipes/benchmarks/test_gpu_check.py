@@ -282,6 +282,12 @@ def test_memory_and_data(check):
     assert data.figures["tokens/s"] > 100 and data.figures["vocabulary"] == 400
 
 
+def test_core(check):
+    report = check("g13")
+    assert len(report.gates) == 4 and all(gate["passed"] for gate in report.gates)
+    assert report.figures["plain together: prompts/s"] > 0
+
+
 def write_original(folder: Path) -> None:
     for name, text in (("__init__.py", ""), ("gpt.py", ORIGINAL)):
         path = folder / "classic" / "nanochat" / name

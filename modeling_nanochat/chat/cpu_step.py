@@ -174,7 +174,7 @@ def rms_norm(x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
 
 def step_of(model: PreTrainedModel) -> CpuStep | None:
     """The step for a model in float32 on a CPU; None for any other, and if something in it has been replaced."""
-    kinds = {NanoChatForCausalLM: CpuStep, NanoChatTurboForCausalLM: TurboCpuStep}
+    kinds: dict[type, type[CpuStep]] = {NanoChatForCausalLM: CpuStep, NanoChatTurboForCausalLM: TurboCpuStep}
     step = kinds.get(type(model))
     return step(model) if step is not None and is_as_built(model) else None
 

@@ -64,12 +64,24 @@ class Processes:
         return value if self.count == 1 else broadcast_object_list([value])[0]
 
 
-def launched_processes() -> Processes:
-    """Return the processes that `accelerate launch` or torchrun started; one that was started otherwise is alone."""
+ALONE = Processes()
+
+
+@contextmanager
+def launched_processes(advice: str) -> Iterator[Processes]:
+    """Yield the processes that `accelerate launch` or torchrun started; one that was started otherwise is alone.
+
+    Args:
+        advice: What to do after one was killed, see `ending_together`.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(device=torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else None)
+        yield Processes(device=torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else None)
+        return
     state = PartialState(cpu=several_on_cpu(), timeout=LONGEST_WAIT)
-    return Processes(state.process_index, state.num_processes, state.device)
+    with ending_together(advice):
+        yield Processes(state.process_index, state.num_processes, state.device)
+        state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def several_on_cpu() -> bool:
@@ -88,7 +100,7 @@ def shared_store() -> dist.Store:
 
 
 @contextmanager
-def ending_together(advice: str = "start again") -> Iterator[None]:
+def ending_together(advice: str = "start it again") -> Iterator[None]:
     """An exception within the block, on any process, ends all processes in seconds; only the first prints its error.
 
     A single process and signals are not affected. Every process must leave the block before any of them exits.

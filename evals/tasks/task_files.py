@@ -1,13 +1,14 @@
 """Evaluation tasks from data sets of questions; the task is told by the fields of the first record."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.records import read_records
 
+from .published import PUBLISHED
 from .question import Question
 from .table import question_of
 
@@ -24,37 +25,44 @@ class NamedTask:
         return type(self.questions[0])
 
 
-def parse_task_argument(argument: str) -> tuple[str, str]:
-    """Return name and source of `name=source`; a bare path or Hub id is named after itself."""
-    name, equals, source = argument.partition("=")
-    if not equals:
-        return Path(argument).stem, argument
-    if not name or not source:
-        raise UserError(f"eval_files: {argument!r} is not name=path; write for example facts=data/eval/facts.jsonl")
-    return name, source
-
-
-def load_task(name: str, source: str, max_examples: int | None = None, seed: int = 0) -> NamedTask:
+def load_task(name: str, source: str | None, max_examples: int | None = None, seed: int = 0) -> NamedTask:
     """Read and check the questions of a source.
 
     Args:
         name: Name of the task in the results.
-        source: File, folder or Hub id, see `modeling_nanochat.text.records`.
+        source: File, folder or Hub id, see `modeling_nanochat.text.records`; None: the published one of that name.
         max_examples: Size of a random sample, because files are often sorted by subject; it keeps the file order.
         seed: Seed of the sample.
 
     Raises:
-        UserError: The source is missing or empty, or a record is malformed or unlike the first; names the line.
+        UserError: The source is missing or empty, a record is malformed or unlike the first, or the records are of
+            another kind than the published task of that name; names the line.
     """
-    questions: list[Question] = []
-    for where, record in read_records([source], "eval_files"):
+    published, questions = PUBLISHED.get(name), list[Question]()
+    for where, record in task_records(name, source):
         question = question_of(record, where)
         if questions and type(question) is not type(questions[0]):
             raise UserError(
                 f"{where}: a record of {question.name} among records of {questions[0].name}; split the file"
+            )
+        if published and question.name != published.kind:
+            raise UserError(
+                f"{where}: a record of {question.name}, but the published task {name} has those of {published.kind}; "
+                "give the task another name"
             )
         questions.append(question)
     if max_examples is not None and max_examples < len(questions):
         sample = sorted(random.Random(seed).sample(range(len(questions)), max_examples))
         questions = [questions[i] for i in sample]
     return NamedTask(name, questions)
+
+
+def task_records(name: str, source: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, record) of a task's source, or of its published one."""
+    if source is not None:
+        yield from read_records([source], "tasks")
+        return
+    try:
+        yield from read_records([PUBLISHED[name].source], "tasks")
+    except UserError as error:
+        raise UserError(f"{error}, or give {name}=FILE") from error

@@ -54,7 +54,7 @@ def arguments(folder, files, **changes):
     defaults = {
         "model_name_or_path": str(folder),
         "output_file": str(files / "results" / "x.json"),
-        "eval_files": [f"{name}={files / name}.jsonl" for name in TASKS],
+        "tasks": [f"{name}={files / name}.jsonl" for name in TASKS],
         "text_files": [str(files / "val.txt")],
         "max_new_tokens": 8,
         "num_samples": 4,
@@ -96,9 +96,7 @@ def test_a_question_with_a_history_is_asked_after_it(toy_model_folder, files, mo
         return [[{"role": "assistant", "content": "red"}]] * len(conversations)
 
     monkeypatch.setattr("evals.tasks.replies.generate_replies", generate)
-    args = arguments(
-        toy_model_folder, files, eval_files=[f"later={files / 'later.jsonl'}"], text_files=[], max_length=None
-    )
+    args = arguments(toy_model_folder, files, tasks=[f"later={files / 'later.jsonl'}"], text_files=[], max_length=None)
     results = run_evaluation(args)
     question = [*turns, {"role": "user", "content": "Which?"}]
     assert seen[0] == question and results["records"][0]["value"] == 1.0
@@ -127,7 +125,7 @@ def core_dir(tmp_path):
 
 
 def test_core_has_a_record_and_so_has_each_of_its_tasks(toy_model_folder, files, core_dir):
-    only_core = {"eval_files": [], "text_files": [], "max_length": None, "base_model": True, "core_dir": str(core_dir)}
+    only_core = {"tasks": [f"core={core_dir}"], "text_files": [], "max_length": None, "base_model": True}
     args = arguments(toy_model_folder, files, core_max_per_task=3, **only_core)
     core, zero, two = run_evaluation(args)["records"]
     assert (core["task"], core["metric"], core["n"]) == ("core", "centered_accuracy", 6)
@@ -139,7 +137,8 @@ def test_core_has_a_record_and_so_has_each_of_its_tasks(toy_model_folder, files,
 
 def test_the_report_shows_core(toy_model_folder, files, core_dir):
     output_file = str(files / "results" / "base.json")
-    args = arguments(toy_model_folder, files, output_file=output_file, base_model=True, core_dir=str(core_dir))
+    args = arguments(toy_model_folder, files, output_file=output_file, base_model=True)
+    args.tasks.append(f"core={core_dir}")
     value = next(r["value"] for r in run_evaluation(args)["records"] if r["task"] == "core")
     rows = {row[0]: row for row in summary_rows(read_run(files))}
     assert rows["core, centered accuracy"][1] == "8"
@@ -168,9 +167,7 @@ def test_half_a_surrogate_pair_in_a_question_loses_no_results(toy_model_folder, 
 def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, files):
     long = {"question": "word " * 400, "answer": "#### 1"}
     (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
-    args = arguments(
-        toy_model_folder, files, eval_files=[f"long={files / 'long.jsonl'}"], text_files=[], max_length=None
-    )
+    args = arguments(toy_model_folder, files, tasks=[f"long={files / 'long.jsonl'}"], text_files=[], max_length=None)
     (record,) = run_evaluation(args)["records"]
     assert (record["value"], record["n"], record["settings"]["questions_beyond_context"]) == (0.0, 1, 1)
 
@@ -178,15 +175,15 @@ def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, fi
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"eval_files": [], "text_files": []}, "nothing to evaluate"),
-        ({"eval_files": ["facts=absent.jsonl"]}, "no file matches 'absent.jsonl'"),
+        ({"tasks": [], "text_files": []}, "nothing to evaluate"),
+        ({"tasks": ["facts=absent.jsonl"]}, "no file matches 'absent.jsonl'"),
         ({"text_files": ["absent.parquet"]}, "no file matches 'absent.parquet'"),
-        ({"core_dir": "absent"}, "absent: no such folder"),
+        ({"tasks": ["core=absent"]}, "absent: no such folder"),
         ({"core_max_per_task": 0}, "core_max_per_task is 0"),
-        ({"core_max_per_task": 5}, "core_max_per_task has no effect without core_dir"),
-        ({"eval_files": [], "max_examples": 5}, "max_examples has no effect without eval_files"),
+        ({"core_max_per_task": 5}, "core_max_per_task has no effect without the task core"),
+        ({"tasks": [], "max_examples": 5}, "max_examples has no effect without tasks of questions"),
         ({"text_files": []}, "max_length has no effect without text_files"),
-        ({"eval_files": [], "output_predictions": "p"}, "output_predictions has no effect without eval_files"),
+        ({"tasks": [], "output_predictions": "p"}, "output_predictions has no effect without tasks"),
         ({"top_k": 50}, "top_k has no effect without temperature"),
         ({"temperature": -1.0}, "temperature must be a number from 0 to 2"),
         ({"temperature": 1.0, "top_k": -1}, "top_k must be"),
@@ -205,7 +202,7 @@ def test_what_is_wrong_is_reported_in_one_line_and_nothing_is_written(toy_model_
 
 def test_a_base_model_with_nothing_but_chat_tasks_is_refused(toy_model_folder, files):
     chat_tasks = [f"{name}={files / name}.jsonl" for name in ("problems", "facts", "letters")]
-    args = arguments(toy_model_folder, files, base_model=True, eval_files=chat_tasks, text_files=[], max_length=None)
+    args = arguments(toy_model_folder, files, base_model=True, tasks=chat_tasks, text_files=[], max_length=None)
     with pytest.raises(UserError, match="nothing to evaluate: problems, facts, letters need chat tokens"):
         run_evaluation(args)
     assert not Path(args.output_file).exists()
@@ -245,7 +242,7 @@ def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(
         f"--{name}={value}"
         for name, value in (("model_name_or_path", args.model_name_or_path), ("output_file", args.output_file))
     ]
-    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *words, "--eval_files", *args.eval_files])
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *words, "--tasks", *args.tasks])
     main()
     written = json.loads(Path(args.output_file).read_text(encoding="utf-8"))["records"]
     notes = {record["task"]: record["note"].partition(": ")[2] for record in written}
@@ -269,7 +266,7 @@ def test_a_new_task_is_one_class_and_one_line_in_the_table(toy_model_folder, fil
     monkeypatch.setattr(table, "TASKS", (BoolQuestion, *table.TASKS))
     records = [{"question": f"is {n} odd", "passage": "Of numbers.", "answer": bool(n % 2)} for n in range(6)]
     (files / "odd.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    asked = {"eval_files": [str(files / "odd.jsonl")], "text_files": [], "max_length": None}
+    asked = {"tasks": [f"odd={files / 'odd.jsonl'}"], "text_files": [], "max_length": None}
     (record,) = run_evaluation(arguments(toy_model_folder, files, **asked))["records"]
     assert (record["task"], record["n"], record["settings"]["kind"]) == ("odd", 6, "boolq")
     assert record["settings"]["baseline"] == 0.5 and 0 <= record["value"] <= 1
@@ -278,7 +275,7 @@ def test_a_new_task_is_one_class_and_one_line_in_the_table(toy_model_folder, fil
 
 
 def test_two_tasks_of_one_name_are_refused(toy_model_folder, files):
-    args = arguments(toy_model_folder, files, eval_files=[f"a={files / 'facts.jsonl'}", f"a={files / 'cloze.jsonl'}"])
+    args = arguments(toy_model_folder, files, tasks=[f"a={files / 'facts.jsonl'}", f"a={files / 'cloze.jsonl'}"])
     with pytest.raises(UserError, match="occurs twice"):
         run_evaluation(args)
 
@@ -301,7 +298,7 @@ def test_every_prediction_is_kept_with_the_reply_and_agrees_with_the_record(toy_
 
 def test_sampled_replies_follow_the_seed_and_the_record_says_how_they_were_sampled(toy_model_folder, files):
     def replies(**changes):
-        only = {"eval_files": [f"problems={files / 'problems.jsonl'}"], "text_files": [], "max_length": None}
+        only = {"tasks": [f"problems={files / 'problems.jsonl'}"], "text_files": [], "max_length": None}
         results = run_evaluation(arguments(toy_model_folder, files, **only, **changes))
         return results["records"][0]["settings"], [sample["messages"] for sample in results["samples"]]
 
@@ -363,15 +360,15 @@ def test_the_counted_prompts_are_those_announced(toy_model_folder, files, monkey
     made = []
 
     class Recorded(EvaluationProgress):
-        def __init__(self, total):
-            super().__init__(total)
+        def __init__(self, total, quiet):
+            super().__init__(total, quiet)
             made.append(self)
 
     monkeypatch.setattr("evals.evaluate_model.EvaluationProgress", Recorded)
     long = {"question": "word " * 400, "answer": "#### 1"}
     (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
     args = arguments(toy_model_folder, files)
-    args.eval_files.append(f"long={files / 'long.jsonl'}")
+    args.tasks.append(f"long={files / 'long.jsonl'}")
     run_evaluation(args)
     (progress,) = made
     assert progress.done == progress.total == 6 + 3 + 8 + 2 * 4 + 1
@@ -396,7 +393,7 @@ def test_the_script_reads_yaml_and_prints_one_line_or_the_table(toy_model_folder
     config = files / "eval.yaml"
     config.write_text(
         f"model_name_or_path: {toy_model_folder}\noutput_file: {files / 'out.json'}\n"
-        f"eval_files:\n- cloze={files / 'cloze.jsonl'}\nbase_model: true\n",
+        f"tasks:\n- cloze={files / 'cloze.jsonl'}\nbase_model: true\n",
         encoding="utf-8",
     )
     monkeypatch.setattr(sys, "argv", ["evaluate_model.py", "--config", str(config), "--max_examples", "2"])

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import datasets
 import pytest
+from evaluation import TASKS, arguments, write_core, write_lines, write_tasks
 from transformers.utils import logging
 
-from evals.evaluate_model import EvaluateArguments, main, run_evaluation, spread
+from evals.evaluate_model import main, run_evaluation, spread
 from evals.progress import EvaluationProgress
 from evals.reporting.records import format_count, format_value, make_record, summary_line
 from evals.reporting.run_folder import read_run
@@ -25,13 +26,6 @@ from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.text.records import read_jsonl
 from recipes.training.data.conversations import read_conversations
 
-TASKS = {
-    "problems": [{"question": f"{n} + 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(6)],
-    "facts": [{"question": "Which?", "answer": "red", "rivals": ["blue"]}] * 3,
-    "letters": [{"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": n % 4} for n in range(8)],
-    "cloze": [{"query": "The cat sat on the", "choices": ["mat.", "lamp."], "gold": 0}] * 4,
-}
-
 
 @pytest.fixture(autouse=True)
 def library_bars():
@@ -44,23 +38,8 @@ def library_bars():
 
 @pytest.fixture
 def files(tmp_path):
-    for name, records in TASKS.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    (tmp_path / "val.txt").write_text("The cat sat on the mat.\n\n" * 30, encoding="utf-8")
+    write_tasks(tmp_path)
     return tmp_path
-
-
-def arguments(folder, files, **changes):
-    defaults = {
-        "model_name_or_path": str(folder),
-        "output_file": str(files / "results" / "x.json"),
-        "tasks": [f"{name}={files / name}.jsonl" for name in TASKS],
-        "text_files": [str(files / "val.txt")],
-        "max_new_tokens": 8,
-        "num_samples": 4,
-        "max_length": 32,
-    }
-    return EvaluateArguments(**(defaults | changes))
 
 
 def test_every_task_has_a_record_and_the_file_holds_what_is_returned(toy_model_folder, files):
@@ -114,14 +93,7 @@ def test_a_base_model_is_asked_nothing_that_needs_chat_tokens(toy_model_folder, 
 
 @pytest.fixture
 def core_dir(tmp_path):
-    """Two CORE tasks, made of the cloze questions."""
-    folder = tmp_path / "core"
-    folder.mkdir()
-    (folder / "cloze.jsonl").write_text("".join(json.dumps(r) + "\n" for r in TASKS["cloze"]), encoding="utf-8")
-    common = {"dataset": "cloze.jsonl", "icl_task_type": "multiple_choice", "random_baseline_percent": 50}
-    tasks = [common | {"label": f"mats_{shots}", "num_fewshot": shots} for shots in (0, 2)]
-    (folder / "core.json").write_text(json.dumps({"tasks": tasks}), encoding="utf-8")
-    return folder
+    return write_core(tmp_path / "core")
 
 
 def test_core_has_a_record_and_so_has_each_of_its_tasks(toy_model_folder, files, core_dir):
@@ -230,7 +202,7 @@ def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(
     colours = [{"question": "Which?", "answer": colour, "rivals": ["blue"]} for colour in ("red", "green")]
     mats = [{"query": "The cat sat on the", "choices": ["mat.", "lamp."], "gold": gold} for gold in (0, 1)]
     for name, records in (("facts", colours), ("cloze", mats)):
-        (files / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        write_lines(files / f"{name}.jsonl", records)
     reply = [{"role": "assistant", "content": "Hello.\n#### 7"}]
     monkeypatch.setattr("evals.tasks.replies.generate_replies", lambda asked, chats, *_: [reply] * len(chats))
     monkeypatch.setattr("evals.tasks.letters.predict_letters", lambda model, tokenizer, asked, *_: ["C"] * len(asked))
@@ -265,7 +237,7 @@ def test_a_new_task_is_one_class_and_one_line_in_the_table(toy_model_folder, fil
     """It is evaluated, trained on, and has its figures in the record."""
     monkeypatch.setattr(table, "TASKS", (BoolQuestion, *table.TASKS))
     records = [{"question": f"is {n} odd", "passage": "Of numbers.", "answer": bool(n % 2)} for n in range(6)]
-    (files / "odd.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    write_lines(files / "odd.jsonl", records)
     asked = {"tasks": [f"odd={files / 'odd.jsonl'}"], "text_files": [], "max_length": None}
     (record,) = run_evaluation(arguments(toy_model_folder, files, **asked))["records"]
     assert (record["task"], record["n"], record["settings"]["kind"]) == ("odd", 6, "boolq")

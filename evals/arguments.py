@@ -1,6 +1,7 @@
 """The settings of an evaluation."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from evals.tasks.published import BITS_PER_BYTE, CORE, parse_tasks
 from modeling_nanochat.chat.sampling import check_setting
@@ -36,6 +37,10 @@ class EvaluateArguments:
     temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy decoding."})
     top_k: int | None = field(default=None, metadata={"help": "Sample among the k most likely tokens; all if unset."})
     samples_per_question: int = field(default=1, metadata={"help": "Sampled replies per question, for pass@k."})
+    grading: Literal["number", "original"] = field(
+        default="number",
+        metadata={"help": "How answers after #### are compared: as numbers, or by the original's rule, as strings."},
+    )
     num_samples: int = field(default=6, metadata={"help": "Sample conversations to keep, over all tasks."})
     output_predictions: str | None = field(
         default=None, metadata={"help": "JSONL file for all predictions (task, index, right, reply); none if unset."}

@@ -37,7 +37,7 @@ from evals.arguments import EvaluateArguments
 from evals.asking import chat_engine, check_chat_template, greeting
 from evals.core.bundle import core_folder
 from evals.core.score import CoreTask, load_core
-from evals.measurements import core_record, core_task_result, text_result, validation_text
+from evals.measurements import chat_core_records, core_record, core_task_result, text_result, validation_text
 from evals.partial_results import PartialResults, check_writable, fingerprint, hash_of
 from evals.processes import ALONE, Processes, launched_processes
 from evals.progress import EvaluationProgress
@@ -127,7 +127,8 @@ def load_tasks(args: EvaluateArguments) -> list[NamedTask]:
     """
     sources = parse_tasks(args.tasks)
     names = [name for name in sources if name not in (CORE, BITS_PER_BYTE)]
-    tasks = [load_task(name, sources[name], args.max_examples, args.seed) for name in names]
+    drawn = (args.max_examples, args.seed, args.grading)
+    tasks = [load_task(name, sources[name], *drawn) for name in names]
     runnable = [task for task in tasks if not (task.task.needs_chat and args.base_model)]
     if names and not runnable and len(names) == len(sources) and not args.text_files:
         raise UserError(
@@ -164,9 +165,10 @@ def evaluation_key(
 ) -> str:
     """Return a hash of what the results depend on: settings, model and data."""
     settings = {name: value for name, value in asdict(args).items() if name not in OUTPUTS}
-    files = [*texts, *([core_folder(parse_tasks(args.tasks)[CORE])] if CORE in parse_tasks(args.tasks) else [])]
+    sources = parse_tasks(args.tasks)
+    files = [*texts, *([str(core_folder(sources[CORE]))] if CORE in sources else [])]
     questions = [[task.name, hash_of(task.questions)] for task in tasks]
-    weights = fingerprint(model.name_or_path)
+    weights = fingerprint(str(model.name_or_path))
     return hash_of([settings, weights, str(model.dtype), [fingerprint(file) for file in files], questions])
 
 
@@ -202,6 +204,7 @@ def write_results(
     if core_tasks:
         of_core = records[len(records) - len(core_tasks) :]
         records[len(records) - len(core_tasks) :] = [core_record(core_tasks, of_core, args), *of_core]
+    records += chat_core_records(records, args.model_name_or_path)
     samples = spread([part.samples for part in parts if part.samples], args.num_samples)
     if asked.engine is not None:
         samples.append(greeting(asked))

@@ -1,4 +1,4 @@
-"""What is measured of a model without asking questions: bits per byte of text, and the tasks of CORE."""
+"""What is measured of a model beside single tasks of questions: bits per byte of text, CORE and ChatCORE."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from huggingface_hub import hf_hub_download
 from evals.arguments import EvaluateArguments
 from evals.bits_per_byte import text_bits_per_byte
 from evals.core.score import CoreTask, combine, core
+from evals.metrics.chat_core.six_tasks import BASELINES, chat_core
 from evals.processes import Processes
 from evals.reporting.records import make_record
 from evals.tasks.evaluation import TaskResult
@@ -74,7 +75,7 @@ def core_task_result(
         gather=processes.sum,
     )
     figures, name = result.tasks[task.label], f"{CORE}_{task.label}"
-    settings = {"shots": task.num_fewshot, "baseline": round(task.baseline, 4)}
+    settings: dict[str, Any] = {"shots": task.num_fewshot, "baseline": round(task.baseline, 4)}
     settings |= {"max_per_task": args.core_max_per_task, "max_length": asked.model.config.max_position_embeddings}
     value, error, n = figures["accuracy"], figures["standard_error"], int(figures["n"])
     return TaskResult([make_record(name, "accuracy", value, error, n, settings, args.model_name_or_path)])
@@ -89,3 +90,13 @@ def core_record(
     shared = {key: records[0]["settings"][key] for key in ("max_per_task", "max_length")}
     settings, value, error = {"tasks": len(tasks)} | shared, result.core, result.standard_error
     return make_record(CORE, "centered_accuracy", value, error, total, settings, args.model_name_or_path)
+
+
+def chat_core_records(records: Sequence[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+    """Return the record of ChatCORE; none unless all of its tasks are among `records`."""
+    of_tasks = {r["task"]: r for r in records if r["metric"] == "accuracy" and r["task"] in BASELINES}
+    figures = chat_core({task: (record["value"], record["standard_error"]) for task, record in of_tasks.items()})
+    if figures is None:
+        return []
+    total, settings = sum(record["n"] for record in of_tasks.values()), {"tasks": len(of_tasks)}
+    return [make_record("chat_core", "centered_accuracy", *figures, total, settings, model)]

@@ -10,7 +10,6 @@ from typing import Any
 from evals.metrics.code_pass.estimate import pass_at_k
 from evals.processes import ALONE, Processes
 from evals.reporting.records import make_record
-from modeling_nanochat.tokenization_nanochat import whole_messages
 
 from .question import Answers, EvaluatedModel, Progress, Question
 from .replies import ReplyQuestion
@@ -74,8 +73,7 @@ def evaluate_task(
         {"task": task.name, "correct": samples[0], "messages": messages}
         for messages, samples in zip(answers.conversations, right, strict=False)
     ]
-    # JSON may have held half of a surrogate pair, which cannot be written as UTF-8
-    return TaskResult(*whole_messages([records, prediction_rows(task.name, right, answers.texts), samples]))
+    return TaskResult(records, prediction_rows(task.name, right, answers.texts), samples)
 
 
 def question_blocks(task: NamedTask, asked: EvaluatedModel) -> list[Sequence[Question]]:
@@ -105,8 +103,13 @@ def joined(parts: Sequence[Answers]) -> Answers:
     for key in settings:
         if key.startswith(COUNTED):
             settings[key] = sum(part.settings[key] for part in parts)
-    columns = ("predictions", "texts", "shown", "conversations")
-    return Answers(*([item for part in parts for item in getattr(part, column)] for column in columns), settings)
+    return Answers(
+        predictions=[given for part in parts for given in part.predictions],
+        texts=[given for part in parts for given in part.texts],
+        shown=[answer for part in parts for answer in part.shown],
+        conversations=[messages for part in parts for messages in part.conversations],
+        settings=settings,
+    )
 
 
 def prediction_rows(

@@ -1,4 +1,4 @@
-"""The published tasks: where each is found on the Hub, and which of them count for ChatCORE.
+"""The published tasks, and where their questions are found.
 
 `--tasks` takes their names, or `name=source` for one's own task, or for a published one from elsewhere.
 """
@@ -8,31 +8,33 @@ from dataclasses import dataclass
 
 from modeling_nanochat.errors import UserError
 
-CORE, BITS_PER_BYTE = "core", "bits_per_byte"
+CORE, BITS_PER_BYTE, SPELLING_BEE = "core", "bits_per_byte", "spelling_bee"
 # The original's validation text: the last shard of its shuffled FineWeb-EDU, a data set and a file of it.
 VALIDATION_TEXT = ("karpathy/fineweb-edu-100b-shuffle", "shard_01822.parquet")
 
 
 @dataclass(frozen=True)
 class PublishedTask:
-    """A task that others publish figures of.
+    """A task that others publish figures of, and that counts for ChatCORE.
 
     Args:
-        source: Its questions, see `modeling_nanochat.text.records`.
+        source: Its questions, see `modeling_nanochat.text.records`, or the words that they are generated from.
         kind: The task that its records belong to, see `evals.tasks.table`.
-        baseline: Accuracy of guessing, as in ChatCORE.
     """
 
     source: str
     kind: str
-    baseline: float = 0.0
 
 
 PUBLISHED = {
-    "arc_easy": PublishedTask("allenai/ai2_arc:ARC-Easy:test", "arc", 0.25),
-    "arc_challenge": PublishedTask("allenai/ai2_arc:ARC-Challenge:test", "arc", 0.25),
-    "mmlu": PublishedTask("cais/mmlu:all:test", "mmlu", 0.25),
+    "arc_easy": PublishedTask("allenai/ai2_arc:ARC-Easy:test", "arc"),
+    "arc_challenge": PublishedTask("allenai/ai2_arc:ARC-Challenge:test", "arc"),
+    "mmlu": PublishedTask("cais/mmlu:all:test", "mmlu"),
     "gsm8k": PublishedTask("openai/gsm8k:main:test", "gsm8k"),
+    "humaneval": PublishedTask("openai/openai_humaneval:test", "humaneval"),
+    SPELLING_BEE: PublishedTask(
+        "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt", SPELLING_BEE
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from evaluation import TASKS, arguments, write_core, write_lines, write_tasks
 from transformers.utils import logging
 
 from evals.evaluate_model import main, run_evaluation, spread
+from evals.metrics.chat_core.six_tasks import BASELINES
 from evals.progress import EvaluationProgress
 from evals.reporting.records import format_count, format_value, make_record, summary_line
 from evals.reporting.run_folder import read_run
@@ -16,6 +17,7 @@ from evals.reporting.transcript import transcript
 from evals.tasks import table
 from evals.tasks.evaluation import evaluate_task, same_answer
 from evals.tasks.letters import LetterQuestion
+from evals.tasks.published import PUBLISHED
 from evals.tasks.question import EvaluatedModel
 from evals.tasks.task_files import load_task
 from modeling_nanochat.chat.engine import Engine
@@ -118,6 +120,60 @@ def test_the_report_shows_core(toy_model_folder, files, core_dir):
     assert "core mats 2, accuracy (guessing 50 %)" in rows
 
 
+@pytest.fixture
+def chat_core_files(files):
+    """A few records of each of the six tasks, under their published names."""
+    choices = {"text": ["red", "blue"], "label": ["1", "2"]}
+    arc = [{"question": "Which?", "choices": choices, "answerKey": "2"}] * 2
+    write_lines(files / "arc_easy.jsonl", arc)
+    write_lines(files / "arc_challenge.jsonl", arc)
+    write_lines(files / "mmlu.jsonl", TASKS["letters"])
+    write_lines(files / "gsm8k.jsonl", TASKS["problems"])
+    program = {
+        "prompt": "def f():\n",
+        "canonical_solution": "    return 1",
+        "test": "def check(f):\n    assert f() == 1",
+    }
+    write_lines(files / "humaneval.jsonl", [program | {"entry_point": "f"}])
+    (files / "spelling_bee.txt").write_text("lamp\nred\n")
+    return [f"{name}={next(files.glob(f'{name}.*'))}" for name in BASELINES]
+
+
+def test_chat_core_has_a_record_if_all_its_tasks_were_evaluated(toy_model_folder, files, chat_core_files):
+    options = {"text_files": [], "max_length": None, "max_examples": 2}
+    results = run_evaluation(arguments(toy_model_folder, files, tasks=chat_core_files, **options))
+    *records, chat_core = results["records"]
+    assert {record["task"] for record in records} == set(BASELINES) == set(PUBLISHED)
+    assert (chat_core["task"], chat_core["metric"], chat_core["n"]) == ("chat_core", "centered_accuracy", 11)
+    centered = [(r["value"] - BASELINES[r["task"]]) / (1 - BASELINES[r["task"]]) for r in records]
+    assert chat_core["value"] == pytest.approx(sum(centered) / 6)
+    some = run_evaluation(arguments(toy_model_folder, files, tasks=chat_core_files[:3], **options))["records"]
+    assert {record["task"] for record in some} == set(list(BASELINES)[:3])
+
+
+def test_answers_are_graded_by_the_originals_rule_if_asked(toy_model_folder, files, monkeypatch):
+    monkeypatch.setattr(
+        "evals.tasks.replies.generate_replies",
+        lambda asked, chats, *_: [[{"role": "assistant", "content": "#### 1.0"}]] * len(chats),
+    )
+    write_lines(files / "one.jsonl", [{"question": "1?", "answer": "#### 1"}])
+    options = {"tasks": [f"one={files / 'one.jsonl'}"], "text_files": [], "max_length": None}
+    (record,) = run_evaluation(arguments(toy_model_folder, files, **options))["records"]
+    assert record["value"] == 1.0 and record["settings"]["grading"] == "number"
+    (record,) = run_evaluation(arguments(toy_model_folder, files, grading="original", **options))["records"]
+    assert record["value"] == 0.0 and record["settings"]["grading"] == "original"
+
+
+def test_several_samples_per_question_give_pass_at_k_and_need_a_temperature(toy_model_folder, files):
+    options = {"tasks": [f"problems={files / 'problems.jsonl'}"], "text_files": [], "max_length": None}
+    args = arguments(toy_model_folder, files, samples_per_question=3, temperature=1.0, **options)
+    args.output_predictions = str(files / "predictions.jsonl")
+    assert [record["metric"] for record in run_evaluation(args)["records"]] == ["accuracy", "pass@3"]
+    assert len(list(read_jsonl(args.output_predictions))) == 3 * 6
+    with pytest.raises(UserError, match="samples_per_question above 1 needs a temperature"):
+        run_evaluation(arguments(toy_model_folder, files, samples_per_question=3, **options))
+
+
 def test_the_same_evaluation_twice_gives_the_same_figures(toy_model_folder, files):
     args = arguments(toy_model_folder, files, max_examples=4, seed=3)
     first, second = run_evaluation(args), run_evaluation(args)
@@ -125,15 +181,19 @@ def test_the_same_evaluation_twice_gives_the_same_figures(toy_model_folder, file
     assert {record["n"] for record in first["records"] if record["task"] in ("problems", "letters")} == {4}
 
 
-def test_half_a_surrogate_pair_in_a_question_loses_no_results(toy_model_folder, files):
-    """Neither in a prompt nor in a sample that is kept."""
-    halves = {"match": {"question": "Which \ud800?", "answer": "red", "rivals": []}, "mmlu": TASKS["letters"][0]}
-    halves["mmlu"] = halves["mmlu"] | {"question": "Which \udc00?"}
-    for name, record in halves.items():
-        (files / f"{name}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    asked = {"eval_files": [str(files / f"{name}.jsonl") for name in halves], "text_files": [], "max_length": None}
-    results = run_evaluation(arguments(toy_model_folder, files, **asked))
-    assert len(results["records"]) == 2 and results["samples"][0]["messages"][0]["content"] == "Which \ufffd?"
+def test_half_surrogates_anywhere_in_the_questions_are_evaluated_and_written(toy_model_folder, files):
+    half = "\ud83d"
+    write_lines(files / "problems.jsonl", [{"question": f"{half} 1 + 1?", "answer": "#### 2"}])
+    write_lines(files / "facts.jsonl", [{"question": half, "answer": half, "rivals": [half * 2]}])
+    write_lines(files / "letters.jsonl", [{"question": half, "choices": [half, "b"], "answer": 0}])
+    write_lines(files / "cloze.jsonl", [{"query": half, "choices": [f"mat{half}", "lamp"], "gold": 0}])
+    write_core(files / "core")
+    write_lines(files / "core" / "cloze.jsonl", [{"query": half, "choices": ["b", f"c{half}"], "gold": 0}] * 3)
+    args = arguments(toy_model_folder, files, output_predictions=str(files / "predictions.jsonl"))
+    args.tasks.append(f"core={files / 'core'}")
+    results = run_evaluation(args)
+    assert len(results["records"]) == 8
+    assert results["samples"][0]["messages"][0]["content"] == "\ufffd 1 + 1?"
 
 
 def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, files):

@@ -119,23 +119,6 @@ def test_a_chat_model_that_cannot_end_a_reply_is_refused(files):
         chat_engine(model, tokenizer, [load_task("facts", str(files / "facts.jsonl"))])
 
 
-HALF = "\ud83d"
-
-
-def test_half_surrogates_anywhere_in_the_questions_are_evaluated_and_written(toy_model_folder, files):
-    write_lines(files / "problems.jsonl", [{"question": f"{HALF} 1 + 1?", "answer": "#### 2"}])
-    write_lines(files / "facts.jsonl", [{"question": HALF, "answer": HALF, "rivals": [HALF * 2]}])
-    write_lines(files / "letters.jsonl", [{"question": HALF, "choices": [HALF, "b"], "answer": 0}])
-    write_lines(files / "cloze.jsonl", [{"query": HALF, "choices": [f"mat{HALF}", "lamp"], "gold": 0}])
-    write_core(files / "core")
-    write_lines(files / "core" / "cloze.jsonl", [{"query": HALF, "choices": ["b", f"c{HALF}"], "gold": 0}] * 3)
-    args = arguments(toy_model_folder, files, output_predictions=str(files / "predictions.jsonl"))
-    args.tasks.append(f"core={files / 'core'}")
-    results = run_evaluation(args)
-    assert by_task(results)["letters"]["n"] == 1
-    assert results["samples"][0]["messages"][0]["content"] == "\ufffd 1 + 1?"
-
-
 def test_a_loss_that_is_not_finite_is_recorded_as_such_and_such_a_model_is_not_asked(files):
     folder = gpt2_with_chatml(files / "model")
     model, _ = load_model_and_tokenizer(folder)

@@ -102,7 +102,7 @@ def spoilt(content):
         ({"content": zipped(FILES)[:300]}, "no intact zip file"),
         ({"content": spoilt(zipped(FILES))}, "no intact zip file"),
         ({"content": b"<html>moved</html>"}, "no intact zip file"),
-        ({"status": 404}, "could not be downloaded .*404.*give core=FOLDER"),
+        ({"status": 404}, "could not be downloaded .*404.*give core=SOURCE"),
         ({"announced": 2**40}, "could not be downloaded .*at most"),
         ({"content": zipped(FILES | {"../../../outside": "x"})}, "'../../../outside', which leads out of its folder"),
         ({"content": zipped(FILES | {"/outside": "x"})}, "'/outside', which leads out of its folder"),
@@ -129,9 +129,9 @@ def test_a_bundle_that_unpacks_to_too_much_is_refused(server, monkeypatch):
 
 def test_offline_the_error_says_what_to_do_in_one_line(server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids .* give core=FOLDER"):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids .* give core=SOURCE"):
         core_folder(None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(UserError, match=r"could not be downloaded .*; check the network, or give core=FOLDER"):
+    with pytest.raises(UserError, match=r"could not be downloaded .*; check the network, or give core=SOURCE"):
         core_folder("http://127.0.0.1:9/eval_bundle.zip")
     assert server.requests == 0

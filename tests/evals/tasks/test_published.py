@@ -14,6 +14,8 @@ LOCAL = {
     "arc_challenge": "arc/ARC-Challenge-test.jsonl",
     "mmlu": "mmlu/test.jsonl",
     "gsm8k": "gsm8k/test.jsonl",
+    "humaneval": "humaneval/HumanEval.jsonl",
+    "spelling_bee": "words/words_alpha.txt",
 }
 
 

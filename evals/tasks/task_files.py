@@ -60,7 +60,7 @@ def load_task(
 def read_questions(name: str, source: str | None, grading: Grading) -> list[Question]:
     published, questions = PUBLISHED.get(name), list[Question]()
     for where, record in task_records(name, source):
-        question = question_of({"grading": grading} | record, where)
+        question = question_of(record if grading == "number" else {"grading": grading} | record, where)
         if questions and type(question) is not type(questions[0]):
             raise UserError(
                 f"{where}: a record of {question.name} among records of {questions[0].name}; split the file"

@@ -1,9 +1,10 @@
 """Small random models of other architectures, with tokenizers that know nothing of nanochat's control tokens."""
 
 import torch
-from conftest import TOY_TEXTS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from modeling_nanochat.tokenization_nanochat import byte_symbols
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -12,13 +13,11 @@ CHATML = (
 
 
 def tokenizer(*special, **options):
-    backend = Tokenizer(models.BPE())
+    """Bytes as tokens, after the special ones."""
+    symbols = [*special, *byte_symbols()]
+    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(TOY_TEXTS, trainer)
+    backend.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from evals.harness.processes import ALONE, Processes
 from modeling_nanochat.linear import is_only_a_weight, linear
 from modeling_nanochat.modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.text.bulk_encoding import BulkEncoder
@@ -21,7 +22,6 @@ from modeling_nanochat.text.token_bytes import token_bytes
 from modeling_nanochat.tokenization_nanochat import document_start, whole_characters
 
 from .batching import MAX_LOGITS
-from .processes import ALONE, Processes
 
 METRIC = Path(__file__).parent / "metrics" / "bits_per_byte"
 

@@ -1,14 +1,14 @@
 """Evaluate a model, a folder or Hub id, on published tasks, on one's own and on text; write records and replies.
 
     accelerate launch --quiet evals/evaluate_model.py --model_name_or_path runs/d20/sft --output_file sft.json \
-        --tasks arc_easy arc_challenge mmlu gsm8k --max_new_tokens 512 --batch_size 128
+        --tasks arc_easy arc_challenge mmlu gsm8k humaneval spelling_bee --max_new_tokens 512 --batch_size 128
     python evals/evaluate_model.py --model_name_or_path openai-community/gpt2 --base_model true \
         --tasks core bits_per_byte --output_file gpt2.json
     python evals/evaluate_model.py --config recipes/pocket/eval.yaml --max_examples 50
 
-A task is the name of a published one, see `evals/tasks/published.py`, or `name=source`: a JSONL, JSON or parquet file,
-a folder as the Hub has it, or a Hub id such as `arc=allenai/ai2_arc:ARC-Easy:test`. The fields of its records tell
-their kind, see `evals/tasks/table.py`. `core` gives one record for the CORE metric and one for each of its tasks;
+A task is the name of a published one (`evals/harness/published.py`) or `name=source`: a JSONL, JSON or parquet file, a
+folder as the Hub has it, or a Hub id such as `arc=allenai/ai2_arc:ARC-Easy:test`. The fields of its records tell their
+kind, see `evals/tasks/table.py`. `core` gives one record for the CORE metric and one for each of its tasks;
 `core=FOLDER` reads them from a folder, else they are downloaded once. Bits per byte are those of `--text_files`, or
 with the task `bits_per_byte` of the original's validation text.
 
@@ -16,7 +16,7 @@ Several processes share the questions, with the same results as one. After each 
 `<output_file>.partial`: the same command goes on after the last finished task, and removes the file at its end.
 `--base_model true` is for a model not trained on chat tokens: only bits per byte, CORE and cloze tasks are run, the
 other tasks have no records, and the report shows "-" for them.
-`--output_predictions` saves every reply and whether it is right, for comparing two models question by question.
+`--output_predictions` saves every reply and whether it is right, for `evals/compare.py`.
 """
 
 import signal
@@ -33,17 +33,17 @@ import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from evals.arguments import EvaluateArguments
-from evals.asking import chat_engine, check_chat_template, greeting
 from evals.core.bundle import core_folder
 from evals.core.score import CoreTask, load_core
-from evals.measurements import chat_core_records, core_record, core_task_result, text_result, validation_text
-from evals.partial_results import PartialResults, check_writable, fingerprint, hash_of
-from evals.processes import ALONE, Processes, launched_processes
-from evals.progress import EvaluationProgress
+from evals.harness.arguments import EvaluateArguments
+from evals.harness.asking import chat_engine, check_chat_template, greeting
+from evals.harness.measurements import chat_core_records, core_record, core_task_result, text_result, validation_text
+from evals.harness.partial_results import PartialResults, check_writable, fingerprint, hash_of
+from evals.harness.processes import ALONE, Processes, launched_processes
+from evals.harness.progress import EvaluationProgress
+from evals.harness.published import BITS_PER_BYTE, CORE, parse_tasks
 from evals.reporting.records import format_count, format_value, summary_line
 from evals.tasks.evaluation import TaskResult, evaluate_task, own_prompts
-from evals.tasks.published import BITS_PER_BYTE, CORE, parse_tasks
 from evals.tasks.question import EvaluatedModel
 from evals.tasks.replies import ReplyQuestion
 from evals.tasks.task_files import NamedTask, load_task

@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from evals.downloads import downloaded
+from evals.harness.downloads import downloaded
 from modeling_nanochat.errors import UserError, one_line
 
 from .tasks import load_core

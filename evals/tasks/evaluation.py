@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
+from evals.harness.processes import ALONE, Processes
 from evals.metrics.code_pass.estimate import pass_at_k
-from evals.processes import ALONE, Processes
 from evals.reporting.records import make_record
 
 from .question import Answers, EvaluatedModel, Progress, Question

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from evals.downloads import downloaded
+from evals.harness.downloads import downloaded
+from evals.harness.published import PUBLISHED, SPELLING_BEE
 from evals.metrics.exact_answer.answers import Grading
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.records import read_records
 
-from .published import PUBLISHED, SPELLING_BEE
 from .question import Question
 from .spelling_bee import SpellingBee, read_words
 from .table import question_of

@@ -18,7 +18,7 @@ from accelerate.utils.other import is_compiled_module
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from evals.processes import several_on_cpu
+from evals.harness.processes import several_on_cpu
 from modeling_nanochat.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)

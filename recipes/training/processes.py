@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from evals.processes import several_on_cpu
+from evals.harness.processes import several_on_cpu
 from modeling_nanochat.errors import UserError
 
 Result = TypeVar("Result")

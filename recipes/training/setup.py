@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from evals.processes import ending_together
+from evals.harness.processes import ending_together
 from modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.cli import is_verbose
 from modeling_nanochat.errors import UserError

@@ -1,5 +1,5 @@
 """How training ends early: on SIGTERM, which schedulers send before they kill, on Ctrl-C, and on SIGHUP, when the
-terminal closes, after the current step. How one process's failure ends the others: see `evals.processes`.
+terminal closes, after the current step. How one process's failure ends the others: see `evals.harness.processes`.
 """
 
 import os
@@ -14,7 +14,7 @@ from types import FrameType
 import psutil
 import torch.distributed as dist
 
-from evals.processes import POLL_SECONDS, shared_store
+from evals.harness.processes import POLL_SECONDS, shared_store
 
 ECHO_SECONDS = 2.0  # torchrun forwards the Ctrl-C that its processes already got from the terminal
 

@@ -8,8 +8,9 @@ from evaluation import TASKS, arguments, write_core, write_lines, write_tasks
 from transformers.utils import logging
 
 from evals.evaluate_model import main, run_evaluation, spread
+from evals.harness.progress import EvaluationProgress
+from evals.harness.published import PUBLISHED
 from evals.metrics.chat_core.six_tasks import BASELINES
-from evals.progress import EvaluationProgress
 from evals.reporting.records import format_count, format_value, make_record, summary_line
 from evals.reporting.run_folder import read_run
 from evals.reporting.summary import summary_rows
@@ -17,7 +18,6 @@ from evals.reporting.transcript import transcript
 from evals.tasks import table
 from evals.tasks.evaluation import evaluate_task, same_answer
 from evals.tasks.letters import LetterQuestion
-from evals.tasks.published import PUBLISHED
 from evals.tasks.question import EvaluatedModel
 from evals.tasks.task_files import load_task
 from modeling_nanochat.chat.engine import Engine
@@ -379,7 +379,7 @@ def test_samples_of_a_question_differ_and_follow_the_seed(toy_model_and_tokenize
 
 def test_where_there_is_no_terminal_progress_is_a_plain_line_at_intervals(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 40.0, 50.0])
-    monkeypatch.setattr("evals.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("evals.harness.progress.time.monotonic", lambda: next(clock))
     with EvaluationProgress(100) as progress:
         progress.start("facts")
         for count in (10, 40, 1):  # after 10, 40 and 50 seconds

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from evals.arguments import EvaluateArguments
+from evals.harness.arguments import EvaluateArguments
 
 ROOT = Path(__file__).parents[2]
 TASKS = {

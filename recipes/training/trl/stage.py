@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig
 
-from evals.processes import ending_together
+from evals.harness.processes import ending_together
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.errors import UserError
 

@@ -14,7 +14,7 @@ from conftest import random_model
 from fsdp2 import sharded
 from torch.multiprocessing import ProcessExitedException
 
-from evals.processes import ending_together
+from evals.harness.processes import ending_together
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.training import batch_size, stopping
 from recipes.training.batch_size import find_batch_size

@@ -5,14 +5,14 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from evals.arguments import EvaluateArguments
 from evals.bits_per_byte import text_bits_per_byte
 from evals.core.score import CoreTask, combine, core
+from evals.harness.arguments import EvaluateArguments
+from evals.harness.processes import Processes
+from evals.harness.published import BITS_PER_BYTE, CORE, VALIDATION_TEXT
 from evals.metrics.chat_core.six_tasks import BASELINES, chat_core
-from evals.processes import Processes
 from evals.reporting.records import make_record
 from evals.tasks.evaluation import TaskResult
-from evals.tasks.published import BITS_PER_BYTE, CORE, VALIDATION_TEXT
 from evals.tasks.question import EvaluatedModel
 from modeling_nanochat.errors import UserError, one_line
 

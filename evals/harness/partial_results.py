@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evals.processes import ALONE, Processes
+from evals.harness.processes import ALONE, Processes
 from evals.tasks.evaluation import TaskResult
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import write_jsonl

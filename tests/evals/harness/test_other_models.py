@@ -7,10 +7,10 @@ import torch
 from evaluation import arguments, write_core, write_lines, write_tasks
 from other_models import CHATML, chatml_llama, gpt2
 
-from evals.asking import chat_engine
 from evals.bits_per_byte import text_rows
 from evals.core.score import core, load_core
 from evals.evaluate_model import run_evaluation
+from evals.harness.asking import chat_engine
 from evals.tasks.task_files import load_task
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer

@@ -8,7 +8,7 @@ import pytest
 from evaluation import arguments, run_command, write_core, write_tasks
 
 from evals.evaluate_model import run_evaluation
-from evals.processes import ALONE, Processes
+from evals.harness.processes import ALONE, Processes
 
 BLOCKS_OF_TWO = """
 from evals.core import score

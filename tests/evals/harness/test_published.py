@@ -3,8 +3,8 @@ import json
 import pytest
 from golden import shared
 
+from evals.harness.published import PUBLISHED, parse_tasks
 from evals.tasks import task_files
-from evals.tasks.published import PUBLISHED, parse_tasks
 from evals.tasks.task_files import load_task
 from modeling_nanochat.errors import UserError
 

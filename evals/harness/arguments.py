@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from evals.tasks.published import BITS_PER_BYTE, CORE, parse_tasks
+from evals.harness.published import BITS_PER_BYTE, CORE, parse_tasks
 from modeling_nanochat.chat.sampling import check_setting
 from modeling_nanochat.errors import UserError
 

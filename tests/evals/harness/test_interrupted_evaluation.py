@@ -16,7 +16,7 @@ from modeling_nanochat.text.records import read_jsonl
 ORDER = ["bits_per_byte", "problems", "facts", "letters", "cloze", "core=mats_0", "core=mats_2"]
 DIE = """
 import os, signal
-from evals import partial_results
+from evals.harness import partial_results
 def append(path, row, original=partial_results.append):
     original(path, row)
     if row["task"] == "{task}":

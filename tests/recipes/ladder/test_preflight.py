@@ -112,7 +112,7 @@ def test_files_of_the_wrong_kind_are_refused_with_the_stage_that_would_read_them
         ("sft.max_steps=0", "sft: max_steps 0 trains nothing"),
         ("rl.temperature=0", "rl: temperature must be"),
         ("eval.batch_size=0", "base.eval: batch_size is 0"),
-        ("eval.tasks=core=@nowhere", "base.eval: .*nowhere: no such folder"),
+        ("eval.tasks=core=@nowhere,a=@problems.jsonl", "base.eval: .*nowhere: no such folder"),
         ("base.core_dir=@nowhere", "base: .*nowhere: no such folder"),
         ("base.tokenizer=@nowhere", "base: .*nowhere: no tokenizer there"),
         ("mid.model_name_or_path=@nowhere", "mid: .*nowhere: no such folder"),

@@ -17,6 +17,7 @@ from .task_files import NamedTask
 
 SHOWN = 60  # characters of an answer in a note
 COUNTED = "questions_"  # settings of answers whose names begin so are counts
+NOT_FINITE = "questions_not_finite"
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def evaluate_task(
         make_record(task.name, metric, *pass_at_k(right, k), len(right), settings, model_name)
         for metric, k in figures.items()
     ]
-    if note := same_answer(answers.shown, references):
-        records[0]["note"] = note
+    if notes := [note for note in (not_finite(answers), same_answer(answers.shown, references)) if note]:
+        records[0]["note"] = "; ".join(notes)
     samples = [  # none if the task is not answered in words
         {"task": task.name, "correct": samples[0], "messages": messages}
         for messages, samples in zip(answers.conversations, right, strict=False)
@@ -124,6 +125,12 @@ def prediction_rows(
         for index, samples in enumerate(zip(right, texts, strict=True))
         for is_right, text in zip(*samples, strict=True)
     ]
+
+
+def not_finite(answers: Answers) -> str | None:
+    """Return a note if the model computed no number for some answers, else None."""
+    count = answers.settings.get(NOT_FINITE)
+    return f"{count} of {len(answers.shown)} questions: logits not finite, counted as wrong" if count else None
 
 
 def same_answer(answers: Sequence[str], references: Sequence[str]) -> str | None:

@@ -16,9 +16,9 @@ from evals.reporting.run_folder import read_run
 from evals.reporting.summary import summary_rows
 from evals.reporting.transcript import transcript
 from evals.tasks import table
-from evals.tasks.evaluation import evaluate_task, same_answer
+from evals.tasks.evaluation import evaluate_task, joined, not_finite, same_answer
 from evals.tasks.letters import LetterQuestion
-from evals.tasks.question import EvaluatedModel
+from evals.tasks.question import Answers, EvaluatedModel
 from evals.tasks.task_files import load_task
 from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.sampling import SamplingOptions
@@ -253,6 +253,23 @@ def test_a_base_model_with_nothing_but_chat_tasks_is_refused(toy_model_folder, f
 )
 def test_the_same_answer_to_different_questions_is_noted(answers, references, note):
     assert same_answer(answers, references) == note
+
+
+def test_answers_of_several_blocks_are_joined_with_the_sums_of_their_counts(toy_model_folder, files):
+    write_lines(files / "facts.jsonl", [TASKS["facts"][0] | {"question": "word " * 400}] * 3 + TASKS["facts"])
+    options = {"tasks": [f"facts={files / 'facts.jsonl'}"], "text_files": [], "max_length": None, "batch_size": 1}
+    (record,) = run_evaluation(arguments(toy_model_folder, files, **options))["records"]
+    assert record["n"] == 6 and record["settings"]["questions_beyond_context"] == 3
+
+
+def test_logits_that_are_not_finite_are_noted():
+    parts = [
+        Answers([[""]], [[""]], [""], settings={"shots": 0, "questions_not_finite": count}) for count in (1, 0, 1)
+    ]
+    answers = joined(parts)
+    assert answers.settings == {"shots": 0, "questions_not_finite": 2}
+    assert not_finite(answers) == "2 of 3 questions: logits not finite, counted as wrong"
+    assert not_finite(parts[1]) is None
 
 
 def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(

@@ -24,6 +24,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -97,6 +98,7 @@ def run_evaluation(args: EvaluateArguments, processes: Processes = ALONE) -> dic
     Raises:
         UserError: A setting, a file or the model folder is invalid; reported before the model is asked anything.
     """
+    started = time.perf_counter()
     args.check()
     for name in ("output_file", "output_predictions"):
         if processes.is_first and getattr(args, name):
@@ -106,7 +108,7 @@ def run_evaluation(args: EvaluateArguments, processes: Processes = ALONE) -> dic
         task.task.check_grading()
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, device=processes.device)
     asked = evaluated_model(model, tokenizer, tasks, args)
-    results = PartialResults(args.output_file, evaluation_key(args, model, tasks, texts), processes)
+    results = PartialResults(args.output_file, evaluation_key(args, model, tasks, texts), started, processes)
     if texts:
         results.run({BITS_PER_BYTE: partial(text_result, asked, texts, args, processes)})
     with progress_of(tasks, results, asked, processes) as progress:

@@ -40,15 +40,16 @@ class PartialResults:
     Args:
         output_file: The evaluation's, beside which they are kept.
         key: What they depend on, see `hash_of`.
+        started: When the evaluation began, by `time.perf_counter`.
         processes: Those that evaluate together; the first one reads and writes.
     """
 
-    def __init__(self, output_file: str, key: str, processes: Processes = ALONE):
+    def __init__(self, output_file: str, key: str, started: float, processes: Processes = ALONE):
         self.path, self.processes = Path(f"{output_file}.partial"), processes
         self.header = {"format": FORMAT, "key": key}
         self.finished: dict[str, TaskResult] = {}
         self.spent: dict[str, float] = {}  # seconds of each task
-        self.started = time.perf_counter()
+        self.started = started
         rows = processes.agree(self.read() if processes.is_first else [])
         for row in rows:
             self.finished[row["task"]], self.spent[row["task"]] = TaskResult(**row["result"]), row["seconds"]

@@ -12,7 +12,8 @@ from evals.harness.processes import Processes
 from evals.harness.published import BITS_PER_BYTE, CORE, VALIDATION_TEXT
 from evals.metrics.chat_core.six_tasks import BASELINES, chat_core
 from evals.reporting.records import make_record
-from evals.tasks.evaluation import TaskResult
+from evals.scoring import context_of
+from evals.tasks.evaluation import TaskResult, prediction_rows
 from evals.tasks.question import EvaluatedModel
 from modeling_nanochat.errors import UserError, one_line
 
@@ -39,7 +40,7 @@ def text_result(
     asked: EvaluatedModel, files: Sequence[str], args: EvaluateArguments, processes: Processes
 ) -> TaskResult:
     """Return bits per byte of the text in `files`."""
-    max_length = args.max_length or asked.model.config.max_position_embeddings
+    max_length = args.max_length or min(context_of(asked.model), args.max_text_tokens)
     figures = text_bits_per_byte(
         asked.model,
         asked.tokenizer,
@@ -76,9 +77,12 @@ def core_task_result(
     )
     figures, name = result.tasks[task.label], f"{CORE}_{task.label}"
     settings: dict[str, Any] = {"shots": task.num_fewshot, "baseline": round(task.baseline, 4)}
-    settings |= {"max_per_task": args.core_max_per_task, "max_length": asked.model.config.max_position_embeddings}
+    settings |= {"max_per_task": args.core_max_per_task, "max_length": context_of(asked.model)}
     value, error, n = figures["accuracy"], figures["standard_error"], int(figures["n"])
-    return TaskResult([make_record(name, "accuracy", value, error, n, settings, args.model_name_or_path)])
+    record = make_record(name, "accuracy", value, error, n, settings, args.model_name_or_path)
+    if notes := result.notes.get(task.label):
+        record["note"] = "; ".join(notes)
+    return TaskResult([record], prediction_rows(name, [[right] for right in result.right[task.label]]))
 
 
 def core_record(

@@ -114,12 +114,13 @@ def joined(parts: Sequence[Answers]) -> Answers:
 
 
 def prediction_rows(
-    task: str, right: Sequence[Sequence[bool]], texts: Sequence[Sequence[str]]
+    task: str, right: Sequence[Sequence[bool]], texts: Sequence[Sequence[str]] | None = None
 ) -> list[dict[str, Any]]:
-    """Return the rows of `output_predictions`; `index` counts the evaluated questions in file order.
+    """Return the rows of `output_predictions`; `index` counts the evaluated questions in their order.
 
-    Several samples of a question are rows with one index.
+    Several samples of a question are rows with one index. Without texts, no replies are kept.
     """
+    texts = [[""] * len(samples) for samples in right] if texts is None else texts
     return [
         {"task": task, "index": index, "right": is_right, "reply": text}
         for index, samples in enumerate(zip(right, texts, strict=True))

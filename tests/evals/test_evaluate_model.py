@@ -100,6 +100,7 @@ def core_dir(tmp_path):
 
 def test_core_has_a_record_and_so_has_each_of_its_tasks(toy_model_folder, files, core_dir):
     only_core = {"tasks": [f"core={core_dir}"], "text_files": [], "max_length": None, "base_model": True}
+    only_core["output_predictions"] = str(files / "predictions.jsonl")
     args = arguments(toy_model_folder, files, core_max_per_task=3, **only_core)
     core, zero, two = run_evaluation(args)["records"]
     assert (core["task"], core["metric"], core["n"]) == ("core", "centered_accuracy", 6)
@@ -107,6 +108,10 @@ def test_core_has_a_record_and_so_has_each_of_its_tasks(toy_model_folder, files,
     assert (zero["task"], two["task"]) == ("core_mats_0", "core_mats_2")
     assert two["settings"] == {"shots": 2, "baseline": 0.5, "max_per_task": 3, "max_length": 256} and two["n"] == 3
     assert core["value"] == pytest.approx(sum((record["value"] - 0.5) / 0.5 for record in (zero, two)) / 2)
+    rows = [row for _, row in read_jsonl(args.output_predictions)]
+    for record in (zero, two):
+        of_task = [row["right"] for row in rows if row["task"] == record["task"]]
+        assert len(of_task) == 3 and sum(of_task) / 3 == pytest.approx(record["value"])
 
 
 def test_the_report_shows_core(toy_model_folder, files, core_dir):

@@ -121,7 +121,7 @@ def test_other_output_files_and_more_output_do_not_start_it_anew(toy_model_folde
     args.output_predictions, args.verbose = str(files / "elsewhere.jsonl"), True
     asked = stop_after(monkeypatch, None)
     run_evaluation(args)
-    assert asked == ["letters", "cloze"] and len(contents(args)[2]) == 6 + 3 + 8 + 4
+    assert asked == ["letters", "cloze"] and len(contents(args)[2]) == 6 + 3 + 8 + 4 + 2 * 4
 
 
 @pytest.mark.parametrize("setting", ["output_file", "output_predictions"])

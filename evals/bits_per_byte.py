@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from evals.harness.processes import ALONE, Processes
 from modeling_nanochat.linear import is_only_a_weight, linear
 from modeling_nanochat.modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.text.bulk_encoding import BulkEncoder
 from modeling_nanochat.text.texts import text_dataset
 from modeling_nanochat.text.token_bytes import token_bytes
-from modeling_nanochat.tokenization_nanochat import whole_characters
+from modeling_nanochat.tokenization_nanochat import document_start, whole_characters
 
 from .batching import MAX_LOGITS
 
@@ -77,11 +78,13 @@ def text_bits_per_byte(
     max_length: int,
     batch_size: int = 8,
     max_tokens: int = 200_000,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Return bits per byte of the texts in `files`: {"bits_per_byte", "standard_error", "bytes", "tokens", "rows"}.
 
     The documents, each prefixed with bos, are concatenated and cut into rows of `max_length` predictions, up to
-    `max_tokens` tokens; the standard error is that of the ratio over rows.
+    `max_tokens` tokens; the standard error is that of the ratio over rows. `processes` share the batches; all of them
+    call this function and get the result.
 
     Raises:
         UserError: A file is missing, empty, or cannot be read.
@@ -90,9 +93,10 @@ def text_bits_per_byte(
 
     rows = text_rows(tokenizer, text_dataset(files, what="text_files")["text"], max_length, max_tokens)
     batches = [padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-    progress = tqdm(batches, desc="bits per byte", unit="batch", leave=False, disable=None)
+    own, quiet = processes.share(batches), None if processes.is_first else True
+    progress = tqdm(own, desc="bits per byte", unit="batch", leave=False, disable=quiet)
     lengths = torch.from_numpy(token_bytes(tokenizer))
-    results = (nats_and_bytes(model, batch, lengths) for batch in progress)
+    results = processes.gather([nats_and_bytes(model, batch, lengths) for batch in progress])
     nats, counts = (torch.cat(column).tolist() for column in zip(*results, strict=True))
     figures = evaluate.load(str(METRIC), keep_in_memory=True).compute(nats=nats, bytes=counts)
     return {**figures, "tokens": sum(len(row) - 1 for row in rows), "rows": len(rows)}
@@ -108,9 +112,9 @@ def text_rows(
 
 def text_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[int]:
     """Yield the ids of all documents, each prefixed with bos, encoded lazily."""
-    encoder = BulkEncoder(tokenizer)
+    encoder, start = BulkEncoder(tokenizer), document_start(tokenizer)
     for text in texts:
-        yield tokenizer.bos_token_id
+        yield start
         for part in encoder.parts(whole_characters(text or "")):
             yield from encoder.text_ids(part).tolist()
 

@@ -7,7 +7,7 @@ special tokens. A saved folder needs none of this code: `AutoTokenizer.from_pret
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -182,8 +182,21 @@ def set_special_tokens(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerB
     model.config.pad_token_id = None  # its embedding would never be trained
 
 
+def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that a document begins with: bos; eos, which separates documents, where a tokenizer has no bos.
+
+    Raises:
+        UserError: It has neither.
+    """
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        where = tokenizer.name_or_path or "this tokenizer"
+        raise UserError(f"{where}: has neither a bos nor an eos token to begin a document with; set `bos_token`")
+    return cast("int", start)
+
+
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each document, starting with `<|bos|>`; control tokens spelled out in the text stay ordinary text.
+    """Ids of each document, starting with `document_start`; control tokens spelled out stay ordinary text.
 
     Unpaired surrogates, which the tokenizer refuses, are read as U+FFFD. For much text, or documents of megabytes, see
     `bulk_encoding`.
@@ -200,7 +213,8 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -
     split = not escapes_all(tokenizer.backend_tokenizer)
     # not verbose: a document may be longer than the context, because it is packed into rows
     encoded = tokenizer(texts, split_special_tokens=split, add_special_tokens=False, verbose=False)["input_ids"]
-    return [[tokenizer.bos_token_id, *ids] for ids in encoded]
+    start = document_start(tokenizer)
+    return [[start, *ids] for ids in encoded]
 
 
 def escaped(text: str, tokenizer: Tokenizer) -> str:

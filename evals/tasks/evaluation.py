@@ -1,17 +1,23 @@
 """Accuracy of a model on a task: the record, a prediction per question, sample conversations."""
 
+import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
+from evals.harness.processes import ALONE, Processes
 from evals.metrics.code_pass.estimate import pass_at_k
 from evals.reporting.records import make_record
 
-from .question import EvaluatedModel, Progress
+from .question import Answers, EvaluatedModel, Progress, Question
+from .replies import ReplyQuestion
 from .task_files import NamedTask
 
 SHOWN = 60  # characters of an answer in a note
+COUNTED = "questions_"  # settings of answers whose names begin so are counts
+NOT_FINITE = "questions_not_finite"
 
 
 @dataclass(frozen=True)
@@ -22,26 +28,35 @@ class TaskResult:
     """
 
     records: list[dict[str, Any]]
-    predictions: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 def evaluate_task(
-    task: NamedTask, asked: EvaluatedModel, model_name: str, drawn: dict[str, Any], progress: Progress | None = None
+    task: NamedTask,
+    asked: EvaluatedModel,
+    model_name: str,
+    drawn: dict[str, Any],
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> TaskResult:
     """Return the accuracy of the answers, with a note if different questions all got the same one.
 
-    With several samples per question, the accuracy is the mean share of right samples, pass@1.
+    With several samples per question, the accuracy is the mean share of right samples, pass@1. The result does not
+    depend on the number of processes.
 
     Args:
         task: The questions, all of one class.
         asked: The model.
         model_name: Its name in the record.
         drawn: How the questions were drawn, for the record.
-        progress: Called with the number of prompts just answered.
+        progress: Called with the number of prompts that this process has just answered.
+        processes: Those that share the questions; all of them call this function and get the result.
     """
     task.task.check_grading()
-    answers = task.task.answer(task.questions, asked, progress)
+    blocks = list(enumerate(question_blocks(task, asked)))
+    given = [task.task.answer(block, seeded(asked, number), progress) for number, block in processes.share(blocks)]
+    answers = joined(processes.gather(given))
     references = [question.reference for question in task.questions]
     right = [
         [sample == wanted for sample in given] for given, wanted in zip(answers.predictions, references, strict=True)
@@ -53,8 +68,8 @@ def evaluate_task(
         make_record(task.name, metric, *pass_at_k(right, k), len(right), settings, model_name)
         for metric, k in figures.items()
     ]
-    if note := same_answer(answers.shown, references):
-        records[0]["note"] = note
+    if notes := [note for note in (not_finite(answers), same_answer(answers.shown, references)) if note]:
+        records[0]["note"] = "; ".join(notes)
     samples = [  # none if the task is not answered in words
         {"task": task.name, "correct": samples[0], "messages": messages}
         for messages, samples in zip(answers.conversations, right, strict=False)
@@ -62,18 +77,61 @@ def evaluate_task(
     return TaskResult(records, prediction_rows(task.name, right, answers.texts), samples)
 
 
-def prediction_rows(
-    task: str, right: Sequence[Sequence[bool]], texts: Sequence[Sequence[str]]
-) -> list[dict[str, Any]]:
-    """Return the rows of `output_predictions`; `index` counts the evaluated questions in file order.
+def question_blocks(task: NamedTask, asked: EvaluatedModel) -> list[Sequence[Question]]:
+    """Return the questions in blocks that a process answers together.
 
-    Several samples of a question are rows with one index.
+    Batches are formed within a block, so they hold the same rows for any number of processes, and rounding does not
+    depend on it. A block is two batches: one would leave the batch half empty while its last replies are generated.
     """
+    size = max(1, 2 * asked.batch_size // asked.samples)
+    return [task.questions[start : start + size] for start in range(0, len(task.questions), size)]
+
+
+def own_prompts(task: NamedTask, asked: EvaluatedModel, processes: Processes = ALONE) -> int:
+    """Return how many prompts of the task this process answers."""
+    samples = asked.samples if issubclass(task.task, ReplyQuestion) else 1
+    return samples * sum(question.prompts for question in chain(*processes.share(question_blocks(task, asked))))
+
+
+def seeded(asked: EvaluatedModel, block: int) -> EvaluatedModel:
+    """Return `asked` with the block's own seed: what is sampled in a block does not depend on other blocks."""
+    return replace(asked, seed=random.Random(f"{asked.seed} {block}").getrandbits(63))
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """Return the answers to several blocks as one, with the sums of what their settings count."""
+    settings = dict(parts[0].settings)
+    for key in settings:
+        if key.startswith(COUNTED):
+            settings[key] = sum(part.settings[key] for part in parts)
+    return Answers(
+        predictions=[given for part in parts for given in part.predictions],
+        texts=[given for part in parts for given in part.texts],
+        shown=[answer for part in parts for answer in part.shown],
+        conversations=[messages for part in parts for messages in part.conversations],
+        settings=settings,
+    )
+
+
+def prediction_rows(
+    task: str, right: Sequence[Sequence[bool]], texts: Sequence[Sequence[str]] | None = None
+) -> list[dict[str, Any]]:
+    """Return the rows of `output_predictions`; `index` counts the evaluated questions in their order.
+
+    Several samples of a question are rows with one index. Without texts, no replies are kept.
+    """
+    texts = [[""] * len(samples) for samples in right] if texts is None else texts
     return [
         {"task": task, "index": index, "right": is_right, "reply": text}
         for index, samples in enumerate(zip(right, texts, strict=True))
         for is_right, text in zip(*samples, strict=True)
     ]
+
+
+def not_finite(answers: Answers) -> str | None:
+    """Return a note if the model computed no number for some answers, else None."""
+    count = answers.settings.get(NOT_FINITE)
+    return f"{count} of {len(answers.shown)} questions: logits not finite, counted as wrong" if count else None
 
 
 def same_answer(answers: Sequence[str], references: Sequence[str]) -> str | None:

@@ -21,7 +21,7 @@ from .decoding import CompiledDecoder, Decoder
 from .python_tool import check_sandbox, run_python
 from .sampling import Sampler, SamplingOptions, check_setting
 from .self_check import check_cached_decoding, warn_of_untested_versions
-from .turn import MAX_TOOL_CALLS, Event, Finished, Turn, chat_codec
+from .turn import MAX_TOOL_CALLS, ChatCodec, Event, Finished, Turn, chat_codec
 
 Arrivals = Callable[[int], list[Turn]]
 
@@ -35,6 +35,7 @@ class Engine:
         tool: Runs code and returns its output; None: nothing is run, and code is treated as text.
         max_tool_calls: Maximum calls in a turn; one more ends it.
         compile: Compile the decoding step: slower to the first token, faster afterwards. One turn or batch at a time.
+        codec: Converts text to ids and back; None: the one of nanochat's control tokens.
 
     `options` are those of the model folder's `generation_config.json`, for replies without options of their own.
 
@@ -50,11 +51,12 @@ class Engine:
         tool: Callable[[str], str] | None = run_python,
         max_tool_calls: int = MAX_TOOL_CALLS,
         compile: bool = False,
+        codec: ChatCodec | None = None,
     ):
         if tool is run_python:
             check_sandbox()
         self.model = model.eval()
-        self.codec = chat_codec(tokenizer)
+        self.codec = codec or chat_codec(tokenizer)
         self.options = folder_options(model)
         warn_of_untested_versions()
         check_cached_decoding(self.model)

@@ -25,6 +25,7 @@ from ..tokenization_nanochat import (
     byte_symbols,
     check_blanks,
     disable_special_tokens,
+    document_start,
     escaped,
     whole_characters,
 )
@@ -65,7 +66,7 @@ class BulkEncoder:
     """Encodes many documents to arrays, with exactly the ids of `encode_documents`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, threads: int | None = None):
-        self.bos_token_id = tokenizer.bos_token_id
+        self.start = document_start(tokenizer)
         self.threads = threads or available_threads()
         self.tokenizer = disable_special_tokens(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
         pattern = pattern_name(self.tokenizer)
@@ -115,7 +116,7 @@ class BulkEncoder:
 
     def concatenated(self, parts: list[np.ndarray]) -> np.ndarray:
         document = np.empty(1 + sum(map(len, parts)), dtype=np.uint32)
-        document[0] = self.bos_token_id
+        document[0] = self.start
         np.concatenate(parts, out=document[1:])
         return document
 

@@ -126,9 +126,9 @@ def evaluate_stages(run: Path, args: LadderSeedsArguments) -> None:
     files = task_files(run / "data" / "eval")
     text = [str(path) for path in [run / "data" / "pretrain" / "val.parquet"] if path.is_file()]
     for stage in MODELS:
-        evaluate_once(run, stage, stage, args, eval_files=files, text_files=text, base_model=not STAGES[stage].chats)
+        evaluate_once(run, stage, stage, args, tasks=files, text_files=text, base_model=not STAGES[stage].chats)
     if sampled := [*task_files(run / "data" / "eval" / "shown"), *args.sampled_files]:
-        evaluate_once(run, "rl", SAMPLED, args, eval_files=sampled, **PAGE)
+        evaluate_once(run, "rl", SAMPLED, args, tasks=sampled, **PAGE)
 
 
 def task_files(folder: Path) -> list[str]:

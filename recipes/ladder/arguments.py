@@ -28,7 +28,9 @@ class RunArguments:
     grpo_files: list[str] | None = field(
         default=None, metadata={"help": "Problems like GSM8K: files, folders or Hub ids."}
     )
-    eval_files: list[str] | None = field(default=None, metadata={"help": "Evaluation tasks, each name=source."})
+    eval_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Evaluation tasks: published ones by name, others as name=source."}
+    )
     examples: list[str] = field(
         default_factory=list,
         metadata={"help": "Example questions for the chat and the page; written into the model folders."},

@@ -31,7 +31,7 @@ GENERATED = {
     "midtrain_files": ("midtrain.yaml", "train_files"),
     "sft_files": ("sft.yaml", "train_files"),
     "grpo_files": ("grpo.yaml", "train_files"),
-    "eval_files": ("eval.yaml", "eval_files"),
+    "eval_tasks": ("eval.yaml", "tasks"),
 }
 
 
@@ -123,7 +123,7 @@ def tokenizer_evaluation_step(recipe: Path, args: RunArguments, more: list[str])
 def evaluation_step(stage: str, recipe: Path, args: RunArguments, more: list[str]) -> Step:
     output_file = f"{args.run_dir}/results/{stage}.json"
     arguments = ["--model_name_or_path", f"{args.run_dir}/{stage}", "--output_file", output_file]
-    arguments += ["--eval_files", *files(args, "eval_files", recipe)]
+    arguments += ["--tasks", *files(args, "eval_tasks", recipe)]
     arguments += ["--text_files", *files(args, "val_files", recipe)]
     base = [] if STAGES[stage].chats else ["--base_model", "true"]
     return Step(f"{stage}.eval", script("evals/evaluate_model.py"), recipe / "eval.yaml", [*arguments, *base, *more])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evals.core.tasks import load_core
-from evals.evaluate_model import EvaluateArguments, load_tasks
+from evals.evaluate_model import EvaluateArguments, load_core_tasks, load_tasks
 from modeling_nanochat.chat.python_tool import check_sandbox
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError
@@ -125,9 +125,8 @@ def check_evaluation(step: Step, pending: PendingOutputs) -> None:
     (args,) = arguments(step, EvaluateArguments)
     args.check()
     check_texts(args.text_files, "text_files", pending)
-    if args.core_dir:
-        load_core(args.core_dir)
-    args.eval_files = [entry for entry in args.eval_files if entry.partition("=")[2] not in pending]
+    args.tasks = [entry for entry in args.tasks if entry.partition("=")[2] not in pending]
+    load_core_tasks(args)
     load_tasks(args)
 
 

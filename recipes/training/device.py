@@ -18,6 +18,7 @@ from accelerate.utils.other import is_compiled_module
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from evals.harness.processes import several_on_cpu
 from modeling_nanochat.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,16 +50,6 @@ def let_segments_grow() -> None:
     """
     if sys.platform == "linux" and not any(name.endswith("_ALLOC_CONF") for name in os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
-def several_on_cpu() -> bool:
-    """Whether torchrun started several processes and there is no device with collectives (Apple's GPUs have none).
-
-    Accelerate needs `cpu=True` then; otherwise each process would silently train alone.
-    """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return several and (device is None or device.type == "mps")
 
 
 def default_precision() -> str:

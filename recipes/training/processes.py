@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from evals.harness.processes import several_on_cpu
 from modeling_nanochat.errors import UserError
-
-from .device import several_on_cpu
 
 Result = TypeVar("Result")
 

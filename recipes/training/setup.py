@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from evals.harness.processes import ending_together
 from modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.cli import is_verbose
 from modeling_nanochat.errors import UserError
@@ -29,7 +30,7 @@ from .learning import LearningWatch
 from .loop import RunParts, accumulate, full_state_dict, prepare, train
 from .model_card import model_card
 from .stage import JsonlLogger, OutputArguments, beside, finish_stage, push, settings
-from .stopping import Outcomes, Stopped, ending_together
+from .stopping import Outcomes, Stopped
 
 OUTPUT_KEYS = set(OutputArguments.__dataclass_fields__)
 PATH_KEYS = {"tokenizer", "train_files", "replay_files", "model_name_or_path"}
@@ -90,7 +91,7 @@ def run_stage(stage: LoopStage) -> None:
     accelerator, output = stage.accelerator, stage.arguments[-1]
     checkpoints = Checkpoints(beside(output.output_dir, "checkpoints", ""), accelerator)
     stopped = None
-    with ending_together():
+    with ending_together("--resume auto goes on"):
         try:
             train_and_write(stage, checkpoints)
         except Stopped as request:

@@ -1,24 +1,20 @@
 """How training ends early: on SIGTERM, which schedulers send before they kill, on Ctrl-C, and on SIGHUP, when the
-terminal closes, after the current step. When one process fails, all exit at once: otherwise they would wait in a
-collective that never completes, with NCCL for ten minutes.
+terminal closes, after the current step. How one process's failure ends the others: see `evals.harness.processes`.
 """
 
 import os
 import re
 import signal
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
 import psutil
 import torch.distributed as dist
 
-from modeling_nanochat.errors import UserError
+from evals.harness.processes import POLL_SECONDS, shared_store
 
 ECHO_SECONDS = 2.0  # torchrun forwards the Ctrl-C that its processes already got from the terminal
 
@@ -87,81 +83,7 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-POLL_SECONDS = 0.5
-GRACE_SECONDS = 5.0  # for the others to exit before the failed process, which may host the store
 OUTCOME_SECONDS = 120.0
-FAILED, ENDED = "failed", "ended"
-
-
-def shared_store() -> dist.Store:
-    """A key-value store of all processes, separate from torch's own keys."""
-    return dist.PrefixStore("nanochat", dist.distributed_c10d._get_default_store())
-
-
-@contextmanager
-def ending_together() -> Iterator[None]:
-    """An exception within the block, on any process, ends all processes in seconds; only the first prints its error.
-
-    A single process and signals are not affected. Every process must leave the block before any of them exits.
-    """
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        yield
-        return
-    over = threading.Event()
-    watch = threading.Thread(target=exit_with_the_others, args=(shared_store(), over), daemon=True)
-    watch.start()
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    finally:
-        over.set()
-        watch.join()
-    if failure:
-        fail(failure)
-
-
-def exit_with_the_others(store: dist.Store, over: threading.Event) -> None:
-    """Run in a thread, until `over`: exit this process as soon as another has failed, whatever it is doing."""
-    while not over.wait(POLL_SECONDS):
-        try:
-            if not store.check([FAILED]):
-                continue
-            store.add(ENDED, 1)
-        except RuntimeError:  # the process that hosts the store is gone; after an exception it would have waited
-            write_error("error: another process was killed; its launcher may know why, --resume auto goes on\n")
-        os._exit(1)
-
-
-def fail(error: Exception) -> None:
-    """Print the error, unless another process failed first and may have caused this one; then exit."""
-    store = shared_store()
-    try:
-        first = store.add(FAILED, 1) == 1
-    except RuntimeError:  # its host failed, or was killed and could not report it
-        first = not isinstance(error, UserError)
-    if first:
-        expected = isinstance(error, UserError)
-        write_error(f"error: {error}\n" if expected else "".join(traceback.format_exception(error)))
-        wait_for_the_others(store)
-    else:
-        with suppress(RuntimeError):
-            store.add(ENDED, 1)
-    os._exit(1)  # a normal exit would wait for pending collectives
-
-
-def write_error(text: str) -> None:
-    sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()
-
-
-def wait_for_the_others(store: dist.Store) -> None:
-    deadline = time.monotonic() + GRACE_SECONDS
-    with suppress(RuntimeError):  # the store is gone, and so is its host
-        while store.add(ENDED, 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS / 10)
 
 
 class Outcomes:

@@ -4,18 +4,21 @@ from pathlib import Path
 
 import datasets
 import pytest
+from evaluation import TASKS, arguments, write_core, write_lines, write_tasks
 from transformers.utils import logging
 
-from evals.evaluate_model import EvaluateArguments, main, run_evaluation, spread
-from evals.progress import EvaluationProgress
+from evals.evaluate_model import main, run_evaluation, spread
+from evals.harness.progress import EvaluationProgress
+from evals.harness.published import PUBLISHED
+from evals.metrics.chat_core.six_tasks import BASELINES
 from evals.reporting.records import format_count, format_value, make_record, summary_line
 from evals.reporting.run_folder import read_run
 from evals.reporting.summary import summary_rows
 from evals.reporting.transcript import transcript
 from evals.tasks import table
-from evals.tasks.evaluation import evaluate_task, same_answer
+from evals.tasks.evaluation import evaluate_task, joined, not_finite, same_answer
 from evals.tasks.letters import LetterQuestion
-from evals.tasks.question import EvaluatedModel
+from evals.tasks.question import Answers, EvaluatedModel
 from evals.tasks.task_files import load_task
 from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.sampling import SamplingOptions
@@ -24,13 +27,6 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.text.records import read_jsonl
 from recipes.training.data.conversations import read_conversations
-
-TASKS = {
-    "problems": [{"question": f"{n} + 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(6)],
-    "facts": [{"question": "Which?", "answer": "red", "rivals": ["blue"]}] * 3,
-    "letters": [{"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": n % 4} for n in range(8)],
-    "cloze": [{"query": "The cat sat on the", "choices": ["mat.", "lamp."], "gold": 0}] * 4,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -44,23 +40,8 @@ def library_bars():
 
 @pytest.fixture
 def files(tmp_path):
-    for name, records in TASKS.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    (tmp_path / "val.txt").write_text("The cat sat on the mat.\n\n" * 30, encoding="utf-8")
+    write_tasks(tmp_path)
     return tmp_path
-
-
-def arguments(folder, files, **changes):
-    defaults = {
-        "model_name_or_path": str(folder),
-        "output_file": str(files / "results" / "x.json"),
-        "eval_files": [f"{name}={files / name}.jsonl" for name in TASKS],
-        "text_files": [str(files / "val.txt")],
-        "max_new_tokens": 8,
-        "num_samples": 4,
-        "max_length": 32,
-    }
-    return EvaluateArguments(**(defaults | changes))
 
 
 def test_every_task_has_a_record_and_the_file_holds_what_is_returned(toy_model_folder, files):
@@ -96,9 +77,7 @@ def test_a_question_with_a_history_is_asked_after_it(toy_model_folder, files, mo
         return [[{"role": "assistant", "content": "red"}]] * len(conversations)
 
     monkeypatch.setattr("evals.tasks.replies.generate_replies", generate)
-    args = arguments(
-        toy_model_folder, files, eval_files=[f"later={files / 'later.jsonl'}"], text_files=[], max_length=None
-    )
+    args = arguments(toy_model_folder, files, tasks=[f"later={files / 'later.jsonl'}"], text_files=[], max_length=None)
     results = run_evaluation(args)
     question = [*turns, {"role": "user", "content": "Which?"}]
     assert seen[0] == question and results["records"][0]["value"] == 1.0
@@ -116,18 +95,12 @@ def test_a_base_model_is_asked_nothing_that_needs_chat_tokens(toy_model_folder, 
 
 @pytest.fixture
 def core_dir(tmp_path):
-    """Two CORE tasks, made of the cloze questions."""
-    folder = tmp_path / "core"
-    folder.mkdir()
-    (folder / "cloze.jsonl").write_text("".join(json.dumps(r) + "\n" for r in TASKS["cloze"]), encoding="utf-8")
-    common = {"dataset": "cloze.jsonl", "icl_task_type": "multiple_choice", "random_baseline_percent": 50}
-    tasks = [common | {"label": f"mats_{shots}", "num_fewshot": shots} for shots in (0, 2)]
-    (folder / "core.json").write_text(json.dumps({"tasks": tasks}), encoding="utf-8")
-    return folder
+    return write_core(tmp_path / "core")
 
 
 def test_core_has_a_record_and_so_has_each_of_its_tasks(toy_model_folder, files, core_dir):
-    only_core = {"eval_files": [], "text_files": [], "max_length": None, "base_model": True, "core_dir": str(core_dir)}
+    only_core = {"tasks": [f"core={core_dir}"], "text_files": [], "max_length": None, "base_model": True}
+    only_core["output_predictions"] = str(files / "predictions.jsonl")
     args = arguments(toy_model_folder, files, core_max_per_task=3, **only_core)
     core, zero, two = run_evaluation(args)["records"]
     assert (core["task"], core["metric"], core["n"]) == ("core", "centered_accuracy", 6)
@@ -135,16 +108,75 @@ def test_core_has_a_record_and_so_has_each_of_its_tasks(toy_model_folder, files,
     assert (zero["task"], two["task"]) == ("core_mats_0", "core_mats_2")
     assert two["settings"] == {"shots": 2, "baseline": 0.5, "max_per_task": 3, "max_length": 256} and two["n"] == 3
     assert core["value"] == pytest.approx(sum((record["value"] - 0.5) / 0.5 for record in (zero, two)) / 2)
+    rows = [row for _, row in read_jsonl(args.output_predictions)]
+    for record in (zero, two):
+        of_task = [row["right"] for row in rows if row["task"] == record["task"]]
+        assert len(of_task) == 3 and sum(of_task) / 3 == pytest.approx(record["value"])
 
 
 def test_the_report_shows_core(toy_model_folder, files, core_dir):
     output_file = str(files / "results" / "base.json")
-    args = arguments(toy_model_folder, files, output_file=output_file, base_model=True, core_dir=str(core_dir))
+    args = arguments(toy_model_folder, files, output_file=output_file, base_model=True)
+    args.tasks.append(f"core={core_dir}")
     value = next(r["value"] for r in run_evaluation(args)["records"] if r["task"] == "core")
     rows = {row[0]: row for row in summary_rows(read_run(files))}
     assert rows["core, centered accuracy"][1] == "8"
     assert rows["core, centered accuracy"][2].startswith(f"{100 * value:.1f} %")
     assert "core mats 2, accuracy (guessing 50 %)" in rows
+
+
+@pytest.fixture
+def chat_core_files(files):
+    """A few records of each of the six tasks, under their published names."""
+    choices = {"text": ["red", "blue"], "label": ["1", "2"]}
+    arc = [{"question": "Which?", "choices": choices, "answerKey": "2"}] * 2
+    write_lines(files / "arc_easy.jsonl", arc)
+    write_lines(files / "arc_challenge.jsonl", arc)
+    write_lines(files / "mmlu.jsonl", TASKS["letters"])
+    write_lines(files / "gsm8k.jsonl", TASKS["problems"])
+    program = {
+        "prompt": "def f():\n",
+        "canonical_solution": "    return 1",
+        "test": "def check(f):\n    assert f() == 1",
+    }
+    write_lines(files / "humaneval.jsonl", [program | {"entry_point": "f"}])
+    (files / "spelling_bee.txt").write_text("lamp\nred\n")
+    return [f"{name}={next(files.glob(f'{name}.*'))}" for name in BASELINES]
+
+
+def test_chat_core_has_a_record_if_all_its_tasks_were_evaluated(toy_model_folder, files, chat_core_files):
+    options = {"text_files": [], "max_length": None, "max_examples": 2}
+    results = run_evaluation(arguments(toy_model_folder, files, tasks=chat_core_files, **options))
+    *records, chat_core = results["records"]
+    assert {record["task"] for record in records} == set(BASELINES) == set(PUBLISHED)
+    assert (chat_core["task"], chat_core["metric"], chat_core["n"]) == ("chat_core", "centered_accuracy", 11)
+    centered = [(r["value"] - BASELINES[r["task"]]) / (1 - BASELINES[r["task"]]) for r in records]
+    assert chat_core["value"] == pytest.approx(sum(centered) / 6)
+    some = run_evaluation(arguments(toy_model_folder, files, tasks=chat_core_files[:3], **options))["records"]
+    assert {record["task"] for record in some} == set(list(BASELINES)[:3])
+
+
+def test_answers_are_graded_by_the_originals_rule_if_asked(toy_model_folder, files, monkeypatch):
+    monkeypatch.setattr(
+        "evals.tasks.replies.generate_replies",
+        lambda asked, chats, *_: [[{"role": "assistant", "content": "#### 1.0"}]] * len(chats),
+    )
+    write_lines(files / "one.jsonl", [{"question": "1?", "answer": "#### 1"}])
+    options = {"tasks": [f"one={files / 'one.jsonl'}"], "text_files": [], "max_length": None}
+    (record,) = run_evaluation(arguments(toy_model_folder, files, **options))["records"]
+    assert record["value"] == 1.0 and record["settings"]["grading"] == "number"
+    (record,) = run_evaluation(arguments(toy_model_folder, files, grading="original", **options))["records"]
+    assert record["value"] == 0.0 and record["settings"]["grading"] == "original"
+
+
+def test_several_samples_per_question_give_pass_at_k_and_need_a_temperature(toy_model_folder, files):
+    options = {"tasks": [f"problems={files / 'problems.jsonl'}"], "text_files": [], "max_length": None}
+    args = arguments(toy_model_folder, files, samples_per_question=3, temperature=1.0, **options)
+    args.output_predictions = str(files / "predictions.jsonl")
+    assert [record["metric"] for record in run_evaluation(args)["records"]] == ["accuracy", "pass@3"]
+    assert len(list(read_jsonl(args.output_predictions))) == 3 * 6
+    with pytest.raises(UserError, match="samples_per_question above 1 needs a temperature"):
+        run_evaluation(arguments(toy_model_folder, files, samples_per_question=3, **options))
 
 
 def test_the_same_evaluation_twice_gives_the_same_figures(toy_model_folder, files):
@@ -154,23 +186,25 @@ def test_the_same_evaluation_twice_gives_the_same_figures(toy_model_folder, file
     assert {record["n"] for record in first["records"] if record["task"] in ("problems", "letters")} == {4}
 
 
-def test_half_a_surrogate_pair_in_a_question_loses_no_results(toy_model_folder, files):
-    """Neither in a prompt nor in a sample that is kept."""
-    halves = {"match": {"question": "Which \ud800?", "answer": "red", "rivals": []}, "mmlu": TASKS["letters"][0]}
-    halves["mmlu"] = halves["mmlu"] | {"question": "Which \udc00?"}
-    for name, record in halves.items():
-        (files / f"{name}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    asked = {"eval_files": [str(files / f"{name}.jsonl") for name in halves], "text_files": [], "max_length": None}
-    results = run_evaluation(arguments(toy_model_folder, files, **asked))
-    assert len(results["records"]) == 2 and results["samples"][0]["messages"][0]["content"] == "Which \ufffd?"
+def test_half_surrogates_anywhere_in_the_questions_are_evaluated_and_written(toy_model_folder, files):
+    half = "\ud83d"
+    write_lines(files / "problems.jsonl", [{"question": f"{half} 1 + 1?", "answer": "#### 2"}])
+    write_lines(files / "facts.jsonl", [{"question": half, "answer": half, "rivals": [half * 2]}])
+    write_lines(files / "letters.jsonl", [{"question": half, "choices": [half, "b"], "answer": 0}])
+    write_lines(files / "cloze.jsonl", [{"query": half, "choices": [f"mat{half}", "lamp"], "gold": 0}])
+    write_core(files / "core")
+    write_lines(files / "core" / "cloze.jsonl", [{"query": half, "choices": ["b", f"c{half}"], "gold": 0}] * 3)
+    args = arguments(toy_model_folder, files, output_predictions=str(files / "predictions.jsonl"))
+    args.tasks.append(f"core={files / 'core'}")
+    results = run_evaluation(args)
+    assert len(results["records"]) == 8
+    assert results["samples"][0]["messages"][0]["content"] == "\ufffd 1 + 1?"
 
 
 def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, files):
     long = {"question": "word " * 400, "answer": "#### 1"}
     (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
-    args = arguments(
-        toy_model_folder, files, eval_files=[f"long={files / 'long.jsonl'}"], text_files=[], max_length=None
-    )
+    args = arguments(toy_model_folder, files, tasks=[f"long={files / 'long.jsonl'}"], text_files=[], max_length=None)
     (record,) = run_evaluation(args)["records"]
     assert (record["value"], record["n"], record["settings"]["questions_beyond_context"]) == (0.0, 1, 1)
 
@@ -178,15 +212,15 @@ def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, fi
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"eval_files": [], "text_files": []}, "nothing to evaluate"),
-        ({"eval_files": ["facts=absent.jsonl"]}, "no file matches 'absent.jsonl'"),
+        ({"tasks": [], "text_files": []}, "nothing to evaluate"),
+        ({"tasks": ["facts=absent.jsonl"]}, "no file matches 'absent.jsonl'"),
         ({"text_files": ["absent.parquet"]}, "no file matches 'absent.parquet'"),
-        ({"core_dir": "absent"}, "absent: no such folder"),
+        ({"tasks": ["core=absent"]}, "absent: no such folder"),
         ({"core_max_per_task": 0}, "core_max_per_task is 0"),
-        ({"core_max_per_task": 5}, "core_max_per_task has no effect without core_dir"),
-        ({"eval_files": [], "max_examples": 5}, "max_examples has no effect without eval_files"),
+        ({"core_max_per_task": 5}, "core_max_per_task has no effect without the task core"),
+        ({"tasks": [], "max_examples": 5}, "max_examples has no effect without tasks of questions"),
         ({"text_files": []}, "max_length has no effect without text_files"),
-        ({"eval_files": [], "output_predictions": "p"}, "output_predictions has no effect without eval_files"),
+        ({"tasks": [], "output_predictions": "p"}, "output_predictions has no effect without tasks"),
         ({"top_k": 50}, "top_k has no effect without temperature"),
         ({"temperature": -1.0}, "temperature must be a number from 0 to 2"),
         ({"temperature": 1.0, "top_k": -1}, "top_k must be"),
@@ -205,7 +239,7 @@ def test_what_is_wrong_is_reported_in_one_line_and_nothing_is_written(toy_model_
 
 def test_a_base_model_with_nothing_but_chat_tasks_is_refused(toy_model_folder, files):
     chat_tasks = [f"{name}={files / name}.jsonl" for name in ("problems", "facts", "letters")]
-    args = arguments(toy_model_folder, files, base_model=True, eval_files=chat_tasks, text_files=[], max_length=None)
+    args = arguments(toy_model_folder, files, base_model=True, tasks=chat_tasks, text_files=[], max_length=None)
     with pytest.raises(UserError, match="nothing to evaluate: problems, facts, letters need chat tokens"):
         run_evaluation(args)
     assert not Path(args.output_file).exists()
@@ -226,6 +260,23 @@ def test_the_same_answer_to_different_questions_is_noted(answers, references, no
     assert same_answer(answers, references) == note
 
 
+def test_answers_of_several_blocks_are_joined_with_the_sums_of_their_counts(toy_model_folder, files):
+    write_lines(files / "facts.jsonl", [TASKS["facts"][0] | {"question": "word " * 400}] * 3 + TASKS["facts"])
+    options = {"tasks": [f"facts={files / 'facts.jsonl'}"], "text_files": [], "max_length": None, "batch_size": 1}
+    (record,) = run_evaluation(arguments(toy_model_folder, files, **options))["records"]
+    assert record["n"] == 6 and record["settings"]["questions_beyond_context"] == 3
+
+
+def test_logits_that_are_not_finite_are_noted():
+    parts = [
+        Answers([[""]], [[""]], [""], settings={"shots": 0, "questions_not_finite": count}) for count in (1, 0, 1)
+    ]
+    answers = joined(parts)
+    assert answers.settings == {"shots": 0, "questions_not_finite": 2}
+    assert not_finite(answers) == "2 of 3 questions: logits not finite, counted as wrong"
+    assert not_finite(parts[1]) is None
+
+
 def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(
     toy_model_folder, files, monkeypatch, capsys
 ):
@@ -233,7 +284,7 @@ def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(
     colours = [{"question": "Which?", "answer": colour, "rivals": ["blue"]} for colour in ("red", "green")]
     mats = [{"query": "The cat sat on the", "choices": ["mat.", "lamp."], "gold": gold} for gold in (0, 1)]
     for name, records in (("facts", colours), ("cloze", mats)):
-        (files / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        write_lines(files / f"{name}.jsonl", records)
     reply = [{"role": "assistant", "content": "Hello.\n#### 7"}]
     monkeypatch.setattr("evals.tasks.replies.generate_replies", lambda asked, chats, *_: [reply] * len(chats))
     monkeypatch.setattr("evals.tasks.letters.predict_letters", lambda model, tokenizer, asked, *_: ["C"] * len(asked))
@@ -245,7 +296,7 @@ def test_a_model_with_one_reply_for_everything_gets_the_note_in_its_records(
         f"--{name}={value}"
         for name, value in (("model_name_or_path", args.model_name_or_path), ("output_file", args.output_file))
     ]
-    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *words, "--eval_files", *args.eval_files])
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *words, "--tasks", *args.tasks])
     main()
     written = json.loads(Path(args.output_file).read_text(encoding="utf-8"))["records"]
     notes = {record["task"]: record["note"].partition(": ")[2] for record in written}
@@ -268,8 +319,8 @@ def test_a_new_task_is_one_class_and_one_line_in_the_table(toy_model_folder, fil
     """It is evaluated, trained on, and has its figures in the record."""
     monkeypatch.setattr(table, "TASKS", (BoolQuestion, *table.TASKS))
     records = [{"question": f"is {n} odd", "passage": "Of numbers.", "answer": bool(n % 2)} for n in range(6)]
-    (files / "odd.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    asked = {"eval_files": [str(files / "odd.jsonl")], "text_files": [], "max_length": None}
+    write_lines(files / "odd.jsonl", records)
+    asked = {"tasks": [f"odd={files / 'odd.jsonl'}"], "text_files": [], "max_length": None}
     (record,) = run_evaluation(arguments(toy_model_folder, files, **asked))["records"]
     assert (record["task"], record["n"], record["settings"]["kind"]) == ("odd", 6, "boolq")
     assert record["settings"]["baseline"] == 0.5 and 0 <= record["value"] <= 1
@@ -278,7 +329,7 @@ def test_a_new_task_is_one_class_and_one_line_in_the_table(toy_model_folder, fil
 
 
 def test_two_tasks_of_one_name_are_refused(toy_model_folder, files):
-    args = arguments(toy_model_folder, files, eval_files=[f"a={files / 'facts.jsonl'}", f"a={files / 'cloze.jsonl'}"])
+    args = arguments(toy_model_folder, files, tasks=[f"a={files / 'facts.jsonl'}", f"a={files / 'cloze.jsonl'}"])
     with pytest.raises(UserError, match="occurs twice"):
         run_evaluation(args)
 
@@ -301,7 +352,7 @@ def test_every_prediction_is_kept_with_the_reply_and_agrees_with_the_record(toy_
 
 def test_sampled_replies_follow_the_seed_and_the_record_says_how_they_were_sampled(toy_model_folder, files):
     def replies(**changes):
-        only = {"eval_files": [f"problems={files / 'problems.jsonl'}"], "text_files": [], "max_length": None}
+        only = {"tasks": [f"problems={files / 'problems.jsonl'}"], "text_files": [], "max_length": None}
         results = run_evaluation(arguments(toy_model_folder, files, **only, **changes))
         return results["records"][0]["settings"], [sample["messages"] for sample in results["samples"]]
 
@@ -350,7 +401,7 @@ def test_samples_of_a_question_differ_and_follow_the_seed(toy_model_and_tokenize
 
 def test_where_there_is_no_terminal_progress_is_a_plain_line_at_intervals(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 40.0, 50.0])
-    monkeypatch.setattr("evals.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("evals.harness.progress.time.monotonic", lambda: next(clock))
     with EvaluationProgress(100) as progress:
         progress.start("facts")
         for count in (10, 40, 1):  # after 10, 40 and 50 seconds
@@ -363,15 +414,15 @@ def test_the_counted_prompts_are_those_announced(toy_model_folder, files, monkey
     made = []
 
     class Recorded(EvaluationProgress):
-        def __init__(self, total):
-            super().__init__(total)
+        def __init__(self, total, quiet):
+            super().__init__(total, quiet)
             made.append(self)
 
     monkeypatch.setattr("evals.evaluate_model.EvaluationProgress", Recorded)
     long = {"question": "word " * 400, "answer": "#### 1"}
     (files / "long.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
     args = arguments(toy_model_folder, files)
-    args.eval_files.append(f"long={files / 'long.jsonl'}")
+    args.tasks.append(f"long={files / 'long.jsonl'}")
     run_evaluation(args)
     (progress,) = made
     assert progress.done == progress.total == 6 + 3 + 8 + 2 * 4 + 1
@@ -396,7 +447,7 @@ def test_the_script_reads_yaml_and_prints_one_line_or_the_table(toy_model_folder
     config = files / "eval.yaml"
     config.write_text(
         f"model_name_or_path: {toy_model_folder}\noutput_file: {files / 'out.json'}\n"
-        f"eval_files:\n- cloze={files / 'cloze.jsonl'}\nbase_model: true\n",
+        f"tasks:\n- cloze={files / 'cloze.jsonl'}\nbase_model: true\n",
         encoding="utf-8",
     )
     monkeypatch.setattr(sys, "argv", ["evaluate_model.py", "--config", str(config), "--max_examples", "2"])

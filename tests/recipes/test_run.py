@@ -308,7 +308,7 @@ def test_generated_files_fill_in_for_those_not_given():
     assert train.arguments[:4] == ["--model_name_or_path", "runs/x/mid", "--train_files", "mine/*.jsonl"]
     assert "facts=runs/x/data/eval/facts.jsonl" in evaluation.arguments
     given = {name: ["f"] for name in ("pretrain_files", "val_files", "midtrain_files", "sft_files", "grpo_files")}
-    assert commands("data", **given, eval_files=["a=b"]) == []
+    assert commands("data", **given, eval_tasks=["a=b"]) == []
 
 
 def test_overrides_reach_their_stage_only():
@@ -489,11 +489,11 @@ def test_what_env_sets_is_what_accelerate_launch_sets_for_one_process_on_the_cpu
 def test_files_that_are_not_given_are_those_of_the_recipes_yaml_in_this_runs_folder(tmp_path):
     shutil.copytree(RECIPES / "pocket", tmp_path / "mine")
     (tmp_path / "mine" / "eval.yaml").write_text(
-        "eval_files: [riddles=runs/pocket/data/eval/riddles.jsonl, own=runs/pocket.jsonl]\n"
+        "tasks: [riddles=runs/pocket/data/eval/riddles.jsonl, own=runs/pocket.jsonl]\n"
     )
     args = RunArguments(run_dir="runs/x", accelerate_config="accelerate_configs/cpu.yaml")
     _, evaluation = steps("mid", tmp_path / "mine", args, parse_overrides([]))
-    assert evaluation.settings["eval_files"] == ["riddles=runs/x/data/eval/riddles.jsonl", "own=runs/pocket.jsonl"]
+    assert evaluation.settings["tasks"] == ["riddles=runs/x/data/eval/riddles.jsonl", "own=runs/pocket.jsonl"]
     (tmp_path / "mine" / "sft.yaml").write_text("output_dir: runs/pocket/sft\n")
     with pytest.raises(UserError, match=r"sft.yaml: names no train_files; give --sft_files"):
         steps("sft", tmp_path / "mine", args, parse_overrides([]))

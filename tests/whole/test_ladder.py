@@ -188,7 +188,7 @@ def own_files(tmp_path_factory):
         "midtrain_files": [write_jsonl(folder / "chats.jsonl", chats), write_jsonl(folder / "gsm8k.jsonl", sums)],
         "sft_files": [str(folder / "chats.jsonl")],
         "grpo_files": [str(folder / "gsm8k.jsonl")],
-        "eval_files": [f"gsm8k={folder / 'gsm8k.jsonl'}", "mmlu=" + write_jsonl(folder / "mmlu.jsonl", mmlu)],
+        "eval_tasks": [f"gsm8k={folder / 'gsm8k.jsonl'}", "mmlu=" + write_jsonl(folder / "mmlu.jsonl", mmlu)],
     }
 
 

@@ -20,11 +20,11 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig, SFTConfig, TrlParser
 
+from evals.harness.processes import several_on_cpu
 from modeling_nanochat.cli import config_path, parse
 from modeling_nanochat.errors import UserError
 
 from ..batch_size import is_out_of_memory
-from ..device import several_on_cpu
 from . import keys
 
 

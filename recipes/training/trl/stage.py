@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig
 
+from evals.harness.processes import ending_together
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.errors import UserError
 
@@ -21,7 +22,6 @@ from ..loop import advice_on_memory
 from ..model_card import model_card
 from ..setup import end_training
 from ..stage import JsonlLogger, OutputArguments, beside, finish_stage, lines_up_to, push, settings
-from ..stopping import ending_together
 from .settings import settings_errors
 from .trainer import JsonlLoggerCallback, MuonTrainer
 
@@ -123,7 +123,7 @@ def run_trl_stage(
     """
     checkpoints, logger = checkpoints_of(training), JsonlLoggerCallback(log, bar=not training.disable_tqdm)
     try:
-        with ending_together():
+        with ending_together("--resume_from_checkpoint auto goes on"):
             with advice_on_memory(lambda error: explain_out_of_memory(error, training)):
                 with settings_errors(), no_map_bars():
                     trainer = make_trainer()

@@ -11,7 +11,7 @@ from evals.tasks.gsm8k import to_messages
 from evals.tasks.match import has_word
 from evals.tasks.question import EvaluatedModel
 from evals.tasks.table import question_of
-from evals.tasks.task_files import load_task, parse_task_argument
+from evals.tasks.task_files import load_task
 from modeling_nanochat.errors import UserError
 
 MATCH = {"question": "Which?", "answer": "red", "rivals": ["blue"]}
@@ -80,13 +80,6 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path, records, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         load_task("t", write(tmp_path / "t.jsonl", *records))
     assert "t.jsonl" in str(error.value)
-
-
-def test_task_arguments():
-    assert parse_task_argument("facts=a/b=c.jsonl") == ("facts", "a/b=c.jsonl")
-    assert parse_task_argument("a/facts.jsonl") == ("facts", "a/facts.jsonl")
-    with pytest.raises(UserError, match="not name=path"):
-        parse_task_argument("facts=")
 
 
 def test_whole_words_only():

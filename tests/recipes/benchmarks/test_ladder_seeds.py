@@ -185,7 +185,7 @@ def test_a_finished_ladder_is_evaluated_once_and_the_table_written(finished_ladd
     again.write_text(again.read_text().replace("2026-01-01", "2026-01-02"))
     (tmp_path / "more.jsonl").write_text(json.dumps(FACT) + "\n")
     call(monkeypatch, run, "--sampled_files", f"more={tmp_path / 'more.jsonl'}")
-    assert [(args.model_name_or_path, len(args.eval_files)) for args in evaluated] == [
+    assert [(args.model_name_or_path, len(args.tasks)) for args in evaluated] == [
         (str(run / "rl"), 4),
         (str(run / "rl"), 2),
     ]

@@ -14,10 +14,11 @@ from conftest import random_model
 from fsdp2 import sharded
 from torch.multiprocessing import ProcessExitedException
 
+from evals.harness.processes import ending_together
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.training import batch_size, stopping
 from recipes.training.batch_size import find_batch_size
-from recipes.training.stopping import Outcomes, ending_together
+from recipes.training.stopping import Outcomes
 
 SOON = 30.0  # seconds, the start of the processes included; gloo would wait for half an hour
 

@@ -13,12 +13,14 @@ class EvaluationProgress:
 
     Args:
         total: Number of prompts of all tasks together.
+        quiet: Show nothing, as in all processes but the first.
     """
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, quiet: bool = False):
         self.done, self.total, self.task = 0, total, ""
         self.started = self.written = time.monotonic()
-        self.bar = tqdm(total=total, unit="prompt", leave=False, disable=None)  # None: only on a terminal
+        self.quiet = quiet
+        self.bar = tqdm(total=total, unit="prompt", leave=False, disable=quiet or None)  # None: only on a terminal
 
     def __enter__(self) -> "EvaluationProgress":
         return self
@@ -34,7 +36,7 @@ class EvaluationProgress:
         self.done += count
         self.bar.update(count)
         now = time.monotonic()
-        if self.bar.disable and now - self.written >= SECONDS_BETWEEN_LINES:
+        if self.bar.disable and not self.quiet and now - self.written >= SECONDS_BETWEEN_LINES:
             self.written = now
             left = (now - self.started) / self.done * (self.total - self.done)
             line = f"{self.task}: {self.done:,} of {self.total:,} prompts, {tqdm.format_interval(left)} left"

@@ -52,7 +52,7 @@ def pip_that(tmp_path: Path, script: str) -> Path:
 
 def test_all_asks_for_every_library_of_the_extras_that_it_names():
     named = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
-    for extra in ("train", "eval", "space", "harness", "test"):
+    for extra in ("train", "eval", "space", "test"):
         named |= {canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"][extra]}
     assert set(parsed("ranges")) == named - {PROJECT["name"]}
 

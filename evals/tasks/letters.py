@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evals.batching import batches_by_length, most_tokens, with_progress
-from evals.scoring import logits_at, padded
+from evals.scoring import context_of, logits_at, padded
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.tokenization_nanochat import whole_characters
 
@@ -55,9 +55,13 @@ class LetterQuestion(Question):
 
     @classmethod
     def answer(cls, questions: Sequence[Self], asked: EvaluatedModel, progress: Progress | None = None) -> Answers:
-        letters = predict_letters(asked.model, asked.tokenizer, questions, asked.batch_size, progress)
+        context = context_of(asked.model)
+        prompts = [prompt_ids(asked.tokenizer, question.prompt) for question in questions]
+        fitting = [prompt[-context:] for prompt in prompts]  # the end, as in CORE and cloze
+        letters = predict_letters(asked.model, asked.tokenizer, questions, fitting, asked.batch_size, progress)
         given = [[letter] for letter in letters]
         settings = {"shots": 0, "questions_not_finite": letters.count(NO_LETTER)}
+        settings["questions_beyond_context"] = sum(len(prompt) > context for prompt in prompts)
         return Answers(predictions=given, texts=given, shown=letters, settings=settings)
 
 
@@ -65,10 +69,11 @@ def predict_letters(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[LetterQuestion],
+    prompts: Sequence[list[int]],
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Return for each question the letter whose token has the highest logit after the prompt (the first on ties).
+    """Return for each question the letter whose token has the highest logit after its prompt (the first on ties).
 
     NO_LETTER if a logit is not finite, so that there is no highest one.
 
@@ -76,7 +81,6 @@ def predict_letters(
         UserError: A letter is not exactly one token.
     """
     letter_ids = {letter: letter_id(tokenizer, letter) for question in questions for letter in question.letters}
-    prompts = [prompt_ids(tokenizer, question.prompt) for question in questions]
     predictions = [NO_LETTER] * len(questions)
     batches = batches_by_length([len(prompt) for prompt in prompts], batch_size, most_tokens(model))
     for batch in with_progress(batches, progress):
@@ -100,7 +104,9 @@ def letter_id(tokenizer: PreTrainedTokenizerFast, letter: str) -> int:
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     """Return the ids of the conversation up to the position of the assistant's first token."""
     messages = [{"role": "user", "content": whole_characters(prompt)}]
-    return cast(list[int], tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    quiet = {"verbose": False}  # the caller itself checks the length
+    render = tokenizer.apply_chat_template
+    return cast(list[int], render(messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=quiet))
 
 
 @torch.no_grad()

@@ -49,8 +49,20 @@ def test_letter_logits_equal_the_golden_ones_in_a_padded_batch(cases):
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_predicted_letters_equal_the_golden_ones(cases, batch_size):
     questions = [as_question(case) for case in cases]
-    predictions = predict_letters(core_model(), golden_tokenizer(), questions, batch_size=batch_size)
+    prompts = [case["prompt_ids"] for case in cases]
+    predictions = predict_letters(core_model(), golden_tokenizer(), questions, prompts, batch_size=batch_size)
     assert predictions == [case["predicted"] for case in cases]
+
+
+def test_of_a_prompt_beyond_the_context_the_end_is_read_and_it_is_counted(cases):
+    model, questions = core_model(), [as_question(case) for case in cases]
+    lengths = sorted(len(case["prompt_ids"]) for case in cases)
+    assert lengths[0] < lengths[-1]
+    model.config.max_position_embeddings = context = lengths[-1] - 1
+    answers = ArcQuestion.answer(questions, EvaluatedModel(model, golden_tokenizer(), None, None))
+    assert answers.settings["questions_beyond_context"] == lengths.count(lengths[-1])
+    prompts = [case["prompt_ids"][-context:] for case in cases]
+    assert answers.shown == predict_letters(model, golden_tokenizer(), questions, prompts)
 
 
 def test_no_letter_is_predicted_if_logits_are_not_finite(cases):

@@ -140,8 +140,8 @@ class Writer:
             slots = self.slots(before)
             topic = self.topic(slots, before, is_last)
             prefix = self.prefix(topic, before)
-        question = self.casual(prefix + self.fill(topic.ask, slots))
-        return Exchange(topic, slots, question, self.fill(topic.answer, slots))
+        question = self.casual(prefix + self.fill(topic.ask, slots).strip())
+        return Exchange(topic, slots, question, self.fill(topic.answer, slots).strip())
 
     def follow_ups(self, before: Sequence[Exchange]) -> list[tuple[Topic, Slots]]:
         """The follow-ups that the dialogue so far allows, with the slots of the exchange that they refer to."""

@@ -71,13 +71,17 @@ def languages() -> list[str]:
     return sorted(path.stem.capitalize() for path in PHRASES.glob("*.yaml"))
 
 
+def has_phrases(language: str) -> bool:
+    return language.capitalize() in languages()
+
+
 def read_phrases(language: str) -> Phrases:
     """The phrases of a language, by its English name.
 
     Raises:
         UserError: There are no phrases in this language.
     """
-    if language.capitalize() not in languages():
+    if not has_phrases(language):
         raise UserError(
             f"language {language!r}: there are phrases in {', '.join(languages())} only; "
             "let a model write all conversations with --with_model and --endpoint"

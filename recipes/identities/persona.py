@@ -54,7 +54,7 @@ def read_persona(file: str) -> Persona:
         for key, value in mapping(file, "limits", content["limits"]).items()
     }
     facts = (fact(file, about, value) for about, value in mapping(file, "facts", content["facts"]).items())
-    return Persona(limits=limits, facts=tuple(facts), **words, **lists)  # type: ignore[arg-type]
+    return Persona(limits=limits, facts=tuple(facts), **words, **lists)
 
 
 def read_mapping(file: str) -> dict[str, Any]:

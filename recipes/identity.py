@@ -6,8 +6,8 @@
         --with_model my-model --endpoint https://host/v1 --model_conversations 1000
 
 The first needs no network and takes seconds; the same arguments give the same bytes. The second adds conversations
-written by a model behind an OpenAI-compatible endpoint, and continues where it was stopped. One {"messages": [...]} per
-line: give the file to midtraining and SFT among their --train_files.
+written by a model behind an OpenAI-compatible endpoint, and continues where it was stopped. The file has one
+{"messages": [...]} per line: give it to midtraining and SFT among their --train_files.
 """
 
 import signal

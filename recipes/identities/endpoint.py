@@ -1,6 +1,6 @@
 """Dialogues written by a model behind any OpenAI-compatible endpoint, each checked, and kept as soon as it has come.
 
-httpx, on which huggingface_hub is built, rather than its `InferenceClient`, which would read a reply of any length.
+aiohttp, which comes with datasets, instead of huggingface_hub's `InferenceClient`, which reads a reply of any length.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import yaml
 from tqdm import tqdm
 
@@ -67,7 +67,11 @@ class Endpoint:
             raise UserError("OPENAI_API_KEY: contains characters that no key has; set it again")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    async def conversation(self, client: httpx.AsyncClient, prompt: str) -> Messages | None:
+    def client(self) -> aiohttp.ClientSession:
+        timeout = aiohttp.ClientTimeout(self.timeout)  # for the whole response, however slowly it drips
+        return aiohttp.ClientSession(timeout=timeout, headers=self.headers, trust_env=True)
+
+    async def conversation(self, client: aiohttp.ClientSession, prompt: str) -> Messages | None:
         """The model's conversation; None if all attempts gave bad replies.
 
         Raises:
@@ -85,21 +89,22 @@ class Endpoint:
                     await asyncio.sleep(min(LONGEST_WAIT, error.wait or self.backoff * 2**attempt))
         if unavailable:
             raise UserError(
-                f"endpoint {self.url}: {unavailable}, in the last of {self.retries + 1} attempts; the conversations so "
-                "far are kept, run the same command later to continue"
+                f"endpoint {self.url}: {unavailable}, in the last of {self.retries + 1} attempts; run the same command "
+                "later to continue, the conversations so far are kept"
             ) from unavailable
         return None
 
-    async def reply(self, client: httpx.AsyncClient, prompt: str) -> str:
+    async def reply(self, client: aiohttp.ClientSession, prompt: str) -> str:
         """The text of one reply."""
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 1.0}
-        try:
-            async with asyncio.timeout(self.timeout):
-                async with client.stream("POST", self.url, json=body, headers=self.headers) as response:
-                    content = await read_bounded(response)
+        try:  # no redirects: the key is for this host
+            async with client.post(self.url, json=body, allow_redirects=False) as response:
+                content = await read_bounded(response)
         except TimeoutError as error:
             raise Unavailable(f"no complete response within {self.timeout:g} s") from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except aiohttp.InvalidURL as error:
+            raise UserError(f"endpoint {self.url}: is no URL; correct it") from error
+        except (aiohttp.ClientError, OSError) as error:
             raise Unavailable(one_line(error)) from error
         self.check_status(response, content)
         try:
@@ -107,8 +112,13 @@ class Endpoint:
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise BadReply("not a chat completion") from error
 
-    def check_status(self, response: httpx.Response, content: bytes) -> None:
-        status, wait = response.status_code, response.headers.get("Retry-After", "")
+    def check_status(self, response: aiohttp.ClientResponse, content: bytes) -> None:
+        """
+        Raises:
+            Unavailable: Another attempt may succeed.
+            UserError: It would not.
+        """
+        status, wait = response.status, response.headers.get("Retry-After", "")
         if status in TEMPORARY or status >= 500:
             raise Unavailable(f"answered with status {status}", float(wait) if wait.isdecimal() else None)
         if status != 200:
@@ -116,9 +126,9 @@ class Endpoint:
             raise UserError(f"endpoint {self.url}: answered with status {status} ({said}); check URL, model and key")
 
 
-async def read_bounded(response: httpx.Response) -> bytes:
+async def read_bounded(response: aiohttp.ClientResponse) -> bytes:
     content = b""
-    async for chunk in response.aiter_bytes():
+    async for chunk in response.content.iter_any():
         content += chunk
         if len(content) > MOST_BYTES:
             raise BadReply("too long")
@@ -214,7 +224,7 @@ async def ask_for(endpoint: Endpoint, request: Request, numbers: Sequence[int], 
     waiting = iter(numbers)
     progress = tqdm(total=len(numbers), disable=None, desc="asking the model", leave=False)
 
-    async def ask_in_turn(client: httpx.AsyncClient) -> None:
+    async def ask_in_turn(client: aiohttp.ClientSession) -> None:
         for number in waiting:  # shared by all workers
             messages = await endpoint.conversation(client, request.prompt(number))
             if messages:
@@ -222,5 +232,5 @@ async def ask_for(endpoint: Endpoint, request: Request, numbers: Sequence[int], 
             progress.update()
 
     with progress:
-        async with httpx.AsyncClient(timeout=endpoint.timeout) as client:
+        async with endpoint.client() as client:
             await asyncio.gather(*(ask_in_turn(client) for _ in range(endpoint.parallel)))

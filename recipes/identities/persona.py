@@ -104,5 +104,5 @@ def text(file: str, where: str, value: Any) -> str:
 
 
 def is_text(value: Any) -> bool:
-    """Whether `value` is a string with more than white space and without lone surrogates, which UTF-8 cannot encode."""
+    """Whether `value` is a string of more than white space, without the lone surrogates that UTF-8 cannot encode."""
     return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)

@@ -15,6 +15,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,8 +94,8 @@ def write_conversations(args: IdentityArguments, persona: Persona, path: Path) -
     request = Request(persona, [messages[0]["content"] for messages in conversations], args.seed)
     written = write_with_model(endpoint, request, args.model_conversations, path.with_name(f"{path.name}.replies"))
     if endpoint.bad:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in endpoint.bad.most_common())
-        print(f"bad replies of the model: {endpoint.bad.total()} ({reasons})")
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(endpoint.bad).most_common())
+        print(f"bad replies of the model: {len(endpoint.bad)} ({reasons})")
     print(f"{args.with_model} wrote {len(written)} of {args.model_conversations} conversations")
     if not conversations + written:
         raise UserError(f"with_model {args.with_model}: none of its replies can be used; try another model")

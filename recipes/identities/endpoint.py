@@ -1,20 +1,25 @@
 """Dialogues written by a model behind any OpenAI-compatible endpoint, each checked, and kept as soon as it has come.
 
-aiohttp, which comes with datasets, instead of huggingface_hub's `InferenceClient`, which reads a reply of any length.
+urllib instead of huggingface_hub's `InferenceClient`, which reads a response of any length for any time.
 """
 
-import asyncio
 import hashlib
+import http.client
 import json
 import os
+import queue
 import random
-from collections import Counter
-from collections.abc import Sequence
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import yaml
 from tqdm import tqdm
 
@@ -44,7 +49,7 @@ class Unavailable(Exception):
 
 @dataclass
 class Endpoint:
-    """An endpoint and how to treat it. `bad` counts the replies that were dropped, by reason."""
+    """An endpoint and how to treat it. `bad` has the reason of each reply that was dropped."""
 
     url: str
     model: str
@@ -52,7 +57,7 @@ class Endpoint:
     retries: int
     parallel: int  # requests at the same time
     backoff: float = 1.0  # seconds before the first retry, doubled for each further one
-    bad: Counter[str] = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)  # appending is safe in threads
 
     def __post_init__(self) -> None:
         """
@@ -65,13 +70,9 @@ class Endpoint:
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (key.isascii() and key.isprintable()):
             raise UserError("OPENAI_API_KEY: contains characters that no key has; set it again")
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
-    def client(self) -> aiohttp.ClientSession:
-        timeout = aiohttp.ClientTimeout(self.timeout)  # for the whole response, however slowly it drips
-        return aiohttp.ClientSession(timeout=timeout, headers=self.headers, trust_env=True)
-
-    async def conversation(self, client: aiohttp.ClientSession, prompt: str) -> Messages | None:
+    def conversation(self, prompt: str) -> Messages | None:
         """The model's conversation; None if all attempts gave bad replies.
 
         Raises:
@@ -80,69 +81,84 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             unavailable = None
             try:
-                return checked(await self.reply(client, prompt))
+                return checked(self.reply(prompt))
             except BadReply as error:
-                self.bad[str(error)] += 1
+                self.bad.append(str(error))
             except Unavailable as error:
                 unavailable = error
                 if attempt < self.retries:
-                    await asyncio.sleep(min(LONGEST_WAIT, error.wait or self.backoff * 2**attempt))
+                    time.sleep(min(LONGEST_WAIT, error.wait or self.backoff * 2**attempt))
         if unavailable:
             raise UserError(
-                f"endpoint {self.url}: {unavailable}, in the last of {self.retries + 1} attempts; run the same command "
-                "later to continue, the conversations so far are kept"
+                f"endpoint {self.url}: {unavailable}, in the last of {self.retries + 1} attempts; run the same "
+                "command later to continue, the conversations so far are kept"
             ) from unavailable
         return None
 
-    async def reply(self, client: aiohttp.ClientSession, prompt: str) -> str:
+    def reply(self, prompt: str) -> str:
         """The text of one reply."""
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 1.0}
-        try:  # no redirects: the key is for this host
-            async with client.post(self.url, json=body, allow_redirects=False) as response:
-                content = await read_bounded(response)
+        deadline = time.monotonic() + self.timeout
+        try:
+            request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
+            opener = urllib.request.build_opener(NoRedirects)
+            with opener.open(request, timeout=self.timeout) as response:
+                content = read_bounded(response, deadline)
+        except urllib.error.HTTPError as error:
+            raise self.refusal(error) from error
         except TimeoutError as error:
             raise Unavailable(f"no complete response within {self.timeout:g} s") from error
-        except aiohttp.InvalidURL as error:
-            raise UserError(f"endpoint {self.url}: is no URL; correct it") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (http.client.InvalidURL, ValueError) as error:
+            raise UserError(f"endpoint {self.url}: is no URL ({one_line(error)}); correct it") from error
+        except (OSError, http.client.HTTPException) as error:
             raise Unavailable(one_line(error)) from error
-        self.check_status(response, content)
         try:
             return json.loads(content)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise BadReply("not a chat completion") from error
 
-    def check_status(self, response: aiohttp.ClientResponse, content: bytes) -> None:
-        """
-        Raises:
-            Unavailable: Another attempt may succeed.
-            UserError: It would not.
-        """
-        status, wait = response.status, response.headers.get("Retry-After", "")
-        if status in TEMPORARY or status >= 500:
-            raise Unavailable(f"answered with status {status}", float(wait) if wait.isdecimal() else None)
-        if status != 200:
-            said = one_line(Exception(content[:300].decode(errors="replace")))
-            raise UserError(f"endpoint {self.url}: answered with status {status} ({said}); check URL, model and key")
+    def refusal(self, error: urllib.error.HTTPError) -> Exception:
+        """`Unavailable` if another attempt may succeed, otherwise a `UserError` that quotes the response."""
+        wait = error.headers.get("Retry-After", "")
+        if error.code in TEMPORARY or error.code >= 500:
+            return Unavailable(f"answered with status {error.code}", float(wait) if wait.isdecimal() else None)
+        said = b""
+        with suppress(OSError, http.client.HTTPException):
+            said = error.read(300)
+        quoted = one_line(Exception(said.decode(errors="replace") or error.reason))
+        return UserError(
+            f"endpoint {self.url}: answered with status {error.code} ({quoted}); check URL, model and key"
+        )
 
 
-async def read_bounded(response: aiohttp.ClientResponse) -> bytes:
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The key is for one host: a redirect is an error."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def read_bounded(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    """The body, until it has more than MOST_BYTES or `deadline` has passed, however slowly it comes."""
     content = b""
-    async for chunk in response.content.iter_any():
+    while chunk := response.read1(65536):
         content += chunk
         if len(content) > MOST_BYTES:
             raise BadReply("too long")
+        if time.monotonic() > deadline:
+            raise TimeoutError
     return content
 
 
 def checked(reply: Any) -> Messages:
-    """The conversation in a model's reply, which may be surrounded by other text.
+    """The conversation in a model's reply, which may be surrounded by other text and follow a thought.
 
     Raises:
         BadReply: It is no JSON, no alternation of user and assistant, or a text is empty or too long.
     """
     try:
-        messages = json.loads(reply[reply.index("{") : reply.rindex("}") + 1])["messages"]
+        said = reply.rpartition("</think>")[2]
+        messages = json.loads(said[said.index("{") : said.rindex("}") + 1])["messages"]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BadReply("no JSON with messages") from error
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -173,7 +189,7 @@ class Request:
             topic=rng.choice(self.texts["topics"]),
             user=rng.choice(self.texts["users"]),
             dynamic=rng.choice(self.texts["dynamics"]),
-            examples="\n".join(f"- {example}" for example in examples),
+            examples="\n".join(f"- {example}" for example in examples) or "- (there are none yet)",
         )
 
 
@@ -214,23 +230,39 @@ def write_with_model(endpoint: Endpoint, request: Request, count: int, path: Pat
     Raises:
         UserError: The endpoint refuses or is unavailable, or `path` belongs to other settings.
     """
-    replies = Replies(path, [request.prompt(0), request.seed, endpoint.model])
+    replies = Replies(path, [asdict(request.persona), request.texts, request.seed, endpoint.model])
     missing = [number for number in range(count) if number not in replies.by_number]
-    asyncio.run(ask_for(endpoint, request, missing, replies))
+    for number, messages in tqdm(answers(endpoint, request, missing), "asking the model", len(missing), disable=None):
+        if messages:
+            replies.add(number, messages)
     return [replies.by_number[number] for number in range(count) if number in replies.by_number]
 
 
-async def ask_for(endpoint: Endpoint, request: Request, numbers: Sequence[int], replies: Replies) -> None:
-    waiting = iter(numbers)
-    progress = tqdm(total=len(numbers), disable=None, desc="asking the model", leave=False)
+def answers(endpoint: Endpoint, request: Request, numbers: Sequence[int]) -> Iterator[tuple[int, Messages | None]]:
+    """Yield (number, conversation) as they come; raises what a request raises.
 
-    async def ask_in_turn(client: aiohttp.ClientSession) -> None:
-        for number in waiting:  # shared by all workers
-            messages = await endpoint.conversation(client, request.prompt(number))
-            if messages:
-                replies.add(number, messages)
-            progress.update()
+    The threads are daemons: an executor would wait for open requests before Ctrl-C ends the process.
+    """
+    waiting, done = deque(numbers), queue.SimpleQueue[tuple[int, Any]]()
 
-    with progress:
-        async with endpoint.client() as client:
-            await asyncio.gather(*(ask_in_turn(client) for _ in range(endpoint.parallel)))
+    def work() -> None:
+        with suppress(IndexError):  # none is waiting
+            while True:
+                done.put(ask(waiting.popleft()))
+
+    def ask(number: int) -> tuple[int, Any]:
+        try:
+            return number, endpoint.conversation(request.prompt(number))
+        except Exception as error:
+            return number, error
+
+    for _ in range(endpoint.parallel):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in numbers:
+            number, found = done.get()
+            if isinstance(found, Exception):
+                raise found
+            yield number, found
+    finally:
+        waiting.clear()

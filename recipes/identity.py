@@ -2,12 +2,12 @@
 
     python recipes/identity.py --persona recipes/identity.yaml --output_file runs/identity.jsonl
 
-    OPENAI_API_KEY=... python recipes/identity.py --persona recipes/identity.yaml --output_file runs/identity.jsonl \\
+    python recipes/identity.py --persona recipes/identity.yaml --output_file runs/identity.jsonl \\
         --with_model my-model --endpoint https://host/v1 --model_conversations 1000
 
 The first needs no network and takes seconds; the same arguments give the same bytes. The second adds conversations
-written by a model behind an OpenAI-compatible endpoint, and continues where it was stopped. The file has one
-{"messages": [...]} per line: give it to midtraining and SFT among their --train_files.
+written by a model behind an OpenAI-compatible endpoint, with the key in OPENAI_API_KEY, and continues where it was
+stopped. The file has one {"messages": [...]} per line: give it to midtraining and SFT among their --train_files.
 """
 
 import signal

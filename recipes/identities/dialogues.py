@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -41,7 +42,7 @@ class Topic:
     next: tuple[str, ...] = ()
     later: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def needs(self) -> set[str]:
         """The slots of all questions and answers."""
         return {slot for text in (*self.ask, *self.answer) for _, slot, _, _ in Formatter().parse(text) if slot}

@@ -254,6 +254,7 @@ def answers(endpoint: Endpoint, request: Request, numbers: Sequence[int]) -> Ite
         try:
             return number, endpoint.conversation(request.prompt(number))
         except Exception as error:
+            waiting.clear()
             return number, error
 
     for _ in range(endpoint.parallel):

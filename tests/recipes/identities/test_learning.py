@@ -40,8 +40,8 @@ def test_a_tiny_model_answers_with_its_name(tmp_path):
     NanoChatForCausalLM(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     arguments = training.midtrain_arguments(
-        tmp_path / "base", tmp_path / "identity.jsonl", tmp_path / "mid", max_length=192, total_batch_size=1536,
-        per_device_train_batch_size=8, max_steps=400, assistant_only_loss="true", eval_steps=0, save_steps=0,
+        tmp_path / "base", tmp_path / "identity.jsonl", tmp_path / "mid", max_length=192, total_batch_size=768,
+        per_device_train_batch_size=4, max_steps=300, assistant_only_loss="true", eval_steps=0, save_steps=0,
         embedding_lr=0.3, warmdown_ratio=0.5,
     )  # fmt: skip
     assert training.run(training.forkserver(), arguments, stage="midtrain", says=tmp_path / "output") == 0
@@ -50,4 +50,5 @@ def test_a_tiny_model_answers_with_its_name(tmp_path):
     asked = [[{"role": "user", "content": question}] for question in questions]
     replies = engine.generate_batch(asked, SamplingOptions(temperature=0), max_new_tokens=48)
     answers = [messages[-1]["content"] for messages in replies]
-    print(answers); assert 0
+    assert all(PIP.name in answer for answer in answers), answers
+    assert PIP.maker in answers[-1], answers

@@ -88,7 +88,7 @@ def write_conversations(args: IdentityArguments, persona: Persona, path: Path) -
     """
     own = args.with_model is None or has_phrases(persona.language)
     conversations = list(write_dialogues(persona, args.conversations, args.seed)) if own else []
-    if args.with_model is None:
+    if args.with_model is None or args.endpoint is None:
         return conversations
     endpoint = Endpoint(args.endpoint, args.with_model, args.timeout, args.retries, args.parallel_requests)
     request = Request(persona, [messages[0]["content"] for messages in conversations], args.seed)

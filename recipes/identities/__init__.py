@@ -1,0 +1,1 @@
+"""Identity data: a persona, dialogues from phrases, dialogues from an endpoint."""

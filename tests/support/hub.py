@@ -115,7 +115,7 @@ class Hub:
         return libraries | {"HF_TOKEN": "hf_test", "NO_PROXY": "127.0.0.1"}
 
     def redirect(self, home: Path, monkeypatch) -> None:
-        """The same for the libraries in this process, which have read their environment; they wait without sleeping."""
+        """The same for the libraries in this process, which have read their environment; they do not sleep."""
         import datasets
         from datasets.utils import file_utils
         from huggingface_hub import HfFileSystem, close_session, constants, file_download, hf_api
@@ -123,7 +123,11 @@ class Hub:
 
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
         changes = {
-            constants: {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(home / "hub")}
+            constants: {
+                "ENDPOINT": self.url,
+                "HUGGINGFACE_CO_URL_TEMPLATE": template,
+                "HF_HUB_CACHE": str(home / "hub"),
+            }
             | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True},
             hf_api.api: {"endpoint": self.url},
             datasets.config: {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": False, "HF_DATASETS_CACHE": home / "datasets"}
@@ -182,12 +186,14 @@ class Handler(BaseHTTPRequestHandler):
         content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
         kept = content if fault is None else content[: fault.keep]
         self.send_response(answer.status)
-        for name, value in ({"Content-Length": len(content if fault and fault.breaks else kept)} | answer.headers).items():
+        for name, value in (
+            {"Content-Length": len(content if fault and fault.breaks else kept)} | answer.headers
+        ).items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(kept if self.command != "HEAD" else b"")
 
-    do_GET = do_HEAD = do_POST = do_PUT = respond  # noqa: N815  the names of the standard library
+    do_GET = do_HEAD = do_POST = do_PUT = respond
 
 
 def refusal(status: int, code: str, message: str = "on request") -> Answer:

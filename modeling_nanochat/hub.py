@@ -45,7 +45,7 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except Exception as error:
         reason = hub_failure(error) or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name}: the download from the Hub failed: {reason}") from error
+        raise UserError(f"{name}: cannot be downloaded: {reason}") from error
 
 
 def cached_folder(name: str, patterns: tuple[str, ...], cause: Exception) -> Path:
@@ -84,13 +84,13 @@ def failure_of(error: BaseException, what: str) -> str | None:
 
 
 def refusal(status: int, error: HfHubHTTPError) -> str | None:
-    """What an answer with this HTTP status means; None for the statuses that say nothing about access."""
+    """What an answer with this HTTP status means; None for a file that the repository lacks."""
     if status == 401:
         return "the Hub does not accept your token; log in with `hf auth login`"
     if status == 403:
         return f"the Hub forbids it ({one_line(error)}); log in with `hf auth login` to an account that may"
     if status == 429:
         return "the Hub limits your requests; log in with `hf auth login`, or run the same command again later"
-    return (
-        f"the Hub had an internal error (status {status}); run the same command again later" if status >= 500 else None
-    )
+    if status >= 500:
+        return f"the Hub had an internal error (status {status}); run the same command again later"
+    return None if status == 404 else f"the Hub refused ({one_line(error)}); correct the name, or try again later"

@@ -49,7 +49,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """How the next `times` requests fail whose `METHOD /path` contains `on`."""
+    """How the next `times` requests fail whose `METHOD /path` matches the pattern `on` somewhere."""
 
     on: str
     times: float
@@ -70,7 +70,7 @@ class Hub:
         self.unknown: list[Request] = []
         self.faults: list[Fault] = []
         self.uploads: dict[str, bytes] = {}
-        self.url, self.closed = "", Event()
+        self.url, self.cache, self.closed = "", Path(), Event()
 
     def put(self, name: str, files: Path | dict[str, bytes | str], kind: str = "models", gated: bool = False) -> None:
         """Create or replace a repository with these files, or those of a folder."""
@@ -121,12 +121,13 @@ class Hub:
         from huggingface_hub import HfFileSystem, close_session, constants, file_download, hf_api
         from huggingface_hub.utils import _http
 
+        self.cache = home / "hub"
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
         changes = {
             constants: {
                 "ENDPOINT": self.url,
                 "HUGGINGFACE_CO_URL_TEMPLATE": template,
-                "HF_HUB_CACHE": str(home / "hub"),
+                "HF_HUB_CACHE": str(self.cache),
             }
             | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True},
             hf_api.api: {"endpoint": self.url},
@@ -153,7 +154,7 @@ class Hub:
         return refusal(404, "EntryNotFound")
 
     def take_fault(self, request: Request) -> Fault | None:
-        fault = next((f for f in self.faults if f.times and f.on in f"{request.method} {request.path}"), None)
+        fault = next((f for f in self.faults if f.times and re.search(f.on, f"{request.method} {request.path}")), None)
         if fault:
             fault.times -= 1
         return fault

@@ -37,7 +37,7 @@ configs:
   default: true
   data_files: [{split: train, path: few.jsonl}]
 - config_name: many
-  data_files: [{split: train, path: "many/*.jsonl"}, {split: test, path: few.jsonl}]
+  data_files: [{split: train, path: "many/*.jsonl"}]
 ---
 """
 LOST = "the connection to the Hub failed .*; check the network and run the same command again"

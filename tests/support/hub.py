@@ -150,7 +150,8 @@ class Hub:
         for methods, pattern, respond in ROUTES:
             if request.method in methods and (found := re.fullmatch(pattern, path)):
                 return respond(self, Call(request, body, signed_in), *found.groups())
-        self.unknown.append(request)
+        if re.match(REPOSITORY, path) or request.method != "GET":  # not telemetry and the like
+            self.unknown.append(request)
         return refusal(404, "EntryNotFound")
 
     def take_fault(self, request: Request) -> Fault | None:

@@ -60,11 +60,12 @@ def cached_folder(name: str, patterns: tuple[str, ...], cause: Exception) -> Pat
 
 def hub_failure(error: BaseException, what: str = "model") -> str | None:
     """Why the Hub did not serve a `what`, and what to do; None if neither the Hub nor the network raised `error`."""
-    chain: list[BaseException] = [error]
-    cause: BaseException | None = error
-    while (cause := cause.__cause__ or cause.__context__) and cause not in chain:  # also what `from None` hides
+    chain = [error]
+    while (
+        cause := chain[-1].__cause__ or chain[-1].__context__
+    ) and cause not in chain:  # also what `from None` hides
         chain.append(cause)
-    return next((failure for cause in reversed(chain) if (failure := failure_of(cause, what))), None)
+    return next((failure for one in reversed(chain) if (failure := failure_of(one, what))), None)
 
 
 def failure_of(error: BaseException, what: str) -> str | None:

@@ -32,7 +32,7 @@ def test_evaluation_by_hub_ids_ends_after_what_broke_off_is_run_again(hub, run, 
     hub.put("me/toy", toy_model_folder)
     hub.put("me/facts", {"test.jsonl": QUESTION * 3}, kind="datasets")
     hub.put("me/text", {"train.txt": "The cat sat on the mat.\n\n" * 30}, kind="datasets", gated=True)
-    arguments = ["--model_name_or_path", "me/toy", "--eval_tasks", "facts=me/facts:test", "--text_files", "me/text"]
+    arguments = ["--model_name_or_path", "me/toy", "--tasks", "facts=me/facts:test", "--text_files", "me/text"]
     arguments += ["--output_file", str(tmp_path / "result.json"), "--num_samples", "2", "--max_new_tokens", "4"]
     hub.cut("GET /me/toy/resolve/.*/model.safetensors", keep=1000, breaks=False)
     code, line = run("evals/evaluate_model.py", arguments)

@@ -1,15 +1,18 @@
-"""Resolve a model name to a folder: a local folder, or the download of a Hub id's model files."""
+"""Resolve a model name to a folder, and say in one line what failed on the Hub or on the way to it."""
 
 from pathlib import Path
 
 from huggingface_hub import constants, model_info, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 # The files of a model folder. No subfolders, code or pickles: none of them is ever opened.
 MODEL_FILES = ("*.json", "*.jinja", "model*.safetensors", "README.md")
 SECONDS_TO_ANSWER = 5.0
+
+MISSING = "no such {} on the Hub that you can read; correct the name, or log in with `hf auth login`"
+GATED = "the Hub gives this {} on request only; ask for it on its page, and log in with `hf auth login`"
 
 
 def find_folder(name: str | Path, *patterns: str) -> Path:
@@ -34,20 +37,15 @@ def find_folder(name: str | Path, *patterns: str) -> Path:
 def download(name: str, patterns: tuple[str, ...]) -> Path:
     try:
         model_info(name, timeout=SECONDS_TO_ANSWER)  # the download itself would wait forever for an answer
-    except HFValidationError as error:
-        raise UserError(f"{name}: no such folder, and not a Hub id: letters, digits, `-`, `_` and `.` only") from error
-    except (GatedRepoError, RepositoryNotFoundError) as error:
-        raise UserError(
-            f"{name}: no such folder, and no such model on the Hub that you can read; correct the name, or log in "
-            "with `hf auth login`"
-        ) from error
+    except (HFValidationError, GatedRepoError, RepositoryNotFoundError) as error:
+        raise UserError(f"{name}: no such folder, and {hub_failure(error)}") from error
     except Exception as error:  # the transport's errors differ between huggingface_hub 1.x and 2.x
         return cached_folder(name, patterns, error)
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name}: the download from the Hub failed: {reason}") from error
+        reason = hub_failure(error) or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name}: cannot be downloaded: {reason}") from error
 
 
 def cached_folder(name: str, patterns: tuple[str, ...], cause: Exception) -> Path:
@@ -57,8 +55,44 @@ def cached_folder(name: str, patterns: tuple[str, ...], cause: Exception) -> Pat
     except Exception:  # since huggingface_hub 2 also if an optional file is missing
         if isinstance(config := try_to_load_from_cache(name, "config.json"), str):
             return Path(config).parent
-    if constants.HF_HUB_OFFLINE:
-        why = "HF_HUB_OFFLINE forbids downloading it; unset the variable"
-    else:
-        why = f"the Hub cannot be reached to download it ({type(cause).__name__}); check the network"
-    raise UserError(f"{name}: no such folder, and {why}, or give a folder") from cause
+    raise UserError(f"{name}: no such folder, and {hub_failure(cause) or one_line(cause)}") from cause
+
+
+def hub_failure(error: BaseException, what: str = "model") -> str | None:
+    """Why the Hub did not serve a `what`, and what to do; None if neither the Hub nor the network raised `error`."""
+    chain = [error]
+    while (
+        cause := chain[-1].__cause__ or chain[-1].__context__
+    ) and cause not in chain:  # also what `from None` hides
+        chain.append(cause)
+    return next((failure for one in reversed(chain) if (failure := failure_of(one, what))), None)
+
+
+def failure_of(error: BaseException, what: str) -> str | None:
+    if isinstance(error, HFValidationError):
+        return "not a Hub id: letters, digits, `-`, `_` and `.` only"
+    if isinstance(error, RepositoryNotFoundError):
+        return (GATED if isinstance(error, GatedRepoError) else MISSING).format(what)
+    if isinstance(error, HfHubHTTPError):
+        return refusal(error.response.status_code, error)
+    if constants.HF_HUB_OFFLINE and isinstance(error, ConnectionError):
+        return "HF_HUB_OFFLINE forbids downloading it; unset the variable"
+    # httpx's in huggingface_hub 1.x, httpx2's in 2.x
+    transport = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+    if transport or isinstance(error, ConnectionError) or str(error).startswith("Consistency check failed"):
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return f"the connection to the Hub failed ({reason}); check the network and run the same command again"
+    return None
+
+
+def refusal(status: int, error: HfHubHTTPError) -> str | None:
+    """What an answer with this HTTP status means; None for a file that the repository lacks."""
+    if status == 401:
+        return "the Hub does not accept your token; log in with `hf auth login`"
+    if status == 403:
+        return f"the Hub forbids it ({one_line(error)}); log in with `hf auth login` to an account that may"
+    if status == 429:
+        return "the Hub limits your requests; log in with `hf auth login`, or run the same command again later"
+    if status >= 500:
+        return f"the Hub had an internal error (status {status}); run the same command again later"
+    return None if status == 404 else f"the Hub refused ({one_line(error)}); correct the name, or try again later"

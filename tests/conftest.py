@@ -6,6 +6,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hub import Hub
 
 from modeling_nanochat import NanoChatConfig, NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
 from modeling_nanochat.tokenization_nanochat import special_token_ids
@@ -86,3 +87,12 @@ def toy_model_folder(toy_model_and_tokenizer, tmp_path):
     for part in toy_model_and_tokenizer:
         part.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty Hub, the only one that the libraries know."""
+    with Hub().serving() as double:
+        double.redirect(tmp_path / "huggingface", monkeypatch)
+        yield double
+        assert not double.unknown

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .sources import expand, first_line, first_text, is_hub_id, load_hub, open_text, reader_of, reading
+from .sources import broke_off, expand, first_line, first_text, is_hub_id, load_hub, open_text, reader_of, reading
 
 BATCH = 1000  # rows of a parquet file in memory
 Record = dict[str, Any]
@@ -54,7 +54,7 @@ def hub_rows(name: str, streaming: bool) -> Iterator[tuple[str, Record]]:
         try:
             row = next(rows, None)
         except Exception as error:  # the libraries raise many kinds
-            raise UserError(f"{name}: reading failed after row {number} ({first_line(error)})") from error
+            raise broke_off(error, name, number) from error
         if row is None:
             return
         number += 1

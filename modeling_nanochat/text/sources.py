@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ..errors import UserError
+from ..hub import GATED, MISSING, hub_failure
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -114,13 +115,30 @@ def load_hub(name: str, **options) -> "Dataset | IterableDataset":
             f"{name}: too many colons; write owner/name, owner/name:split or owner/name:configuration:split"
         )
     configuration, split = configuration_and_split(rest)
-    try:
+    with opening_on_hub(name):
         return load_dataset(repository, *configuration, split=split, **options)
-    except Exception as error:  # the library raises many kinds for "not found", "no network", "no such split"
-        why = first_line(error, lines=2)
-        raise UserError(
-            f"{repository}: could not be loaded from the Hub ({why}), and is no local file or folder; correct the name"
-        ) from error
+
+
+@contextmanager
+def opening_on_hub(name: str) -> Iterator[None]:
+    """Report in one line why a data set on the Hub cannot be opened."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise many kinds
+        repository = name.partition(":")[0]
+        failure = hub_failure(error, "data set")
+        if isinstance(error, DatasetNotFoundError):  # `datasets` drops the cause
+            failure = (GATED if "gated" in str(error) else MISSING).format("data set")
+        if failure:
+            raise UserError(f"{repository}: no local file or folder, and {failure}") from error
+        what_to_do = "correct its files or give another data set"
+        if type(error) is ValueError:  # no such configuration or split; errors about the data are of subclasses
+            what_to_do = f"write {repository}:split or {repository}:configuration:split"
+        raise UserError(f"{name}: cannot be opened ({first_line(error, lines=2)}); {what_to_do}") from error
 
 
 def lacks_rows(file: str) -> bool:
@@ -180,6 +198,14 @@ def reading(name: str, reader: str) -> Iterator[None]:
             raise UserError(f"{name}: not UTF-8 text ({cause.reason}); convert the file to UTF-8") from error
         why = f"{name}: cannot be read as {reader} ({first_line(error)})"
         raise UserError(f"{why}; give a file of that kind") from error
+
+
+def broke_off(error: BaseException, where: str, row: int) -> UserError:
+    """The error of a data set that could be read up to `row`, on the Hub or local."""
+    failure = hub_failure(error, "data set")
+    return UserError(
+        f"{where}: reading failed after row {row}" + (f": {failure}" if failure else f" ({first_line(error)})")
+    )
 
 
 def first_line(error: BaseException, lines: int = 1) -> str:

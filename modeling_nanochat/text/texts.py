@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .records import as_object, json_records, parse
-from .sources import expand, first_line, first_text, is_hub_id, load_hub, reader_of, reading, root_cause
+from .sources import broke_off, expand, first_text, is_hub_id, load_hub, opening_on_hub, reader_of, reading, root_cause
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -28,7 +28,7 @@ def text_source(
     all are. Args and errors are those of [`text_dataset`].
     """
     found = expand(names, what)
-    streams = {name: resharded(read_hub(name, column, streaming=True)) for name in found if is_hub_id(name)}
+    streams = {name: read_hub(name, column, reshard=True, streaming=True) for name in found if is_hub_id(name)}
     size = sum(os.path.getsize(name) for name in found if name not in streams)
     if size > WHOLE_UP_TO or any(stream.num_shards >= MIN_SHARDS for stream in streams.values()):
         return resharded(read_all(found, column, streams, streaming=True))
@@ -83,7 +83,7 @@ def read_texts(dataset: "Dataset | IterableDataset", where: str) -> Iterator[str
             if isinstance(cause := root_cause(error), UnicodeDecodeError):
                 why = f"not UTF-8 text after row {read} ({cause.reason}); convert it to UTF-8"
                 raise UserError(f"{where}: {why}") from error
-            raise UserError(f"{where}: reading failed after row {read} ({first_line(error)})") from error
+            raise broke_off(error, where, read) from error
         if not batch:
             return
         read += len(batch)
@@ -130,8 +130,10 @@ def as_strings(dataset: "Dataset | IterableDataset") -> "Dataset | IterableDatas
     return dataset.map(dict, features=Features({"text": Value("string")}))  # a stream's cast leaves its tables as is
 
 
-def read_hub(name: str, column: str, **options) -> "Dataset | IterableDataset":
-    return select_text(load_hub(name, **options), column, name)
+def read_hub(name: str, column: str, *, reshard: bool = False, **options) -> "Dataset | IterableDataset":
+    with opening_on_hub(name):  # a stream without a schema is read up to its first row, and resharding reads more
+        dataset = select_text(load_hub(name, **options), column, name)
+        return resharded(dataset) if reshard else dataset
 
 
 def resharded(stream: "IterableDataset") -> "IterableDataset":

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_nanochat.chat.self_check import warn_of_untested_versions
-from modeling_nanochat.errors import UserError
+from modeling_nanochat.errors import UserError, one_line
 from modeling_nanochat.folders import atomic_directory, flush, settle
+from modeling_nanochat.hub import hub_failure
 from modeling_nanochat.tokenization_nanochat import save_tokenizer, set_special_tokens
 
 from .checkpoint.files import write_text
@@ -292,11 +293,10 @@ def push(args: OutputArguments) -> None:
         api = HfApi()
         api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
         commit = api.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir)
-    except Exception as error:  # transport errors differ between hub 1.x and 2.x; the model is safe on disk either way
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # the model is safe on disk
         raise UserError(
-            f"push to {args.hub_model_id} failed ({reason}); the model is complete in {args.output_dir}: after "
-            f"`hf auth login`, run `hf upload {args.hub_model_id} {args.output_dir}`"
+            f"push to {args.hub_model_id} failed: {hub_failure(error) or one_line(error)}; the model is complete in "
+            f"{args.output_dir}, and `hf upload {args.hub_model_id} {args.output_dir}` pushes it"
         ) from error
     print(f"pushed to {commit.repo_url if hasattr(commit, 'repo_url') else args.hub_model_id}")
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.nanochat.modeling_nanochat import NanoChatForCausalLM as BuiltInNanoChat
 
-from modeling_nanochat import NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM, hub
+from modeling_nanochat import NanoChatForCausalLM, NanoChatTurboConfig, NanoChatTurboForCausalLM
 from modeling_nanochat.convert.__main__ import main
 from modeling_nanochat.convert.checkpoint import state_dict_from_original, state_dict_to_original
 from modeling_nanochat.convert.config import OriginalConfig, config_from_original
@@ -570,25 +570,13 @@ def test_what_is_there_is_replaced_only_when_asked_and_never_the_input(plain, tm
     assert "contains the input" in told and (plain / "model_000003.pt").is_file()
 
 
-def test_of_a_hub_repository_only_the_needed_step_is_downloaded(plain, tmp_path, monkeypatch, capsys):
+def test_of_a_hub_repository_only_the_needed_step_is_downloaded(plain, tmp_path, hub, capsys):
     write_checkpoint(plain, toy_weights(), toy_config(), step=2)
-    cache = tmp_path / "cache"
-    cache.mkdir()
-
-    def download(name: str, allow_patterns: list[str], **_) -> str:
-        assert name == "me/nanochat"
-        for pattern in allow_patterns:
-            for path in plain.glob(pattern):
-                shutil.copy(path, cache)
-        return str(cache)
-
-    monkeypatch.setattr(hub, "model_info", lambda name, timeout: None)
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    hub.put("me/nanochat", plain)
     main(["--input", "me/nanochat", "--output_dir", str(tmp_path / "out")])
-    assert [path.name for path in cache.glob("*.pt")] == ["model_000003.pt"]
+    assert hub.sent("model_000003.pt") and not hub.sent("model_000002.pt")
     assert "`me/nanochat`" in (tmp_path / "out" / "README.md").read_text()
-    monkeypatch.undo()
-    assert "no such folder, and HF_HUB_OFFLINE forbids" in refusal(capsys, "me/nowhere", tmp_path / "no")
+    assert "no such model on the Hub that you can read" in refusal(capsys, "me/nowhere", tmp_path / "no")
 
 
 def test_a_trained_here_model_goes_to_the_original_and_comes_back(toy_model_and_tokenizer, tmp_path):

@@ -9,7 +9,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, IterableDataset, Json, List, load_dataset
+from datasets import Dataset, Features, Json, List
+from huggingface_hub import constants
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.records import read_jsonl, read_records
@@ -30,20 +31,26 @@ def zst(path, mode):
     return pa.output_stream(path, compression="zstd")
 
 
+CONFIGS = """---
+configs:
+- config_name: few
+  default: true
+  data_files: [{split: train, path: few.jsonl}]
+- config_name: many
+  data_files: [{split: train, path: "many/*.jsonl"}]
+---
+"""
+LOST = "the connection to the Hub failed .*; check the network and run the same command again"
+
+
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """`me/rows`, a data set of three rows; what `load_dataset` was asked for."""
-    asked, folder = [], tmp_path / "on_the_hub"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text(lines([{"n": 0, "more": {"x": 1}}, {"n": 1, "more": {"y": [None]}}, {"n": 2}]))
-
-    def load(repository, *configuration, split, streaming):
-        asked.append((repository, *configuration, split, streaming))
-        return load_dataset(str(folder), split=split, streaming=streaming)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    return asked
+def rows(hub):
+    """`me/rows`, a data set with three rows in one configuration and two files of 100 rows in the other."""
+    few = [{"n": 0, "more": {"x": 1}}, {"n": 1, "more": {"y": [None]}}, {"n": 2}]
+    many = {
+        f"many/{i}.jsonl": lines({"n": n, "text": "x" * 500} for n in range(100 * i, 100 * i + 100)) for i in (0, 1)
+    }
+    hub.put("me/rows", {"README.md": CONFIGS, "few.jsonl": lines(few), **many}, kind="datasets")
 
 
 @pytest.mark.parametrize(
@@ -119,40 +126,90 @@ def test_empty_row_groups_are_skipped(tmp_path):
     assert [record for _, record in read(tmp_path / "a.parquet")] == ROWS
 
 
-def test_sources_of_all_kinds_are_read_in_their_order(tmp_path, hub):
+def test_sources_of_all_kinds_are_read_in_their_order(tmp_path, rows):
     Dataset.from_list(ROWS).to_parquet(tmp_path / "b" / "data" / "test-0.parquet")
     (tmp_path / "a.json").write_text(lines(ROWS))
-    found = read(tmp_path / "a.json", "me/rows:test:train", f"{tmp_path}/b:test", tmp_path / "a.json", first=2)
+    found = read(tmp_path / "a.json", "me/rows:few:train", f"{tmp_path}/b:test", tmp_path / "a.json", first=2)
     hub_rows = [{"n": 0, "more": {"x": 1}}, {"n": 1, "more": {"y": [None]}}]
     assert [record for _, record in found] == [*ROWS[:2], *hub_rows, *ROWS[:2], *ROWS[:2]]
     assert [where for where, _ in found[1:4]] == [f"{tmp_path}/a.json:2"] + [
-        f"me/rows:test:train, row {i}" for i in (1, 2)
+        f"me/rows:few:train, row {i}" for i in (1, 2)
     ]
 
 
-@pytest.mark.parametrize(
-    ("first", "offline", "streaming"), [(2, False, True), (None, False, False), (2, True, False), (9, False, True)]
-)
-def test_the_hub_is_streamed_to_read_little_and_downloaded_to_read_all(hub, monkeypatch, first, offline, streaming):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+@pytest.mark.parametrize(("first", "streamed"), [(2, True), (None, False), (9, True)])
+def test_the_hub_is_streamed_to_read_little_and_downloaded_to_read_all(hub, rows, first, streamed):
     assert [record["n"] for _, record in read("me/rows", first=first)] == [0, 1, 2][:first]
-    assert hub == [("me/rows", "train", streaming)]
+    assert {bool(request.range) for request in hub.sent("few.jsonl")} == {streamed}
+
+
+def test_what_was_downloaded_before_is_read_offline(hub, rows, monkeypatch):
+    read("me/rows")
+    hub.requests.clear()
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    assert [record["n"] for _, record in read("me/rows", first=2)] == [0, 1] and not hub.requests
 
 
 def test_the_hub_out_of_reach_is_one_short_line():
-    with pytest.raises(UserError, match="me/none: could not be loaded from the Hub .*no local file") as caught:
+    with pytest.raises(
+        UserError, match="me/none: no local file or folder, and HF_HUB_OFFLINE forbids .*; unset the"
+    ) as caught:
         read("me/none")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
-def test_a_stream_that_breaks_is_one_line_with_its_place(monkeypatch):
-    def rows():
-        yield from ROWS
-        raise ConnectionError("no route\nto the host")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("me/none", "no such data set on the Hub that you can read; correct the name, or log in with `hf auth login`"),
+        ("me/closed", "the Hub gives this data set on request only; ask for it on its page, and log in with `hf auth"),
+        ("me/röws", "not a Hub id: letters, digits, `-`, `_` and `.` only"),
+        ("me/rows:dev", r"cannot be opened .*dev.*'train'.*; write me/rows:split or me/rows:configuration:split"),
+        ("me/rows:few:dev", r"cannot be opened .*dev.*'train'.*; write me/rows:split or me/rows:configuration:split"),
+        ("me/rows:all:train", r"cannot be opened .*'all' not found.*'few', 'many'.*; write me/rows:split or"),
+        ("me/empty", "me/empty: cannot be opened .*; correct its files or give another data set"),
+    ],
+)
+@pytest.mark.parametrize("first", [5, None])
+@pytest.mark.parametrize("token", ["hf_test", None])
+def test_what_the_hub_does_not_have_is_one_line(hub, rows, monkeypatch, name, said, first, token):
+    monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    hub.put("me/closed", {"a.jsonl": lines(ROWS)}, kind="datasets", gated=True)
+    hub.put("me/empty", {"README.md": "nothing"}, kind="datasets")
+    with pytest.raises(UserError, match=f"^{name}: .*{said}" if ":" in name else said) as caught:
+        read(name, first=first)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: IterableDataset.from_generator(rows))
-    with pytest.raises(UserError, match=r"^me/rows: reading failed after row \d+ \(no route\)$"):
-        read("me/rows")
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda hub: hub.cut("GET .*many/1.jsonl", keep=9999, times=99), LOST),
+        (lambda hub: hub.fail("GET .*many/1.jsonl", 500, times=99), "the Hub had an internal error .status 500.; run"),
+        (lambda hub: hub.fail("GET .*many/1.jsonl", 429, times=99, Retry_After="3"), "the Hub limits your requests"),
+        (lambda hub: hub.fail("GET .*many/1.jsonl", 401, times=99), "the Hub does not accept your token; log in"),
+    ],
+)
+def test_a_connection_that_breaks_is_one_line_and_the_second_try_keeps_whole_files(hub, rows, break_it, said):
+    break_it(hub)
+    with pytest.raises(UserError, match=rf"^me/rows:many:train: reading failed after row 100: {said}") as caught:
+        read("me/rows:many:train", first=999)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=f"^me/rows: no local file or folder, and {said}"):
+        read("me/rows:many:train")
+    hub.faults.clear()
+    hub.requests.clear()
+    assert [record["n"] for _, record in read("me/rows:many:train")] == list(range(200))
+    assert len(hub.sent("many/1.jsonl")) == 1 and not hub.sent("many/0.jsonl")
+
+
+@pytest.mark.parametrize("first", [999, None])
+def test_a_connection_that_breaks_once_loses_and_repeats_no_row(hub, rows, first):
+    hub.cut("GET .*many/1.jsonl", keep=9999)
+    hub.fail("GET .*many/0.jsonl", 429, Retry_After="3")
+    assert [record["n"] for _, record in read("me/rows:many:train", first=first)] == list(range(200))
+    assert 4 in hub.waits
 
 
 @pytest.mark.parametrize(

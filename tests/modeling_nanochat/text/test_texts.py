@@ -5,11 +5,10 @@ import gzip
 import json
 import lzma
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text import texts
@@ -23,6 +22,18 @@ def parquet(folder, parts=2):
         shard = Dataset.from_dict({"text": TEXTS}).shard(parts, part)
         shard.to_parquet(folder / f"{part}.parquet", batch_size=10)  # rows in a row group
     return [str(folder / "*.parquet")]
+
+
+@pytest.fixture
+def corpus(hub, tmp_path):
+    """Puts `me/corpus` on the Hub: a parquet file per split with row groups of so many rows."""
+
+    def put(rows, split="train", **columns):
+        folder = tmp_path / "on_the_hub"
+        Dataset.from_dict(columns or {"text": TEXTS}).to_parquet(folder / f"{split}.parquet", batch_size=rows)
+        hub.put("me/corpus", folder, kind="datasets")
+
+    return put
 
 
 @pytest.mark.parametrize(("suffix", "opened"), [(".gz", gzip.open), (".bz2", bz2.open), (".xz", lzma.open)])
@@ -45,44 +56,33 @@ def test_few_local_files_are_whole_and_many_gigabytes_are_streamed_by_row_groups
     assert [row["text"] for row in stream] == TEXTS
 
 
-@pytest.mark.parametrize(("parts", "kind"), [(70, IterableDataset), (3, Dataset)])
-def test_the_hub_is_streamed_where_a_dataset_has_parts_enough(monkeypatch, parts, kind):
-    asked = []
-
-    def load_dataset(name, split, streaming=False):
-        asked.append((name, split, streaming))
-        dataset = Dataset.from_dict({"body": TEXTS, "url": TEXTS})
-        return dataset.to_iterable_dataset(num_shards=parts) if streaming else dataset
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    corpus = text_source(["me/corpus:validation"], column="body")
-    assert isinstance(corpus, kind) and list(next(iter(corpus))) == ["text"]
-    assert [row["text"] for row in corpus] == TEXTS
-    assert asked == [("me/corpus", "validation", True), ("me/corpus", "validation", False)][: 1 + (kind is Dataset)]
-    with pytest.raises(UserError, match="me/corpus: no column 'text', only body, url"):
-        text_source(["me/corpus"])
+@pytest.mark.parametrize(("rows", "kind"), [(2, IterableDataset), (50, Dataset)])
+def test_the_hub_is_streamed_where_a_dataset_has_row_groups_enough(hub, corpus, rows, kind):
+    corpus(rows, "validation", body=TEXTS, url=TEXTS)
+    opened = text_source(["me/corpus:validation"], column="body")
+    assert isinstance(opened, kind) and list(next(iter(opened))) == ["text"]
+    assert [row["text"] for row in opened] == TEXTS
+    assert any(not request.range for request in hub.sent("validation.parquet")) == (kind is Dataset)
+    with pytest.raises(UserError, match="me/corpus:validation: no column 'text', only body, url"):
+        text_source(["me/corpus:validation"])
 
 
 @pytest.mark.parametrize(
-    ("name", "configuration", "split"),
-    [
-        ("me/corpus", (), "train"),
-        ("me/corpus:validation", (), "validation"),
-        ("me/corpus:sample-10BT:validation", ("sample-10BT",), "validation"),
-        ("me/corpus:sample-10BT:", ("sample-10BT",), "train"),
-    ],
+    ("name", "read"),
+    [("me/corpus", 0), ("me/corpus:validation", 1), ("me/corpus:10BT:validation", 3), ("me/corpus:10BT:", 2)],
 )
-def test_configuration_and_split_of_a_dataset_on_the_hub(monkeypatch, name, configuration, split):
+def test_configuration_and_split_of_a_dataset_on_the_hub(hub, name, read):
     """Read in order it is streamed, however few its parts are."""
-    asked = []
-
-    def load_dataset(*names, **options):
-        asked.append((*names, options))
-        return Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(read_texts(text_in_order([name]), name)) == TEXTS
-    assert asked == [("me/corpus", *configuration, {"split": split, "streaming": True})]
+    files = [("all", "train"), ("all", "validation"), ("10BT", "train"), ("10BT", "validation")]
+    configs = [
+        {"config_name": name, "data_files": [{"split": s, "path": f"{name}/{s}.jsonl"} for _, s in files[:2]]}
+        for name in ("all", "10BT")
+    ]
+    configs[0]["default"] = True
+    contents = {f"{config}/{split}.jsonl": json.dumps({"text": f"{config} {split}"}) + "\n" for config, split in files}
+    hub.put("me/corpus", {"README.md": f"---\nconfigs: {json.dumps(configs)}\n---\n"} | contents, kind="datasets")
+    assert list(read_texts(text_in_order([name]), name)) == [" ".join(files[read])]
+    assert all(request.range for path in contents for request in hub.sent(path))
 
 
 def test_a_hub_id_with_too_many_colons_is_told_what_to_write():
@@ -90,18 +90,26 @@ def test_a_hub_id_with_too_many_colons_is_told_what_to_write():
         text_source(["me/corpus:a:b:c"])
 
 
-def test_a_stream_that_breaks_is_one_line_with_its_place():
-    def rows():
-        yield from ({"text": text} for text in TEXTS)
-        raise ConnectionError("no route\nto the host")
-
-    read = read_texts(IterableDataset.from_generator(rows), "me/corpus")
-    with pytest.raises(UserError, match=r"^me/corpus: reading failed after row \d+ \(no route\)$"):
-        list(read)
+def test_a_stream_that_breaks_is_one_line_with_its_place(hub, corpus):
+    corpus(2)
+    stream = text_in_order(["me/corpus"])
+    hub.cut("GET .*train.parquet", keep=200, times=99)
+    with pytest.raises(UserError, match=r"^me/corpus: reading failed after row \d+: the connection to .*; check"):
+        list(read_texts(stream, "me/corpus"))
 
 
-def test_a_dataset_that_is_not_on_the_hub_is_an_error_of_one_line():
-    with pytest.raises(UserError, match="me/none: could not be loaded from the Hub") as caught:
+@pytest.mark.parametrize("read", [text_source, text_in_order])
+def test_a_connection_that_breaks_while_opening_is_one_line(hub, read):
+    hub.put("me/corpus", {"a.jsonl": '{"text": "x"}\n' * 99}, kind="datasets")  # no schema before the first row
+    hub.cut("GET .*a.jsonl", keep=20, times=99)
+    with pytest.raises(UserError, match=r"^me/corpus: no local file or folder, and the connection to .*; check"):
+        read(["me/corpus"])
+
+
+def test_a_dataset_that_is_not_on_the_hub_is_an_error_of_one_line(hub):
+    with pytest.raises(
+        UserError, match="^me/none: no local file or folder, and no such data set on the Hub"
+    ) as caught:
         text_source(["me/none"])
     assert "\n" not in str(caught.value)
 
@@ -209,19 +217,13 @@ def test_a_folder_as_the_hub_has_it_is_read_by_split(tmp_path, read):
     assert [row["text"] for row in read([f"{tmp_path}:test"])] == ["held out"]
 
 
-@pytest.mark.parametrize(("shards", "kind"), [(70, IterableDataset), (3, Dataset)])
-def test_the_hub_and_files_may_be_mixed_and_are_streamed_together(tmp_path, monkeypatch, shards, kind):
-    def load(name, *arguments, streaming=False, **options):
-        if name != "me/corpus":
-            return load_dataset(name, *arguments, streaming=streaming, **options)
-        dataset = Dataset.from_dict({"text": TEXTS})
-        return dataset.to_iterable_dataset(num_shards=shards) if streaming else dataset
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
+@pytest.mark.parametrize(("rows", "kind"), [(2, IterableDataset), (50, Dataset)])
+def test_the_hub_and_files_may_be_mixed_and_are_streamed_together(tmp_path, corpus, rows, kind):
+    corpus(rows)
     pq.write_table(pa.table({"text": pa.array(["one", "two"], pa.large_string())}), tmp_path / "a.parquet")
     names = [str(tmp_path / "a.parquet"), "me/corpus", str(tmp_path / "a.parquet")]
-    corpus = text_source(names)
-    assert isinstance(corpus, kind) and list(read_texts(corpus, "names")) == ["one", "two", *TEXTS, "one", "two"]
+    source = text_source(names)
+    assert isinstance(source, kind) and list(read_texts(source, "names")) == ["one", "two", *TEXTS, "one", "two"]
     assert list(read_texts(text_in_order(names), "names")) == ["one", "two", *TEXTS, "one", "two"]
     assert isinstance(text_in_order(names), IterableDataset) and isinstance(text_dataset(names), Dataset)
 

@@ -4,9 +4,8 @@ import gzip
 import json
 import sys
 
-import datasets
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from modeling_nanochat.chat import python_tool
 from modeling_nanochat.errors import UserError
@@ -74,21 +73,24 @@ def test_what_the_stages_take_passes(files, given):
     [
         ({"midtrain_files": ["@sharegpt.jsonl"]}, "mid: .*sharegpt.jsonl:1: no `messages`"),
         ({"sft_files": ["@prose.jsonl"]}, "sft: .*prose.jsonl:1: not valid JSON"),
-        ({"sft_files": ["me/chats"]}, "sft: me/chats: could not be loaded from the Hub .*no local file or folder"),
+        ({"sft_files": ["me/chats"]}, "sft: me/chats: no local file or folder, and HF_HUB_OFFLINE"),
         ({"sft_files": ["@sharegpt.json"]}, "sft: .*sharegpt.json, record 1: no `messages`"),
         ({"sft_files": ["@prose.txt"]}, "sft: .*prose.txt is text without fields"),
         ({"midtrain_files": ["@chats"]}, "mid: .*chats: no split 'train', only test"),
         ({"midtrain_files": ["@corpus"]}, "mid: .*train.parquet, row 1: no `messages`"),
         ({"grpo_files": ["@chats.jsonl"]}, "rl: .*chats.jsonl:1: not a record of"),
-        ({"grpo_files": ["me/problems"]}, "rl: .*me/problems: could not be loaded from the Hub"),
+        ({"grpo_files": ["me/problems"]}, "rl: .*me/problems: no local file or folder, and HF_HUB_OFFLINE"),
         ({"grpo_files": ["@nowhere.jsonl"]}, "rl: .*nowhere.jsonl"),
         ({"eval_tasks": ["chats=@chats.jsonl"]}, "base.eval: .*chats.jsonl:1: not a record of"),
-        ({"eval_tasks": ["a=me/problems"]}, "base.eval: .*me/problems: could not be loaded from the Hub"),
+        ({"eval_tasks": ["a=me/problems"]}, "base.eval: .*me/problems: no local file or folder, and HF_HUB_OFFLINE"),
         ({"eval_tasks": ["a=@problems.jsonl", "a=@problems.jsonl"]}, "base.eval: .*occurs twice"),
         ({"pretrain_files": ["@prose.jsonl"]}, "base: .*prose.jsonl:1: not valid JSON"),
         ({"pretrain_files": ["@chats.jsonl"]}, "base: .*chats.jsonl: no column 'text'"),
         ({"pretrain_files": ["@latin.txt"]}, "base: .*latin.txt: not UTF-8"),
-        ({"pretrain_files": ["@text.jsonl", "me/corpus"]}, "base: me/corpus: could not be loaded from the Hub"),
+        (
+            {"pretrain_files": ["@text.jsonl", "me/corpus"]},
+            "base: me/corpus: no local file or folder, and HF_HUB",
+        ),
         ({"pretrain_files": ["@chats:test"]}, "base: .*test.parquet: no column 'text', only messages"),
         ({"val_files": ["@table.parquet"]}, "base: .*table.parquet: cannot be read as parquet"),
     ],
@@ -125,16 +127,12 @@ def test_settings_that_a_stage_would_refuse_are_refused(files, word, complaint):
     assert "\n" not in str(error.value)
 
 
-def test_of_a_data_set_on_the_hub_the_beginning_is_streamed(files, monkeypatch):
-    def load(name, *configuration, split, streaming, **options):
-        asked.append((name, split, streaming))
-        return load_dataset(str(files / name.partition("/")[2]), split=split, streaming=streaming)
-
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+def test_of_a_data_set_on_the_hub_the_beginning_is_streamed(files, hub):
+    for name in ("corpus", "chats"):
+        hub.put(f"me/{name}", files / name, kind="datasets")
     check(files, pretrain_files=["me/corpus"], midtrain_files=["me/chats:test"], sft_files=["me/chats:test"])
-    assert set(asked) == {("me/corpus", "train", True), ("me/chats", "test", True)}
+    contents = [sent for sent in hub.requests if sent.method == "GET" and sent.path.endswith(".parquet")]
+    assert contents and all(sent.range for sent in contents)
     with pytest.raises(UserError, match="sft: me/corpus, row 1: no `messages`"):
         check(files, sft_files=["me/corpus"])
 

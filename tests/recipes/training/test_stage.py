@@ -1,7 +1,4 @@
-import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -9,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import atomic_directory
+from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.training.model_card import model_card
 from recipes.training.stage import JsonlLogger, OutputArguments, check_output, finish_stage, push
 
@@ -78,98 +76,18 @@ def test_a_finished_model_is_not_overwritten_unasked(tmp_path):
         check_output(OutputArguments(str(tmp_path / "new"), push_to_hub=True))
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Just enough of the Hub to take a commit: repositories, uploads and files in memory."""
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, content=None, status=200):
-        body = json.dumps(content or {}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def body(self):
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def do_POST(self):
-        body, path = self.body(), self.path.split("?")[0]
-        if self.server.refuses:
-            self.answer({"error": "not allowed"}, 403)
-        elif path.endswith("/repos/create"):
-            self.server.repositories.append(json.loads(body))
-            self.answer({"url": f"{self.url}/me/toy"})
-        elif "/preupload/" in path:
-            files = [
-                {
-                    "path": f["path"],
-                    "uploadMode": "lfs" if f["path"].endswith("safetensors") else "regular",
-                    "shouldIgnore": False,
-                    "oid": None,
-                }
-                for f in json.loads(body)["files"]
-            ]
-            self.answer({"files": files})
-        elif path.endswith("/objects/batch"):
-            objects = [
-                {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.url}/put/{o['oid']}"}}}
-                for o in json.loads(body)["objects"]
-            ]
-            self.answer({"transfer": "basic", "objects": objects})
-        elif "/commit/" in path:
-            for line in body.decode().splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-                if entry["key"] == "lfsFile":
-                    self.server.files[entry["value"]["path"]] = self.server.objects[entry["value"]["oid"]]
-            self.answer({"commitUrl": f"{self.url}/me/toy/commit/1", "commitOid": "1" * 40})
-        else:
-            self.answer()
-
-    def do_PUT(self):
-        self.server.objects[self.path.rsplit("/", 1)[1]] = self.body()
-        self.answer()
-
-    def do_GET(self):
-        self.answer({"id": "me/toy", "sha": "0" * 40, "name": "me", "type": "user", "auth": {}})
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repositories, server.files, server.objects, server.refuses = [], {}, {}, False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    from huggingface_hub import constants, hf_api
-
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    for module in (constants, hf_api.constants):
-        monkeypatch.setattr(module, "ENDPOINT", endpoint)
-        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(module, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    yield server
-    server.shutdown()
-
-
 def test_a_stage_pushes_its_whole_folder(finished, hub, toy_model_and_tokenizer):
     args = OutputArguments(str(finished / "sft"), push_to_hub=True, hub_model_id="me/toy", hub_private_repo=True)
     record = {"stage": "sft", "base_model": "me/base", "settings": vars(args)}
     finish_stage(*toy_model_and_tokenizer, args, JsonlLogger(args.output_dir), record, model_card)
     push(args)
-    asked = hub.repositories[0]  # hub 1.x says `private`, 2.x `visibility`
-    assert asked["name"] == "toy" and (asked.get("private") or asked.get("visibility") == "private")
-    assert set(hub.files) == {path.name for path in (finished / "sft").iterdir()}
-    assert hub.files["model.safetensors"] == (finished / "sft" / "model.safetensors").read_bytes()
-    card = hub.files["README.md"].decode()
+    pushed = hub.repositories["models", "me/toy"]  # hub 1.x says `private`, 2.x `visibility`
+    assert pushed.settings.get("private") or pushed.settings.get("visibility") == "private"
+    assert pushed.files == {path.name: path.read_bytes() for path in (finished / "sft").iterdir()}
+    card = pushed.files["README.md"].decode()
     assert "base_model: me/base" in card and "# me/toy" in card
+    model, _ = load_model_and_tokenizer("me/toy", device="cpu")
+    assert torch.equal(model.lm_head.weight, toy_model_and_tokenizer[0].lm_head.weight)
 
 
 def test_a_local_predecessor_is_no_base_model_for_the_hub(finished):
@@ -178,8 +96,44 @@ def test_a_local_predecessor_is_no_base_model_for_the_hub(finished):
         assert "base_model" not in model_card(record | {"stage": "mid", "base_model": local}).split("---")[1]
 
 
-def test_a_refused_push_says_what_to_do_and_keeps_the_folder(finished, hub):
-    hub.refuses = True
-    with pytest.raises(UserError, match="hf upload me/toy") as caught:
-        push(OutputArguments(str(finished / "base"), push_to_hub=True, hub_model_id="me/toy"))
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (
+            lambda hub: hub.fail("/api", 401, times=9),
+            "the Hub does not accept your token; log in with `hf auth login`",
+        ),
+        (
+            lambda hub: hub.fail("/commit/", 403, X_Error_Message="read only"),
+            "the Hub forbids it .*read only.*; log in",
+        ),
+        (
+            lambda hub: hub.fail("/api/repos", 429),
+            "the Hub limits your requests; .* or run the same command again later",
+        ),
+        (
+            lambda hub: hub.fail("PUT /uploads", 500, times=99),
+            "the Hub had an internal error .status 500.; run the same",
+        ),
+        (
+            lambda hub: hub.cut("POST", keep=0, times=99),
+            "the connection to the Hub failed .*; check the network and run",
+        ),
+    ],
+)
+def test_a_failed_push_says_what_to_do_and_the_next_one_succeeds(finished, hub, break_it, said):
+    args = OutputArguments(str(finished / "base"), push_to_hub=True, hub_model_id="me/toy")
+    break_it(hub)
+    with pytest.raises(
+        UserError, match=f"^push to me/toy failed: {said}.*; the model is complete in .*hf upload me/"
+    ) as caught:
+        push(args)
     assert "\n" not in str(caught.value) and (finished / "base" / "model.safetensors").exists()
+    hub.faults.clear()
+    push(args)
+    assert hub.repositories["models", "me/toy"].files.keys() == {path.name for path in (finished / "base").iterdir()}
+
+
+def test_a_push_to_someone_else_names_the_repository(finished, hub):
+    with pytest.raises(UserError, match="push to you/toy failed: the Hub forbids it .*you may write to `me` only"):
+        push(OutputArguments(str(finished / "base"), push_to_hub=True, hub_model_id="you/toy"))

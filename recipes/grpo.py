@@ -6,11 +6,11 @@
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/grpo.py \\
         --config recipes/pocket/grpo.yaml --model_name_or_path me/my-sft
 
-Without further keys this is the original's algorithm: on-policy, no KL term, advantages reward - mean over the problem's
-16 completions, and a loss normalised by the tokens of each problem (`loss_type: per_problem`). Unlike there, ending the
-turn is learned too. Keys of `trl.GRPOConfig` that have an effect can be set, see `training/trl/keys.py`: TRL's own losses,
-`beta`, or what generates completions. The pocket recipe adds a KL term, which keeps a tiny model from forgetting what the
-problems do not ask for.
+Without further keys this is the original's algorithm: on-policy, no KL term, advantages reward - mean over the
+problem's 16 completions, and a loss normalised by the tokens of each problem (`loss_type: per_problem`). Unlike there,
+ending the turn is learned too. Keys of `trl.GRPOConfig` that have an effect can be set, see `training/trl/keys.py`:
+TRL's own losses, `beta`, or what generates completions. The pocket recipe adds a KL term, which keeps a tiny model
+from forgetting what the problems do not ask for.
 
 A reward function of your own takes `completions`, lists of messages with the tool's calls and results, `problem`, the
 records of `train_files`, and what else TRL passes; it returns a number for each, or None where it does not apply:
@@ -26,6 +26,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import json
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -40,6 +41,7 @@ from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.text.records import read_records
 from modeling_nanochat.tokenization_nanochat import whole_messages
 from recipes.training.attention import AttentionArguments, set_attention
+from recipes.training.data.bad_rows import BadRowArguments, BadRows
 from recipes.training.model_card import CardArguments
 from recipes.training.stage import beside, check_output
 from recipes.training.trl.completions import CompletionsLog
@@ -60,7 +62,7 @@ from recipes.training.trl.trainer import MuonTrainer, RateArguments
 
 
 @dataclass
-class GRPOArguments(CardArguments, RateArguments, AttentionArguments):
+class GRPOArguments(CardArguments, RateArguments, AttentionArguments, BadRowArguments):
     """Arguments that `trl.GRPOConfig` does not have. The rates are the original's."""
 
     embedding_lr: float = field(default=0.2, metadata={"help": "AdamW's rate for embeddings, at width 768."})
@@ -97,16 +99,17 @@ def main() -> None:
     checkpoint = find_checkpoint(training)
     check_sandbox()
     rewards = [load_reward(name) for name in args.reward_funcs]
-    problems = read_problems(args.train_files)
-    held_out = read_problems(args.eval_files, "eval_files", args.eval_problems) if args.eval_files else None
+    bad, bad_held_out = BadRows(args.on_bad_row), BadRows(args.on_bad_row)
+    problems = read_problems(args.train_files, bad)
+    held_out = read_problems(args.eval_files, bad_held_out, args.eval_problems) if args.eval_files else None
     check_rows(training, len(problems))
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)
     check_renderings(tokenizer)
     sampling_options(training)  # may be refused
     context = model.config.max_position_embeddings
-    problems = fitting(problems, tokenizer, context, training)
-    held_out = held_out and fitting(held_out, tokenizer, context, training, "eval_files")
+    problems = fitting(problems, tokenizer, context, training, bad)
+    held_out = held_out and fitting(held_out, tokenizer, context, training, bad_held_out)
     check_rows(training, len(problems))
     args = replace(args, examples=args.examples_or_those_of(model))
     set_seed(training.seed)
@@ -133,26 +136,40 @@ def main() -> None:
     run_trl_stage(make_trainer, args, training, given, output, log, checkpoint)
 
 
-def read_problems(sources: list[str], what: str = "train_files", first: int | None = None) -> Dataset:
-    """Dataset of `prompt`, the optional history and the question, and `problem`, the record as JSON, to grade replies.
+def read_problems(sources: list[str], bad: BadRows, first: int | None = None) -> Dataset:
+    """Dataset of the columns `prompt`, `problem` and `where`.
+
+    `prompt` is the optional history and the question, `problem` the record as JSON, to grade replies, and `where` its
+    file and line.
 
     Args:
-        what: Name of the setting, for errors.
+        bad: Takes the records that are no problems: of no task, or of one that is not answered in words.
         first: Read only the first records of each source; None: all.
 
     Raises:
-        UserError: No problem, or a record of a task that is not answered in words (names file and line) or whose
-            answers cannot be graded on this machine.
+        UserError: `bad` raises it, no problem is left, or answers cannot be graded on this machine.
     """
     problems = []
-    for where, record in read_records(sources, what, first=first):
-        question = question_of(record, where)
-        if not isinstance(question, ReplyQuestion):
-            names = ", ".join(answered_in_words())
-            raise UserError(f"{where}: a record of {question.name}; only replies to {names} can be rewarded")
+    for where, record in read_records(sources, "eval_files" if first else "train_files", first=first):
+        try:
+            question = answered_question(record, where)
+        except UserError as error:
+            bad.add(where, error)
+            continue
         question.check_grading()
-        problems.append({"prompt": whole_messages(question.messages), "problem": json.dumps(record, default=str)})
+        row = {"prompt": whole_messages(question.messages), "problem": json.dumps(record, default=str), "where": where}
+        problems.append(row)
+    if not problems:
+        raise UserError(f"{' '.join(sources)}: no record is a problem; {' '.join(bad.summary())}")
     return Dataset.from_list(problems)
+
+
+def answered_question(record: dict[str, Any], where: str) -> ReplyQuestion:
+    question = question_of(record, where)
+    if not isinstance(question, ReplyQuestion):
+        names = ", ".join(answered_in_words())
+        raise UserError(f"{where}: a record of {question.name}; only replies to {names} can be rewarded")
+    return question
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from recipes.midtrain import MidtrainArguments
 from recipes.pretrain import PretrainArguments, load_tokenizer
 from recipes.sft import SFTArguments
 from recipes.training.arguments import LoopArguments
+from recipes.training.data.bad_rows import BadRows
 from recipes.training.data.conversations import read_conversations
 from recipes.training.stage import OutputArguments
 from recipes.training.trl.settings import GRPOSettings, SFTSettings, parse_settings
@@ -116,7 +117,7 @@ def check_grpo(step: Step, pending: PendingOutputs) -> None:
     check_sandbox()
     check_model(args.model_name_or_path, pending)
     if given := pending.existing(args.train_files):
-        problems = read_problems(given)
+        problems = read_problems(given, BadRows(args.on_bad_row))
         if len(given) == len(args.train_files):
             check_rows(training, len(problems))
 

@@ -76,9 +76,7 @@ PASSED_ON_BY = {
 
 # Keys that would have no effect, or break a guarantee of this repository: what to do instead -> keys.
 OPTIMIZER = "the optimizer is Muon with AdamW: set matrix_lr, embedding_lr, unembedding_lr or init_lr_fraction"
-NO_EVALUATION = (
-    "evaluation is evals/evaluate_model.py's, during GRPO also on eval_files every eval_steps: leave it out"
-)
+NO_EVALUATION = "evaluation is evals/evaluate_model.py's, in GRPO also on eval_files every eval_steps: leave it out"
 LOADING = "model and tokenizer are loaded from model_name_or_path: leave it out"
 COLUMNS = "train_files are read and rendered by the chat template: leave it out"
 LAUNCHER = "the number of processes and the sharding are set by accelerate launch --config_file: leave it out"

@@ -19,6 +19,8 @@ from modeling_nanochat.chat.sampling import SamplingOptions
 from modeling_nanochat.chat.turn import MAX_TOOL_CALLS, Turn, chat_codec
 from modeling_nanochat.errors import UserError
 
+from ..data.bad_rows import BadRows
+
 
 def sampling_options(training: GRPOConfig) -> SamplingOptions:
     """How completions are sampled.
@@ -36,33 +38,29 @@ def sampling_options(training: GRPOConfig) -> SamplingOptions:
 
 
 def fitting(
-    problems: Dataset,
-    tokenizer: PreTrainedTokenizerFast,
-    context: int,
-    training: GRPOConfig,
-    what: str = "train_files",
+    problems: Dataset, tokenizer: PreTrainedTokenizerFast, context: int, training: GRPOConfig, bad: BadRows
 ) -> Dataset:
-    """The problems whose `prompt` leaves room for a completion; prints how many are left out.
+    """The problems whose `prompt` leaves room for a completion, without `where`; prints how many are left out.
 
     Room for `max_completion_length` tokens, or for half of the context where that is less.
 
-    Args:
-        what: Name of the setting that the problems come from.
-
     Raises:
-        UserError: None is left.
+        UserError: A problem is too long, unless `bad` counts those; or none is left.
     """
     codec, longest = chat_codec(tokenizer), context - min(training.max_completion_length or context, context // 2)
-    kept = [i for i, prompt in enumerate(problems["prompt"]) if len(codec.prompt(prompt)) <= longest]
-    left_out = len(problems) - len(kept)
+    reason = f"more than {longest} tokens leave no room for a completion in the model's context of {context}"
+    kept = []
+    for number, (prompt, where) in enumerate(zip(problems["prompt"], problems["where"], strict=True)):
+        if len(codec.prompt(prompt)) <= longest:
+            kept.append(number)
+        else:
+            advice = "shorten it, lower max_completion_length, or set on_bad_row to skip"
+            bad.add(where, UserError(f"{where}: {reason}; {advice}"))
     if not kept:
-        raise UserError(
-            f"{what}: every problem has more than {longest} tokens, which leaves no room for a completion in the "
-            f"model's context of {context}; shorten them, or lower max_completion_length"
-        )
-    if left_out and training.process_index == 0:
-        print(f"{what}: left out {left_out} problems of more than {longest} tokens: no room for a completion")
-    return problems.select(kept) if left_out else problems
+        raise UserError(f"{problems['where'][0]}: {reason}, nor do any of the others; lower max_completion_length")
+    if training.process_index == 0:
+        print(*bad.summary(), sep="\n", end="\n" if len(bad) else "")
+    return problems.select(kept).remove_columns("where")
 
 
 class EngineRollouts(GRPOTrainer):

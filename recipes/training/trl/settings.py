@@ -6,6 +6,7 @@ No key is accepted without effect: `recipes/training/trl/keys.py` lists all of t
 import argparse
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -15,7 +16,6 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from accelerate import PartialState
 from accelerate.utils.environment import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
@@ -101,7 +101,7 @@ class GRPOSettings(DeviceDefaults, GRPOConfig):  # type: ignore[misc]  # None on
     def __post_init__(self) -> None:
         fill_device_defaults(self)
         if self.gradient_accumulation_steps is None:
-            of_a_pass = self.per_device_train_batch_size * PartialState().num_processes
+            of_a_pass = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
             self.gradient_accumulation_steps = max(1, PROBLEMS_PER_STEP * (self.num_generations or 1) // of_a_pass)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`use_transformers_paged`", FutureWarning)  # the printed line tells

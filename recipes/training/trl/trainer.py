@@ -165,9 +165,8 @@ class JsonlLoggerCallback(TrainerCallback):
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if held_out := {
-            key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_pass@")
-        }:
+        held_out = {key.removeprefix("eval_"): logs[key] for key in logs if key.startswith("eval_pass@")}
+        if held_out:
             self.stage_log.log(step=state.global_step, **held_out)
             self.show(state.global_step, held_out)
         if not LOGGED.keys() & logs.keys() - {"num_tokens"}:

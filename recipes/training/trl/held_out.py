@@ -42,6 +42,7 @@ class HeldOutEvaluation(EngineRollouts):
             figures[f"eval_pass@{k}"], figures[f"eval_pass@{k}_standard_error"] = pass_at_k(grades, k)
         self.log(dict(figures))
         self.model.train()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
 
 

@@ -64,6 +64,7 @@ class Rewarding(GRPOTrainer):
     `graded` keeps what this process rewarded last: prompt, completion, and the reward by each function.
     """
 
+    reward_funcs: list[Any]  # functions only
     graded: Sequence[tuple[list[dict], list[dict], dict[str, float]]] = ()
 
     def _calculate_rewards(
@@ -76,15 +77,11 @@ class Rewarding(GRPOTrainer):
                 functions returned None for all completions.
         """
         completions = [row.get("reply", each) for row, each in zip(inputs, completions, strict=True)]
-        columns = {key: [row[key] for row in inputs] for key in inputs[0].keys() - {"prompt", "reply"}}
+        columns: dict[str, Any] = {key: [row[key] for row in inputs] for key in inputs[0].keys() - {"prompt", "reply"}}
         if "problem" in columns:
             columns["problem"] = [json.loads(record) for record in columns["problem"]]
         columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list}
-        columns |= {
-            "trainer_state": self.state,
-            "log_metric": self._log_metric,
-            "log_extra": self._log_completion_extra,
-        }
+        columns |= {"trainer_state": self.state, "log_metric": self._log_metric}
         rewards = [checked_rewards(function, len(completions), columns) for function in self.reward_funcs]
         if all(math.isnan(reward) for each in rewards for reward in each):
             raise UserError(f"reward_funcs {' '.join(self.reward_func_names)}: None for all completions of a step")

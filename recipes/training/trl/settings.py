@@ -85,11 +85,12 @@ class GRPOSettings(DeviceDefaults, GRPOConfig):  # type: ignore[misc]  # None on
     """`trl.GRPOConfig` that starts on any device, with the original's algorithm as default: on-policy, no KL."""
 
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the problems."})
-    gradient_accumulation_steps: int | None = field(
+    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]  # None only until `__post_init__`
         default=None, metadata={"help": f"Default: for steps of {PROBLEMS_PER_STEP} problems."}
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0: do not."})
     num_generations: int | None = field(default=16, metadata={"help": "Completions of each problem."})
+    max_completion_length: int | None = field(default=256, metadata={"help": "Tokens, the tool's output included."})
     top_k: int = field(default=50, metadata={"help": "Sample among so many tokens; 0: among all."})
     scale_rewards: str = field(default="none", metadata={"help": "Divide advantages by a deviation: group or batch."})
     loss_type: str = field(
@@ -101,11 +102,17 @@ class GRPOSettings(DeviceDefaults, GRPOConfig):  # type: ignore[misc]  # None on
     def __post_init__(self) -> None:
         fill_device_defaults(self)
         if self.gradient_accumulation_steps is None:
-            of_a_pass = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-            self.gradient_accumulation_steps = max(1, PROBLEMS_PER_STEP * (self.num_generations or 1) // of_a_pass)
+            rows = self.per_device_train_batch_size
+            self.gradient_accumulation_steps = passes_of_a_step(PROBLEMS_PER_STEP * (self.num_generations or 1), rows)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`use_transformers_paged`", FutureWarning)  # the printed line tells
             super().__post_init__()
+
+
+def passes_of_a_step(rows: int, per_device: int) -> int:
+    """How many passes of `per_device` rows in each process make a step of `rows`, or more where they do not divide."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # the trainer's state, which knows, does not exist yet
+    return max(1, rows // (per_device * processes))
 
 
 def parse_settings(

@@ -64,6 +64,15 @@ EXAMPLES = {
         "entropy_coef_delta": "0.002", "entropy_target": "0.3",
     },
 }  # fmt: skip
+# Keys of GRPO that are not passed on, and are read only beside another.
+HANDLED_EXAMPLES = {
+    "num_completions_to_print": "1", "eval_steps": "5", "eval_samples": "4", "eval_problems": "9",
+    "vllm_mode": "colocate", "vllm_model_impl": "transformers", "vllm_enable_sleep_mode": "true",
+    "vllm_gpu_memory_utilization": "0.5", "vllm_max_model_length": "512", "vllm_tensor_parallel_size": "2",
+    "vllm_importance_sampling_correction": "false", "vllm_importance_sampling_mode": "token_truncate",
+    "vllm_importance_sampling_clip_max": "2.0", "vllm_importance_sampling_clip_min": "0.1",
+    "transformers_continuous_batching_config": "{}",
+}  # fmt: skip
 # What a key needs beside it, to be read at all.
 BESIDE = {
     "logging_steps": {"logging_strategy": "steps"},
@@ -111,7 +120,9 @@ def test_no_list_has_a_key_that_the_libraries_do_not_have():
     known = {one.name for _, _, config in STAGES.values() for one in fields(config)}
     listed = {key for _, _, config in STAGES.values() for keys in lists_of(config) for key in keys}
     assert listed - known <= NEWER
-    assert trl_keys.RANGES.keys() | trl_keys.CHOICES.keys() <= listed | {one.name for one in fields(SFTArguments)}
+    assert trl_keys.RANGES.keys() | trl_keys.CHOICES.keys() <= listed | {
+        one.name for arguments, _, _ in STAGES.values() for one in fields(arguments)
+    }
 
 
 def words(**settings: object) -> list[str]:
@@ -224,7 +235,9 @@ def test_what_nothing_reads_without_another_key_is_refused(other, values, keys):
         stage = next(
             stage for stage in STAGES if key in EXAMPLES[stage].keys() | lists_of(STAGES[stage][2])[0] | own[stage]
         )
-        value = EXAMPLES[stage].get(key, '{"use_reentrant": false}' if key.endswith("kwargs") else "true")
+        value = (EXAMPLES[stage] | HANDLED_EXAMPLES).get(
+            key, '{"use_reentrant": false}' if key.endswith("kwargs") else "true"
+        )
         arguments, settings, _ = STAGES[stage]
         given = words(output_dir="out", **{key: value}) + (words(**{other: off[other]}) if other in off else [])
         with pytest.raises(UserError, match=rf"{key} (has no effect|can only be set).* (--)?{other} "):
@@ -254,7 +267,7 @@ def test_what_nothing_reads_without_another_key_is_refused(other, values, keys):
         ("grpo", {"temperature": 0}, "temperature must be more than 0, not 0"),
         ("grpo", {"max_completion_length": 0}, "max_completion_length must be at least 1, not 0"),
         ("grpo", {"num_generations": 1}, "num_generations must be at least 2, not 1"),
-        ("grpo", {"num_generations": 3}, "divisible by num_generations (3)"),
+        ("grpo", {"num_generations": 3, "gradient_accumulation_steps": 1}, "divisible by num_generations (3)"),
         ("grpo", {"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ("grpo", {"per_device_train_batch_size": -8}, "per_device_train_batch_size must be at least 1"),
         ("grpo", {"top_p": 1.5}, "top_p must be more than 0 and at most 1, not 1.5"),

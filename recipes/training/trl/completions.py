@@ -31,11 +31,12 @@ class CompletionsLog(TrainerCallback):
             old.unlink(missing_ok=True)
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
-        """Write prompt, completion and rewards of the first completions of the step."""
+        """Write prompt, completion and rewards of some completions of the step, of different problems if possible."""
         if state.is_world_process_zero and "reward" in (logs or {}):
-            first = self.trainer.graded[: args.num_completions_to_print or PER_STEP]
+            graded, wanted = self.trainer.graded, args.num_completions_to_print or PER_STEP
+            spread = graded[:: max(1, len(graded) // wanted)][:wanted]
             with suppress(OSError):
-                self.append("".join(as_text(state.global_step, *each) for each in first))
+                self.append("".join(as_text(state.global_step, *each) for each in spread))
 
     def append(self, text: str) -> None:
         if self.path.exists() and self.path.stat().st_size > MOST_BYTES:

@@ -159,6 +159,20 @@ def test_a_run_from_the_start_leaves_no_older_checkpoint_to_go_on_from(start, tm
     assert [path.name for path in (tmp_path / "run" / "checkpoints" / "sft").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_problems_that_cannot_be_used_end_grpo_or_are_counted(start, tmp_path, capsys):
+    with (tmp_path / "rl.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "lamp " * 300, "answer": "#### 1"}) + "\n")
+        file.write(json.dumps({"question": "Which?", "choices": ["red", "blue"], "answer": 0}) + "\n")
+    with pytest.raises(UserError, match="rl.jsonl:18: a record of mmlu; only replies"):
+        start("rl", max_steps=1)
+    start("rl", max_steps=1, on_bad_row="skip", eval_files=tmp_path / "rl.jsonl", eval_samples=1)
+    said = capsys.readouterr().out
+    for source in ("rl.jsonl:17: more than 250 tokens leave no room", "rl.jsonl:18: a record of mmlu"):
+        assert (
+            len(re.findall(f"^left out: 1 rows, first .*{source}", said, re.MULTILINE)) == 2
+        )  # eval_files are the same
+
+
 def test_the_end_says_how_loss_or_reward_went(start, capfd):
     start("sft", max_steps=4, logging_steps=1)
     said = capfd.readouterr()

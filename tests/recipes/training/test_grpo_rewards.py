@@ -1,12 +1,16 @@
 """Reward functions by import path: what they are given, and what ends a run in one line."""
 
 import json
+import os
 import sys
+import time
 
 import pytest
 import torch
 import transformers
+from training import forkserver, run
 
+import recipes.training.trl.rewards as rewards
 import recipes.training.trl.rollouts as trl_rollouts
 from modeling_nanochat.errors import UserError
 from recipes.grpo import main
@@ -165,6 +169,28 @@ def test_a_function_that_raises_leaves_the_checkpoint_of_the_step_before(start, 
         resume_from_checkpoint="auto",
     )
     assert [row["step"] for row in log_of(output)] == [1, 2, 3, 4]
+
+
+def fails_in_the_second_process():
+    def no_grade(completions, **kwargs):
+        raise ValueError("no grade\nat all")
+
+    rewards.exact_answer = (
+        no_grade if os.environ["RANK"] == "1" else lambda completions, **kwargs: [1] * len(completions)
+    )
+
+
+@pytest.mark.slow
+def test_a_function_that_raises_in_one_process_ends_all_with_one_line(start, tmp_path):
+    with pytest.raises(UserError, match="trains nothing"):
+        start("exact_answer", max_steps=0)
+    words, said, started = sys.argv[1:], tmp_path / "said", time.monotonic()
+    words[words.index("--max_steps") + 1] = "2"
+    assert run(forkserver(), words, stage="grpo", processes=2, before=fails_in_the_second_process, says=said) == 1
+    assert time.monotonic() - started < 60  # gloo would wait for half an hour
+    text = said.read_text()
+    errors = [line for line in text.splitlines() if "error" in line.lower()]
+    assert errors == ["error: reward_funcs no_grade raised ValueError: no grade at all"] and "Traceback" not in text
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,17 @@
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/grpo.py \\
         --config recipes/pocket/grpo.yaml --model_name_or_path me/my-sft
 
-Keys of `trl.GRPOConfig` that have an effect can be set too, see `training/trl/keys.py`. The pocket recipe uses the
-original's advantage, reward - group mean, on-policy, so that clipping never applies, but adds a KL term (`beta`) that
-keeps a tiny model from forgetting what the problems do not ask for. It normalises the loss by the tokens of all the
-problems in its single micro-batch. The original normalises per problem; for that, set `per_device_train_batch_size` to
-`num_generations`, `gradient_accumulation_steps` to the number of problems per step, and `loss_type: bnpo`.
+Without further keys this is the original's algorithm: on-policy, no KL term, advantages reward - mean over the
+problem's 16 completions, and a loss normalised by the tokens of each problem (`loss_type: per_problem`). Unlike there,
+ending the turn is learned too. Keys of `trl.GRPOConfig` that have an effect can be set, see `training/trl/keys.py`:
+TRL's own losses, `beta`, or what generates completions. The pocket recipe adds a KL term, which keeps a tiny model
+from forgetting what the problems do not ask for.
+
+A reward function of your own takes `completions`, lists of messages with the tool's calls and results, `problem`, the
+records of `train_files`, and what else TRL passes; it returns a number for each, or None where it does not apply:
+
+    reward_funcs: [exact_answer, my_rewards.length_bonus]
+    reward_weights: [1.0, 0.1]
 """
 
 import signal
@@ -26,7 +32,7 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
-from evals.tasks.replies import ReplyQuestion, last_words
+from evals.tasks.replies import ReplyQuestion
 from evals.tasks.table import answered_in_words, question_of
 from modeling_nanochat.chat.python_tool import check_sandbox
 from modeling_nanochat.chat.self_check import check_renderings
@@ -35,9 +41,14 @@ from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.text.records import read_records
 from modeling_nanochat.tokenization_nanochat import whole_messages
 from recipes.training.attention import AttentionArguments, set_attention
+from recipes.training.data.bad_rows import BadRowArguments, BadRows
 from recipes.training.model_card import CardArguments
-from recipes.training.stage import check_output
-from recipes.training.trl.rollouts import EngineRollouts, fitting, sampling_options
+from recipes.training.stage import beside, check_output
+from recipes.training.trl.completions import CompletionsLog
+from recipes.training.trl.held_out import HeldOutEvaluation
+from recipes.training.trl.per_problem import PerProblemLoss
+from recipes.training.trl.rewards import EXACT_ANSWER, Rewarding, load_reward
+from recipes.training.trl.rollouts import fitting, sampling_options
 from recipes.training.trl.settings import GRPOSettings, parse_settings
 from recipes.training.trl.stage import (
     check_rows,
@@ -51,19 +62,31 @@ from recipes.training.trl.trainer import MuonTrainer, RateArguments
 
 
 @dataclass
-class GRPOArguments(CardArguments, RateArguments, AttentionArguments):
-    """Arguments that `trl.GRPOConfig` does not have."""
+class GRPOArguments(CardArguments, RateArguments, AttentionArguments, BadRowArguments):
+    """Arguments that `trl.GRPOConfig` does not have. The rates are the original's."""
 
+    embedding_lr: float = field(default=0.2, metadata={"help": "AdamW's rate for embeddings, at width 768."})
+    unembedding_lr: float = field(default=0.004, metadata={"help": "AdamW's rate for the head, at width 768."})
+    init_lr_fraction: float = field(default=0.05, metadata={"help": "Scales all three rates."})
     model_name_or_path: str = field(default="", metadata={"help": "Fine-tuned model: folder or Hub id."})
     train_files: list[str] = field(
         default_factory=list,
         metadata={"help": "Problems like GSM8K, or with `answer` and `rivals`: files, folders or Hub ids."},
     )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: [EXACT_ANSWER],
+        metadata={"help": "exact_answer, and import paths such as my_rewards.length_bonus; see reward_weights."},
+    )
+    eval_files: list[str] = field(
+        default_factory=list, metadata={"help": "Held-out problems for pass@k every eval_steps steps."}
+    )
+    eval_problems: int = field(default=400, metadata={"help": "Evaluate on the first so many of each of eval_files."})
+    eval_samples: int = field(default=8, metadata={"help": "Completions of each of them: the largest k of pass@k."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model in output_dir."})
 
 
-class NanoChatGRPOTrainer(MuonTrainer, EngineRollouts):
-    """`GRPOTrainer` with Muon and completions from the chat engine."""
+class NanoChatGRPOTrainer(MuonTrainer, PerProblemLoss, Rewarding, HeldOutEvaluation):
+    """`GRPOTrainer` with Muon, completions from the chat engine, and the original's loss."""
 
     stage = "rl"
 
@@ -75,61 +98,78 @@ def main() -> None:
         return
     checkpoint = find_checkpoint(training)
     check_sandbox()
-    problems = read_problems(args.train_files)
+    rewards = [load_reward(name) for name in args.reward_funcs]
+    bad, bad_held_out = BadRows(args.on_bad_row), BadRows(args.on_bad_row)
+    problems = read_problems(args.train_files, bad)
+    held_out = read_problems(args.eval_files, bad_held_out, args.eval_problems) if args.eval_files else None
     check_rows(training, len(problems))
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)
     check_renderings(tokenizer)
     sampling_options(training)  # may be refused
-    problems = fitting(problems, tokenizer, model.config.max_position_embeddings, training)
+    context = model.config.max_position_embeddings
+    problems = fitting(problems, tokenizer, context, training, bad)
+    held_out = held_out and fitting(held_out, tokenizer, context, training, bad_held_out)
     check_rows(training, len(problems))
     args = replace(args, examples=args.examples_or_those_of(model))
     set_seed(training.seed)
     log = start_log(output.output_dir, training, checkpoint)
 
     def make_trainer() -> NanoChatGRPOTrainer:
-        return NanoChatGRPOTrainer(
+        logged, training.log_completions = training.log_completions, False  # as text, not as TRL's tables
+        trainer = NanoChatGRPOTrainer(
             model=model,
             args=training,
             train_dataset=problems,
             processing_class=tokenizer,
-            reward_funcs=exact_answer,
+            reward_funcs=rewards,
             muon_rates=args.scaled(),
         )
+        training.log_completions = logged
+        if logged:
+            path = beside(output.output_dir, "logs", ".completions.txt")
+            trainer.add_callback(CompletionsLog(trainer, path, resumed=checkpoint is not None))
+        if held_out:
+            trainer.evaluate_on(held_out, args.eval_samples)
+        return trainer
 
     run_trl_stage(make_trainer, args, training, given, output, log, checkpoint)
 
 
-def read_problems(sources: list[str]) -> Dataset:
-    """Dataset of `prompt`, the optional history and the question, and `problem`, the record as JSON, to grade replies.
+def read_problems(sources: list[str], bad: BadRows, first: int | None = None) -> Dataset:
+    """Dataset of the columns `prompt`, `problem` and `where`.
+
+    `prompt` is the optional history and the question, `problem` the record as JSON, to grade replies, and `where` its
+    file and line.
+
+    Args:
+        bad: Takes the records that are no problems: of no task, or of one that is not answered in words.
+        first: Read only the first records of each source; None: all.
 
     Raises:
-        UserError: No problem, or a record of a task that is not answered in words (names file and line) or whose
-            answers cannot be graded on this machine.
+        UserError: `bad` raises it, no problem is left, or answers cannot be graded on this machine.
     """
     problems = []
-    for where, record in read_records(sources, "train_files"):
-        question = question_of(record, where)
-        if not isinstance(question, ReplyQuestion):
-            names = ", ".join(answered_in_words())
-            raise UserError(f"{where}: a record of {question.name}; only replies to {names} can be rewarded")
+    for where, record in read_records(sources, "eval_files" if first else "train_files", first=first):
+        try:
+            question = answered_question(record, where)
+        except UserError as error:
+            bad.add(where, error)
+            continue
         question.check_grading()
-        problems.append({"prompt": whole_messages(question.messages), "problem": json.dumps(record, default=str)})
+        row = {"prompt": whole_messages(question.messages), "problem": json.dumps(record, default=str), "where": where}
+        problems.append(row)
+    if not problems:
+        raise UserError(f"{' '.join(sources)}: no record is a problem; {' '.join(bad.summary())}")
     return Dataset.from_list(problems)
 
 
-def exact_answer(reply: list[list[dict]], problem: list[str], **kwargs: Any) -> list[float]:
-    """1.0 for replies, given by their messages, that are finished and correct as in the evaluation, else 0.0."""
-    return [float(is_right(*pair)) for pair in zip(reply, map(json.loads, problem), strict=True)]
-
-
-def is_right(completion: list[dict], problem: dict[str, Any]) -> bool:
-    question = question_of(problem, "train_files")
-    return (
-        isinstance(question, ReplyQuestion)
-        and bool(last_words(completion))
-        and question.extract(completion) == question.reference
-    )
+def answered_question(record: dict[str, Any], where: str) -> ReplyQuestion:
+    question = question_of(record, where)
+    if not isinstance(question, ReplyQuestion):
+        names = ", ".join(answered_in_words())
+        raise UserError(f"{where}: a record of {question.name}; only replies to {names} can be rewarded")
+    return question
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from modeling_nanochat.tokenization_nanochat import build_tokenizer, byte_symbol
 from recipes.benchmarks.gpu_checks import Setting, Skipped
 from recipes.benchmarks.gpu_checks.original import find_checkout, original_model
 from recipes.grpo import read_problems
+from recipes.training.data.bad_rows import BadRows
 from recipes.training.trl.rollouts import EngineRollouts, rollouts
 from recipes.training.trl.settings import GRPOSettings
 
@@ -204,7 +205,7 @@ def rollout_speed(args: EngineSpeedArguments) -> dict[str, float]:
     """Completions/s of both ways on 64 problems with 4 completions each, which must be equal."""
     if not args.problems:
         raise UserError("--model needs --problems: give the file of recipes/grpo.py's train_files")
-    problems = read_problems([args.problems]).select(range(16))
+    problems = read_problems([args.problems], BadRows()).select(range(16))
     prompts = [prompt for prompt in problems["prompt"] for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOSettings(

@@ -21,8 +21,10 @@ from recipes.midtrain import MidtrainArguments
 from recipes.pretrain import PretrainArguments, load_tokenizer
 from recipes.sft import SFTArguments
 from recipes.training.arguments import LoopArguments
+from recipes.training.data.bad_rows import BadRows
 from recipes.training.data.conversations import read_conversations
 from recipes.training.stage import OutputArguments
+from recipes.training.trl.rewards import load_reward
 from recipes.training.trl.settings import GRPOSettings, SFTSettings, parse_settings
 from recipes.training.trl.stage import check_rows
 
@@ -115,8 +117,12 @@ def check_grpo(step: Step, pending: PendingOutputs) -> None:
     args, training, _ = parse_settings(GRPOArguments, GRPOSettings, words(step))
     check_sandbox()
     check_model(args.model_name_or_path, pending)
+    for name in args.reward_funcs:
+        load_reward(name)
+    if held_out := pending.existing(args.eval_files):
+        read_problems(held_out, BadRows(args.on_bad_row), args.eval_problems)
     if given := pending.existing(args.train_files):
-        problems = read_problems(given)
+        problems = read_problems(given, BadRows(args.on_bad_row))
         if len(given) == len(args.train_files):
             check_rows(training, len(problems))
 

@@ -7,7 +7,9 @@ from datasets import Dataset
 from modeling_nanochat.chat.sampling import SamplingOptions
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
-from recipes.grpo import NanoChatGRPOTrainer, exact_answer, read_problems
+from recipes.grpo import NanoChatGRPOTrainer, read_problems
+from recipes.training.data.bad_rows import BadRows
+from recipes.training.trl.rewards import exact_answer
 from recipes.training.trl.rollouts import fitting, rollouts
 from recipes.training.trl.settings import GRPOSettings
 
@@ -25,7 +27,7 @@ def test_reward_is_for_the_exact_answer_in_the_last_message():
         [{"role": "assistant", "content": None}],
         [],
     ]
-    problem = json.dumps({"question": "Apples?", "answer": "12 + 7 = <<12+7=19>>19\n#### 19"})
+    problem = {"question": "Apples?", "answer": "12 + 7 = <<12+7=19>>19\n#### 19"}
     rewards = exact_answer(completions, [problem] * 8)
     assert rewards == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
@@ -40,7 +42,7 @@ def test_reward_is_for_all_words_of_the_answer_and_no_rival_in_a_turn_that_ended
         [{"role": "assistant", "content": "Mira and a kite"}, tool],
         [],
     ]
-    problem = json.dumps({"question": "The story?", "answer": ["Mira", "kite"], "rivals": ["drum"]})
+    problem = {"question": "The story?", "answer": ["Mira", "kite"], "rivals": ["drum"]}
     rewards = exact_answer(completions, [problem] * 6)
     assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
@@ -50,7 +52,7 @@ def test_problems_of_both_kinds_are_read_into_the_same_columns(tmp_path):
     history = [{"role": "user", "content": "I am Mira."}, {"role": "assistant", "content": "Hello, Mira!"}]
     record = {"history": history, "question": "Who am I?", "answer": "Mira", "rivals": ["Tom"]}
     (tmp_path / "b.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    first, second = read_problems([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    first, second = read_problems([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], BadRows())
     assert first["prompt"] == [{"role": "user", "content": "1+1?"}]
     assert json.loads(first["problem"]) == {"question": "1+1?", "answer": "#### 2"}
     assert second["prompt"] == [*history, {"role": "user", "content": "Who am I?"}]
@@ -62,12 +64,12 @@ def test_a_function_is_rewarded_if_its_tests_pass(tmp_path):
     record["test"] = "def check(candidate):\n    assert candidate() == 1\n"
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     try:
-        (problem,) = read_problems([str(tmp_path / "a.jsonl")])
+        (problem,) = read_problems([str(tmp_path / "a.jsonl")], BadRows())
     except UserError as error:
         pytest.skip(str(error))
     assert problem["prompt"] == [{"role": "user", "content": "def one():\n"}]
     replies = [[{"role": "assistant", "content": f"def one(): return {number}"}] for number in (1, 2)]
-    assert exact_answer(replies, [problem["problem"]] * 2) == [1.0, 0.0]
+    assert exact_answer(replies, [json.loads(problem["problem"])] * 2) == [1.0, 0.0]
 
 
 def test_a_record_that_is_not_answered_in_words_is_refused(tmp_path):
@@ -76,7 +78,7 @@ def test_a_record_that_is_not_answered_in_words_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"a.jsonl:1: a record of mmlu; only replies to match, gsm8k, humaneval can be rewarded"
     ):
-        read_problems([str(tmp_path / "a.jsonl")])
+        read_problems([str(tmp_path / "a.jsonl")], BadRows())
 
 
 @pytest.fixture
@@ -86,14 +88,15 @@ def trainer(toy_model_folder, tmp_path):
     (tmp_path / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
     model, tokenizer = load_model_and_tokenizer(toy_model_folder, dtype=torch.float32, device="cpu")
     args = GRPOSettings(
-        output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=20,
+        output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=1,
+        max_completion_length=20,
         max_steps=1, temperature=0.9, top_k=40, min_p=0.01, bf16=False, use_cpu=True, save_strategy="no",
         report_to="none", disable_tqdm=True,
     )  # fmt: skip
     return NanoChatGRPOTrainer(
         model=model,
         args=args,
-        train_dataset=read_problems([str(tmp_path / "problems.jsonl")]),
+        train_dataset=read_problems([str(tmp_path / "problems.jsonl")], BadRows()),
         processing_class=tokenizer,
         reward_funcs=exact_answer,
         muon_rates={"matrix_lr": 0.0, "embedding_lr": 0.0, "unembedding_lr": 0.0},
@@ -125,12 +128,28 @@ def test_completions_follow_torch_s_global_seed(trainer):
     assert drawn[0] == drawn[1] != drawn[2] and len({tuple(ids) for ids in drawn[0]}) > 4
 
 
-def test_problems_without_room_for_a_completion_are_left_out(trainer, capsys):
-    problems = Dataset.from_list([{"prompt": [{"role": "user", "content": "lamp " * n}]} for n in (1, 900)])
-    assert len(fitting(problems, trainer.processing_class, 256, trainer.args)) == 1
-    assert "left out: 1 problems of more than 236 tokens" in capsys.readouterr().out
-    with pytest.raises(UserError, match="every problem has more than 236 tokens"):
-        fitting(problems.select([1]), trainer.processing_class, 256, trainer.args)
+def test_problems_without_room_for_a_completion_are_refused_or_counted(trainer, capsys):
+    rows = [{"prompt": [{"role": "user", "content": "lamp " * n}], "where": f"a.jsonl:{n}"} for n in (1, 900)]
+    problems, most = Dataset.from_list(rows), (trainer.processing_class, 256, trainer.args)
+    with pytest.raises(
+        UserError, match=r"^a.jsonl:900: more than 236 tokens leave no room .* set on_bad_row to skip$"
+    ):
+        fitting(problems, *most, BadRows())
+    assert len(fitting(problems, *most, BadRows("skip"))) == 1
+    assert "left out: 1 rows, first a.jsonl:900: more than 236 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="more than 236 tokens .* nor do any of the others"):
+        fitting(problems.select([1]), *most, BadRows("skip"))
+
+
+def test_records_that_are_no_problems_are_counted_if_bad_rows_are_skipped(tmp_path, capsys):
+    records = [{"question": "Which?", "choices": ["red", "blue"], "answer": 0}, {"text": "no question"}]
+    records.append({"question": "1+1?", "answer": "#### 2"})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    bad = BadRows("skip")
+    assert len(read_problems([str(tmp_path / "a.jsonl")], bad)) == 1 and len(bad) == 2
+    (tmp_path / "a.jsonl").write_text(json.dumps(records[0]) + "\n")
+    with pytest.raises(UserError, match="a.jsonl: no record is a problem; left out: 1 rows, first .*a record of mmlu"):
+        read_problems([str(tmp_path / "a.jsonl")], BadRows("skip"))
 
 
 @pytest.mark.parametrize("spread", [True, False])
@@ -138,7 +157,8 @@ def test_weights_move_only_where_rewards_differ_within_a_group(toy_model_folder,
     model, tokenizer = load_model_and_tokenizer(toy_model_folder, dtype=torch.float32, device="cpu")
     before = {name: p.clone() for name, p in model.named_parameters() if "layers" in name}
     args = GRPOSettings(
-        output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=4, max_completion_length=6,
+        output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+        max_completion_length=6,
         max_steps=1, beta=0.0, scale_rewards="none", loss_type="bnpo", bf16=False, use_cpu=True, save_strategy="no",
         report_to="none", disable_tqdm=True,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from modeling_nanochat.chat.turn import ChatCodec, Finished, Turn
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.grpo import NanoChatGRPOTrainer, read_problems
 from recipes.sft import NanoChatSFTTrainer, token_dataset
+from recipes.training.data.bad_rows import BadRows
 from recipes.training.data.conversations import read_conversations, render
 from recipes.training.data.streams import ConversationStreams, TextStreams
 from recipes.training.trl.settings import GRPOSettings, SFTSettings
@@ -153,8 +154,8 @@ def grpo_trainer(folder, problems, output_dir, **options) -> NanoChatGRPOTrainer
     model, tokenizer = load_model_and_tokenizer(folder, device="cpu")
     model.config.max_position_embeddings = 2000
     args = GRPOSettings(
-        output_dir=str(output_dir), num_generations=2, per_device_train_batch_size=2, max_steps=1, beta=0.0,
-        max_completion_length=1500, max_tool_calling_iterations=1, **CPU
+        output_dir=str(output_dir), num_generations=2, per_device_train_batch_size=2, max_steps=1,
+        gradient_accumulation_steps=1, max_completion_length=1500, max_tool_calling_iterations=1, top_k=0, **CPU
     )  # fmt: skip
     parts = {"model": model, "args": args, "processing_class": tokenizer, "muon_rates": RATES}
     return NanoChatGRPOTrainer(train_dataset=problems, **parts, **options)
@@ -164,11 +165,11 @@ def grpo_trainer(folder, problems, output_dir, **options) -> NanoChatGRPOTrainer
 def test_grpo_with_the_tools_results(toy_model_folder, tmp_path, text):
     """Prompt, and call with result: what the trainer gets is what the template renders."""
     (tmp_path / "problems.jsonl").write_text(json.dumps({"question": text, "answer": "#### 19"}) + "\n")
-    problems, seen = read_problems([str(tmp_path / "problems.jsonl")]), []
+    problems, seen = read_problems([str(tmp_path / "problems.jsonl")], BadRows()), []
 
-    def reward(reply, completion_ids, **kwargs):
-        seen.extend(zip(reply, completion_ids, strict=True))
-        return [0.0] * len(reply)
+    def reward(completions, completion_ids, **kwargs):
+        seen.extend(zip(completions, completion_ids, strict=True))
+        return [0.0] * len(completions)
 
     trainer = grpo_trainer(toy_model_folder, problems, tmp_path / "out", reward_funcs=reward)
     tokenizer, text = trainer.processing_class, READ_AS if text == HALF else text

@@ -14,6 +14,7 @@ from modeling_nanochat.text.records import read_jsonl
 from modeling_nanochat.text.texts import text_dataset
 from recipes.grpo import read_problems
 from recipes.training.arguments import LoopArguments
+from recipes.training.data.bad_rows import BadRows
 from recipes.training.data.conversations import read_conversations, render, render_one
 from recipes.training.setup import make_accelerator
 
@@ -132,7 +133,7 @@ def test_problems_need_a_final_answer(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+2?", "answer": "4"}\n')
     with pytest.raises(UserError, match="problems.jsonl:2"):
-        read_problems([str(path)])
+        read_problems([str(path)], BadRows())
 
 
 def test_a_conversation_beyond_the_context_is_counted_without_a_warning_of_the_library(

@@ -30,18 +30,11 @@ SFT_STEPS, GRPO_STEPS = 6, 2
 LOOP_STEPS, KILLED_AFTER = 20, 12
 MOST_LOOP = 1.03  # time of a step including data and logging, relative to model and optimizer
 MOST_FIRST_STEP = 3.0  # time of the first SFT step, relative to the last
-# A random model solves nothing, and equal rewards give no gradient.
-RANDOM_REWARDS = """
-import random
-from modeling_nanochat.errors import exit_on_user_error
-from recipes import grpo
 
-def exact_answer(prompts, completions, answer, **kwargs):
+
+def random_reward(completions: list, **kwargs: Any) -> list[float]:
+    """A reward that differs: a random model solves nothing, and equal rewards give no gradient."""
     return [random.random() for _ in completions]
-
-grpo.exact_answer = exact_answer
-exit_on_user_error(grpo.main)
-"""
 
 
 def check_trl(setting: Setting, report: Report) -> None:
@@ -57,10 +50,8 @@ def check_trl(setting: Setting, report: Report) -> None:
     completion = 128 if setting.on_gpu else 8
     grpo = {"model_name_or_path": world / "sft", "output_dir": world / "rl", "max_steps": GRPO_STEPS, **sizes}
     grpo |= {"num_generations": 8 if setting.on_gpu else 4, "max_completion_length": completion, "beta": 0.0}
-    grpo |= {"scale_rewards": "none", "loss_type": "bnpo"}
-    script = world / "grpo.py"
-    script.write_text(RANDOM_REWARDS, encoding="utf-8")
-    rows = run_trl(setting, report, str(script), grpo | shared)
+    grpo |= {"gradient_accumulation_steps": 1, "reward_funcs": f"{__name__}.{random_reward.__name__}"}
+    rows = run_trl(setting, report, "recipes/grpo.py", grpo | shared)
     report.figure("grpo: seconds of each step", rows)
 
 

@@ -21,7 +21,18 @@ HANDLED = {
     "activation_checkpointing", "activation_checkpointing_kwargs",
 }  # fmt: skip
 # ... and in one of the stages.
-HANDLED_BY = {SFTConfig: {"max_length"}, GRPOConfig: {"log_completions"}}
+HANDLED_BY = {
+    SFTConfig: {"max_length"},
+    GRPOConfig: {
+        "log_completions", "num_completions_to_print",  # as text
+        "eval_steps",  # on eval_files
+        # TRL's generation in place of the chat engine; live trainers of the tests have neither vLLM nor a GPU
+        "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization",
+        "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
+        "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
+        "use_transformers_continuous_batching", "transformers_continuous_batching_config", "use_transformers_paged",
+    },
+}  # fmt: skip
 
 # Keys that are passed to the trainer as given.
 PASSED_ON = {
@@ -60,26 +71,24 @@ PASSED_ON_BY = {
         "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
         "entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta",
         "entropy_target",
-        # logs
-        "num_completions_to_print", "log_unique_prompts",
     },
 }  # fmt: skip
 
 # Keys that would have no effect, or break a guarantee of this repository: what to do instead -> keys.
 OPTIMIZER = "the optimizer is Muon with AdamW: set matrix_lr, embedding_lr, unembedding_lr or init_lr_fraction"
-NO_EVALUATION = "there is no evaluation during training: run evals/evaluate_model.py afterwards, and leave it out"
+NO_EVALUATION = "evaluation is evals/evaluate_model.py's, in GRPO also on eval_files every eval_steps: leave it out"
 LOADING = "model and tokenizer are loaded from model_name_or_path: leave it out"
 COLUMNS = "train_files are read and rendered by the chat template: leave it out"
 LAUNCHER = "the number of processes and the sharding are set by accelerate launch --config_file: leave it out"
 HUB = "push_to_hub uploads the finished model once, with the account of `hf auth login`: leave it out"
 PRECISION = "weights are float32, and bf16 chooses the precision: set bf16"
-VLLM = "completions come from the chat engine: leave it out"
+VLLM = "vLLM runs in the processes of the training, and samples freely: leave it out"
 INSTEAD = {
     OPTIMIZER: {
         "learning_rate", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules",
     },
     NO_EVALUATION: {
-        "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size",
+        "do_train", "do_eval", "do_predict", "eval_strategy", "eval_delay", "per_device_eval_batch_size",
         "prediction_loss_only", "eval_on_start", "eval_do_concat_batches", "eval_use_gather_object",
         "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "load_best_model_at_end",
         "metric_for_best_model", "greater_is_better", "label_names", "fp16_full_eval", "bf16_full_eval",
@@ -101,12 +110,8 @@ INSTEAD = {
         "hub_token", "hub_strategy", "hub_always_push", "hub_revision", "log_completions_hub_repo",
     },
     VLLM: {
-        "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
         "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
-        "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
-        "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max",
-        "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
-        "use_transformers_continuous_batching", "transformers_continuous_batching_config", "use_transformers_paged",
+        "vllm_structured_outputs_regex", "vllm_importance_sampling_cap",
     },
     "the loss is on the assistant's tokens only: recipes/midtrain.py trains on all tokens": {
         "assistant_only_loss", "completion_only_loss",
@@ -127,8 +132,9 @@ INSTEAD = {
 }  # fmt: skip
 # GRPO has its own sampling of problems and its own loss reduction.
 INSTEAD_BY = {
-    SFTConfig: {},
+    SFTConfig: {NO_EVALUATION: {"eval_steps"}},
     GRPOConfig: {
+        "completions are logged as text: set num_completions_to_print": {"log_unique_prompts"},
         "set loss_type": {"average_tokens_across_devices"},
         "set shuffle_dataset and seed": {"data_seed", "train_sampling_strategy"},
         "all tokens are counted: leave it out": {"include_num_input_tokens_seen"},
@@ -159,9 +165,20 @@ NEEDS: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
             "dataloader_in_order",
         ),
     ),
-    ("log_completions", (), ("num_completions_to_print", "log_unique_prompts")),
-    ("loss_type", ("grpo", "dapo", "bnpo", "dr_grpo", "luspo"), ("delta", "epsilon")),
-    ("loss_type", ("grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo"), ("epsilon_high",)),
+    ("log_completions", (), ("num_completions_to_print",)),
+    ("eval_files", (), ("eval_steps", "eval_samples", "eval_problems")),
+    (
+        "use_vllm",
+        (),
+        (
+            "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization",
+            "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction",
+            "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
+        ),
+    ),
+    ("use_transformers_continuous_batching", (), ("transformers_continuous_batching_config",)),
+    ("loss_type", ("per_problem", "grpo", "dapo", "bnpo", "dr_grpo", "luspo"), ("delta", "epsilon")),
+    ("loss_type", ("per_problem", "grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo"), ("epsilon_high",)),
     ("loss_type", ("sapo",), ("sapo_temperature_neg", "sapo_temperature_pos")),
     ("loss_type", ("vespo",), ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")),
     ("beta", (), ("sync_ref_model", "use_bias_correction_kl")),
@@ -174,11 +191,12 @@ CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_mode": ("colocate",),
     "save_strategy": ("no", "steps", "epoch"),  # `best` needs an evaluation
 }
 LOSSES = {
     SFTConfig: ("nll", "dft"),  # `chunked_nll` is TRL's old name for `nll`
-    GRPOConfig: ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
+    GRPOConfig: ("per_problem", "grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
 }
 DICTIONARIES = {
     "lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
@@ -190,7 +208,7 @@ RANGES = {
             "per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit", "pad_to_multiple_of",
             "max_length", "dataset_num_proc", "max_completion_length", "generation_batch_size", "steps_per_generation",
             "num_iterations", "num_completions_to_print", "ref_model_sync_steps", "dataloader_prefetch_factor",
-            "ddp_timeout", "max_tool_calling_iterations",
+            "ddp_timeout", "max_tool_calling_iterations", "eval_steps", "eval_samples", "eval_problems",
         ),
         (1, math.inf),
     ),

@@ -14,9 +14,12 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from modeling_nanochat.chat.engine import Engine
+from modeling_nanochat.chat.python_tool import python
 from modeling_nanochat.chat.sampling import SamplingOptions
-from modeling_nanochat.chat.turn import MAX_TOOL_CALLS, chat_codec
+from modeling_nanochat.chat.turn import MAX_TOOL_CALLS, Turn, chat_codec
 from modeling_nanochat.errors import UserError
+
+from ..data.bad_rows import BadRows
 
 
 def sampling_options(training: GRPOConfig) -> SamplingOptions:
@@ -34,29 +37,36 @@ def sampling_options(training: GRPOConfig) -> SamplingOptions:
     )
 
 
-def fitting(problems: Dataset, tokenizer: PreTrainedTokenizerFast, context: int, training: GRPOConfig) -> Dataset:
-    """The problems whose `prompt` leaves room for a completion; prints how many are left out.
+def fitting(
+    problems: Dataset, tokenizer: PreTrainedTokenizerFast, context: int, training: GRPOConfig, bad: BadRows
+) -> Dataset:
+    """The problems whose `prompt` leaves room for a completion, without `where`; prints how many are left out.
 
     Room for `max_completion_length` tokens, or for half of the context where that is less.
 
     Raises:
-        UserError: None is left.
+        UserError: A problem is too long, unless `bad` counts those; or none is left.
     """
     codec, longest = chat_codec(tokenizer), context - min(training.max_completion_length or context, context // 2)
-    kept = [i for i, prompt in enumerate(problems["prompt"]) if len(codec.prompt(prompt)) <= longest]
-    left_out = len(problems) - len(kept)
+    reason = f"more than {longest} tokens leave no room for a completion in the model's context of {context}"
+    kept = []
+    for number, (prompt, where) in enumerate(zip(problems["prompt"], problems["where"], strict=True)):
+        if len(codec.prompt(prompt)) <= longest:
+            kept.append(number)
+        else:
+            advice = "shorten it, lower max_completion_length, or set on_bad_row to skip"
+            bad.add(where, UserError(f"{where}: {reason}; {advice}"))
     if not kept:
-        raise UserError(
-            f"train_files: every problem has more than {longest} tokens, which leaves no room for a completion in the "
-            f"model's context of {context}; shorten them, or lower max_completion_length"
-        )
-    if left_out and training.process_index == 0:
-        print(f"left out: {left_out} problems of more than {longest} tokens, which leave no room for a completion")
-    return problems.select(kept) if left_out else problems
+        raise UserError(f"{problems['where'][0]}: {reason}, nor do any of the others; lower max_completion_length")
+    if training.process_index == 0:
+        print(*bad.summary(), sep="\n", end="\n" if len(bad) else "")
+    return problems.select(kept).remove_columns("where")
 
 
 class EngineRollouts(GRPOTrainer):
-    """Trainer mixin: `rollout_func` is the engine; reward functions get the messages of each completion as `reply`.
+    """Trainer mixin: completions come from the engine; reward functions get the messages of each as `reply`.
+
+    With `use_vllm` or `use_transformers_continuous_batching` they come from TRL's loop, with the same python tool.
 
     Raises:
         UserError: Decoding with the KV cache differs from the forward pass without it.
@@ -67,10 +77,9 @@ class EngineRollouts(GRPOTrainer):
     processing_class: PreTrainedTokenizerFast
 
     def __init__(self, *args: Any, **kwargs: Any):
-        kwargs["rollout_func"] = rollouts
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)  # TRL is pinned
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, **kwargs | generation(kwargs["args"]))
         self.sampling = sampling_options(self.args)
         calls = self.args.max_tool_calling_iterations
         # Checks decoding on the model's device and with TRL's patched forward
@@ -79,6 +88,27 @@ class EngineRollouts(GRPOTrainer):
         )
         self.model.train()
 
+    def sample(self, prompts: list[list[int]], seed: int, batch_size: int) -> list[Turn]:
+        """A completion of each rendered prompt; equal prompts one after the other share a prefill."""
+        longest = self.args.max_completion_length or self.engine.context
+        turns = [self.engine.turn(prompt, longest, self.sampling) for prompt in prompts]
+        with (
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            self.engine.complete(turns, self.engine.sampler(seed), batch_size)
+        return turns
+
+
+def generation(training: GRPOConfig) -> dict[str, Any]:
+    """The trainer's arguments that say what generates completions; announced if it is not the engine."""
+    names = {"use_vllm": "vLLM", "use_transformers_continuous_batching": "transformers' continuous batching"}
+    if name := next((name for key, name in names.items() if getattr(training, key, False)), None):
+        if training.process_index == 0:
+            print(f"completions come from {name} and TRL's loop of tool calls, not from the chat engine")
+        return {"tools": [python]}
+    return {"rollout_func": rollouts}
+
 
 def rollouts(prompts: list[list[dict[str, Any]]], trainer: EngineRollouts) -> dict[str, Any]:
     """A completion of each prompt, as TRL's `rollout_func` returns them.
@@ -86,16 +116,8 @@ def rollouts(prompts: list[list[dict[str, Any]]], trainer: EngineRollouts) -> di
     `env_mask` is 1 where the model chose the token and 0 for the tool's output. The seed is drawn from torch's global
     state, which checkpoints restore and which differs between processes.
     """
-    engine, codec = trainer.engine, trainer.engine.codec
-    rendered = [codec.prompt(prompt) for prompt in prompts]
-    longest = trainer.args.max_completion_length or engine.context
-    turns = [engine.turn(prompt, longest, trainer.sampling) for prompt in rendered]
-    sampler = engine.sampler(int(torch.randint(2**31, ())))
-    with (
-        unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator),
-        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
-    ):
-        engine.complete(turns, sampler, batch_size=len(turns))
+    rendered = [trainer.engine.codec.prompt(prompt) for prompt in prompts]
+    turns = trainer.sample(rendered, int(torch.randint(2**31, ())), batch_size=len(rendered))
     calls = torch.tensor([float(turn.tool_calls) for turn in turns], device=trainer.accelerator.device)
     trainer._metrics["train"]["tools/call_frequency"].append(trainer.accelerator.gather(calls).mean().item())
     return {

@@ -6,7 +6,9 @@ No key is accepted without effect: `recipes/training/trl/keys.py` lists all of t
 import argparse
 import json
 import math
+import os
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -26,6 +28,8 @@ from modeling_nanochat.errors import UserError
 
 from ..batch_size import is_out_of_memory
 from . import keys
+
+PROBLEMS_PER_STEP = 16
 
 
 def fill_device_defaults(settings: TrainingArguments) -> None:
@@ -77,12 +81,38 @@ class SFTSettings(DeviceDefaults, SFTConfig):  # type: ignore[misc]  # None only
 
 
 @dataclass
-class GRPOSettings(DeviceDefaults, GRPOConfig):  # type: ignore[misc]  # None only until `fill_device_defaults`
-    """`trl.GRPOConfig` that starts on any device."""
+class GRPOSettings(DeviceDefaults, GRPOConfig):  # type: ignore[misc]  # None only until `__post_init__`
+    """`trl.GRPOConfig` that starts on any device, with the original's algorithm as default: on-policy, no KL."""
+
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the problems."})
+    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]  # None only until `__post_init__`
+        default=None, metadata={"help": f"Default: for steps of {PROBLEMS_PER_STEP} problems."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0: do not."})
+    num_generations: int | None = field(default=16, metadata={"help": "Completions of each problem."})
+    max_completion_length: int | None = field(default=256, metadata={"help": "Tokens, the tool's output included."})
+    top_k: int = field(default=50, metadata={"help": "Sample among so many tokens; 0: among all."})
+    scale_rewards: str = field(default="none", metadata={"help": "Divide advantages by a deviation: group or batch."})
+    loss_type: str = field(
+        default="per_problem", metadata={"help": "The original's, every problem counts equally; or one of TRL's."}
+    )
+    log_completions: bool = field(default=True, metadata={"help": "Write some of each logged step to a text file."})
+    eval_steps: float | None = field(default=60, metadata={"help": "Steps between evaluations on eval_files."})
 
     def __post_init__(self) -> None:
         fill_device_defaults(self)
-        super().__post_init__()
+        if self.gradient_accumulation_steps is None:
+            rows = self.per_device_train_batch_size
+            self.gradient_accumulation_steps = passes_of_a_step(PROBLEMS_PER_STEP * (self.num_generations or 1), rows)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`use_transformers_paged`", FutureWarning)  # the printed line tells
+            super().__post_init__()
+
+
+def passes_of_a_step(rows: int, per_device: int) -> int:
+    """How many passes of `per_device` rows in each process make a step of `rows`, or more where they do not divide."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # the trainer's state, which knows, does not exist yet
+    return max(1, rows // (per_device * processes))
 
 
 def parse_settings(
@@ -110,7 +140,7 @@ def parse_settings(
         parsed, filled = parse(arguments, settings, args=words)
     check_trackers(filled.report_to)
     for other, values, dependent in keys.NEEDS:
-        value = getattr(filled, other, None)
+        value = getattr(filled, other, getattr(parsed, other, None))
         if not (value in values if values else value) and (useless := [key for key in dependent if key in given]):
             wanted = " or ".join(word if isinstance(word, str) else word[0] for word in values) or "set"
             raise UserError(f"{useless[0]} has no effect unless {other} is {wanted}: set that, or leave it out")

@@ -1,7 +1,6 @@
 """The code around TRL's trainers, for both stages: find the checkpoint, train, save the model, record and upload."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -143,7 +142,6 @@ def run_trl_stage(
         end_training(trainer.accelerator)
         if trainer.is_world_process_zero():
             push(output)
-            keep_completions(checkpoints, beside(output.output_dir, "logs", ".completions"))
             discard(checkpoints)  # last: if saving or uploading failed, they are still there
     finally:
         logger.close()
@@ -189,13 +187,6 @@ def check_rows(training: TrainingArguments, rows: int) -> None:
         advice = "more conversations, or lower per_device_train_batch_size"
     if rows < wanted:
         raise UserError(f"train_files: {rows} {what} are too few for a step, which takes {wanted}; give {advice}")
-
-
-def keep_completions(checkpoints: Path, target: Path) -> None:
-    """Move the files of `log_completions` beside the logs."""
-    if (checkpoints / "completions").is_dir():
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.move(checkpoints / "completions", target)
 
 
 def record(

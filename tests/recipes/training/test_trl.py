@@ -17,6 +17,7 @@ from training import forkserver, run
 
 import recipes.grpo
 import recipes.sft
+import recipes.training.trl.rewards
 import recipes.training.trl.trainer
 from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.errors import UserError
@@ -38,7 +39,14 @@ def start(toy_model_folder, tmp_path, monkeypatch):
     problems = [{"question": f"What is {i}+7?", "answer": f"#### {i + 7}"} for i in range(16)]
     for name, records in (("sft", chats), ("rl", problems)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    special = {"rl": {"num_generations": 4, "max_completion_length": 6, "per_device_train_batch_size": 8}}
+    special = {
+        "rl": {
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 1,
+        }
+    }
 
     def main(stage, run="run", **settings):
         given = {
@@ -105,14 +113,14 @@ def test_muon_is_compiled_where_that_pays(start, monkeypatch):
 def test_a_run_that_goes_on_from_its_checkpoint_ends_bit_identical(stage, start, monkeypatch):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "seed": 7}
     if stage == "rl":
-        monkeypatch.setattr(recipes.grpo, "exact_answer", alternating)
+        monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", alternating)
     undisturbed = start(stage, "undisturbed", **settings)
     stop_before_step(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         start(stage, "run", **settings)
     monkeypatch.undo()
     if stage == "rl":
-        monkeypatch.setattr(recipes.grpo, "exact_answer", alternating)
+        monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", alternating)
     output = start(stage, "run", **settings, resume_from_checkpoint="auto")
     expected, found = load_file(undisturbed / "model.safetensors"), load_file(output / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -149,6 +157,20 @@ def test_a_run_from_the_start_leaves_no_older_checkpoint_to_go_on_from(start, tm
     with pytest.raises(KeyboardInterrupt):
         start("sft", **settings, overwrite_output_dir="true")
     assert [path.name for path in (tmp_path / "run" / "checkpoints" / "sft").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_problems_that_cannot_be_used_end_grpo_or_are_counted(start, tmp_path, capsys):
+    with (tmp_path / "rl.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "lamp " * 300, "answer": "#### 1"}) + "\n")
+        file.write(json.dumps({"question": "Which?", "choices": ["red", "blue"], "answer": 0}) + "\n")
+    with pytest.raises(UserError, match="rl.jsonl:18: a record of mmlu; only replies"):
+        start("rl", max_steps=1)
+    start("rl", max_steps=1, on_bad_row="skip", eval_files=tmp_path / "rl.jsonl", eval_samples=1)
+    said = capsys.readouterr().out
+    for source in ("rl.jsonl:17: more than 250 tokens leave no room", "rl.jsonl:18: a record of mmlu"):
+        assert (
+            len(re.findall(f"^left out: 1 rows, first .*{source}", said, re.MULTILINE)) == 2
+        )  # eval_files are the same
 
 
 def test_the_end_says_how_loss_or_reward_went(start, capfd):
@@ -266,7 +288,7 @@ def test_grpo_reports_once_that_nothing_is_learnt_whatever_is_logged(start, caps
 
 
 def test_grpo_reports_that_no_completion_ends_by_itself(start, monkeypatch):
-    monkeypatch.setattr(recipes.grpo, "exact_answer", alternating)
+    monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", alternating)
     monkeypatch.setattr(Engine, "sampler", lambda *_: lambda logits, *_: torch.full((len(logits),), 7))
     output = start("rl", max_steps=10, num_train_epochs=2, init_lr_fraction=0.01)
     assert [line.split(" from ")[0] for line in record_of(output)["warnings"]] == ["no completion ended by itself"]
@@ -281,8 +303,10 @@ def test_sft_reports_a_loss_that_did_not_fall_and_trains_to_the_end(start, capsy
 
 
 def test_completions_that_are_to_be_logged_lie_beside_the_logs(start):
-    output = start("rl", max_steps=1, logging_steps=1, log_completions="true", num_completions_to_print=1)
-    assert list((output.parent / "logs" / "rl.completions").glob("*.parquet"))
+    output = start("rl", max_steps=1, logging_steps=1, num_completions_to_print=3)
+    text = (output.parent / "logs" / "rl.completions.txt").read_text()
+    assert text.count("=== step 1: exact_answer 0 ===\nuser: ") == 3
+    assert "+7?\nassistant: " in text
     assert not (output.parent / "checkpoints").exists()
 
 

@@ -12,11 +12,13 @@ from trl import GRPOConfig, SFTConfig
 
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
-from recipes.grpo import GRPOArguments, NanoChatGRPOTrainer, exact_answer, read_problems
+from recipes.grpo import GRPOArguments, NanoChatGRPOTrainer, read_problems
 from recipes.sft import NanoChatSFTTrainer, SFTArguments, token_dataset
+from recipes.training.data.bad_rows import BadRows
 from recipes.training.data.conversations import render
 from recipes.training.trl import keys as trl_keys
 from recipes.training.trl import settings as trl_settings
+from recipes.training.trl.rewards import exact_answer
 from recipes.training.trl.settings import GRPOSettings, SFTSettings, parse_settings
 
 STAGES = {"sft": (SFTArguments, SFTSettings, SFTConfig), "grpo": (GRPOArguments, GRPOSettings, GRPOConfig)}
@@ -60,8 +62,16 @@ EXAMPLES = {
         "sync_ref_model": "true", "ref_model_mixup_alpha": "0.5", "ref_model_sync_steps": "3",
         "entropy_coef": "0.01", "use_adaptive_entropy": "true", "entropy_coef_min": "0.001", "entropy_coef_max": "0.5",
         "entropy_coef_delta": "0.002", "entropy_target": "0.3",
-        "num_completions_to_print": "1", "log_unique_prompts": "true",
     },
+}  # fmt: skip
+# Keys of GRPO that are not passed on, and are read only beside another.
+HANDLED_EXAMPLES = {
+    "num_completions_to_print": "1", "eval_steps": "5", "eval_samples": "4", "eval_problems": "9",
+    "vllm_mode": "colocate", "vllm_model_impl": "transformers", "vllm_enable_sleep_mode": "true",
+    "vllm_gpu_memory_utilization": "0.5", "vllm_max_model_length": "512", "vllm_tensor_parallel_size": "2",
+    "vllm_importance_sampling_correction": "false", "vllm_importance_sampling_mode": "token_truncate",
+    "vllm_importance_sampling_clip_max": "2.0", "vllm_importance_sampling_clip_min": "0.1",
+    "transformers_continuous_batching_config": "{}",
 }  # fmt: skip
 # What a key needs beside it, to be read at all.
 BESIDE = {
@@ -77,8 +87,7 @@ BESIDE = {
     "save_steps": {"save_strategy": "steps"}, "save_total_limit": {"save_strategy": "epoch"},
     "save_on_each_node": {"save_strategy": "epoch"}, "ignore_data_skip": {"resume_from_checkpoint": "auto"},
     "packing": {"max_length": "64"}, "packing_strategy": {"packing": "true", "max_length": "64"},
-    "num_completions_to_print": {"log_completions": "true"},
-    "log_unique_prompts": {"log_completions": "true"}, "sync_ref_model": {"beta": "0.1"},
+    "sync_ref_model": {"beta": "0.1"},
     "use_bias_correction_kl": {"beta": "0.1"},
     "ref_model_mixup_alpha": {"beta": "0.1", "sync_ref_model": "true"},
     "ref_model_sync_steps": {"beta": "0.1", "sync_ref_model": "true"},
@@ -111,7 +120,9 @@ def test_no_list_has_a_key_that_the_libraries_do_not_have():
     known = {one.name for _, _, config in STAGES.values() for one in fields(config)}
     listed = {key for _, _, config in STAGES.values() for keys in lists_of(config) for key in keys}
     assert listed - known <= NEWER
-    assert trl_keys.RANGES.keys() | trl_keys.CHOICES.keys() <= listed | {one.name for one in fields(SFTArguments)}
+    assert trl_keys.RANGES.keys() | trl_keys.CHOICES.keys() <= listed | {
+        one.name for arguments, _, _ in STAGES.values() for one in fields(arguments)
+    }
 
 
 def words(**settings: object) -> list[str]:
@@ -133,6 +144,7 @@ def examples(toy_model_folder, tmp_path):
         "grpo": {
             "train_files": tmp_path / "problems.jsonl",
             "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 1,
             "num_generations": 4,
             "max_completion_length": 6,
         },
@@ -146,7 +158,8 @@ def live_trainer(stage: str, examples, **settings):
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     made = {"model": model, "args": training, "processing_class": tokenizer, "muon_rates": args.scaled()}
     if stage == "grpo":
-        return NanoChatGRPOTrainer(train_dataset=read_problems(args.train_files), reward_funcs=exact_answer, **made)
+        problems = read_problems(args.train_files, BadRows())
+        return NanoChatGRPOTrainer(train_dataset=problems, reward_funcs=exact_answer, **made)
     chats = [json.loads(line) for line in open(args.train_files[0])]
     rows = token_dataset(render(chats, tokenizer, 256, show_progress=False))
     return NanoChatSFTTrainer(train_dataset=rows, **made)
@@ -213,12 +226,18 @@ def test_what_nothing_reads_without_another_key_is_refused(other, values, keys):
         "loss_type": "cispo" if "cispo" not in values else "sapo",
         "save_strategy": "no",
         "logging_strategy": "epoch",
+        "log_completions": "false",
     }
+    own = {"grpo": {option.name for option in fields(GRPOArguments)}, "sft": set()}
     for key in keys:
         if key in NEWER and key not in {one.name for one in fields(SFTConfig)}:
             continue
-        stage = next(stage for stage in STAGES if key in EXAMPLES[stage] or key in lists_of(STAGES[stage][2])[0])
-        value = EXAMPLES[stage].get(key, '{"use_reentrant": false}' if key.endswith("kwargs") else "true")
+        stage = next(
+            stage for stage in STAGES if key in EXAMPLES[stage].keys() | lists_of(STAGES[stage][2])[0] | own[stage]
+        )
+        value = (EXAMPLES[stage] | HANDLED_EXAMPLES).get(
+            key, '{"use_reentrant": false}' if key.endswith("kwargs") else "true"
+        )
         arguments, settings, _ = STAGES[stage]
         given = words(output_dir="out", **{key: value}) + (words(**{other: off[other]}) if other in off else [])
         with pytest.raises(UserError, match=rf"{key} (has no effect|can only be set).* (--)?{other} "):
@@ -232,7 +251,7 @@ def test_what_nothing_reads_without_another_key_is_refused(other, values, keys):
         ("sft", {"max_steps": 0}, "max_steps 0 trains nothing"),
         ("sft", {"max_steps": -3}, "max_steps -3 trains nothing"),
         ("sft", {"num_train_epochs": 0}, "num_train_epochs must be more than 0"),
-        ("sft", {"eval_strategy": "steps"}, "eval_strategy would have no effect: there is no evaluation"),
+        ("sft", {"eval_strategy": "steps"}, "eval_strategy would have no effect: evaluation is"),
         ("sft", {"matrix_lr": "nan"}, "matrix_lr must be at least 0, not nan"),
         ("sft", {"init_lr_fraction": "inf"}, "init_lr_fraction must be more than 0, not inf"),
         ("sft", {"warmup_steps": -1}, "warmup_steps must be at least 0"),
@@ -242,15 +261,17 @@ def test_what_nothing_reads_without_another_key_is_refused(other, values, keys):
         ("sft", {"save_strategy": "best"}, "save_strategy best: there are only no, steps, epoch"),
         ("sft", {"report_to": "wandbb"}, "report_to wandbb: "),
         ("sft", {"accelerator_config": "nowhere.json"}, "nowhere.json"),
-        ("grpo", {"use_vllm": "true"}, "use_vllm would have no effect: completions come from the chat engine"),
+        ("grpo", {"vllm_mode": "server"}, "vllm_mode server: there are only colocate"),
+        ("grpo", {"vllm_gpu_memory_utilization": 0.5}, "vllm_gpu_memory_utilization has no effect unless use_vllm is"),
+        ("grpo", {"eval_steps": 5}, "eval_steps has no effect unless eval_files is set"),
         ("grpo", {"temperature": 0}, "temperature must be more than 0, not 0"),
         ("grpo", {"max_completion_length": 0}, "max_completion_length must be at least 1, not 0"),
         ("grpo", {"num_generations": 1}, "num_generations must be at least 2, not 1"),
-        ("grpo", {"num_generations": 3}, "divisible by num_generations (3)"),
+        ("grpo", {"num_generations": 3, "gradient_accumulation_steps": 1}, "divisible by num_generations (3)"),
         ("grpo", {"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ("grpo", {"per_device_train_batch_size": -8}, "per_device_train_batch_size must be at least 1"),
         ("grpo", {"top_p": 1.5}, "top_p must be more than 0 and at most 1, not 1.5"),
-        ("grpo", {"loss_type": "ppo"}, "loss_type ppo: there are only grpo, "),
+        ("grpo", {"loss_type": "ppo"}, "loss_type ppo: there are only per_problem, grpo, "),
         ("grpo", {"scale_rewards": "sometimes"}, "scale_rewards sometimes: there are only group, batch, none"),
         (
             "grpo",

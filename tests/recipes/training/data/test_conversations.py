@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset
+from training import render
 
 from modeling_nanochat.errors import UserError
-from recipes.training.data.conversations import read_conversations, render
+from recipes.training.data.conversations import read_conversations
 
 CALL = {"type": "function", "function": {"name": "python", "arguments": {"code": "12*7"}}}
 WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "days": 2}}}

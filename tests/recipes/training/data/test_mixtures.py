@@ -25,6 +25,7 @@ from recipes.training.data.mixtures import Source, check_beginnings, parse_mixtu
 from recipes.training.stage import OutputArguments
 from recipes.training.trl.settings import SFTSettings, parse_settings
 
+ROOT = Path(__file__).parents[4]
 GSM8K = {"question": "1+1?", "answer": "1+1 = <<1+1=2>>2\n#### 2"}
 MMLU = {"question": "Which?", "choices": ["a", "b"], "answer": 1}
 ARC = {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
@@ -88,7 +89,7 @@ def test_the_order_is_the_same_whatever_the_process(tmp_path, mixed):
         "found = read_mixture(mixture, Renderer(toy_tokenizer(), 999, show_progress=False), 42, 'mixture')\n"
         "print(hashlib.sha256(b'|'.join(ids.tobytes() for ids, _ in found)).hexdigest())"
     )
-    path = os.pathsep.join(map(str, (Path.cwd(), Path.cwd() / "tests", os.environ.get("PYTHONPATH", ""))))
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", ""))))
     digests = set()
     for rank in ("0", "3"):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "4", "PYTHONHASHSEED": rank, "PYTHONPATH": path}
@@ -193,6 +194,16 @@ def test_yaml_and_command_line_say_the_same(tmp_path):
     for args in (from_yaml, typed, sft):
         assert parse_mixture(args.mixture, "mixture") == expected
     assert given_keys["mixture"] == words[-2:]
+
+
+def test_the_mixtures_of_the_readme_are_those_of_the_original():
+    blocks = re.findall(r"```yaml\n(mixture:.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    midtrain, sft = map(yaml.safe_load, blocks)
+    parsed = [parse_mixture(mixture, "mixture") for mixture in (*midtrain.values(), sft["mixture"])]
+    assert [[entry.rows for entry in mixture] for mixture in parsed] == [
+        [None] * 3, [None, 5200, 420], [None, None, None, 10_000],
+    ]  # fmt: skip
+    assert parsed[0][1].source == "cais/mmlu:auxiliary_train:train"
 
 
 @pytest.mark.parametrize("more", [[], ["--train_files", "a", "--mixture", "b"]])

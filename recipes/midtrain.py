@@ -66,10 +66,12 @@ class MidtrainArguments(CardArguments, MixtureArguments):
     def __post_init__(self) -> None:
         """
         Raises:
-            UserError: A value is out of range or would train nothing, or a setting has no effect.
+            UserError: A value is missing, out of range or would train nothing, or a setting has no effect.
         """
         CardArguments.__post_init__(self)
         MixtureArguments.__post_init__(self)
+        if not (self.train_files or self.mixture):
+            raise UserError("--train_files is missing; set it, or mixture, in the --config file or as an option")
         parse_mixture(self.validation_mixture or [], "validation_mixture")
         if self.validation_mixture and self.validation_share is not None:
             raise UserError("validation_share has no effect with validation_mixture; leave one of them out")

@@ -47,10 +47,10 @@ class MixtureArguments(BadRowArguments):
     def __post_init__(self) -> None:
         """
         Raises:
-            UserError: Not exactly one of the two is given, or an entry is malformed.
+            UserError: Both are given, or an entry is malformed.
         """
-        if bool(self.train_files) == bool(self.mixture):
-            raise UserError("give either --train_files or --mixture, in the --config file or on the command line")
+        if self.train_files and self.mixture:
+            raise UserError("give either train_files or mixture, not both: the mixture can name files too")
         parse_mixture(self.mixture or [], "mixture")
 
     def conversations(self, render: Renderer, seed: int) -> list[Conversation]:

@@ -24,6 +24,7 @@ from recipes.training.data.conversations import Renderer
 from recipes.training.data.mixtures import Source, check_beginnings, parse_mixture, read_mixture, repeated
 from recipes.training.stage import OutputArguments
 from recipes.training.trl.settings import SFTSettings, parse_settings
+from recipes.training.trl.stage import output_arguments
 
 ROOT = Path(__file__).parents[4]
 GSM8K = {"question": "1+1?", "answer": "1+1 = <<1+1=2>>2\n#### 2"}
@@ -206,13 +207,19 @@ def test_the_mixtures_of_the_readme_are_those_of_the_original():
     assert parsed[0][1].source == "cais/mmlu:auxiliary_train:train"
 
 
-@pytest.mark.parametrize("more", [[], ["--train_files", "a", "--mixture", "b"]])
-def test_files_and_mixture_exclude_each_other(more):
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--train_files", "a", "--mixture", "b"], "^give either train_files or mixture, not both"),
+        ([], "^--train_files is missing; set it"),
+    ],
+)
+def test_either_files_or_a_mixture_are_needed(more, complaint):
     words = ["--model_name_or_path", "m", "--output_dir", "o", *more]
-    with pytest.raises(UserError, match="^give either --train_files or --mixture"):
+    with pytest.raises(UserError, match=complaint):
         parse(MidtrainArguments, LoopArguments, OutputArguments, args=words)
-    with pytest.raises(UserError, match="^give either --train_files or --mixture"):
-        parse_settings(SFTArguments, SFTSettings, words)
+    with pytest.raises(UserError, match=complaint):
+        output_arguments(*parse_settings(SFTArguments, SFTSettings, words)[:2])
 
 
 def test_sources_that_lack_what_is_asked_for_are_named(tmp_path, mixed):

@@ -228,7 +228,7 @@ def kept(rendered: Sequence[Conversation | None], what: str, max_length: int) ->
     conversations = [conversation for conversation in rendered if conversation is not None]
     if not conversations:
         raise UserError(
-            f"{what}: none of {len(rendered)} conversations is left to train on: all are bad or have more than "
+            f"{what}: none of {len(rendered)} conversations is left: all are bad or have more than "
             f"max_length {max_length} tokens; raise it, or give others"
         )
     return conversations

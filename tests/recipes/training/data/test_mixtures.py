@@ -285,7 +285,7 @@ def test_a_bad_row_is_named_or_counted(tmp_path, mixed, capsys, name):
 
 def test_if_nothing_is_left_that_is_said(tmp_path, mixed):
     file = write(tmp_path / "a.jsonl", [BAD["unknown role"][0], chat("x" * 300)])
-    with pytest.raises(UserError, match="^mixture: none of 2 conversations is left to train on: all are bad or"):
+    with pytest.raises(UserError, match="^mixture: none of 2 conversations is left: all are bad or"):
         mixed(file, on_bad_row="skip", max_length=64)
 
 

@@ -6,7 +6,6 @@ import random
 import re
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -297,40 +296,6 @@ def test_fields_that_are_not_read_are_named_once(tmp_path, mixed, capsys):
     mixed(file, write(tmp_path / "gsm8k.jsonl", [GSM8K | {"id": 3}]))
     told = [line for line in capsys.readouterr().out.splitlines() if "not read" in line]
     assert told == [f"{file}: fields that are not read: messages[].reasoning_content, messages[].weight, origin"]
-
-
-def test_a_message_of_weight_0_is_not_trained_on(renderer, toy_model_and_tokenizer):
-    user, answer = chat("a")["messages"]
-    call = {"function": {"name": "python", "arguments": {"code": "1"}}}
-    messages = [
-        user, answer | {"content": "wrong", "weight": 0}, user, answer | {"tool_calls": [call], "weight": 1},
-        {"role": "tool", "content": "1"}, answer | {"content": "no", "weight": 0.0}, user, answer,
-    ]  # fmt: skip
-    for only_answers in (True, False):
-        ((ids, mask),) = renderer(assistant_only_loss=only_answers)([("here", {"messages": messages})], "x")
-        runs = np.split(ids, np.flatnonzero(np.diff(mask)) + 1)[not mask[0] :: 2]
-        trained = [toy_model_and_tokenizer[1].decode(run) for run in runs]
-        if only_answers:
-            assert trained == ["Yes.<|python_start|>1<|python_end|>", "Yes.<|assistant_end|>"]
-        else:
-            assert not any(word in text for text in trained for word in ("wrong", "no"))
-            assert len(trained) == 3 and trained[0] == "<|user_start|>a<|user_end|><|assistant_start|>"
-
-
-def test_texts_are_not_kept(renderer):
-    class Row(dict):
-        pass
-
-    def rows():
-        for i in range(50):
-            alive[i] = row = Row(chat(f"{i}"))
-            most.append(len(alive))
-            yield "here", row
-            del row
-
-    alive, most = weakref.WeakValueDictionary(), []
-    assert len(renderer()(rows(), "x")) == 50
-    assert max(most) <= 3
 
 
 def test_a_repeated_conversation_is_either_trained_on_or_held_out(tmp_path, renderer):

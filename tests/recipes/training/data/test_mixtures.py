@@ -89,7 +89,9 @@ def test_the_order_is_the_same_whatever_the_process(tmp_path, mixed):
         "found = read_mixture(mixture, Renderer(toy_tokenizer(), 999, show_progress=False), 42, 'mixture')\n"
         "print(hashlib.sha256(b'|'.join(ids.tobytes() for ids, _ in found)).hexdigest())"
     )
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", ""))))
+    path = os.pathsep.join(
+        map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "support", os.environ.get("PYTHONPATH", "")))
+    )
     digests = set()
     for rank in ("0", "3"):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "4", "PYTHONHASHSEED": rank, "PYTHONPATH": path}
@@ -229,7 +231,7 @@ def test_sources_that_lack_what_is_asked_for_are_named(tmp_path, mixed):
         ({"source": two, "epochs": 0.1}, r"two.jsonl\): 0.1 epochs of 2 rows are none; raise `epochs`"),
         (f"{tmp_path}/nowhere.jsonl", "no file matches .*nowhere.jsonl"),
         (f"{tmp_path}/empty.jsonl", "empty.jsonl is empty"),
-        ("me/chats", "me/chats: could not be loaded from the Hub"),
+        ("me/chats", "me/chats: no local file or folder"),
         ({"source": "spelling_bee", "rows": 2, "words": f"{tmp_path}/nowhere.txt"}, "words: no file matches"),
     ):
         with pytest.raises(UserError, match=complaint) as error:

@@ -239,6 +239,14 @@ def test_sources_that_lack_what_is_asked_for_are_named(tmp_path, mixed):
         assert "\n" not in str(error.value)
 
 
+def test_rows_of_a_data_set_on_the_hub_are_those_of_its_file(tmp_path, mixed, hub):
+    file = write(tmp_path / "train.jsonl", [chat(f"{i}") for i in range(30)])
+    hub.put("me/chats", {"train.jsonl": Path(file).read_text()}, kind="datasets")
+    assert mixed({"source": "me/chats:train", "rows": 7}) == mixed({"source": file, "rows": 7})
+    with pytest.raises(UserError, match=r"me/chats\): has 30 rows, not 31"):
+        mixed({"source": "me/chats", "rows": 31})
+
+
 def test_shares_are_printed(tmp_path, mixed, capsys):
     long = write(tmp_path / "long.jsonl", [chat("x", "y" * 99), chat("x", "y" * 999)])
     short = write(tmp_path / "short.jsonl", [chat("x")])

@@ -7,6 +7,7 @@
         --config recipes/pocket/midtrain.yaml --model_name_or_path me/my-base
 
 Notable features:
+- mixtures of data sets in YAML, by rows and epochs
 - best-fit packing of conversations with padding; no conversation is truncated
 - optional replay of pretraining text against forgetting
 - the same loop, optimizer and log as pretraining
@@ -18,19 +19,21 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.text.texts import text_source
 from recipes.training.arguments import LoopArguments
-from recipes.training.data.conversations import read_conversations, render
+from recipes.training.data.conversations import Renderer
+from recipes.training.data.mixtures import MixtureArguments, parse_mixture, read_mixture
 from recipes.training.data.packing import Conversation
 from recipes.training.data.streams import ConversationStreams, MixedStreams, TextStreams
 from recipes.training.evaluation import bits_per_byte_evaluation, conversation_rows, validation
@@ -42,12 +45,13 @@ from recipes.training.stage import OutputArguments, check_output
 
 
 @dataclass
-class MidtrainArguments(CardArguments):
+class MidtrainArguments(CardArguments, MixtureArguments):
     """Arguments specific to midtraining."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: folder or Hub id."})
-    train_files: list[str] = field(
-        metadata={"help": "Conversations, GSM8K, ARC, MMLU: parquet, JSON(L), globs, folders, Hub ids."}
+    validation_mixture: list[str] | None = field(
+        default=None,
+        metadata={"help": "Held-out conversations, as `mixture`; default: validation_share."},
     )
     replay_files: list[str] | None = field(default=None, metadata={"help": "Raw text to mix in, as in pretraining."})
     replay_every: int | None = field(default=None, metadata={"help": "Conversation rows per row of replayed text, 4."})
@@ -55,14 +59,24 @@ class MidtrainArguments(CardArguments):
         default=False, metadata={"help": "Loss on assistant tokens only; the original uses all tokens here."}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs over conversations, if max_steps is -1."})
-    validation_share: float = field(default=0.02, metadata={"help": "Fraction of the conversations held out."})
+    validation_share: float | None = field(
+        default=None, metadata={"help": "Fraction of the conversations held out, 0.02 without validation_mixture."}
+    )
 
     def __post_init__(self) -> None:
         """
         Raises:
-            UserError: A value is out of range or would train nothing, or a setting has no effect.
+            UserError: A value is missing, out of range or would train nothing, or a setting has no effect.
         """
-        super().__post_init__()
+        CardArguments.__post_init__(self)
+        MixtureArguments.__post_init__(self)
+        if not (self.train_files or self.mixture):
+            raise UserError("--train_files is missing; set it, or mixture, in the --config file or as an option")
+        parse_mixture(self.validation_mixture or [], "validation_mixture")
+        if self.validation_mixture and self.validation_share is not None:
+            raise UserError("validation_share has no effect with validation_mixture; leave one of them out")
+        if self.validation_share is None:
+            self.validation_share = 0.0 if self.validation_mixture else 0.02
         check_ranges(
             positive={"num_train_epochs": self.num_train_epochs, "replay_every": self.replay_every},
             not_negative={},
@@ -78,18 +92,10 @@ def main() -> None:
     args, loop, output = parse(MidtrainArguments, LoopArguments, OutputArguments)
     if check_output(output, loop.resume, given(args, loop, output)):
         return
-    conversations = read_conversations(args.train_files)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     accelerator = make_accelerator(loop, output.output_dir)
     set_seed(loop.seed)
-    rendered = render(
-        conversations,
-        tokenizer,
-        loop.max_length,
-        assistant_only_loss=args.assistant_only_loss,
-        show_progress=accelerator.is_main_process,
-    )
-    train_set, val_set = split(rendered, args.validation_share, loop.seed)
+    train_set, val_set = train_and_validation_sets(args, loop, tokenizer, accelerator.is_main_process)
     make_stream = ConversationStreams(train_set, tokenizer.bos_token_id, loop.max_length, loop.seed)
     if args.replay_files:
         texts = text_source(args.replay_files, what="replay_files")
@@ -103,21 +109,38 @@ def main() -> None:
     run_stage(LoopStage(record, (args, loop, output), accelerator, model, tokenizer, plan, make_stream, evaluations))
 
 
+def train_and_validation_sets(
+    args: MidtrainArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerFast, show_progress: bool
+) -> tuple[list[Conversation], list[Conversation]]:
+    """The rendered conversations to train and to validate on."""
+    render = Renderer(tokenizer, loop.max_length, args.assistant_only_loss, args.on_bad_row, show_progress)
+    conversations = args.conversations(render, loop.seed)
+    if not args.validation_mixture:
+        return split(conversations, args.validation_share, loop.seed)
+    held_out = parse_mixture(args.validation_mixture, "validation_mixture")
+    return conversations, read_mixture(held_out, render, loop.seed, "validation_mixture")
+
+
 def split(
     rendered: list[Conversation], validation_share: float, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Random split into training and validation conversations, at least one for validation.
 
+    A conversation that a mixture repeats, as the same object, is in one of them only, and once in validation.
+
     Raises:
         UserError: Fewer than two conversations, or none left to train on.
     """
-    if len(rendered) < 2:
+    times = Counter(map(id, rendered))
+    different = list({id(conversation): conversation for conversation in rendered}.values())
+    if len(different) < 2:
         raise UserError("train_files: midtraining needs at least two conversations, one of them for validation")
-    shuffled = random.Random(seed).sample(rendered, len(rendered))
+    shuffled = random.Random(seed).sample(different, len(different))
     held_out = max(1, round(validation_share * len(shuffled)))
     if held_out == len(shuffled):
         raise UserError(f"validation_share {validation_share} leaves no conversation to train on; lower it")
-    return shuffled[held_out:], shuffled[:held_out]
+    train_set = [conversation for conversation in shuffled[held_out:] for _ in range(times[id(conversation)])]
+    return train_set, shuffled[:held_out]
 
 
 def make_plan(

@@ -23,7 +23,8 @@ from trl import SFTTrainer
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.training.attention import AttentionArguments, set_attention
-from recipes.training.data.conversations import read_conversations, render
+from recipes.training.data.conversations import Renderer
+from recipes.training.data.mixtures import MixtureArguments
 from recipes.training.data.packing import Conversation
 from recipes.training.model_card import CardArguments
 from recipes.training.stage import check_output
@@ -39,15 +40,15 @@ from recipes.training.trl.trainer import MuonTrainer, RateArguments
 
 
 @dataclass
-class SFTArguments(CardArguments, RateArguments, AttentionArguments):
+class SFTArguments(CardArguments, RateArguments, AttentionArguments, MixtureArguments):
     """Arguments that `trl.SFTConfig` does not have."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Midtrained model: folder or Hub id."})
-    train_files: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Conversations, GSM8K, ARC, MMLU: parquet, JSON(L), globs, folders, Hub ids."},
-    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model in output_dir."})
+
+    def __post_init__(self) -> None:
+        CardArguments.__post_init__(self)
+        MixtureArguments.__post_init__(self)
 
 
 class NanoChatSFTTrainer(MuonTrainer, SFTTrainer):
@@ -62,20 +63,21 @@ def main() -> None:
     if check_output(output, training.resume_from_checkpoint, run_settings(given), "--resume_from_checkpoint"):
         return
     checkpoint = find_checkpoint(training)
-    conversations = read_conversations(args.train_files)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)
     set_max_length(training, model.config.max_position_embeddings)
     args = replace(args, examples=args.examples_or_those_of(model))
     set_seed(training.seed)
-    rendered = render(conversations, tokenizer, training.max_length, show_progress=training.process_index == 0)
+    shown = training.process_index == 0
+    render = Renderer(tokenizer, training.max_length, on_bad_row=args.on_bad_row, show_progress=shown)
+    train_set = token_dataset(args.conversations(render, training.seed))
     log = start_log(output.output_dir, training, checkpoint)
 
     def make_trainer() -> NanoChatSFTTrainer:
         return NanoChatSFTTrainer(
             model=model,
             args=training,
-            train_dataset=token_dataset(rendered),
+            train_dataset=train_set,
             processing_class=tokenizer,
             muon_rates=args.scaled(),
         )

@@ -1,14 +1,14 @@
 """The table of tasks: which task a record belongs to, by its fields, and how it reads as a conversation to train on.
 
 A record of another kind is a conversation {"messages": [...], "tools"?}; nanochat's own parts `python` and
-`python_output` are converted.
+`python_output` are converted, and so are ShareGPT's {"conversations": [{"from", "value"}, ...]}.
 """
 
 from typing import Any
 
-from modeling_nanochat.convert.conversations import from_original, has_call_parts
+from modeling_nanochat.convert.conversations import from_original, from_sharegpt, has_call_parts
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.conversations import check_messages, check_tools
+from modeling_nanochat.text.conversations import check_messages, check_tools, results_behind_calls
 from modeling_nanochat.tokenization_nanochat import whole_messages
 
 from .arc import ArcQuestion
@@ -29,6 +29,8 @@ TASKS: tuple[type[Question], ...] = (
     Gsm8kQuestion,
     HumanEvalQuestion,
 )
+CHATS = {"messages": "messages", "sharegpt": "conversations"}  # format -> the field with the messages
+FORMATS = (*CHATS, *(task.name for task in TASKS))
 
 
 def task_of(record: dict[str, Any]) -> type[Question] | None:
@@ -60,29 +62,54 @@ def question_of(record: dict[str, Any], where: str) -> Question:
     return task.from_record(whole_messages(record), where)
 
 
-def to_conversation(record: dict[str, Any], where: str) -> dict[str, list[dict]]:
+def to_conversation(record: dict[str, Any], where: str, format: str | None = None) -> dict[str, list[dict]]:
     """Return a training record as {"messages": [...], "tools"?: [...]}: GSM8K with tool calls, ARC and MMLU by letter.
 
-    Args and errors are those of `question_of`; a task without answers to train on is an error too.
+    Args:
+        record: One object of a data set. MMLU's auxiliary rows may be wrapped in a field `train`.
+        where: File and line, for errors.
+        format: One of `FORMATS`; None: told by the fields.
+
+    Raises:
+        UserError: The record is malformed, or of a task without answers to train on.
     """
-    if "messages" in record:
-        return chat(record, where)
-    messages = question_of(record, where).conversation() if task_of(record) else None
+    wrapped = record.get("train")
+    record = wrapped if record.keys() == {"train"} and isinstance(wrapped, dict) else record
+    format = format or format_of(record)
+    if format in CHATS:
+        return chat(record, where, CHATS[format])
+    task = next((task for task in TASKS if task.name == format and task.fields <= record.keys()), None)
+    messages = task.from_record(whole_messages(record), where).conversation() if task else None
     if messages is None:
         raise UserError(f"{where}: no `messages`, and not a record of a task to train on; {fields_of(record)}")
     check_messages(messages, where)
     return {"messages": messages}
 
 
-def chat(record: dict[str, Any], where: str) -> dict[str, list[dict]]:
-    messages = record["messages"]
+def format_of(record: dict[str, Any]) -> str | None:
+    """Return the format that the fields of a record tell, one of `FORMATS`."""
+    task = task_of(record)
+    return next((name for name, field in CHATS.items() if field in record), task.name if task else None)
+
+
+def chat(record: dict[str, Any], where: str, field: str) -> dict[str, list[dict]]:
+    messages = from_sharegpt(record.get(field))
     if has_call_parts(messages):
         messages = from_original(messages, where)
-    check_messages(messages, where)
+        check_messages(messages, where)
+    else:
+        check_messages(messages, where)
+        messages = results_behind_calls(messages, where)
     if record.get("tools") is None:
         return {"messages": messages}
     check_tools(record["tools"], where)
     return {"messages": messages, "tools": record["tools"]}
+
+
+def unread_fields(record: dict[str, Any], format: str | None = None) -> set[str]:
+    """Return the fields of a conversation's record that are not read; none for tasks, whose fields are known."""
+    format = format or format_of(record)
+    return record.keys() - {CHATS[format], "tools"} if format in CHATS else set()
 
 
 def fields_of(record: dict[str, Any]) -> str:

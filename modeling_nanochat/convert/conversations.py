@@ -12,6 +12,8 @@ There, an assistant's content may be a list of parts {"type", "text"}; a part `p
 
 Everything else is the same in both. The chat template renders the converted messages to the same ids and mask as
 nanochat the original ones.
+
+ShareGPT's turns {"from", "value"} are converted too: only the names of keys and roles differ.
 """
 
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 from ..errors import UserError
 
 CALL, RESULT = "python", "python_output"
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
 
 def has_call_parts(messages: Any) -> bool:
@@ -89,3 +92,15 @@ def kind_and_text(part: Any, where: str) -> tuple[str, str]:
 def unwrap_single_text(content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
     """The content as a string, if it is a list of at most one text part."""
     return "".join(part["text"] for part in content) if isinstance(content, list) and len(content) < 2 else content
+
+
+def from_sharegpt(turns: Any) -> Any:
+    """Turns {"from", "value"} as messages {"role", "content"}; their other keys, and what is no turn, stay."""
+    if not isinstance(turns, list):
+        return turns
+    return [as_message(turn) if isinstance(turn, dict) and "from" in turn else turn for turn in turns]
+
+
+def as_message(turn: dict[str, Any]) -> dict[str, Any]:
+    more = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value"), **more}

@@ -16,6 +16,7 @@ FOLLOWERS = {
     "tool": {"tool", "assistant"},
 }
 INSTRUCTIONS = ("system", "developer")  # two names for one role
+READ_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}  # of a message; an assistant's also `weight`
 
 
 def call_message(text: str, code: str) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def check_message(message: Any, where: str) -> str:
         raise UserError(f"{where}: only an assistant message can have `tool_calls`, not role {role!r}")
     for call in calls or []:
         check_call(call, where)
+    if role == "assistant" and message.get("weight") not in (None, 0, 1):
+        raise UserError(f"{where}: `weight` must be 0, not trained on, or 1, found {message['weight']!r}")
     return "system" if role in INSTRUCTIONS else role
 
 
@@ -75,6 +78,63 @@ def check_call(call: Any, where: str) -> None:
     for word in (*name.split("."), *arguments):
         if not word.isidentifier() or iskeyword(word):
             raise UserError(f"{where}: {word!r} is not a Python name, which a call of {name!r} needs; rename it")
+
+
+def results_behind_calls(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Checked messages in which every call is followed by its result, as the engine writes them: call, result, ...
+
+    Results belong to the call of their `tool_call_id`, and those without one to the remaining calls, in order. A
+    conversation that ends before the first result of its last calls stays as it is.
+
+    Raises:
+        UserError: A result belongs to no call, two belong to one, or a call has none; names the message.
+    """
+    ordered: list[dict[str, Any]] = []
+    number = 0
+    while number < len(messages):
+        message, number = messages[number], number + 1
+        results = {}
+        while message.get("tool_calls") and number < len(messages) and messages[number]["role"] == "tool":
+            number += 1
+            results[number] = messages[number - 1]  # by the number of the message, from 1
+        if not results:
+            ordered.append(message)
+            continue
+        rest = message | {"content": ""}
+        matched = match_results(message["tool_calls"], results, where)
+        for first, (call, result) in enumerate(zip(message["tool_calls"], matched, strict=True)):
+            ordered += [(rest if first else message) | {"tool_calls": [call]}, result]
+    return ordered
+
+
+def match_results(calls: list[dict[str, Any]], results: dict[int, dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """The result of each of the calls of one message; `results` are by their numbers in the conversation."""
+    ids = [call.get("id") for call in calls]
+    found: dict[int, dict[str, Any]] = {}
+    for number, result in sorted(results.items(), key=lambda item: item[1].get("tool_call_id") is None):
+        wanted = result.get("tool_call_id")
+        candidates = [i for i, call_id in enumerate(ids) if wanted in (None, call_id)]
+        unanswered = [i for i in candidates if i not in found]
+        if not unanswered:
+            why = "answers no call" if wanted is None or not candidates else "is the second result of its call"
+            raise UserError(f"{where}, message {number}: `tool_call_id` {wanted!r} {why}")
+        found[unanswered[0]] = result
+    if missing := [i for i in range(len(calls)) if i not in found]:
+        before = min(results) - 1
+        raise UserError(f"{where}, message {before}: call {missing[0] + 1} of {len(calls)} has no result")
+    return [found[i] for i in range(len(calls))]
+
+
+def unread_keys(messages: list[dict[str, Any]]) -> set[str]:
+    """Keys with a value that neither the chat template nor training reads, for instance `reasoning_content`."""
+    return {
+        key
+        for message in messages
+        for key, value in message.items()
+        if value not in (None, "", [], {})
+        and key not in READ_KEYS
+        and not (key == "weight" and message["role"] == "assistant")
+    }
 
 
 def is_text(content: Any) -> bool:

@@ -23,6 +23,7 @@ from recipes.sft import SFTArguments
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.bad_rows import BadRows
 from recipes.training.data.conversations import read_conversations
+from recipes.training.data.mixtures import MixtureArguments, check_beginnings, parse_mixture
 from recipes.training.stage import OutputArguments
 from recipes.training.trl.rewards import load_reward
 from recipes.training.trl.settings import GRPOSettings, SFTSettings, parse_settings
@@ -80,9 +81,12 @@ def check_texts(names: Sequence[str] | None, what: str, pending: PendingOutputs)
         check_text_files(given, what)
 
 
-def check_conversations(names: Sequence[str], pending: PendingOutputs) -> None:
-    if given := pending.existing(names):
-        read_conversations(given, first=FIRST_RECORDS)
+def check_conversations(args: MixtureArguments, pending: PendingOutputs) -> None:
+    if given := pending.existing(args.train_files):
+        read_conversations(given, first=FIRST_RECORDS, on_bad_row=args.on_bad_row)
+    for name in ("mixture", "validation_mixture"):
+        sources = parse_mixture(getattr(args, name, None) or [], name)
+        check_beginnings(sources, FIRST_RECORDS, pending, args.on_bad_row)
 
 
 def check_model(name: str, pending: PendingOutputs) -> None:
@@ -103,14 +107,14 @@ def check_pretraining(step: Step, pending: PendingOutputs) -> None:
 def check_midtraining(step: Step, pending: PendingOutputs) -> None:
     args, _, _ = arguments(step, MidtrainArguments, LoopArguments, OutputArguments)
     check_model(args.model_name_or_path, pending)
-    check_conversations(args.train_files, pending)
+    check_conversations(args, pending)
     check_texts(args.replay_files, "replay_files", pending)
 
 
 def check_sft(step: Step, pending: PendingOutputs) -> None:
     args, _, _ = parse_settings(SFTArguments, SFTSettings, words(step))
     check_model(args.model_name_or_path, pending)
-    check_conversations(args.train_files, pending)
+    check_conversations(args, pending)
 
 
 def check_grpo(step: Step, pending: PendingOutputs) -> None:

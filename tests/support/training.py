@@ -18,7 +18,9 @@ import torch
 from conftest import TOY_TEXTS
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
+from recipes.training.data.conversations import Renderer
 from tokenizer_train.bpe import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +85,12 @@ def midtrain_arguments(model: Path, train_files: Path, output_dir: Path, **more:
         "torch_compile": "false",
     } | more
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def render(conversations: list[dict], tokenizer: PreTrainedTokenizerFast, max_length: int, **settings: object) -> list:
+    """The conversations as ids and masks; None for those that are left out."""
+    records = [(f"chats:{number}", chat) for number, chat in enumerate(conversations, start=1)]
+    return Renderer(tokenizer, max_length, **settings)(records, "chats")
 
 
 def environment(**more: str) -> dict[str, str]:

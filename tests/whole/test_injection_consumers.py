@@ -11,6 +11,7 @@ from datasets import Dataset
 from hostile import ANY, HOSTILE, contents, learnt, messages_of, part, read, rendered, whole, written
 from hypothesis import given, settings
 from page import app
+from training import render
 from transformers import pipeline
 from trl import SFTTrainer
 
@@ -28,7 +29,7 @@ from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.grpo import NanoChatGRPOTrainer, read_problems
 from recipes.sft import NanoChatSFTTrainer, token_dataset
 from recipes.training.data.bad_rows import BadRows
-from recipes.training.data.conversations import read_conversations, render
+from recipes.training.data.conversations import read_conversations
 from recipes.training.data.streams import ConversationStreams, TextStreams
 from recipes.training.trl.settings import GRPOSettings, SFTSettings
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 from datasets import Dataset
+from training import render
 
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
@@ -15,7 +16,7 @@ from modeling_nanochat.text.texts import text_dataset
 from recipes.grpo import read_problems
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.bad_rows import BadRows
-from recipes.training.data.conversations import read_conversations, render, render_one
+from recipes.training.data.conversations import read_conversations, render_one
 from recipes.training.setup import make_accelerator
 
 
@@ -147,23 +148,18 @@ def test_a_conversation_beyond_the_context_is_counted_without_a_warning_of_the_l
     assert len(ids) > tokenizer.model_max_length and not caplog.records
 
 
-def test_conversations_too_long_or_without_an_answer_are_left_out_aloud(toy_model_and_tokenizer, capsys):
+def test_conversations_too_long_are_left_out_and_counted_and_those_without_an_answer_are_named(
+    toy_model_and_tokenizer, capsys
+):
     _, tokenizer = toy_model_and_tokenizer
-    chats = [{"messages": [user(), assistant()]}, {"messages": [user("x" * 500), assistant()]}, {"messages": [user()]}]
-    (kept,) = render(chats, tokenizer, 64)
-    learnt = [token for token, mask in zip(*kept, strict=True) if mask]
-    assert tokenizer.decode(learnt) == "Hello<|assistant_end|>"
-    assert "1 conversations of more than 64 tokens, 1 without an answer" in capsys.readouterr().out
-    for left, complaint in (
-        (chats[1:2], "^1 of 1 conversations have more than max_length 64 tokens; raise max_length$"),
-        (
-            chats[1:],
-            "^1 of 2 .* max_length 64 tokens and 1 have no answer of the assistant; raise max_length or add",
-        ),
-        (chats[2:], "^none of 1 conversations has an answer of the assistant, so nothing would be trained on"),
-    ):
-        with pytest.raises(UserError, match=complaint):
-            render(left, tokenizer, 64, show_progress=False)
+    chats = [{"messages": [user("x" * 500), assistant()]}, {"messages": [user(), assistant()]}, {"messages": [user()]}]
+    left_out, (ids, mask) = render(chats[:2], tokenizer, 64)
+    assert left_out is None and tokenizer.decode(ids[mask]) == "Hello<|assistant_end|>"
+    assert "chats: left out: 1 rows, first chats:1: more than max_length 64 tokens\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="^chats:3: no answer of the assistant to train on; add one"):
+        render(chats, tokenizer, 64)
+    assert [chat is None for chat in render(chats, tokenizer, 64, on_bad_row="skip")] == [True, False, True]
+    assert "first chats:3: no answer of the assistant" in capsys.readouterr().out
 
 
 @dataclass

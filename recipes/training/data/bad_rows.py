@@ -10,7 +10,7 @@ OnBadRow = Literal["error", "skip"]
 MOST_REASONS = 5  # printed
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BadRowArguments:
     """What a stage does with a row that it cannot train on."""
 
@@ -36,7 +36,10 @@ class BadRows:
         """
         if self.on_bad_row == "error":
             raise error
-        reason = re.sub(r"^(, (message|part) \d+)*: ", "", str(error).removeprefix(where))
+        self.count(where, re.sub(r"^(, (message|part) \d+)*: ", "", str(error).removeprefix(where)))
+
+    def count(self, where: str, reason: str) -> None:
+        """Count a row that is left out in any case."""
         self.reasons.setdefault(reason, []).append(where)
 
     def __len__(self) -> int:

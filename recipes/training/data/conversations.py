@@ -1,81 +1,122 @@
 """Conversations from files, as token ids with a mask of the tokens to train on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from evals.tasks.table import to_conversation
+from evals.tasks.table import to_conversation, unread_fields
 from modeling_nanochat.chat.self_check import check_renderings
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.records import read_records
+from modeling_nanochat.text.conversations import unread_keys
+from modeling_nanochat.text.records import Record, read_records
 from modeling_nanochat.tokenization_nanochat import whole_messages
 
+from .bad_rows import BadRows, OnBadRow
 from .packing import Conversation
 
 
-def read_conversations(names: Sequence[str], what: str = "train_files", first: int | None = None) -> list[dict]:
-    """Conversations {"messages", "tools"?} from records of conversations, GSM8K, ARC or MMLU.
+def read_conversations(
+    names: Sequence[str],
+    what: str = "train_files",
+    first: int | None = None,
+    format: str | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> list[dict]:
+    """Conversations {"messages", "tools"?} from records of conversations, GSM8K, ARC or MMLU, to check them.
 
     Args:
         names: Files, patterns, folders and Hub ids, as for `modeling_nanochat.text.records.read_records`.
         what: Name of the setting, for errors.
         first: Read only the first records of each file, to check that it is readable; None: all records.
+        format: One of `evals.tasks.table.FORMATS`; None: told by the fields of each record.
+        on_bad_row: Whether a bad record is an error or left out.
 
     Raises:
         UserError: A source is missing or empty, or a record is bad; the message names file and line.
     """
-    records = read_records(names, what, arrays_are="messages", first=first)  # arrays: the original's format
-    return [to_conversation(record, where) for where, record in records]
+    bad_rows, conversations = BadRows(on_bad_row), []
+    for where, record in read_records(names, what, arrays_are="messages", first=first):
+        try:
+            conversations.append(to_conversation(record, where, format))
+        except UserError as error:
+            bad_rows.add(where, error)
+    return conversations
 
 
-def render(
-    conversations: Sequence[dict],
-    tokenizer: PreTrainedTokenizerFast,
-    max_length: int,
-    *,
-    assistant_only_loss: bool = True,
-    show_progress: bool = True,
-) -> list[Conversation]:
-    """Ids (n,) uint32 and mask (n,) bool of each conversation, by the chat template and its `{% generation %}` blocks.
-
-    Skips conversations of more than `max_length` tokens and those without a token to train on; prints both counts.
+@dataclass
+class Renderer:
+    """Renders records by the chat template, whose `{% generation %}` blocks mark what the assistant writes.
 
     Raises:
-        UserError: None is left, or the template marks other tokens than those the assistant writes.
+        UserError: The template marks other tokens than those the assistant writes.
     """
-    check_renderings(tokenizer)
-    rendered: list[Conversation] = []
-    too_long = unanswered = 0
-    hidden = None if show_progress else True  # None: tqdm shows it only on a terminal
-    shown = {"desc": "rendering", "unit": " conversations", "mininterval": 1, "leave": False}
-    for conversation in tqdm(conversations, disable=hidden, **shown):
-        ids, mask = render_one(conversation, tokenizer)
-        too_long += len(ids) > max_length
-        unanswered += not any(mask)
-        if len(ids) <= max_length and any(mask):
-            trained = mask if assistant_only_loss else [0] + [1] * (len(ids) - 1)
-            rendered.append((np.array(ids, dtype=np.uint32), np.array(trained, dtype=bool)))
-    if show_progress and (too_long or unanswered):
-        print(f"left out: {too_long} conversations of more than {max_length} tokens, {unanswered} without an answer")
-    if not rendered:
-        raise UserError(nothing_to_train_on(len(conversations), too_long, unanswered, max_length))
-    return rendered
 
+    tokenizer: PreTrainedTokenizerFast
+    max_length: int  # tokens
+    assistant_only_loss: bool = True  # False: all tokens are trained on
+    on_bad_row: OnBadRow = "error"
+    show_progress: bool = True
 
-def nothing_to_train_on(conversations: int, too_long: int, unanswered: int, max_length: int) -> str:
-    """Why none of the conversations is left, and what to do."""
-    if unanswered == conversations:
-        return (
-            f"none of {conversations} conversations has an answer of the assistant, so nothing would be trained on; "
-            "add answers"
-        )
-    found = f"{too_long} of {conversations} conversations have more than max_length {max_length} tokens"
-    if unanswered:
-        return f"{found} and {unanswered} have no answer of the assistant; raise max_length or add answers"
-    return f"{found}; raise max_length"
+    def __post_init__(self) -> None:
+        check_renderings(self.tokenizer)
+
+    def __call__(
+        self, records: Iterable[tuple[str, Record]], name: str, format: str | None = None
+    ) -> list[Conversation | None]:
+        """Ids (n,) uint32 and mask (n,) bool of each record; None for those that are left out.
+
+        The texts are read one by one and not kept. What is left out is printed by reason, and fields that are not read
+        are named once: conversations of more than `max_length` tokens are always left out, bad rows if `on_bad_row` is
+        "skip".
+
+        Args:
+            records: Where each record is, for errors, and the record, as from `read_records`.
+            name: Name of the source, for what is printed.
+            format: As in [`read_conversations`].
+
+        Raises:
+            UserError: A record is bad; the message names file and line.
+        """
+        bad_rows, unread = BadRows(self.on_bad_row), set[str]()
+        hidden = None if self.show_progress else True  # None: tqdm shows it only on a terminal
+        shown: dict[str, Any] = {"desc": "rendering", "unit": " conversations", "mininterval": 1, "leave": False}
+        rendered: list[Conversation | None] = []
+        for where, record in tqdm(records, disable=hidden, **shown):
+            try:
+                conversation = to_conversation(record, where, format)
+                unread |= unread_fields(record, format)
+                unread |= {f"messages[].{key}" for key in unread_keys(conversation["messages"])}
+                rendered.append(self.render(conversation, where, bad_rows))
+            except UserError as error:
+                bad_rows.add(where, error)
+                rendered.append(None)
+        if self.show_progress:
+            for line in bad_rows.summary():
+                print(f"{name}: {line}")
+            if unread:
+                print(f"{name}: fields that are not read: {', '.join(sorted(unread))}")
+        return rendered
+
+    def render(self, conversation: dict, where: str, bad_rows: BadRows) -> Conversation | None:
+        """One conversation; None, counted, if it is too long.
+
+        Raises:
+            UserError: It has nothing to train on.
+        """
+        ids, mask = (np.array(part) for part in render_one(conversation, self.tokenizer))
+        if len(ids) > self.max_length:
+            bad_rows.count(where, f"more than max_length {self.max_length} tokens")
+            return None
+        mask = mask.astype(bool)
+        silent = weightless(conversation["messages"], mask, where)
+        if not np.any(mask & ~silent):
+            raise UserError(f"{where}: no answer of the assistant to train on; add one, or leave the row out")
+        trained = mask if self.assistant_only_loss else np.arange(len(ids)) > 0
+        return ids.astype(np.uint32), trained & ~silent
 
 
 def render_one(conversation: dict, tokenizer: PreTrainedTokenizerFast) -> Conversation:
@@ -88,3 +129,20 @@ def render_one(conversation: dict, tokenizer: PreTrainedTokenizerFast) -> Conver
         return_assistant_tokens_mask=True,
     )
     return rendered["input_ids"], rendered["assistant_masks"]
+
+
+def weightless(messages: Sequence[dict], mask: np.ndarray, where: str) -> np.ndarray:
+    """Tokens (n,) bool of the assistant's messages with `weight` 0, which are not trained on.
+
+    The k-th run of marked tokens is the assistant's k-th message: between two of them others write.
+
+    Raises:
+        UserError: The chat template marks another number of runs.
+    """
+    silent = [message.get("weight") == 0 for message in messages if message["role"] == "assistant"]
+    if not any(silent):
+        return np.zeros(len(mask), dtype=bool)
+    run = np.cumsum(np.diff(mask, prepend=False) & mask)  # from 1 on, at marked tokens
+    if run[-1] != len(silent):
+        raise UserError(f"{where}: this chat template does not separate the answers, which `weight` needs; remove it")
+    return mask & np.array([False, *silent])[run]

@@ -32,7 +32,7 @@ def output_arguments(args: Any, training: TrainingArguments) -> OutputArguments:
         UserError: A required setting is missing. (Required fields of a dataclass cannot follow `TrainingArguments`.)
     """
     for name in ("model_name_or_path", "train_files"):
-        if not getattr(args, name):
+        if not getattr(args, name) and not (name == "train_files" and getattr(args, "mixture", None)):
             raise UserError(f"--{name} is missing; set it in the --config file or on the command line")
     output = OutputArguments(
         output_dir=training.output_dir or "",

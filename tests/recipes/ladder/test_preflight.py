@@ -16,7 +16,7 @@ from recipes.run import main
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 PROBLEM = {"question": "What is 1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}
-SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
+ALPACA = {"instruction": "Greet me.", "output": "Hello."}
 
 
 @pytest.fixture
@@ -24,14 +24,14 @@ def files(tmp_path):
     texts = {
         "chats.jsonl": json.dumps(CHAT),
         "problems.jsonl": json.dumps(PROBLEM),
-        "sharegpt.jsonl": json.dumps(SHAREGPT),
+        "alpaca.jsonl": json.dumps(ALPACA),
         "prose.jsonl": "It was a dark night.",
         "text.jsonl": json.dumps({"text": "It was a dark night."}),
         "prose.txt": "It was a dark night.",
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text + "\n")
-    (tmp_path / "sharegpt.json").write_text(json.dumps([SHAREGPT, SHAREGPT], indent=1))
+    (tmp_path / "alpaca.json").write_text(json.dumps([ALPACA, ALPACA], indent=1))
     (tmp_path / "chats.json.gz").write_bytes(gzip.compress(json.dumps([CHAT]).encode()))
     Dataset.from_list([CHAT]).to_parquet(tmp_path / "chats" / "data" / "test.parquet")
     Dataset.from_list([{"text": "It was a dark night."}]).to_parquet(tmp_path / "corpus" / "train.parquet")
@@ -71,10 +71,10 @@ def test_what_the_stages_take_passes(files, given):
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ({"midtrain_files": ["@sharegpt.jsonl"]}, "mid: .*sharegpt.jsonl:1: no `messages`"),
+        ({"midtrain_files": ["@alpaca.jsonl"]}, "mid: .*alpaca.jsonl:1: no `messages`"),
         ({"sft_files": ["@prose.jsonl"]}, "sft: .*prose.jsonl:1: not valid JSON"),
         ({"sft_files": ["me/chats"]}, "sft: me/chats: no local file or folder, and HF_HUB_OFFLINE"),
-        ({"sft_files": ["@sharegpt.json"]}, "sft: .*sharegpt.json, record 1: no `messages`"),
+        ({"sft_files": ["@alpaca.json"]}, "sft: .*alpaca.json, record 1: no `messages`"),
         ({"sft_files": ["@prose.txt"]}, "sft: .*prose.txt is text without fields"),
         ({"midtrain_files": ["@chats"]}, "mid: .*chats: no split 'train', only test"),
         ({"midtrain_files": ["@corpus"]}, "mid: .*train.parquet, row 1: no `messages`"),

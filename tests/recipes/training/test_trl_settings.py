@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 import pytest
 import torch
 import yaml
+from training import render
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import GRPOConfig, SFTConfig
 
@@ -15,7 +16,6 @@ from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.grpo import GRPOArguments, NanoChatGRPOTrainer, read_problems
 from recipes.sft import NanoChatSFTTrainer, SFTArguments, token_dataset
 from recipes.training.data.bad_rows import BadRows
-from recipes.training.data.conversations import render
 from recipes.training.trl import keys as trl_keys
 from recipes.training.trl import settings as trl_settings
 from recipes.training.trl.rewards import exact_answer

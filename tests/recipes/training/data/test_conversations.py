@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import weakref
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from training import render
 
 from modeling_nanochat.errors import UserError
-from recipes.training.data.conversations import read_conversations, render
+from recipes.training.data.conversations import Renderer, read_conversations
 
 CALL = {"type": "function", "function": {"name": "python", "arguments": {"code": "12*7"}}}
 WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome", "days": 2}}}
@@ -67,3 +69,38 @@ def test_a_bad_row_of_a_table_is_named(tmp_path):
     broken = {"messages": [{"role": "assistant", "content": "Hello."}]}
     with pytest.raises(UserError, match=r"a.parquet, row 2, message 1: role 'assistant' is out of order"):
         read_conversations([write(tmp_path / "a.parquet", [CONVERSATIONS[0], broken])])
+
+
+def test_a_message_of_weight_0_is_not_trained_on(toy_model_and_tokenizer):
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "Yes."}
+    call = {"function": {"name": "python", "arguments": {"code": "1"}}}
+    messages = [
+        user, answer | {"content": "wrong", "weight": 0}, user, answer | {"tool_calls": [call], "weight": 1},
+        {"role": "tool", "content": "1"}, answer | {"content": "no", "weight": 0.0}, user, answer,
+    ]  # fmt: skip
+    tokenizer = toy_model_and_tokenizer[1]
+    for only_answers in (True, False):
+        ((ids, mask),) = Renderer(tokenizer, 999, only_answers)([("here", {"messages": messages})], "x")
+        runs = np.split(ids, np.flatnonzero(np.diff(mask)) + 1)[not mask[0] :: 2]
+        trained = [tokenizer.decode(run) for run in runs]
+        if only_answers:
+            assert trained == ["Yes.<|python_start|>1<|python_end|>", "Yes.<|assistant_end|>"]
+        else:
+            assert not any(word in text for text in trained for word in ("wrong", "no"))
+            assert len(trained) == 3 and trained[0] == "<|user_start|>a<|user_end|><|assistant_start|>"
+
+
+def test_texts_are_not_kept(toy_model_and_tokenizer):
+    class Row(dict):
+        pass
+
+    def rows():
+        for i in range(50):
+            alive[i] = row = Row(CONVERSATIONS[0])
+            most.append(len(alive))
+            yield "here", row
+            del row
+
+    alive, most = weakref.WeakValueDictionary(), []
+    assert len(Renderer(toy_model_and_tokenizer[1], 999)(rows(), "x")) == 50
+    assert max(most) <= 3

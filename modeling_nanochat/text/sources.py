@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ..errors import UserError
-from ..hub import GATED, MISSING, hub_failure
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -124,6 +123,8 @@ def opening_on_hub(name: str) -> Iterator[None]:
     """Report in one line why a data set on the Hub cannot be opened."""
     from datasets.exceptions import DatasetNotFoundError
 
+    from ..hub import GATED, MISSING, hub_failure
+
     try:
         yield
     except UserError:
@@ -202,6 +203,8 @@ def reading(name: str, reader: str) -> Iterator[None]:
 
 def broke_off(error: BaseException, where: str, row: int) -> UserError:
     """The error of a data set that could be read up to `row`, on the Hub or local."""
+    from ..hub import hub_failure
+
     failure = hub_failure(error, "data set")
     return UserError(
         f"{where}: reading failed after row {row}" + (f": {failure}" if failure else f" ({first_line(error)})")

@@ -73,7 +73,7 @@ def by_us(folder, questions):
     arguments = EvaluateArguments(
         str(folder / "model"),
         str(folder / "results.json"),
-        [str(folder / f"{name}.jsonl") for name in questions],
+        [f"{name}={folder / name}.jsonl" for name in questions],
         max_new_tokens=LENGTH,
         output_predictions=str(folder / "predictions.jsonl"),
     )

@@ -57,7 +57,7 @@ def test_a_published_name_reads_its_data_set_on_the_hub(monkeypatch):
 
 
 def test_without_network_the_error_says_how_to_give_the_data():
-    with pytest.raises(UserError, match=r"openai/gsm8k: could not be loaded .* or give gsm8k=FILE") as error:
+    with pytest.raises(UserError, match=r"openai/gsm8k: .*HF_HUB_OFFLINE forbids .* or give gsm8k=FILE") as error:
         load_task("gsm8k", None)
     assert "\n" not in str(error.value)
 

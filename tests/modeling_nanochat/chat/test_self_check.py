@@ -211,6 +211,7 @@ def test_grpo_refuses_a_model_whose_cache_is_ignored_and_leaves_nothing(
     )
     settings = {"model_name_or_path": toy_model_folder, "train_files": problems, "output_dir": tmp_path / "run" / "rl"}
     settings |= {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "max_steps": 1}
+    settings |= {"gradient_accumulation_steps": 1}
     words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     monkeypatch.setattr("sys.argv", ["grpo.py", *words])
     with pytest.raises(UserError, match="computes other logits with the model's cache"):

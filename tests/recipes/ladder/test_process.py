@@ -161,3 +161,10 @@ def test_variables_before_a_command():
 def test_without_torch_nothing_is_forked():
     code = "import sys; from recipes.ladder.process import can_fork; sys.exit(can_fork() or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_run_imports_no_library_that_reads_the_stages_variables_before_it_sets_them():
+    libraries = {"datasets", "huggingface_hub", "torch", "tqdm", "transformers"}
+    code = f"import sys, recipes.run; sys.exit(', '.join({libraries} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

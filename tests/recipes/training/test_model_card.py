@@ -167,7 +167,7 @@ PROBLEMS = '{"question": "1+1?", "answer": "#### 2"}\n' * 8
     [
         (midtrain, "run_stage", CHATS, ["--max_steps", "1", "--max_length", "64"]),
         (sft, "run_trl_stage", CHATS, []),
-        (grpo, "run_trl_stage", PROBLEMS, ["--num_generations", "2", "--per_device_train_batch_size", "2"]),
+        (grpo, "run_trl_stage", PROBLEMS * 2, ["--num_generations", "2"]),
     ],
 )
 def test_every_stage_that_makes_a_chat_model_records_its_questions(

@@ -165,6 +165,6 @@ def test_without_torch_nothing_is_forked():
 
 def test_run_imports_no_library_that_reads_the_stages_variables_before_it_sets_them():
     libraries = {"datasets", "huggingface_hub", "torch", "tqdm", "transformers"}
-    code = f"import sys, recipes.run; sys.exit(', '.join({libraries} & set(sys.modules)))"
+    code = f"import sys, recipes.run; sys.exit(', '.join({libraries} & set(sys.modules)) or None)"
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")

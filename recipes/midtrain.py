@@ -92,6 +92,7 @@ def main() -> None:
     args, loop, output = parse(MidtrainArguments, LoopArguments, OutputArguments)
     if check_output(output, loop.resume, given(args, loop, output)):
         return
+    args.check_beginnings()
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     accelerator = make_accelerator(loop, output.output_dir)
     set_seed(loop.seed)

@@ -63,6 +63,7 @@ def main() -> None:
     if check_output(output, training.resume_from_checkpoint, run_settings(given), "--resume_from_checkpoint"):
         return
     checkpoint = find_checkpoint(training)
+    args.check_beginnings()
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)
     set_max_length(training, model.config.max_position_embeddings)

@@ -23,15 +23,13 @@ from recipes.sft import SFTArguments
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.bad_rows import BadRows
 from recipes.training.data.conversations import read_conversations
-from recipes.training.data.mixtures import MixtureArguments, check_beginnings, parse_mixture
+from recipes.training.data.mixtures import FIRST_RECORDS, MixtureArguments, check_beginnings, parse_mixture
 from recipes.training.stage import OutputArguments
 from recipes.training.trl.rewards import load_reward
 from recipes.training.trl.settings import GRPOSettings, SFTSettings, parse_settings
 from recipes.training.trl.stage import check_rows
 
 from .step import Step
-
-FIRST_RECORDS = 100  # of each file of conversations
 
 
 class PendingOutputs:

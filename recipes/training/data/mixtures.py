@@ -28,6 +28,7 @@ from .conversations import Renderer, read_conversations
 from .packing import Conversation
 
 GENERATED: dict[str, type[Generated]] = {"spelling_bee": SpellingBee, "simple_spelling": SimpleSpelling}
+FIRST_RECORDS = 100  # of each source, checked before anything long begins
 HELP = (
     "Instead of train_files, shuffled: names, or mappings (on the command line JSON) of `source` and optionally "
     "`rows`, `epochs`, `format`, `words`."
@@ -52,6 +53,12 @@ class MixtureArguments(BadRowArguments):
         if self.train_files and self.mixture:
             raise UserError("give either train_files or mixture, not both: the mixture can name files too")
         parse_mixture(self.mixture or [], "mixture")
+
+    def check_beginnings(self) -> None:
+        """Raise [`UserError`] if the first records of a source would be refused, before the model is read."""
+        if self.train_files:
+            read_conversations(self.train_files, first=FIRST_RECORDS, on_bad_row=self.on_bad_row)
+        check_beginnings(parse_mixture(self.mixture or [], "mixture"), FIRST_RECORDS, (), self.on_bad_row)
 
     def conversations(self, render: Renderer, seed: int) -> list[Conversation]:
         """The rendered conversations: of `train_files` in their order, of a mixture shuffled by the seed.

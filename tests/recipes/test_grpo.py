@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from evals.full_python import check_full_python
 from modeling_nanochat.chat.sampling import SamplingOptions
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
@@ -64,9 +65,10 @@ def test_a_function_is_rewarded_if_its_tests_pass(tmp_path):
     record["test"] = "def check(candidate):\n    assert candidate() == 1\n"
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     try:
-        (problem,) = read_problems([str(tmp_path / "a.jsonl")], BadRows())
-    except UserError as error:
+        check_full_python()
+    except UserError as error:  # not of the problems: a record that is refused must fail this test
         pytest.skip(str(error))
+    (problem,) = read_problems([str(tmp_path / "a.jsonl")], BadRows())
     assert problem["prompt"] == [{"role": "user", "content": "def one():\n"}]
     replies = [[{"role": "assistant", "content": f"def one(): return {number}"}] for number in (1, 2)]
     assert exact_answer(replies, [json.loads(problem["problem"])] * 2) == [1.0, 0.0]

@@ -209,18 +209,22 @@ class NanoChatRotaryEmbedding(nn.Module):
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         angles = torch.cat((angles, angles), dim=-1)
         scaling = self.attention_scaling
-        return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
+        cos, sin = ((waves * scaling).to(x.dtype) for waves in (angles.cos(), angles.sin()))
+        return computed_once(cos), computed_once(sin)
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(first, second) -> (second, -first): NanoChat rotates by minus the usual angle."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((second, -first), dim=-1)
+def computed_once(x: torch.Tensor) -> torch.Tensor:
+    """`x`; the compiler would otherwise compute cosines and sines again in two kernels of every layer."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return x.as_strided(x.shape, x.stride())  # a view of memory, which must have been written
+    return x
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `x` (B, heads, T, head_dim) by `cos`, `sin` (B, T, head_dim)."""
-    return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
+    """Rotate `x` (B, T, heads, head_dim) by `cos`, `sin` (B, T, head_dim), by minus the usual angle."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = (waves.unsqueeze(2)[..., : first.shape[-1]] for waves in (cos, sin))  # whose halves are equal
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
 def repeat_kv(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -296,9 +300,9 @@ class NanoChatAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Queries (B, T, H x head_dim), keys and values (B, T, KV x head_dim) -> (B, T, C) and the weights."""
         shape = (*query.shape[:-1], -1, self.head_dim)
-        query, key, value = (part.view(shape).transpose(1, 2) for part in (query, key, value))
-        query = self.qk_norm(apply_rotary(query, *position_embeddings))
-        key = self.qk_norm(apply_rotary(key, *position_embeddings))
+        query, key = (self.qk_norm(apply_rotary(part.view(shape), *position_embeddings)) for part in (query, key))
+        # Transposed last: attention's output has its queries' layout, and is then contiguous as (B, T, H, D)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value.view(shape)))
         cache = pop_cache(past_key_values, kwargs)
         if cache is not None:  # a paged cache also adds its attention functions' arguments to `kwargs`
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)

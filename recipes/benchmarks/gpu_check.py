@@ -8,10 +8,10 @@ Made for one H100. Each check runs in its own process with a time limit. Its res
 `--output` as one JSON line as soon as it ends, so that an interrupted run keeps its results. Figures are informative;
 gates must pass, or the command fails. Output of the checks themselves goes to a log next to `--output`.
 
-Most of the time is torch.compile. Its output stays in torch's cache (TORCHINDUCTOR_CACHE_DIR, if set), so that a
-repeated check measures immediately. While a check runs that measures no time, another process compiles for the next.
-`--help` lists the seconds of each check with a cold cache. Eight minutes then suffice for about the first seven
-checks; the rest are reported as skipped, for a second command with `--only`.
+Most of the time is torch.compile. On a GPU, checks that measure no time therefore run first, `--jobs` at once, and
+beside them processes that compile for the others, which then run alone. What was compiled stays in torch's cache
+(TORCHINDUCTOR_CACHE_DIR, if set), so that a repeated check measures immediately. `--help` lists the seconds of each
+check with a cold cache.
 
 With `--device cpu` the same code runs at toy sizes in float32, with gates on results only, not on speed.
 """
@@ -23,7 +23,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
@@ -32,6 +31,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,8 @@ from recipes.benchmarks.gpu_checks import CHECKS, MARK, ROOT, Setting, environme
 from recipes.training.attention import check_attention
 
 CHILD = "import sys; from recipes.benchmarks.gpu_checks import child; child.{function}(*sys.argv[1:])"
-MOST_WAIT = 60  # seconds to wait for background compilation after a check has ended
+MOST_PREPARATION = 200  # seconds to compile for one check
+CORES_PER_JOB = 2  # torch.compile keeps about as many busy
 Result = dict[str, Any]
 
 
@@ -73,6 +74,9 @@ class GPUCheckArguments:
     )
     limit: int | None = field(default=None, metadata={"help": "Time limit per check in seconds; default: its own."})
     total: int = field(default=480, metadata={"help": "Time limit for all checks in seconds."})
+    jobs: int | None = field(
+        default=None, metadata={"help": "Processes at once that measure no time; default: 1 on a CPU, else by cores."}
+    )
 
     def check(self) -> None:
         """Resolve `auto`; raise [`UserError`] on an invalid setting."""
@@ -86,7 +90,9 @@ class GPUCheckArguments:
         check_attention(self.attn_implementation)
         if self.original and not Path(self.original).is_dir():
             raise UserError(f"original: {self.original} is not a folder; give a checkout of the original nanochat")
-        for name in ("limit", "total", "rows"):
+        if self.jobs is None:
+            self.jobs = max(1, (os.cpu_count() or 1) // CORES_PER_JOB) if self.device == "cuda" else 1
+        for name in ("limit", "total", "rows", "jobs"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
 
@@ -119,47 +125,60 @@ def main() -> None:
     except OSError as error:
         path = error.filename or output
         raise UserError(f"output: {path} cannot be written ({error.strerror}); give another") from error
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs `finally`, which kills the check
-    end, results = time.monotonic() + args.total, []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs `finally`, which kills the checks
     with log, tempfile.TemporaryDirectory(prefix="gpu_check_") as work_dir:
         original = str(Path(args.original).resolve()) if args.original else None
         setting = Setting(args.device, work_dir, original, args.window_pattern, args.rows, args.attn_implementation)
-        for name, following in with_following(args.names()):
-            limit = min(args.limit or CHECKS[name].limit, end - time.monotonic())
-            with preparing(following if setting.on_gpu else [], setting, log):
-                results.append(run_check(name, setting, limit, log))
-                line = json.dumps(results[-1])
-                print(line, flush=True)
-                with output.open("a", encoding="utf-8") as file:
-                    file.write(f"{line}\n")
+        results = []
+        for result in run_checks(args, setting, log):
+            results.append(result)
+            line = json.dumps(result)
+            print(line, flush=True)
+            with output.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
     print(summary(results), flush=True)
     if failed := [result["check"] for result in results if result["status"] in ("failed", "error", "timed out")]:
         raise UserError(f"{', '.join(failed)}: failed; {output} has the figures, {log_path} the output")
 
 
-def with_following(names: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each check with those to compile while it runs: the timed checks up to the next untimed one."""
-    for number, name in enumerate(names):
-        following = []
-        if not CHECKS[name].timed:
-            following = list(itertools.takewhile(lambda after: CHECKS[after].timed, names[number + 1 :]))
-        yield name, [after for after in following if CHECKS[after].prepare and not missing(after)]
+def run_checks(args: GPUCheckArguments, setting: Setting, log: Any) -> Iterator[Result]:
+    """The results as they come: first of the checks that measure no time, several at once, then of each other one."""
+    end = time.monotonic() + args.total
+    processes: list[subprocess.Popen] = []
+
+    def run(name: str) -> Result:
+        return run_check(name, setting, min(args.limit or CHECKS[name].limit, end - time.monotonic()), log, processes)
+
+    timed = [name for name in args.names() if CHECKS[name].timed]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        untimed = [pool.submit(run, name) for name in args.names() if name not in timed]
+        for function in compiling(timed, setting):
+            pool.submit(prepare, function, setting, min(MOST_PREPARATION, end - time.monotonic()), log, processes)
+        try:
+            yield from (future.result() for future in as_completed(untimed))
+        except BaseException:  # also an interrupt; the pool would wait for its processes
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(processes):
+                kill(process)
+            raise
+    yield from map(run, timed)
 
 
-@contextlib.contextmanager
-def preparing(names: list[str], setting: Setting, log: Any) -> Iterator[None]:
-    """Compile for the checks `names` in a background process during this block; its failures are ignored."""
-    if not names:
-        yield
-        return
-    command = [sys.executable, "-c", CHILD.format(function="prepare"), json.dumps(asdict(setting)), *names]
-    with own_group(command, setting, log) as process:
-        yield
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(MOST_WAIT)
+def compiling(names: list[str], setting: Setting) -> list[str]:
+    """What compiles for the checks `names` on this device."""
+    return [function for name in names if setting.on_gpu and not missing(name) for function in CHECKS[name].prepare]
 
 
-def run_check(name: str, setting: Setting, limit: float, log: Any) -> Result:
+def prepare(function: str, setting: Setting, limit: float, log: Any, processes: list[subprocess.Popen]) -> None:
+    """Compile what a check will run; if that fails, the check itself compiles."""
+    command = [sys.executable, "-c", CHILD.format(function="prepare"), json.dumps(asdict(setting)), function]
+    with own_group(command, setting, log, processes) as process, contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(limit)
+
+
+def run_check(
+    name: str, setting: Setting, limit: float, log: Any, processes: list[subprocess.Popen] | None = None
+) -> Result:
     """Run one check in a new process and return its result, even if the process crashes or is killed."""
     check = CHECKS[name]
     result: Result = {"check": name, "title": check.title, "status": "passed", "reason": None, "seconds": 0.0}
@@ -169,7 +188,7 @@ def run_check(name: str, setting: Setting, limit: float, log: Any) -> Result:
     log.write(f"\n===== {name} {check.title}\n")
     started = time.monotonic()
     command = [sys.executable, "-c", CHILD.format(function="main"), name, json.dumps(asdict(setting))]
-    with own_group(command, setting, subprocess.PIPE) as process:
+    with own_group(command, setting, subprocess.PIPE, processes) as process:
         reader = threading.Thread(target=listen, args=(process, result, log), daemon=True)
         reader.start()
         try:
@@ -204,18 +223,28 @@ def missing(name: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def own_group(command: list[str], setting: Setting, output: Any) -> Iterator[subprocess.Popen]:
-    """A process in its own session; it and its descendants are killed at the end of the block."""
+def own_group(
+    command: list[str], setting: Setting, output: Any, processes: list[subprocess.Popen] | None = None
+) -> Iterator[subprocess.Popen]:
+    """A process in its own session, in `processes` during the block; killed with its descendants at its end."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(setting), stdout=output, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
+    processes = [] if processes is None else processes
+    processes.append(process)
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        processes.remove(process)
+        kill(process)
         process.wait()
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a process with its descendants."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def listen(process: subprocess.Popen, result: Result, log: Any) -> None:

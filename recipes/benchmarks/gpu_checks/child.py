@@ -1,13 +1,16 @@
 """Entry points of the processes that gpu_check.py starts: run one check, or compile for the next ones."""
 
 import json
+import time
 import traceback
 
 import torch
 
 from . import CHECKS, MARK, Report, Setting, Skipped, load
+from .runs import free
 
-LEAST_MEMORY = 70 * 2**30  # bytes on a device to run a check and compile concurrently
+LEAST_MEMORY = 70 * 2**30  # bytes on a device to run checks and compile concurrently
+TRIES, WAIT = 8, 8.0  # seconds
 
 
 def send(kind: str, content: object) -> None:
@@ -26,10 +29,14 @@ def main(name: str, setting: str) -> None:
         send("error", lines[0][:500])
 
 
-def prepare(setting: str, *names: str) -> None:
-    """Fill torch's compile cache for the checks `names`, if the device has memory for a concurrent check."""
+def prepare(setting: str, function: str) -> None:
+    """Fill torch's compile cache by a check's `prepare` function, if the device has memory for several processes."""
     setting = Setting(**json.loads(setting))
     if setting.on_gpu and torch.cuda.get_device_properties(0).total_memory < LEAST_MEMORY:
         return
-    for name in names:
-        load(CHECKS[name].prepare)(setting)
+    for _ in range(TRIES):
+        try:
+            return load(function)(setting)
+        except torch.OutOfMemoryError:  # the processes beside this one will have ended
+            free()
+            time.sleep(WAIT)

@@ -19,8 +19,8 @@ from evals.speed.timing import take_turns
 from modeling_nanochat import NanoChatConfig
 
 from . import Report, Setting, Skipped
-from .runs import TrainingRun, free, make_config, make_run
-from .train import DEPTHS, layer_counts, rows_and_length
+from .runs import TrainingRun, free, make_batch, make_config, make_run
+from .train import DEPTHS, layer_counts, prepare, rows_and_length
 
 LEAST_RATIO = 1.0  # our tokens/s relative to the original's
 TURNS = 3
@@ -85,6 +85,31 @@ def check_original(setting: Setting, report: Report) -> None:
 
 def check_current(setting: Setting, report: Report) -> None:
     compare(setting, report, "current", "turbo")
+
+
+def prepare_original(setting: Setting) -> None:
+    prepare_theirs(setting, "classic", "plain")
+
+
+def prepare_current(setting: Setting) -> None:
+    prepare_theirs(setting, "current", "turbo")
+
+
+def prepare_plain(setting: Setting) -> None:
+    prepare(dataclasses.replace(setting, window_pattern="L"), "plain")
+
+
+def prepare_turbo(setting: Setting) -> None:
+    prepare(dataclasses.replace(setting, window_pattern="L"), "turbo")
+
+
+def prepare_theirs(setting: Setting, version: str, architecture: str) -> None:
+    """Compile what [`compare`] will run of the original."""
+    sys.path.insert(0, str(find_checkout(setting, version)))
+    for layers in layer_counts(setting):
+        config = make_config(setting, architecture, DEPTHS[architecture], layers)
+        OriginalRun(setting, config, make_batch(setting, config, *rows_and_length(setting, architecture))).step()
+        free()
 
 
 def compare(setting: Setting, report: Report, version: str, architecture: str) -> None:

@@ -29,7 +29,6 @@ from . import ROOT, Report, Setting, environment
 SFT_STEPS, GRPO_STEPS = 6, 2
 LOOP_STEPS, KILLED_AFTER = 20, 12
 MOST_LOOP = 1.03  # time of a step including data and logging, relative to model and optimizer
-MOST_FIRST_STEP = 3.0  # time of the first SFT step, relative to the last
 
 
 def random_reward(completions: list, **kwargs: Any) -> list[float]:
@@ -38,15 +37,13 @@ def random_reward(completions: list, **kwargs: Any) -> list[float]:
 
 
 def check_trl(setting: Setting, report: Report) -> None:
-    """SFT and GRPO on a random model: finite weights, and no slow first step."""
+    """SFT and GRPO on a random model: finite weights that have changed. Other checks may run beside."""
     world = make_world(setting)
     shared = {"train_files": world / "problems.jsonl", "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
     sizes = {"per_device_train_batch_size": 16 if setting.on_gpu else 4, "init_lr_fraction": 0.04}
     sft = {"model_name_or_path": world / "model", "output_dir": world / "sft", "max_steps": SFT_STEPS, **sizes}
     rows = run_trl(setting, report, "recipes/sft.py", sft | shared | {"train_files": world / "conversations.jsonl"})
-    report.figure("sft: seconds of the first and the last step", ends := [rows[0], statistics.median(rows[1:])])
-    if setting.on_gpu:
-        report.at_most("sft: first step relative to the others", ends[0] / ends[1], MOST_FIRST_STEP)
+    report.figure("sft: seconds of each step", rows)
     completion = 128 if setting.on_gpu else 8
     grpo = {"model_name_or_path": world / "sft", "output_dir": world / "rl", "max_steps": GRPO_STEPS, **sizes}
     grpo |= {"num_generations": 8 if setting.on_gpu else 4, "max_completion_length": completion, "beta": 0.0}

@@ -79,6 +79,11 @@ def check_architecture(setting: Setting, report: Report, architecture: str) -> N
         report.at_least("MFU of a pass, %", extrapolated["pass_mfu_percent"], LEAST_MFU[architecture])
 
 
+def prepare_full_depth(setting: Setting) -> None:
+    """Compile what [`check_full_depth`] will run first."""
+    make_run(setting, make_config(setting, "plain", DEPTHS["plain"]), *rows_and_length(setting, "plain")).step()
+
+
 def check_full_depth(setting: Setting, report: Report) -> None:
     """Measure the full d20, with half the rows if memory runs out."""
     rows, length = rows_and_length(setting, "plain")
@@ -104,7 +109,7 @@ def measure_full_depth(setting: Setting, report: Report, rows: int, length: int)
 
 
 def layer_counts(setting: Setting) -> tuple[int, int]:
-    return (4, 8) if setting.on_gpu else (1, 2)
+    return (2, 6) if setting.on_gpu else (1, 2)
 
 
 def rows_and_length(setting: Setting, architecture: str) -> tuple[int, int]:

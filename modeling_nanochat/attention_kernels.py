@@ -7,6 +7,17 @@ import torch
 
 
 @contextmanager
+def cudnn_attention(allowed: bool) -> Iterator[None]:
+    """Allow or disable cuDNN attention on CUDA devices within the block."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
 def without_cudnn_attention() -> Iterator[None]:
     """Disable cuDNN attention on CUDA devices, as a context manager or a decorator.
 
@@ -16,9 +27,5 @@ def without_cudnn_attention() -> Iterator[None]:
 
     The switch is torch's and process-wide: set it around all of the process's work, not around single calls.
     """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
+    with cudnn_attention(False):
         yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)

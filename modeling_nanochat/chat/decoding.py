@@ -4,7 +4,8 @@
 step: it starts half a minute later and then runs faster, so it suits long chats, many questions and measurements.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from transformers.cache_utils import StaticLayer
 
 from ..modeling_nanochat import CACHE
 from .cpu_step import step_of
-from .frame import Frame, arrange
+from .cuda_graph import captured
+from .frame import Frame, FrameLayer, arrange
 
 Mask = torch.Tensor | dict[str, torch.Tensor | None] | None
 
 SMALLEST_STEP = 64
-# A step takes a few milliseconds, so Python's overhead around kernels matters; on a CPU so do the kernels for narrow
-# products, for which Inductor's are benchmarked against the BLAS library's at compile time.
-CUDA_OPTIONS: dict[str, Any] = {"triton.cudagraphs": True}
+# A step consists of narrow products. On a GPU, this option turns those of one row into reductions and tunes them (d20
+# on an H100: 883 -> 1,185 steps/s); on a CPU, Inductor's kernels are benchmarked against the BLAS library's.
+CUDA_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 CPU_OPTIONS: dict[str, Any] = {
     "cpp_wrapper": True,
     "max_autotune": True,
@@ -161,12 +163,27 @@ class PlacedLayer(StaticLayer):
     """Keys and values (rows, heads, columns, head_dim) of the compiled decoder.
 
     Full length in every layer: transformers' static windows count in Python integers, so each step would recompile.
-    The masks still apply the windows.
+    The masks still apply the windows. All layers share one counter, which the decoder advances.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    cumulative_length: torch.Tensor
+
+    def __init__(self, like: FrameLayer, rows: int, columns: int, counter: torch.Tensor):
+        """Zeros with the heads, head_dim and dtype of `like`; `counter`: 0-d, the columns in use."""
+        super().__init__(max_cache_len=columns)
+        states = (like.keys, like.values)
+        self.keys, self.values = (part.new_zeros(rows, part.shape[1], columns, part.shape[3]) for part in states)
+        self.cumulative_length, self.device, self.is_initialized = counter, counter.device, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one column (rows, heads, 1, head_dim)."""
+        column = self.cumulative_length[None]
+        self.keys.index_copy_(2, column, key_states)
+        self.values.index_copy_(2, column, value_states)
+        return self.keys, self.values
 
 
 class CompiledDecoder(Decoder):
@@ -174,19 +191,29 @@ class CompiledDecoder(Decoder):
 
     The cache has as many rows as its first prompts. Rows that leave are computed on until others take their places.
     Lengths are rounded up to an eighth of a power of two, and an existing cache is reused while at most twice too
-    long, so a growing chat compiles a handful of times. On CUDA the step is also captured as a CUDA graph.
+    long, so a growing chat compiles a handful of times. On CUDA the step is captured as a CUDA graph, which overwrites
+    the logits of the previous step.
     """
 
     def __init__(self, model: PreTrainedModel, pad: int = 0):
         super().__init__(model, pad)
         options = CUDA_OPTIONS if model.device.type == "cuda" else CPU_OPTIONS
         self.compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, options=options)
-        self.layers: list[PlacedLayer] = []
-        self.cache = Cache(layers=[*self.layers])
-        self.shape = (0, 0)  # rows and columns of the cache
-        self.length = 0  # columns in use
         self.places: list[int] = []  # row of the cache, for each row
-        self.mask: torch.Tensor | None = None  # (rows, columns) of the cache; None for a single unpadded row
+        self.length = 0  # columns in use
+        self.allocate([], 0, 0)
+
+    def allocate(self, like: Sequence[FrameLayer], rows: int, columns: int) -> None:
+        """An empty cache, and the inputs of its steps, which stay where they are."""
+        device = self.device
+        self.shape = (rows, columns)
+        self.counter = torch.zeros((), dtype=torch.long, device=device)  # `length`
+        self.layers = [PlacedLayer(part, rows, columns, self.counter) for part in like]
+        self.cache = Cache(layers=[*self.layers])
+        self.ids = torch.full((rows, 1), self.pad, device=device)
+        self.positions = torch.zeros_like(self.ids)
+        self.mask = torch.ones(rows, columns, dtype=torch.long, device=device)
+        self.steps: dict[bool, Callable[[], torch.Tensor]] = {}  # with and without the mask
 
     def fits(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, keep: Sequence[int]) -> bool:
         longest = max([self.lengths[row] for row in keep] + [len(prompt) for prompt in prompts])
@@ -214,16 +241,9 @@ class CompiledDecoder(Decoder):
     def start(self, fresh: Frame, rows: int, length: int) -> None:
         """An empty cache of this many rows and columns, with the memory of the present one if that suffices."""
         if self.shape[0] == rows and length <= self.shape[1] <= 2 * length:
-            self.cache.reset()  # keeps its memory, which captured graphs require
-            return
+            return  # what it holds is masked or overwritten
         step = max(SMALLEST_STEP, (1 << (length - 1).bit_length()) // 8)
-        length = -(-length // step) * step
-        self.shape = (rows, length)
-        self.layers = [PlacedLayer(max_cache_len=length) for _ in fresh.parts]
-        self.cache = Cache(layers=[*self.layers])
-        for layer, source in zip(self.layers, fresh.parts, strict=True):
-            keys, values = (states[:1].expand(rows, -1, -1, -1) for states in (source.keys, source.values))
-            layer.lazy_initialization(keys, values)
+        self.allocate(fresh.parts, rows, -(-length // step) * step)
 
     def move(self, places: Sequence[int], end: int) -> None:
         """Move the contents of some rows of the cache so that they end at another column."""
@@ -238,29 +258,42 @@ class CompiledDecoder(Decoder):
         for layer, source in zip(self.layers, fresh.parts, strict=True):
             layer.keys[places, :, self.length - fresh.length : self.length] = source.keys[rows, :, : fresh.length]
             layer.values[places, :, self.length - fresh.length : self.length] = source.values[rows, :, : fresh.length]
-            layer.cumulative_length.fill_(self.length)
 
     def place(self, lengths: list[int]) -> None:
         """Set positions and mask of all rows of the cache; without a row of ours they are those of an empty one."""
-        device, (rows, columns) = self.device, self.shape
+        rows, columns = self.shape
         of_place = dict(zip(self.places, lengths, strict=True))
-        used = torch.tensor([of_place.get(place, 0) for place in range(rows)], device=device)[:, None]
-        self.lengths, self.positions = lengths, used
+        self.lengths = lengths
+        self.counter.fill_(self.length)
+        self.positions.copy_(torch.tensor([of_place.get(place, 0) for place in range(rows)])[:, None])
+        self.mask.copy_(torch.arange(columns, device=self.device) >= self.length - self.positions)
         # Even if no row is padded: without a mask the step would be another graph
-        alone = rows == 1 and lengths == [self.length]
-        self.mask = None if alone else (torch.arange(columns, device=device) >= self.length - used).long()
+        self.masked = rows > 1 or lengths != [self.length]
+        self.index_of_places()
+
+    def index_of_places(self) -> None:
+        in_order = self.places == list(range(self.shape[0]))
+        self.index = None if in_order else torch.tensor(self.places, device=self.device)
 
     def step(self, tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        tokens = torch.as_tensor(tokens, device=self.device)
-        places = torch.tensor(self.places, device=tokens.device)
-        ids = tokens.new_full((self.shape[0],), self.pad).scatter(0, places, tokens)[:, None]
+        ids = torch.as_tensor(tokens, device=self.device)[:, None]
+        if self.index is None:
+            self.ids.copy_(ids)
+        else:
+            self.ids.index_copy_(0, self.index, ids)
         with torch._dynamo.config.patch(recompile_limit=SHAPES):
-            logits = self.feed(self.compiled, self.cache, ids, self.positions, self.mask)
+            if self.masked not in self.steps:
+                mask = self.mask if self.masked else None
+                call = partial(self.feed, self.compiled, self.cache, self.ids, self.positions, mask)
+                self.steps[self.masked] = captured(call, self.device)
+            logits = self.steps[self.masked]()
         self.length += 1
         self.lengths = [length + 1 for length in self.lengths]
-        self.positions = self.positions + 1
-        return logits if self.places == list(range(self.shape[0])) else logits[places]
+        self.counter += 1
+        self.positions += 1
+        return logits if self.index is None else logits[self.index]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only `rows`; the others' places are free."""
         self.places, self.lengths = [self.places[row] for row in rows], [self.lengths[row] for row in rows]
+        self.index_of_places()

@@ -46,7 +46,7 @@ from recipes.training.attention import check_attention
 
 CHILD = "import sys; from recipes.benchmarks.gpu_checks import child; child.{function}(*sys.argv[1:])"
 MOST_PREPARATION = 200  # seconds to compile for one check
-CORES_PER_JOB = 2  # torch.compile keeps about as many busy
+CORES_PER_JOB = 4  # with ten jobs on 16 cores, each took two to three times as long
 Result = dict[str, Any]
 
 

@@ -76,17 +76,17 @@ def load(function: str) -> Callable:
 # In order of execution, untimed checks before all others: the most important first, because a run may be cut short.
 CHECKS = {
     "g0": Check("machine", "machine:check_machine", 17, 60),
-    "g2": Check("right", "right:check_right", 120, 200, timed=False),
+    "g2": Check("right", "right:check_right", 120, 300, timed=False),
     "g3": Check("train plain", "train:check_plain", 133, 200, prepare=("train:prepare_plain",)),
     "g3_turbo": Check("train turbo", "train:check_turbo", 118, 200, prepare=("train:prepare_turbo",)),
     "g1": Check("attention", "attention:check_attention", 27, 60),
-    "g2_documents": Check("packed documents", "right:check_documents", 50, 90, timed=False),
-    "g9": Check("SFT and GRPO", "stages:check_trl", 80, 150, ("trl", "datasets", "pydantic_monty"), timed=False),
+    "g2_documents": Check("packed documents", "right:check_documents", 50, 200, timed=False),
+    "g9": Check("SFT and GRPO", "stages:check_trl", 80, 240, ("trl", "datasets", "pydantic_monty"), timed=False),
     "g5": Check(
         "float8", "train:check_float8", 90, 150, needs=("torchao",), gpu_only=True, prepare=("train:prepare_float8",)
     ),
-    "g6": Check("FSDP2", "sharded:check_fsdp2", 80, 150, timed=False),
-    "g10": Check("decode", "decode:check_decode", 100, 150, prepare=("decode:prepare_decode",)),
+    "g6": Check("FSDP2", "sharded:check_fsdp2", 80, 240, timed=False),
+    "g10": Check("decode", "decode:check_decode", 100, 150, prepare=("decode:prepare_row", "decode:prepare_rows")),
     "g13": Check("CORE", "core:check_core", 40, 120),
     "g11": Check("data", "data:check_data", 20, 60, needs=("trl", "datasets")),
     "g7": Check("memory", "memory:check_memory", 120, 200),
@@ -94,19 +94,19 @@ CHECKS = {
     "g3_whole": Check(
         "train whole d20", "train:check_full_depth", 110, 240, gpu_only=True, prepare=("train:prepare_full_depth",)
     ),
-    "g4": Check(
-        "original, classic",
-        "original:check_original",
-        150,
-        240,
-        prepare=("original:prepare_original", "original:prepare_plain"),
-    ),
     "g4_current": Check(
         "original, current",
         "original:check_current",
         150,
         240,
         prepare=("original:prepare_current", "original:prepare_turbo"),
+    ),
+    "g4": Check(
+        "original, classic",
+        "original:check_original",
+        150,
+        240,
+        prepare=("original:prepare_original", "original:prepare_plain"),
     ),
     "g12": Check("flash attention 3", "train:check_flash_attention", 100, 150, gpu_only=True),
 }

@@ -23,7 +23,7 @@ from .runs import TrainingRun, free, make_batch, make_config, make_run
 from .train import DEPTHS, layer_counts, prepare, rows_and_length
 
 LEAST_RATIO = 1.0  # our tokens/s relative to the original's
-TURNS = 3
+TURNS = 2
 
 
 class OriginalRun:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from modeling_nanochat.errors import UserError
-from recipes.benchmarks import beside_original, gpu_check
+from recipes.benchmarks import beside_original, gpu_check, gpu_checks
 from recipes.benchmarks.gpu_check import GPUCheckArguments, run_check, summary
 from recipes.benchmarks.gpu_checks import CHECKS, Check, Report, Setting, Skipped, right
 from recipes.benchmarks.gpu_checks.decode import compare
@@ -83,7 +83,7 @@ def register(monkeypatch, tmp_path, body: str, prepare: str = "pass", **more) ->
     (tmp_path / "sitecustomize.py").write_text(
         "import recipes.benchmarks.gpu_checks as g, types, sys\n"
         f"m = types.ModuleType(g.__name__ + '.probe'); exec({start!r}, m.__dict__); sys.modules[m.__name__] = m\n"
-        "g.CHECKS['probe'] = g.Check('probe', 'probe:check', 1, 60, prepare='probe:prepare')\n"
+        "g.CHECKS['probe'] = g.Check('probe', 'probe:check', 1, 60, prepare=('probe:prepare',))\n"
     )
     monkeypatch.setitem(CHECKS, "probe", Check("probe", "probe:check", 1, 60, **more))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -157,24 +157,65 @@ def test_what_cannot_run_is_skipped_by_name(monkeypatch, setting, tmp_path):
     assert outcome(setting, tmp_path, limit=0.5)["reason"] == "no time left"
 
 
-def test_while_a_check_runs_that_measures_no_time_others_are_made_ready(monkeypatch):
+def test_what_a_gpu_can_compile_for_the_timed_checks_is_compiled_beside_the_others(monkeypatch, setting):
     monkeypatch.setattr(gpu_check, "missing", lambda name: ["torchao"] if name == "g5" else [])
-    following = dict(gpu_check.with_following(["g0", "g2", "g3", "g3_turbo", "g1", "g5", "g6", "g10", "g11"]))
-    assert {name: names for name, names in following.items() if names} == {"g2": ["g3", "g3_turbo"], "g6": ["g10"]}
-    assert all(CHECKS[name].prepare and CHECKS[name].timed for names in following.values() for name in names)
+    on_gpu = replace(setting, device="cuda")
+    assert gpu_check.compiling(["g0", "g3", "g5", "g4"], on_gpu) == [
+        "train:prepare_plain", "original:prepare_original", "original:prepare_plain"
+    ]  # fmt: skip
+    assert gpu_check.compiling(["g3"], setting) == []
+    functions = [function for check in CHECKS.values() for function in check.prepare]
+    assert all(callable(gpu_checks.load(function)) for function in functions)
+    assert all(check.timed for check in CHECKS.values() if check.prepare)
 
 
-def test_what_makes_checks_ready_runs_beside_a_block_and_ends_with_it(monkeypatch, setting, tmp_path):
-    monkeypatch.setattr(gpu_check, "MOST_WAIT", 0.1)
+def test_checks_that_measure_no_time_run_first_and_beside_each_other(monkeypatch, setting):
+    running, most, order = set(), [], []
+
+    def run_check(name, *_):
+        running.add(name)
+        time.sleep(0.3 if not CHECKS[name].timed else 0.0)
+        most.append(len(running))
+        running.remove(name)
+        order.append(name)
+        return {"check": name}
+
+    monkeypatch.setattr(gpu_check, "run_check", run_check)
+    monkeypatch.setattr(gpu_check, "compiling", lambda names, setting: [])
+    args = GPUCheckArguments(device="cpu", only=["g0", "g1", "g2", "g6"], jobs=4)
+    args.check()
+    found = [result["check"] for result in gpu_check.run_checks(args, setting, None)]
+    assert sorted(found[:3]) == ["g2", "g2_documents", "g6"] and found[3:] == order[3:] == ["g0", "g1"]
+    assert max(most[:3]) == 3 and most[3:] == [1, 1]
+
+
+def test_what_compiles_ends_with_its_time_and_leaves_no_process(monkeypatch, setting, tmp_path):
     ready = tmp_path / "ready"
-    register(
-        monkeypatch, tmp_path, "pass", f"import os, time; open('{ready}', 'w').write(str(os.getpid())); time.sleep(60)"
-    )
-    with open(tmp_path / "log", "w", encoding="utf-8") as log, gpu_check.preparing(["probe"], setting, log):
-        end = time.monotonic() + 30
-        while not (ready.exists() and ready.read_text()) and time.monotonic() < end:
-            time.sleep(0.1)
-    assert not psutil.pid_exists(int(ready.read_text()))
+    body = f"import os, time; open('{ready}', 'w').write(str(os.getpid())); time.sleep(60)"
+    register(monkeypatch, tmp_path, "pass", body)
+    processes = []
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        gpu_check.prepare("probe:prepare", setting, 20, log, processes)
+    assert ready.exists() and not processes and not psutil.pid_exists(int(ready.read_text()))
+
+
+def test_an_interrupt_ends_what_runs_beside(monkeypatch, setting, tmp_path):
+    register(monkeypatch, tmp_path, "import time; time.sleep(60)")
+    ended = []
+    monkeypatch.setattr(gpu_check, "as_completed", interrupt)
+    monkeypatch.setattr(gpu_check, "kill", lambda process: ended.append(process) or process.kill())
+    monkeypatch.setitem(CHECKS, "probe", Check("probe", "probe:check", 1, 60, timed=False))
+    args = GPUCheckArguments(device="cpu", only=["probe"])
+    args.check()
+    with open(tmp_path / "log", "w", encoding="utf-8") as log, pytest.raises(KeyboardInterrupt):
+        list(gpu_check.run_checks(args, setting, log))
+    assert ended and all(process.poll() is not None for process in ended)
+
+
+def interrupt(futures):
+    time.sleep(2)
+    raise KeyboardInterrupt
+    yield
 
 
 def test_failed_gates_end_the_command_with_an_error(run, monkeypatch, tmp_path):

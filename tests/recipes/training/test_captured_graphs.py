@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import random_model
 from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor.utils import run_and_get_code
 from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -98,6 +99,19 @@ def test_windows_that_rows_do_not_fill_need_no_mask():
     model = random_model("turbo")
     model.config.sliding_window = IDS.shape[1]
     assert graphs_of_training(model, torch.float32).attention() == {CAUSAL: FULL["turbo"] + SLIDING["turbo"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["plain", "turbo"])
+def test_cosines_and_sines_are_computed_once_and_attention_s_output_is_not_copied(architecture):
+    """Inductor would compute them in two kernels of every layer."""
+    torch._dynamo.reset()
+    model = random_model(architecture).train()
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+        _, (code,) = run_and_get_code(torch.compile(model, dynamic=False), input_ids=IDS, use_cache=False)
+    vectorized = [code.count(f".{wave}()") for wave in ("cos", "sin")]
+    assert max(vectorized) <= 1 and max(code.count(f"std::{wave}(") for wave in ("cos", "sin")) <= 1, vectorized
+    assert "cos" in code and "clone" not in code
 
 
 @pytest.fixture

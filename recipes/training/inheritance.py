@@ -16,18 +16,27 @@ from safetensors import SafetensorError
 from modeling_nanochat.errors import UserError
 from recipes.training.optim.hyperparameters import format_number
 from recipes.training.optim.optimizer import MuonAdamW
-from recipes.training.optim.overrides import RATES, whole_rows
+from recipes.training.optim.overrides import whole_rows
 
 from .arguments import LoopArguments
 from .checkpoint.checkpoints import Checkpoint, interrupted_run
 from .checkpoint.files import Damaged, verify
 from .checkpoint.folders import checkpoint_folders
 from .processes import on_main_process
-from .stage import beside, read_record
+from .stage import beside, read_record, record_path
 
 ON_THE_LOOP = ("base", "mid")  # the stages whose records have these settings
-TYPES = {"training_recipe": str, "max_length": int, "total_batch_size": int} | dict.fromkeys(RATES, float | int)
-del TYPES["weight_decay"]  # the original's later stages have none
+ROWS, NUMBER = "per_device_train_batch_size", int | float
+TYPES: dict[str, Any] = {  # no weight decay: the original's later stages have none
+    "training_recipe": str,
+    "max_length": int,
+    "total_batch_size": int,
+    ROWS: int,
+    "matrix_lr": NUMBER,
+    "embedding_lr": NUMBER,
+    "unembedding_lr": NUMBER,
+    "scalar_lr": NUMBER,
+}
 LONGEST = 2048  # tokens per row, where no record tells
 
 
@@ -47,8 +56,8 @@ class Inheritance:
 
     def values(self, loop: LoopArguments) -> dict[str, Any]:
         """The settings that `loop` leaves open and the earlier run had; the batch in whole rows of the new length."""
-        values = {name: self.settings[name] for name in TYPES if self.settings.get(name) is not None}
-        values = {name: value for name, value in values.items() if getattr(loop, name) is None}
+        known = {name: self.settings.get(name) for name in TYPES if name != ROWS and getattr(loop, name) is None}
+        values = {name: value for name, value in known.items() if value is not None}
         if "total_batch_size" in values:
             length = loop.max_length or values.get("max_length", 1)
             values["total_batch_size"] = whole_rows(values["total_batch_size"], length)
@@ -64,12 +73,12 @@ class Inheritance:
             UserError: A value is out of range.
         """
         usual = {"training_recipe": "current", "max_length": min(LONGEST, context)}
-        values = {name: value for name, value in usual.items() if getattr(loop, name) is None}
+        values: dict[str, Any] = {name: value for name, value in usual.items() if getattr(loop, name) is None}
         return replace(loop, **values | self.values(loop))
 
     def most_rows(self, loop: LoopArguments) -> int | None:
         """Rows of the completed `loop` that have as many tokens as the earlier run's per device and pass; or None."""
-        rows, length = (self.settings.get(name) for name in ("per_device_train_batch_size", "max_length"))
+        rows, length = self.settings.get(ROWS), self.settings.get("max_length")
         if not (rows and length) or loop.per_device_train_batch_size:
             return None
         return max(1, rows * length // loop.max_length)
@@ -93,7 +102,7 @@ def find_inheritance(loop: LoopArguments, model: str, output_dir: str, warm_star
         warm_start: Whether to begin with the optimizer state that the run of `model` ended with.
 
     Raises:
-        UserError: The record has a setting of a wrong type; or there is no good checkpoint to begin with.
+        UserError: The record has a setting that no run can have; or there is no good checkpoint to begin with.
     """
     return on_main_process(lambda: interrupted(loop, output_dir) or of_model(model, warm_start))
 
@@ -108,8 +117,9 @@ def of_model(model: str, warm_start: bool) -> Inheritance:
     checkpoint = last_checkpoint(model, record) if warm_start else None
     settings = record.get("settings", {}) if record.get("stage") in ON_THE_LOOP else {}
     for name, kind in TYPES.items():
-        if settings.get(name) is not None and not isinstance(settings[name], kind):
-            raise UserError(f"the record of {model}: {name} is {settings[name]!r}; correct it, or give --{name}")
+        value = settings.get(name)
+        if not isinstance(value, kind | None) or (kind is int and value is not None and value < 1):
+            raise UserError(f"{record_path(os.path.abspath(model))}: {name} is {value!r}; correct it")
     return Inheritance(f"the run of {model}" if settings else model, settings, checkpoint)
 
 
@@ -119,20 +129,19 @@ def last_checkpoint(model: str, record: Mapping[str, Any]) -> Checkpoint:
     Raises:
         UserError: It was not kept, or is damaged or of another format.
     """
-    without = "or leave warm_start out"
-    checkpoints = beside(os.path.abspath(model), "checkpoints", "")
-    folder = checkpoint_folders(checkpoints).get(record.get("steps", -1))
+    folder = checkpoint_folders(beside(os.path.abspath(model), "checkpoints", "")).get(record.get("steps", -1))
     if folder is None or record.get("stage") not in ON_THE_LOOP:
         raise UserError(
-            f"warm_start: no checkpoint of the last step of {model} in {checkpoints}; train it with "
-            f"--keep_checkpoint true, {without}"
+            f"warm_start: no checkpoint of the last step of {model} is beside it; leave warm_start out, or train the "
+            "model with --keep_checkpoint true"
         )
     try:
         verify(folder)
-        assert Checkpoint(folder).state  # refuses other formats
     except Damaged as damage:
-        raise UserError(f"warm_start: {folder} is damaged ({damage}); train {model} again, {without}") from damage
-    return Checkpoint(folder)
+        raise UserError(f"warm_start: {folder} is damaged ({damage}); leave warm_start out") from damage
+    checkpoint = Checkpoint(folder)
+    _ = checkpoint.state  # raises if it is of another format
+    return checkpoint
 
 
 def load_optimizer_state(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:

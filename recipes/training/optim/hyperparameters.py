@@ -140,7 +140,7 @@ def resolve_hyperparameters(
     *,
     max_length: int,
     aspect_ratio: int | None = None,
-    stage_defaults: Mapping[str, float | None] | None = None,
+    stage_defaults: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan of a run, from a plain or turbo configuration of any size.
 

@@ -9,12 +9,13 @@ import pytest
 import training
 from conftest import toy_model
 from kills import mortal
+from transformers import AutoTokenizer
 
 from modeling_nanochat import NanoChatConfig
 from recipes.midtrain import MidtrainArguments, make_plan
 from recipes.training.arguments import LoopArguments
 
-FEW = {"train_files": "chats.jsonl", "max_steps": 6, "eval_steps": 3, "logging_steps": 1, "save_steps": 2}
+FEW = {"max_steps": 6, "eval_steps": 3, "logging_steps": 1, "save_steps": 2}
 RATES = {"matrix_lr": 0.03, "embedding_lr": 0.15, "unembedding_lr": 0.006}
 
 
@@ -65,18 +66,17 @@ def record(folder, name="mid"):
     return json.loads((folder / "stages" / f"{name}.json").read_text())
 
 
-def test_a_kept_checkpoint_is_the_last_one_and_stays(run, forks, capsys):
-    folders = sorted((run / "checkpoints" / "base").iterdir())
-    assert [path.name for path in folders] == ["step-00000012"]
+@pytest.mark.slow
+def test_a_kept_checkpoint_is_the_last_one(run):
+    assert [path.name for path in (run / "checkpoints" / "base").iterdir()] == ["step-00000012"]
 
 
+@pytest.mark.slow
 def test_a_command_without_rates_trains_like_the_one_that_gives_them(copy, forks):
     code, said = midtrain(forks, copy)
     assert code == 0, said
     (line,) = [line for line in said.splitlines() if "matrix_lr" in line]
-    assert line.startswith(
-        f"from the run of {copy / 'base'}: training_recipe current, max_length 64, total_batch_size 51"
-    )
+    assert line.startswith(f"from the run of {copy / 'base'}: training_recipe current, max_length 64, total_batch")
     assert "matrix_lr 0.03, embedding_lr 0.15, unembedding_lr 0.006" in line
     assert "at most 4 rows per device and pass" in line
     settings, inherited = record(copy)["settings"], record(copy)["inherited"]
@@ -90,6 +90,7 @@ def test_a_command_without_rates_trains_like_the_one_that_gives_them(copy, forks
     assert code == 0 and "already finished with these settings" in said
 
 
+@pytest.mark.slow
 def test_a_model_without_a_record_trains_by_the_dial(copy, forks):
     shutil.move(copy / "base", copy / "downloaded")
     code, said = midtrain(forks, copy, model_name_or_path=copy / "downloaded")
@@ -132,6 +133,7 @@ def test_a_warm_start_takes_the_same_course_on_two_processes_and_another_than_a_
     assert cold[-1] != warm[-1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_warm_start_does_not_begin_again(copy, forks):
     assert midtrain(forks, copy, "undisturbed", warm_start="true")[0] == 0
     again = {"warm_start": "true", "resume": "auto"}
@@ -143,13 +145,10 @@ def test_an_interrupted_warm_start_does_not_begin_again(copy, forks):
     training.assert_identical(copy / "mid", copy / "undisturbed")
 
 
-def test_another_models_state_and_a_base_of_other_sizes_are_refused_in_one_line(
-    copy, forks, toy_model_and_tokenizer, tmp_path
-):
+@pytest.mark.slow
+def test_another_models_state_and_a_base_of_other_sizes_are_refused_in_one_line(copy, forks):
     code, said = midtrain(forks, copy, before=training.ask_to_stop_after_a_checkpoint, resume="auto")
     assert code == 0 and "SIGTERM received" in said
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(copy / "base")
     toy_model(tokenizer, width=64, context=64).save_pretrained(copy / "base")
     for name, more, problem in (
@@ -188,10 +187,8 @@ def test_every_value_of_the_schedule_can_be_given():
 
 def test_the_plan_tells_inherited_from_given_values():
     plan = planned(inherited={"matrix_lr", "max_length"}, max_steps=9, matrix_lr=0.02, embedding_lr=0.1)
-    lines = plan.lines()
-    assert "  inherited: matrix_lr 0.02" in lines and any(
-        "given:" in line and "embedding_lr" in line for line in lines
-    )
+    assert "  inherited: matrix_lr 0.02" in plan.lines()
+    assert any("given:" in line and "embedding_lr" in line for line in plan.lines())
 
 
 def planned(inherited=(), **given):

@@ -27,9 +27,9 @@ SETTINGS = {
     "weight_decay": 0.2,
     "warmdown_ratio": 0.65,
 }
-INHERITED = {
-    name: SETTINGS[name] for name in SETTINGS if name.endswith(("recipe", "length", "total_batch_size", "lr"))
-}
+OTHERS = ("per_device_train_batch_size", "weight_decay", "warmdown_ratio")
+INHERITED = {name: value for name, value in SETTINGS.items() if name not in OTHERS}
+NO_CHECKPOINT = "no checkpoint of the last step of .*base is beside it; leave .* --keep_checkpoint true"
 RATES = {"matrix_lr": 0.02, "embedding_lr": 0.3, "unembedding_lr": 0.008, "scalar_lr": 0.5}
 
 
@@ -194,16 +194,10 @@ def truncate(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            lambda run: shutil.rmtree(run / "checkpoints"),
-            "no checkpoint of the last step of .*base is beside it; leave",
-        ),
-        (
-            lambda run: write_record(run, stage="base", settings=SETTINGS, steps=21),
-            "no checkpoint of the last step of",
-        ),
-        (lambda run: write_record(run, stage="sft", settings=SETTINGS, steps=20), "no checkpoint of the last step of"),
-        (lambda run: shutil.rmtree(run / "stages"), "no checkpoint of the last step of .* --keep_checkpoint true"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), NO_CHECKPOINT),
+        (lambda run: write_record(run, stage="base", settings=SETTINGS, steps=21), NO_CHECKPOINT),
+        (lambda run: write_record(run, stage="sft", settings=SETTINGS, steps=20), NO_CHECKPOINT),
+        (lambda run: shutil.rmtree(run / "stages"), NO_CHECKPOINT),
         (truncate, "step-00000020 is damaged .*optimizer.* has 9 bytes instead of .*; leave warm_start out"),
     ],
 )
@@ -220,18 +214,13 @@ def test_a_warm_start_without_the_state_of_the_last_step_is_refused_in_one_line(
     [
         (lambda: random_model("plain", hidden_size=32), "current", "has shape .*, the parameter needs"),
         (lambda: random_model("turbo"), "current", "is missing"),
-        (
-            lambda: random_model("plain"),
-            "classic",
-            "second_moment is missing",
-        ),  # which the launch version's Muon lacks
+        (lambda: random_model("plain"), "classic", "second_moment is missing"),  # the launch version has none
     ],
 )
 def test_the_state_of_another_model_or_recipe_is_refused_in_one_line(base, tmp_path, model, recipe, said):
     save(tmp_path, "base", 20, random_model("plain"), recipe=recipe)
     other = muon_adamw(model(), matrix_lr=0.02, embedding_lr=0.1, unembedding_lr=0.01)
-    with pytest.raises(
-        UserError, match=f"^warm_start: .*step-00000020 is of another model or recipe .*{said}"
-    ) as refused:
-        load_optimizer_state(other, find(base, warm_start=True).warm_start)
+    checkpoint = find(base, warm_start=True).warm_start
+    with pytest.raises(UserError, match=f"^warm_start: .*-00000020 is of another model or recipe .*{said}") as refused:
+        load_optimizer_state(other, checkpoint)
     assert "\n" not in str(refused.value)

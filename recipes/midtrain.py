@@ -10,7 +10,10 @@ Notable features:
 - mixtures of data sets in YAML, by rows and epochs
 - best-fit packing of conversations with padding; no conversation is truncated
 - optional replay of pretraining text against forgetting
-- the same loop, optimizer and log as pretraining
+- the same loop, optimizer and log as pretraining; row length, batch and learning rates are those of the base run, as
+  its record tells, unless they are given
+- the launch's schedule: learning rates stay constant, and fall to zero over the last fifth of the steps
+- optional warm start from the base run's optimizer state
 """
 
 import signal
@@ -20,8 +23,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import random
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from accelerate.utils import set_seed
@@ -37,11 +42,26 @@ from recipes.training.data.mixtures import MixtureArguments, parse_mixture, read
 from recipes.training.data.packing import Conversation
 from recipes.training.data.streams import ConversationStreams, MixedStreams, TextStreams
 from recipes.training.evaluation import bits_per_byte_evaluation, conversation_rows, validation
+from recipes.training.inheritance import find_inheritance
 from recipes.training.model_card import CardArguments
-from recipes.training.optim.hyperparameters import Plan, resolve_hyperparameters
-from recipes.training.optim.overrides import check_ranges
+from recipes.training.optim.hyperparameters import INHERITED, RECIPES, Plan, resolve_hyperparameters
+from recipes.training.optim.overrides import SHAPE, check_ranges
 from recipes.training.setup import LoopStage, given, make_accelerator, run_stage
 from recipes.training.stage import OutputArguments, check_output
+
+# The launch's constants of this stage: its schedule, neither weight decay nor clipping
+STAGE_DEFAULTS = {name: getattr(RECIPES["classic"], name) for name in SHAPE}
+STAGE_DEFAULTS |= {"weight_decay": 0.0, "max_grad_norm": None}
+
+
+@dataclass
+class MidtrainLoopArguments(LoopArguments):
+    """The loop's arguments; those that are not given are inherited, see `recipes/training/inheritance.py`."""
+
+    training_recipe: Literal["current", "classic"] | None = field(
+        default=None, metadata={"help": "Optimizer: today's, or nanochat's launch version; default: the base run's."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Tokens per row; default: the base run's."})
 
 
 @dataclass
@@ -59,6 +79,13 @@ class MidtrainArguments(CardArguments, MixtureArguments):
         default=False, metadata={"help": "Loss on assistant tokens only; the original uses all tokens here."}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs over conversations, if max_steps is -1."})
+    warm_start: bool = field(
+        default=False,
+        metadata={
+            "help": "Begin with the optimizer state that the base run ended with, which its keep_checkpoint leaves. "
+            "Averages over many steps spare the first ones noise; the launch version began without."
+        },
+    )
     validation_share: float | None = field(
         default=None, metadata={"help": "Fraction of the conversations held out, 0.02 without validation_mixture."}
     )
@@ -89,12 +116,16 @@ class MidtrainArguments(CardArguments, MixtureArguments):
 
 
 def main() -> None:
-    args, loop, output = parse(MidtrainArguments, LoopArguments, OutputArguments)
-    if check_output(output, loop.resume, given(args, loop, output)):
+    args, as_given, output = parse(MidtrainArguments, MidtrainLoopArguments, OutputArguments)
+    if check_output(output, as_given.resume, given(args, as_given, output)):
         return
     args.check_beginnings()
+    inheritance = find_inheritance(as_given, args.model_name_or_path, output.output_dir, args.warm_start)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
+    loop = inheritance.complete(as_given, model.config.max_position_embeddings)
     accelerator = make_accelerator(loop, output.output_dir)
+    if line := inheritance.line(as_given, loop):
+        accelerator.print(line)
     set_seed(loop.seed)
     train_set, val_set = train_and_validation_sets(args, loop, tokenizer, accelerator.is_main_process)
     make_stream = ConversationStreams(train_set, tokenizer.bos_token_id, loop.max_length, loop.seed)
@@ -102,12 +133,27 @@ def main() -> None:
         texts = text_source(args.replay_files, what="replay_files")
         replay = TextStreams(texts, tokenizer, loop.max_length, loop.seed)
         make_stream = MixedStreams(make_stream, replay, args.replay_every)
-    plan = make_plan(model, train_set, args, loop)
+    inherited = inheritance.values(as_given)
+    plan = make_plan(model, train_set, args, loop, inherited)
     val_rows = conversation_rows(val_set, tokenizer.bos_token_id, loop.max_length)
     bits_per_byte = validation(accelerator, val_rows, tokenizer, max_rows=len(val_set))
     evaluations = (bits_per_byte_evaluation(bits_per_byte, loop.eval_steps),)
     record = {"stage": "mid", "base_model": args.model_name_or_path, "examples": args.examples_or_those_of(model)}
-    run_stage(LoopStage(record, (args, loop, output), accelerator, model, tokenizer, plan, make_stream, evaluations))
+    record |= {"given": given(args, as_given, output), "inherited": inherited}
+    run_stage(
+        LoopStage(
+            record,
+            (args, loop, output),
+            accelerator,
+            model,
+            tokenizer,
+            plan,
+            make_stream,
+            evaluations,
+            most_rows=inheritance.most_rows(loop),
+            warm_start=inheritance.warm_start,
+        )
+    )
 
 
 def train_and_validation_sets(
@@ -145,30 +191,41 @@ def split(
 
 
 def make_plan(
-    model: PreTrainedModel, train_set: list[Conversation], args: MidtrainArguments, loop: LoopArguments
+    model: PreTrainedModel,
+    train_set: list[Conversation],
+    args: MidtrainArguments,
+    loop: LoopArguments,
+    inherited: Collection[str] = (),
 ) -> Plan:
     """Hyperparameters, with max_steps from num_train_epochs unless given; replayed text adds to the tokens.
 
-    Weight decay is 0 unless given.
+    Args:
+        inherited: Names of those that `loop` has from the base run.
 
     Raises:
         UserError: The epochs amount to less than half a step.
     """
-    resolve = partial(resolve_hyperparameters, model.config, loop.training_recipe, max_length=loop.max_length)
-    overrides = replace(loop.overrides(), weight_decay=loop.weight_decay or 0.0)
-    if overrides.max_steps is not None:
-        return resolve(overrides)
+    constants = {"max_length": loop.max_length, "stage_defaults": STAGE_DEFAULTS}
+    resolve = partial(resolve_hyperparameters, model.config, loop.training_recipe, **constants)
+    overrides = loop.overrides()
+    if overrides.max_steps is None:
+        batch = resolve(replace(overrides, max_steps=1)).total_batch_size
+        overrides = replace(overrides, max_steps=steps_of_epochs(train_set, args, batch))
+    plan = resolve(overrides)
+    taken_over = {name: INHERITED for name in inherited if name in plan.origins}
+    return replace(plan, origins=plan.origins | taken_over)
+
+
+def steps_of_epochs(train_set: list[Conversation], args: MidtrainArguments, batch: int) -> int:
     tokens = args.num_train_epochs * sum(len(ids) for ids, _ in train_set)
     if args.replay_files:
         tokens *= 1 + 1 / args.replay_every
-    batch = resolve(replace(overrides, max_steps=1)).total_batch_size
-    steps = round(tokens / batch)
-    if steps < 1:
-        raise UserError(
-            f"num_train_epochs {args.num_train_epochs:g}: {tokens:,.0f} tokens are less than one step of "
-            f"{batch:,}; raise num_train_epochs, lower total_batch_size, or give max_steps"
-        )
-    return resolve(replace(overrides, max_steps=steps, total_batch_size=batch))
+    if steps := round(tokens / batch):
+        return steps
+    raise UserError(
+        f"num_train_epochs {args.num_train_epochs:g}: {tokens:,.0f} tokens are less than one step of "
+        f"{batch:,}; raise num_train_epochs, lower total_batch_size, or give max_steps"
+    )
 
 
 if __name__ == "__main__":

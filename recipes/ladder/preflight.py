@@ -17,7 +17,7 @@ from modeling_nanochat.hub import find_folder
 from modeling_nanochat.loading import check_folder
 from modeling_nanochat.text.texts import check_text_files
 from recipes.grpo import GRPOArguments, read_problems
-from recipes.midtrain import MidtrainArguments
+from recipes.midtrain import MidtrainArguments, MidtrainLoopArguments
 from recipes.pretrain import PretrainArguments, load_tokenizer
 from recipes.sft import SFTArguments
 from recipes.training.arguments import LoopArguments
@@ -103,7 +103,7 @@ def check_pretraining(step: Step, pending: PendingOutputs) -> None:
 
 
 def check_midtraining(step: Step, pending: PendingOutputs) -> None:
-    args, _, _ = arguments(step, MidtrainArguments, LoopArguments, OutputArguments)
+    args, _, _ = arguments(step, MidtrainArguments, MidtrainLoopArguments, OutputArguments)
     check_model(args.model_name_or_path, pending)
     check_conversations(args, pending)
     check_texts(args.replay_files, "replay_files", pending)

@@ -39,12 +39,19 @@ class LoopArguments(AttentionArguments):
     )
     final_lr_fraction: float | None = field(default=None, metadata={"help": "Final learning rate, relative to peak."})
     momentum_steps: int | None = field(default=None, metadata={"help": "Steps until Muon's momentum peaks."})
+    peak_momentum: float | None = field(default=None, metadata={"help": "Muon's momentum after momentum_steps."})
+    final_momentum: float | None = field(
+        default=None, metadata={"help": "Muon's momentum at the end of the decrease of the learning rate."}
+    )
     document_masking: bool = field(
         default=False, metadata={"help": "Reset attention and positions at each <|bos|> within a row."}
     )
     eval_steps: int = field(default=250, metadata={"help": "Steps between validations; always after the last step."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between log entries."})
     save_steps: int = field(default=250, metadata={"help": "Steps between checkpoints; 0: only when stopped."})
+    keep_checkpoint: bool = field(
+        default=False, metadata={"help": "Keep the last checkpoint of a finished run, for midtraining's warm_start."}
+    )
     resume: str | None = field(
         default=None, metadata={"help": "auto: resume from the newest good checkpoint, if any; or a folder."}
     )
@@ -86,6 +93,7 @@ FREE_TO_CHANGE = {
     "sample_prompts",
     "logging_steps",
     "save_steps",
+    "keep_checkpoint",
     "resume",
     "torch_compile",
     "attn_implementation",

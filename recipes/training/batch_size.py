@@ -40,6 +40,7 @@ def find_batch_size(
     *,
     state_bytes: int = 0,
     compiled: bool = False,
+    most_rows: int | None = None,
 ) -> int:
     """The largest divisor of `rows_per_process` whose pass fits into the memory of every process.
 
@@ -54,11 +55,13 @@ def find_batch_size(
         agree: Returns the smallest of the numbers that the processes pass, on every process; see [`smallest`].
         state_bytes: Size of the optimizer's state in this process; on a CPU, zeros take no memory until written.
         compiled: Whether the trial's pass is compiled.
+        most_rows: The result is at most this.
 
     Raises:
         UserError: Not even one row fits.
     """
     limit = max(1, (CPU_TOKENS if device.type == "cpu" else ACCELERATOR_TOKENS) // max_length)
+    limit = min(limit, most_rows or limit)
     sizes = [rows for rows in divisors(rows_per_process) if rows <= limit]
     if device.type != "cuda":
         budget = memory_for_activations(model, state_bytes)

@@ -26,6 +26,7 @@ from .batch_size import accumulation_steps, find_batch_size, smallest
 from .checkpoint.checkpoints import Checkpoint, Checkpoints
 from .device import accelerator_options, is_compiled, maybe_compile
 from .evaluation import Evaluation
+from .inheritance import load_optimizer_state
 from .learning import LearningWatch
 from .loop import RunParts, accumulate, full_state_dict, prepare, train
 from .model_card import model_card
@@ -71,9 +72,11 @@ class LoopStage:
     """The inputs of one run of a stage.
 
     Attributes:
-        record: First entries of the stage's record; "stage" at least.
+        record: First entries of the stage's record; "stage" at least. A "given" replaces the arguments there.
         arguments: The stage's own arguments, the loop's and the output's.
         make_stream: Creates a stream of rows, see `recipes/training/data/streams.py`.
+        most_rows: Rows per device and pass to choose at most, if their number is not given.
+        warm_start: The checkpoint whose optimizer state a run begins with, if it does not resume.
     """
 
     record: dict[str, object]
@@ -84,11 +87,13 @@ class LoopStage:
     plan: Plan
     make_stream: StreamMaker
     evaluations: tuple[Evaluation, ...]
+    most_rows: int | None = None
+    warm_start: Checkpoint | None = None
 
 
 def run_stage(stage: LoopStage) -> None:
     """Train, write the model folder and its record, push. If asked to stop, prints one line and returns."""
-    accelerator, output = stage.accelerator, stage.arguments[-1]
+    accelerator, (_, args, output) = stage.accelerator, stage.arguments
     checkpoints = Checkpoints(beside(output.output_dir, "checkpoints", ""), accelerator)
     stopped = None
     with ending_together("--resume auto goes on"):
@@ -102,7 +107,7 @@ def run_stage(stage: LoopStage) -> None:
         return
     if accelerator.is_main_process:
         push(output)
-    checkpoints.delete()  # last: if saving or uploading failed, --resume auto still finds them
+    checkpoints.delete(args.keep_checkpoint)  # last: if saving or uploading failed, --resume auto still finds them
 
 
 def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
@@ -116,11 +121,11 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
     run_config = define(*stage.arguments)
     resume_from = find_checkpoint(checkpoints, args, run_config)
     if resume_from:
-        model.load_state_dict(resume_from.weights())
+        load_weights(model, resume_from)
     choose_attention(model, args.attn_implementation, args.torch_compile, accelerator)
     module, optimizer = prepare(accelerator, model, plan)
     module = maybe_compile(module, args.torch_compile, accelerator)
-    batch_size = choose_batch_size(accelerator, module, optimizer, args, plan, resume_from)
+    batch_size = choose_batch_size(accelerator, module, optimizer, args, plan, resume_from, stage.most_rows)
     accumulation = accumulation_steps(plan.total_batch_size, batch_size, args.max_length, accelerator.num_processes)
     if accelerator.is_main_process:
         announce(model, plan, accumulation, batch_size, accelerator.num_processes, resume_from)
@@ -138,6 +143,8 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
     try:
         if resume_from:
             run.restore(resume_from)
+        elif stage.warm_start:
+            load_optimizer_state(optimizer, stage.warm_start)
         decode = stage.tokenizer.decode
         train_state = train(run, plan, args, checkpoints, evaluations=stage.evaluations, decode=decode)
     finally:
@@ -147,8 +154,8 @@ def train_and_write(stage: LoopStage, checkpoints: Checkpoints) -> None:
         derived = {key: value for key, value in asdict(plan).items() if key != "origins"}
         resolved = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
         resolved["attn_implementation"] = model.config._attn_implementation
-        record = stage.record | {"settings": settings(*stage.arguments) | derived | resolved}
-        record |= {"given": given(*stage.arguments)} | vars(train_state)
+        record = {"given": given(*stage.arguments)} | stage.record | vars(train_state)
+        record |= {"settings": settings(*stage.arguments) | derived | resolved}
         finish_stage(model, stage.tokenizer, output, log, record, model_card, weights)
 
 
@@ -206,6 +213,21 @@ def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, run_config: d
     return checkpoint
 
 
+def load_weights(model: NanoChatForCausalLM, checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        UserError: The model has other weights than the checkpoint's: that which the run began with has been replaced.
+    """
+    try:
+        model.load_state_dict(checkpoint.weights())
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [""]
+        raise UserError(
+            f"{checkpoint.folder} is of another model than this run's now ({first[0].strip()}); restore that, or "
+            "train from scratch with --overwrite_output_dir true and without --resume"
+        ) from error
+
+
 def choose_batch_size(
     accelerator: Accelerator,
     module: NanoChatForCausalLM,
@@ -213,8 +235,12 @@ def choose_batch_size(
     args: LoopArguments,
     plan: Plan,
     resume_from: Checkpoint | None,
+    most_rows: int | None = None,
 ) -> int:
     """Rows per pass and device: as given, as in the checkpoint, or the most that fit beside the optimizer's state.
+
+    Args:
+        most_rows: What fits is chosen up to this number.
 
     Raises:
         UserError: The step's rows cannot be divided evenly, or not even one row fits.
@@ -243,6 +269,7 @@ def choose_batch_size(
         agree=Outcomes().smallest if accelerator.is_fsdp2 else partial(smallest, accelerator),
         state_bytes=sum(state.nbytes for state in optimizer.sharded_state_dict().values()),
         compiled=is_compiled(module),
+        most_rows=most_rows,
     )
 
 

@@ -113,9 +113,10 @@ def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any]
 
 
 def discard_own_checkpoints(output_dir: str) -> None:
-    """Delete the finished run's checkpoints, but not those of a later run that was to replace it."""
-    checkpoints = beside(output_dir, "checkpoints", "")
-    if read_record(Path(output_dir)).get("steps") in checkpoint_folders(checkpoints):
+    """Delete the finished run's checkpoints, unless it keeps one, but not those of a later run to replace it."""
+    checkpoints, record = beside(output_dir, "checkpoints", ""), read_record(Path(output_dir))
+    keeps = record.get("settings", {}).get("keep_checkpoint")
+    if record.get("steps") in checkpoint_folders(checkpoints) and not keeps:
         discard(checkpoints)
 
 

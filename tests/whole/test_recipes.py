@@ -11,7 +11,7 @@ from evals.evaluate_model import EvaluateArguments
 from modeling_nanochat.cli import parse
 from recipes.grpo import GRPOArguments
 from recipes.ladder.arguments import RunArguments
-from recipes.midtrain import MidtrainArguments
+from recipes.midtrain import MidtrainArguments, MidtrainLoopArguments
 from recipes.pocket.world import WorldArguments
 from recipes.pretrain import PretrainArguments
 from recipes.sft import SFTArguments
@@ -28,7 +28,7 @@ ARGUMENTS = {
     "tokenizer": (TokenizerArguments,),
     "tokenizer_eval": (TokenizerEvaluateArguments,),
     "pretrain": (PretrainArguments, LoopArguments, OutputArguments),
-    "midtrain": (MidtrainArguments, LoopArguments, OutputArguments),
+    "midtrain": (MidtrainArguments, MidtrainLoopArguments, OutputArguments),
     "sft": (SFTArguments, SFTSettings),
     "grpo": (GRPOArguments, GRPOSettings),
     "eval": (EvaluateArguments,),
@@ -50,7 +50,8 @@ def test_recipe_loads_and_is_short(path):
     parsed = parse(*ARGUMENTS[path.stem], args=["--config", str(path)])
     loop = next((one for one in parsed if isinstance(one, LoopArguments)), None)
     if loop is not None:
-        assert accumulation_steps(loop.total_batch_size, loop.per_device_train_batch_size, loop.max_length, 1) >= 1
+        rows = loop.per_device_train_batch_size or 1
+        assert accumulation_steps(loop.total_batch_size, rows, loop.max_length, 1) >= 1
     assert len(path.read_text().splitlines()) <= 45
 
 

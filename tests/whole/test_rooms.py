@@ -21,7 +21,7 @@ TRAINING = [
     {"attention", "data", "optim"},
     {"arguments"},
     {"checkpoint", "model_card", "stage"},
-    {"batch_size", "evaluation", "progress"},
+    {"batch_size", "evaluation", "inheritance", "progress"},
     {"loop"},
     {"setup", "trl"},
 ]

@@ -22,6 +22,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from modeling_nanochat.folders import flush
 
 from ..processes import on_main_process
 from .files import Damaged, copied, verify, write_files, write_marker
-from .folders import discard
+from .folders import checkpoint_folders, discard
 from .random_state import random_state, set_random_state
 
 KEPT = 2  # checkpoints: one is left if the newest is damaged
@@ -255,10 +256,27 @@ class Checkpoints:
         for path in self.folder.glob(".step-*.unfinished"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def delete(self) -> None:
-        """Delete all checkpoints."""
-        if self.accelerator.is_main_process:
+    def delete(self, keep_newest: bool = False) -> None:
+        """Delete all checkpoints, or all but the newest."""
+        if not self.accelerator.is_main_process:
+            return
+        if not keep_newest:
             discard(self.folder)
+        for older in self.present()[:-1]:
+            shutil.rmtree(older.folder, ignore_errors=True)
+
+
+def interrupted_run(folder: Path, resume: str) -> dict[str, Any] | None:
+    """The settings that define the run whose checkpoints are in `folder`, or whose checkpoint is `resume`, if any.
+
+    Only the small state file is verified: the run that resumes verifies the others.
+    """
+    newest_first = [*checkpoint_folders(folder).values()][::-1] if resume == "auto" else [Path(resume)]
+    for path in newest_first:
+        with suppress(Damaged):
+            verify(path, only="state.json")
+            return Checkpoint(path).state.run_config
+    return None
 
 
 def restore_random_state(checkpoint: Checkpoint, accelerator: Accelerator) -> None:

@@ -50,8 +50,8 @@ def write_text(path: Path, text: str) -> None:
     flush(path)
 
 
-def verify(folder: Path) -> None:
-    """Raise [`Damaged`] unless every file is there and unchanged."""
+def verify(folder: Path, only: str | None = None) -> None:
+    """Raise [`Damaged`] unless every file is there and unchanged; with `only`, that file."""
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
@@ -61,6 +61,8 @@ def verify(folder: Path) -> None:
         raise Damaged(f"{MARKER} is not readable") from error
     for name, (size, digest) in expected.items():
         path = folder / name
+        if only not in (None, name):
+            continue
         if not path.is_file():
             raise Damaged(f"{name} is missing")
         if path.stat().st_size != size:

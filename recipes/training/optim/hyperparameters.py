@@ -14,7 +14,7 @@ Values that are given are not changed. AdamW's rates hold at width 768; the opti
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from modeling_nanochat import NanoChatConfig
@@ -22,7 +22,7 @@ from modeling_nanochat.configuration_nanochat import ASPECT_RATIO
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sizes import parameter_counts, scaling_parameters, training_flops_per_token
 
-from .overrides import Overrides, whole_rows
+from .overrides import SHAPE, Overrides, whole_rows
 from .schedule import Schedule, Shape
 
 REFERENCE_DEPTH = 12
@@ -31,7 +31,12 @@ BATCH_SIZE_EXPONENT = 0.383
 FEWEST_STEPS = 100  # the original's smallest model trains 528
 STEPS_PER_WARMUP_STEP = 10
 # Origins of values that were not derived
-GIVEN, RECIPE_DEFAULT = NOT_DERIVED = ("given", "recipe default")
+GIVEN, INHERITED, RECIPE_DEFAULT, STAGE_DEFAULT = NOT_DERIVED = (
+    "given",
+    "inherited",
+    "recipe default",
+    "stage default",
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,8 @@ RECIPES = {
 class Plan:
     """The resolved hyperparameters of a pretraining run.
 
-    `origins` tells where each value comes from: "given", "recipe default", or how it was derived. `flops` are the
-    model's over the run, forward and backward. The derived rates already include `learning_rate_factor`.
+    `origins` tells where each value comes from: one of NOT_DERIVED, or how it was derived. `flops` are the model's
+    over the run, forward and backward. The derived rates already include `learning_rate_factor`.
     """
 
     recipe: str
@@ -94,6 +99,8 @@ class Plan:
     warmdown_ratio: float
     final_lr_fraction: float
     momentum_steps: int
+    peak_momentum: float
+    final_momentum: float
     max_grad_norm: float | None
     learning_rate_factor: float
     tokens: int
@@ -102,17 +109,9 @@ class Plan:
     origins: Mapping[str, str] = field(repr=False)
 
     def schedule(self) -> Schedule:
-        recipe = RECIPES[self.recipe]
-        return Schedule(
-            self.max_steps,
-            warmup_steps=self.warmup_steps,
-            warmdown_ratio=self.warmdown_ratio,
-            final_lr_fraction=self.final_lr_fraction,
-            momentum_steps=self.momentum_steps,
-            peak_momentum=recipe.peak_momentum,
-            final_momentum=recipe.final_momentum,
-            final_weight_decay_fraction=recipe.final_weight_decay_fraction,
-        )
+        shape = {name: getattr(self, name) for name in SHAPE}
+        decay = RECIPES[self.recipe].final_weight_decay_fraction
+        return Schedule(self.max_steps, **shape, final_weight_decay_fraction=decay)
 
     def lines(self) -> list[str]:
         """The plan as printed lines: its size, each derived value with its origin, then the other values."""
@@ -141,6 +140,7 @@ def resolve_hyperparameters(
     *,
     max_length: int,
     aspect_ratio: int | None = None,
+    stage_defaults: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan of a run, from a plain or turbo configuration of any size.
 
@@ -154,11 +154,13 @@ def resolve_hyperparameters(
         max_length: Tokens per row; a step is a whole number of rows.
         aspect_ratio: The argument of `config.from_depth`, for the reference at depth 12; by default the usual ratio if
             it gives this width, else the width per layer.
+        stage_defaults: Constants of the stage, by their names in [`Recipe`], which replace the recipe's.
 
     Raises:
         UserError: The recipe is unknown, a value is out of range, or the run has less than one step.
     """
-    constants, given = get_recipe(recipe), overrides or Overrides()
+    stage_defaults, given = stage_defaults or {}, overrides or Overrides()
+    constants = replace(get_recipe(recipe), **stage_defaults)
     given.check(max_length)
     counted = constants.parameters(config)
     growth = counted / constants.parameters(reference(config, aspect_ratio)) if constants.scales else 1.0
@@ -170,6 +172,8 @@ def resolve_hyperparameters(
     steps, origins["max_steps"] = horizon(given, tokens, why_tokens, batch, flops_per_step)
     rates, why_rates = resolve_rates(constants, given.rates, batch, growth)
     shape, why_shape = resolve_shape(constants, given.shape, steps)
+    origins |= why_rates | why_shape | {"max_grad_norm": RECIPE_DEFAULT}
+    origins |= {name: STAGE_DEFAULT for name in stage_defaults if origins[name] != GIVEN}
     return Plan(
         recipe=recipe,
         max_steps=steps,
@@ -179,7 +183,7 @@ def resolve_hyperparameters(
         tokens=steps * batch,
         tokens_per_parameter=steps * batch / counted,
         flops=steps * flops_per_step,
-        origins=origins | why_rates | why_shape | {"max_grad_norm": RECIPE_DEFAULT},
+        origins=origins,
         **rates,
         **shape,
     )

@@ -8,7 +8,9 @@ from modeling_nanochat.errors import UserError
 
 SIZES = ("max_steps", "target_flops", "target_param_data_ratio", "total_batch_size")
 RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay")
-SHAPE = ("warmup_steps", "momentum_steps", "warmdown_ratio", "final_lr_fraction")
+STEPS = ("warmup_steps", "momentum_steps")
+SHARES = ("warmdown_ratio", "final_lr_fraction", "peak_momentum", "final_momentum")
+SHAPE = (*STEPS, *SHARES)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Overrides:
     momentum_steps: int | None = None
     warmdown_ratio: float | None = None
     final_lr_fraction: float | None = None
+    peak_momentum: float | None = None
+    final_momentum: float | None = None
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -50,15 +54,18 @@ class Overrides:
         """The schedule's values."""
         return {name: getattr(self, name) for name in SHAPE}
 
-    def check(self, max_length: int) -> None:
+    def check(self, max_length: int | None) -> None:
         """
+        Args:
+            max_length: Tokens per row; None: not known yet.
+
         Raises:
             UserError: A value is out of range, or a step is not a whole number of rows.
         """
         sizes = {name: getattr(self, name) for name in SIZES} | {"max_length": max_length}
-        shares = {"warmdown_ratio": self.warmdown_ratio, "final_lr_fraction": self.final_lr_fraction}
+        shares = {name: getattr(self, name) for name in SHARES}
         check_ranges(positive=sizes, not_negative=self.rates | self.shape, shares=shares)
-        if self.total_batch_size is not None and self.total_batch_size % max_length:
+        if self.total_batch_size and max_length and self.total_batch_size % max_length:
             raise UserError(
                 f"total_batch_size {self.total_batch_size} must be a multiple of max_length {max_length}; "
                 f"take {whole_rows(self.total_batch_size, max_length)}"

@@ -219,6 +219,12 @@ def test_little_memory_means_few_rows_and_processes_share_it(monkeypatch):
     assert find_batch_size(model, 256, 16, CPU, never, agree=lambda rows: min(rows, 1)) == 1
 
 
+@pytest.mark.parametrize("most, expected", [(1, 1), (5, 4), (16, 16), (99, 16), (None, 16)])
+def test_no_more_rows_than_allowed_are_chosen(monkeypatch, most, expected):
+    with_free_memory(monkeypatch, 64)
+    assert find_batch_size(random_model("plain"), 256, 16, CPU, never, most_rows=most) == expected
+
+
 def test_the_optimizer_state_of_a_process_is_left_room_for(monkeypatch):
     model = random_model("plain")
     for expected, state in ((16, 0), (1, 2**30)):

@@ -24,6 +24,7 @@ from recipes.training.checkpoint.checkpoints import (
     Checkpoint,
     Checkpoints,
     RunState,
+    interrupted_run,
     restore_random_state,
 )
 from recipes.training.checkpoint.files import Damaged, sha256, verify
@@ -65,6 +66,30 @@ def test_a_folder_can_be_named(checkpoints, tmp_path):
     assert checkpoints.find(str(checkpoints.folder / "step-00000010")).step == 10
     with pytest.raises(UserError, match="not a checkpoint; give auto"):
         checkpoints.find(str(tmp_path))
+
+
+def test_the_newest_can_be_kept(checkpoints):
+    for step in (10, 20):
+        save(checkpoints, step)
+    checkpoints.delete(keep_newest=True)
+    assert [checkpoint.step for checkpoint in checkpoints.present()] == [20] and checkpoints.find("auto").step == 20
+    checkpoints.delete()
+    assert not checkpoints.present()
+
+
+def test_an_interrupted_runs_settings_come_from_the_newest_state_that_is_whole(checkpoints):
+    assert interrupted_run(checkpoints.folder, "auto") is None
+    for step in (10, 20):
+        save(checkpoints, step)
+    older, newer = (checkpoint.folder for checkpoint in checkpoints.present())
+    os.truncate(newer / "model.safetensors", 3)  # not read
+    for resume in ("auto", str(older), str(newer)):
+        assert interrupted_run(checkpoints.folder, resume) == {"depth": 2}
+    text = (newer / "state.json").read_text()
+    (newer / "state.json").write_text(text.replace('"depth": 2', '"depth": 3'))
+    assert interrupted_run(checkpoints.folder, "auto") == {"depth": 2}
+    assert interrupted_run(checkpoints.folder, str(newer)) is None
+    assert interrupted_run(checkpoints.folder, str(checkpoints.folder / "step-00000030")) is None
 
 
 def test_going_back_abandons_what_came_later(checkpoints):

@@ -25,10 +25,10 @@ GIVEN = {"depth": 2, "train_files": ["a.parquet"], "matrix_lr": None}
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")  # audit events of a folder's changes
 
 
-def finish(model_and_tokenizer, output_dir, steps):
+def finish(model_and_tokenizer, output_dir, steps, **settings):
     """The end of a stage, as `run_stage` has it."""
     args = OutputArguments(str(output_dir))
-    record = {"stage": "base", "settings": {}, "given": GIVEN, "steps": steps}
+    record = {"stage": "base", "settings": settings, "given": GIVEN, "steps": steps}
     log = JsonlLogger(output_dir, enabled=False)
     finish_stage(*model_and_tokenizer, args, log, record, card=lambda record: f"trained for {record['steps']} steps")
     discard(beside(output_dir, "checkpoints", ""))
@@ -116,6 +116,14 @@ def test_a_finished_run_is_found_by_its_settings_and_never_replaced(toy_model_an
     (tmp_path / "stages" / "base.json").unlink()
     with pytest.raises(UserError, match="already exists"):
         check_output(args, "auto", GIVEN)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_finished_run_found_again_leaves_the_checkpoint_that_it_keeps(toy_model_and_tokenizer, tmp_path, keeps):
+    finish(toy_model_and_tokenizer, tmp_path / "base", 8, keep_checkpoint=keeps)
+    left_by_training(tmp_path, 8)
+    assert check_output(OutputArguments(str(tmp_path / "base")), "auto", GIVEN)
+    assert (tmp_path / "checkpoints" / "base" / "step-00000008").exists() == keeps
 
 
 def test_checkpoints_of_a_run_that_was_to_replace_a_finished_one_stay(toy_model_and_tokenizer, tmp_path):

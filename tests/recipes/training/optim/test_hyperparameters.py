@@ -88,7 +88,7 @@ def test_steps_come_before_flops_and_flops_before_the_ratio():
 def test_what_is_given_is_taken_as_it_is():
     given = {"total_batch_size": 65536, "max_steps": 300, "matrix_lr": 0.05, "embedding_lr": 0.1, "scalar_lr": 0.0}
     given |= {"unembedding_lr": 0.001, "weight_decay": 0.7, "warmup_steps": 3, "warmdown_ratio": 0.5}
-    given |= {"final_lr_fraction": 0.25, "momentum_steps": 9}
+    given |= {"final_lr_fraction": 0.25, "momentum_steps": 9, "peak_momentum": 0.8, "final_momentum": 0.7}
     for recipe in ("classic", "current"):
         plan = resolve(NanoChatTurboConfig.from_depth(20), recipe, max_length=2048, **given)
         assert {name: getattr(plan, name) for name in given} == given
@@ -96,6 +96,22 @@ def test_what_is_given_is_taken_as_it_is():
         schedule = plan.schedule()
         assert schedule.learning_rate_multiplier(0) == pytest.approx(1 / 3)
         assert schedule.warmdown_steps == 150 and schedule.final_lr_fraction == 0.25 and schedule.momentum_steps == 9
+        assert (schedule.momentum(9), schedule.momentum(300)) == (0.8, pytest.approx(0.7))
+
+
+@pytest.mark.parametrize("recipe", ["classic", "current"])
+def test_a_stages_defaults_replace_the_recipes_and_yield_to_given_values(recipe):
+    defaults = {"warmup_steps": 3, "warmdown_ratio": 0.1, "weight_decay": 0.0, "max_grad_norm": 0.5}
+    plan = resolve_hyperparameters(
+        NanoChatConfig.from_depth(12),
+        recipe,
+        Overrides(max_steps=300, warmdown_ratio=0.3),
+        max_length=2048,
+        stage_defaults=defaults,
+    )
+    assert {name: getattr(plan, name) for name in defaults} == defaults | {"warmdown_ratio": 0.3}
+    origins = {name for name, origin in plan.origins.items() if origin == "stage default"}
+    assert origins == defaults.keys() - {"warmdown_ratio"} and plan.origins["warmdown_ratio"] == "given"
 
 
 def test_a_given_batch_size_enters_rates_and_weight_decay():
@@ -185,6 +201,7 @@ def test_only_short_runs_warm_up_sooner(max_steps, expected):
         ({"matrix_lr": -0.1}, "matrix_lr is -0.1; it must not be negative"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"warmdown_ratio": 1.5}, "warmdown_ratio is 1.5; it is a share"),
+        ({"peak_momentum": 1.1}, "peak_momentum is 1.1; it is a share"),
     ],
 )
 def test_impossible_values_are_named(given, message):

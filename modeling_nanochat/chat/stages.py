@@ -28,11 +28,6 @@ class Stage:
         """Whether its model has been trained on conversations."""
         return self.predecessor is not None
 
-    @property
-    def resume(self) -> str:
-        """Its script's option to resume from a checkpoint."""
-        return "resume_from_checkpoint" if self.on_trl else "resume"
-
 
 BASE_NOTE = (
     "a base model: it continues text and has never seen a conversation, so expect no answers; "

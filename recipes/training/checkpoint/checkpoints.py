@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -117,7 +117,7 @@ class Checkpoints:
         folder: Where they are; created with the first checkpoint.
     """
 
-    def __init__(self, folder: str | Path, accelerator: Accelerator):
+    def __init__(self, folder: str | Path, accelerator: Accelerator | PartialState):
         self.folder, self.accelerator = Path(folder), accelerator
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.unfinished: Unfinished | None = None

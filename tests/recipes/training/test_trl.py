@@ -24,7 +24,6 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.modeling_nanochat import NanoChatAttention, NanoChatMLP
 from recipes.sft import NanoChatSFTTrainer
 from recipes.training.optim.optimizer import muon_adamw
-from recipes.training.trl.stage import newest_whole
 
 SCRIPTS = {"sft": recipes.sft, "rl": recipes.grpo}
 
@@ -121,7 +120,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_bit_identical(stage, start,
     monkeypatch.undo()
     if stage == "rl":
         monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", alternating)
-    output = start(stage, "run", **settings, resume_from_checkpoint="auto")
+    output = start(stage, "run", **settings, resume="auto")
     expected, found = load_file(undisturbed / "model.safetensors"), load_file(output / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     key = "loss" if stage == "sft" else "completion_tokens"
@@ -132,19 +131,20 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_bit_identical(stage, start,
     assert not (output.parent / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_text(path.read_text()[:-9])])
-def test_a_checkpoint_that_was_interrupted_is_passed_over(start, tmp_path, monkeypatch, capfd, spoil):
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_a_damaged_checkpoint_is_named_and_passed_over(start, tmp_path, monkeypatch, capfd, spoil):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
     stop_before_step(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         start("sft", **settings)
     monkeypatch.undo()
-    newest = tmp_path / "run" / "checkpoints" / "sft" / "checkpoint-4"
-    spoil(newest / "trainer_state.json")
-    assert newest_whole(newest.parent).name == "checkpoint-2"
-    output = start("sft", **settings, resume_from_checkpoint="auto")
+    newest = tmp_path / "run" / "checkpoints" / "sft" / "step-00000004"
+    spoil(newest / "optimizer-00000-of-00001.safetensors")
+    output = start("sft", **settings, resume="auto")
     assert [row["step"] for row in log_of(output)] == [1, 2, 3, 4, 5, 6]
-    assert "no checkpoint" not in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert f"{newest} is damaged (optimizer-00000-of-00001.safetensors" in said.err
+    assert f"going on after step 2, from {newest.parent}/step-00000002" in said.out
 
 
 def test_a_run_from_the_start_leaves_no_older_checkpoint_to_go_on_from(start, tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_run_from_the_start_leaves_no_older_checkpoint_to_go_on_from(start, tm
     stop_before_step(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         start("sft", **settings, overwrite_output_dir="true")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "sft").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "sft").glob("step-*")] == ["step-00000002"]
 
 
 def test_problems_that_cannot_be_used_end_grpo_or_are_counted(start, tmp_path, capsys):
@@ -201,15 +201,13 @@ def stop_before_step(monkeypatch, step):
 
 def test_what_to_resume_from_must_be_a_checkpoint(start, tmp_path):
     (tmp_path / "nowhere").mkdir()
-    with pytest.raises(
-        UserError, match="resume_from_checkpoint .*nowhere: no checkpoint, trainer_state.json is missing"
-    ):
-        start("sft", resume_from_checkpoint=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="--resume .*nowhere: not a checkpoint; give auto, or a folder such as"):
+        start("sft", resume=tmp_path / "nowhere")
     assert not (tmp_path / "run" / "sft").exists()
 
 
 def test_without_a_checkpoint_auto_starts_anew(start, capsys):
-    assert (start("sft", max_steps=1, resume_from_checkpoint="auto") / "model.safetensors").exists()
+    assert (start("sft", max_steps=1, resume="auto") / "model.safetensors").exists()
     assert "no checkpoint in" in capsys.readouterr().out
 
 

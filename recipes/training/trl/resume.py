@@ -6,11 +6,13 @@ complete.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from trl import GRPOConfig
@@ -18,6 +20,7 @@ from trl import GRPOConfig
 from modeling_nanochat.errors import UserError
 
 from ..checkpoint.checkpoints import Checkpoint, Checkpoints, RunState, restore_random_state
+from ..checkpoint.optimizer_state import load_optimizer_state, optimizer_state
 from ..learning import LearningWatch
 from ..stage import JsonlLogger
 from ..stopping import StopRequest, stop_request, stopped
@@ -31,12 +34,23 @@ class Trained(Exception):
 
 
 class ResumableTrainer(Trainer):
-    """Trainer mixin: saves to and resumes from [`Checkpoints`]. Its optimizer must be a `MuonAdamW` with names."""
+    """Trainer mixin: saves to and resumes from [`Checkpoints`].
 
+    Attributes:
+        stopping: Some process was asked to stop.
+        watch: Observes every step.
+    """
+
+    model: PreTrainedModel
+    optimizer: Any
+    lr_scheduler: Any
+    ref_model: PreTrainedModel  # of GRPO
+    _step: int  # of GRPO
+    train_dataset: Dataset
     checkpoints: Checkpoints
     resumed: Checkpoint | None = None
     request: StopRequest | None = None
-    stopping = False  # some process was asked to stop
+    stopping = False
     watch: LearningWatch
 
     @property
@@ -77,11 +91,11 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.store_flos()
         shards = {}
-        if self.accelerator.is_main_process:  # every process has all of it
-            shards["optimizer"] = self.optimizer.optimizer.sharded_state_dict()
+        if self.accelerator.is_main_process:
+            shards["optimizer"] = optimizer_state(self.optimizer)
             if reference := self.reference:
                 shards["reference"] = reference.state_dict()
-        self.checkpoints.save(self.state.global_step, self.run_state(), shards, self.unwrapped(self.model).state_dict)
+        self.checkpoints.save(self.state.global_step, self.run_state(), shards, self.trained_weights)
         self.checkpoints.complete()
 
     def run_state(self) -> RunState:
@@ -92,6 +106,7 @@ class ResumableTrainer(Trainer):
             "attributes": {name: getattr(self, name) for name in ATTRIBUTES if hasattr(self, name)},
             "rows": len(self.train_dataset),
             "rows_per_step": rows_per_step(args),
+            "passes_per_step": args.gradient_accumulation_steps,
             "rows_per_generation": getattr(args, "generation_batch_size", None),
         }
         return RunState(
@@ -103,6 +118,12 @@ class ResumableTrainer(Trainer):
             per_device_train_batch_size=args.per_device_train_batch_size,
         )
 
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """All but frozen parameters, such as those below an adapter."""
+        model = self.unwrapped(self.model)
+        frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
     def unwrapped(self, model: torch.nn.Module) -> PreTrainedModel:
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
@@ -113,7 +134,7 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         assert self.resumed is not None
-        self.unwrapped(self.model).load_state_dict(self.resumed.weights())
+        self.unwrapped(self.model).load_state_dict(self.resumed.weights(), strict=False)  # frozen ones are not saved
         if reference := self.reference:
             (shard,) = self.resumed.shards("reference")
             reference.load_state_dict({name: shard.get_tensor(name) for name in shard.keys()})
@@ -122,16 +143,14 @@ class ResumableTrainer(Trainer):
         if self.resumed is None:
             return
         saved = self.resumed.state.train_state
-        self.optimizer.optimizer.load_sharded_state_dict(self.resumed.shards("optimizer"))
+        load_optimizer_state(self.optimizer, *self.resumed.shards("optimizer"))
         self.lr_scheduler.load_state_dict(saved["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate  # the scheduler sets it only after the next step
         for name, value in saved["attributes"].items():
             setattr(self, name, value)
-        if "_step" in saved["attributes"]:  # counts passes, of which a step may now have another number
-            before = self.resumed.state
-            self._step *= before.per_device_train_batch_size * before.processes * self.args.gradient_accumulation_steps
-            self._step //= saved["rows_per_step"]
+        if hasattr(self, "_step"):  # counts passes, of which a step may now have another number
+            self._step = self._step * self.args.gradient_accumulation_steps // saved["passes_per_step"]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.resumed:
@@ -141,6 +160,14 @@ class ResumableTrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         return EpochOrder(sampler, self) if hasattr(sampler, "generator") else sampler
 
+    @property
+    def is_within_rollouts(self) -> bool:
+        """Whether the next step takes completions that GRPO has already generated, which no checkpoint holds."""
+        if not isinstance(self.args, GRPOConfig):
+            return False
+        assert self.args.steps_per_generation, "TRL has a default"
+        return bool(self._step % (self.args.steps_per_generation * self.args.num_iterations))
+
 
 class EpochOrder(Sampler):
     """`sampler` in an order of seed and epoch only, which a resumed run repeats on any number of processes.
@@ -149,13 +176,13 @@ class EpochOrder(Sampler):
     not in a resumed epoch on several processes.
     """
 
-    def __init__(self, sampler: Sampler, trainer: ResumableTrainer):
+    def __init__(self, sampler: Any, trainer: ResumableTrainer):
         self.sampler, self.trainer = sampler, trainer
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         args = self.trainer.args
         seed = args.seed if args.data_seed is None else args.data_seed
         self.sampler.generator = torch.Generator().manual_seed(seed + int(self.trainer.state.epoch))
@@ -163,21 +190,28 @@ class EpochOrder(Sampler):
 
 
 class SavingAndStopping(TrainerCallback):
-    """Ends training that is complete already, or that was asked to stop."""
+    """Ends training that is complete already, or that was asked to stop; postpones checkpoints within rollouts.
+
+    A run that stops within rollouts, or was killed before the postponed checkpoint, generates them again.
+    """
 
     def __init__(self, trainer: ResumableTrainer):
-        self.trainer = trainer
+        self.trainer, self.postponed = trainer, False
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step >= state.max_steps:
             raise Trained  # the trainer would take one step more
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.trainer.stopping:
-            control.should_save = True
+        control.should_save = control.should_save or self.postponed
+        self.postponed = (
+            control.should_save and self.trainer.is_within_rollouts and state.global_step < state.max_steps
+        )
+        control.should_save = self.trainer.stopping or (control.should_save and not self.postponed)
 
     def on_save(self, args, state, control, **kwargs) -> None:
         if self.trainer.stopping and state.global_step < state.max_steps:
+            assert self.trainer.request is not None
             raise stopped(self.trainer.request, state.global_step, state.max_steps, self.trainer.checkpoints.folder)
 
 

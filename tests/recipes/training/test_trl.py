@@ -199,6 +199,72 @@ def stop_before_step(monkeypatch, step):
     monkeypatch.setattr(LearningCallback, "on_pre_optimizer_step", stop)
 
 
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_failed_last_act_is_repeated_without_training_again(stage, start, monkeypatch):
+    """In the middle of an epoch, where the trainer would take one step more."""
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 50, "logging_steps": 1, "resume": "auto"}
+    settings |= {"per_device_train_batch_size": 8, "num_generations": 2} if stage == "rl" else {}
+    undisturbed = start(stage, "undisturbed", **settings)
+    monkeypatch.setattr(recipes.training.trl.stage, "finish_stage", Mock(side_effect=UserError("made up")))
+    with pytest.raises(UserError, match="made up"):
+        start(stage, **settings)
+    monkeypatch.undo()
+    monkeypatch.setattr(recipes.training.trl.trainer.MuonTrainer, "training_step", None)
+    output = start(stage, **settings)
+    expected, found = load_file(undisturbed / "model.safetensors"), load_file(output / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [row["step"] for row in log_of(output)] == [1, 2, 3]
+    assert not (output.parent / "checkpoints").exists()
+
+
+def test_completions_for_several_steps_are_trained_on_before_a_checkpoint(start, tmp_path, monkeypatch):
+    """Steps 1 and 2 share their completions, 3 and 4, 5 and 6: none are generated twice after a kill."""
+    settings = {"max_steps": 8, "num_iterations": 2, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+    monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", alternating)
+    undisturbed = start("rl", "undisturbed", **settings)
+    stop_before_step(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        start("rl", **settings)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "rl").glob("step-*")] == ["step-00000004"]
+    monkeypatch.undo()
+    monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", alternating)
+    output = start("rl", **settings, resume="auto")
+    expected, found = load_file(undisturbed / "model.safetensors"), load_file(output / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 8}, "step-00000002 was trained with seed 7, now it is 8; give the same"),
+        ({"per_device_train_batch_size": 2}, "was trained in steps of 4 rows, now they have 2; set per_device"),
+    ],
+)
+def test_a_run_does_not_resume_with_other_settings(changed, message, start, monkeypatch):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "seed": 7}
+    stop_before_step(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        start("sft", **settings)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=message):
+        start("sft", **settings | changed, resume="auto")
+    with pytest.raises(UserError, match="holds the checkpoints of an unfinished run; pass --resume auto"):
+        start("sft", **settings)
+    start("sft", **settings | {"save_steps": 5, "logging_steps": 2}, resume="auto")
+
+
+def test_a_run_does_not_resume_on_other_data(start, tmp_path, monkeypatch):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    stop_before_step(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        start("sft", **settings)
+    monkeypatch.undo()
+    rows = (tmp_path / "sft.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "sft.jsonl").write_text("".join(rows[:-1]))
+    with pytest.raises(UserError, match="the checkpoint was trained on 16 rows, now there are 15; give the same data"):
+        start("sft", **settings, resume="auto")
+
+
 def test_what_to_resume_from_must_be_a_checkpoint(start, tmp_path):
     (tmp_path / "nowhere").mkdir()
     with pytest.raises(UserError, match="--resume .*nowhere: not a checkpoint; give auto, or a folder such as"):

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import GRPOConfig
 
 from modeling_nanochat.errors import UserError
@@ -183,9 +184,10 @@ class EpochOrder(Sampler):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
-        args = self.trainer.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.sampler.generator = torch.Generator().manual_seed(seed + int(self.trainer.state.epoch))
+        args, epoch = self.trainer.args, int(self.trainer.state.epoch)
+        if epoch or not isinstance(self.sampler, LengthGroupedSampler):  # its first epoch follows from `set_seed`
+            seed = args.seed if args.data_seed is None else args.data_seed
+            self.sampler.generator = torch.Generator().manual_seed(seed + epoch)
         return iter(self.sampler)
 
 

@@ -131,6 +131,18 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_bit_identical(stage, start,
     assert not (output.parent / "checkpoints").exists()
 
 
+def test_rows_grouped_by_length_keep_their_order_in_a_resumed_epoch(start, monkeypatch):
+    settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "logging_steps": 1}
+    settings["train_sampling_strategy"] = "group_by_length"
+    undisturbed = start("sft", "undisturbed", **settings)
+    stop_before_step(monkeypatch, 8)
+    with pytest.raises(KeyboardInterrupt):
+        start("sft", **settings)
+    monkeypatch.undo()
+    output = start("sft", **settings, resume="auto")
+    assert [row["loss"] for row in log_of(output)] == [row["loss"] for row in log_of(undisturbed)]
+
+
 @pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
 def test_a_damaged_checkpoint_is_named_and_passed_over(start, tmp_path, monkeypatch, capfd, spoil):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}

@@ -14,7 +14,7 @@ from recipes.training.checkpoint.files import verify
 from recipes.training.checkpoint.folders import checkpoint_folders
 
 SCRIPTS = {"sft": "sft", "rl": "grpo"}
-STEPS = 30  # more than two epochs of 104 conversations or 23 problems
+STEPS = 30  # more than two epochs of the conversations, seven of the problems
 LOOP = "recipes.training.trl.trainer.MuonTrainer.train"
 CALLS_OF_A_SAVE = 20  # of the functions that write checkpoints
 EVENTS_OF_A_STEP = {"sft": 5_000, "rl": 20_000}  # calls and returns that Python's profiler sees, roughly
@@ -35,7 +35,7 @@ def arguments(toy_model_folder, tmp_path):
         {"messages": [{"role": "user", "content": f"{i}+7?"}, {"role": "assistant", "content": f"It is {i + 7}."}]}
         for i in range(104)
     ]
-    problems = [{"question": f"What is {i}+7?", "answer": f"#### {i + 7}"} for i in range(23)]
+    problems = [{"question": f"What is {i}+7?", "answer": f"#### {i + 7}"} for i in range(9)]
     for name, records in (("sft", chats), ("rl", problems)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     special = {

@@ -171,10 +171,9 @@ class ResumableTrainer(Trainer):
 
 
 class EpochOrder(Sampler):
-    """`sampler` in an order of seed and epoch only, which a resumed run repeats on any number of processes.
+    """`sampler` in an order that depends on seed and epoch only, so that a resumed run has it too.
 
-    TRL's sampler draws the next epoch's order from where the last one's ended; Accelerate tells its own the epoch, but
-    not in a resumed epoch on several processes.
+    TRL's sampler, and transformers' by length, draw an epoch's order from where the last one's draws ended.
     """
 
     def __init__(self, sampler: Any, trainer: ResumableTrainer):

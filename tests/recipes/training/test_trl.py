@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -243,6 +244,31 @@ def test_completions_for_several_steps_are_trained_on_before_a_checkpoint(start,
     output = start("rl", **settings, resume="auto")
     expected, found = load_file(undisturbed / "model.safetensors"), load_file(output / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_that_stops_within_its_completions_generates_them_again_for_the_same_problems(start, monkeypatch):
+    settings = {"max_steps": 8, "num_iterations": 2, "save_strategy": "no", "resume": "auto"}
+    graded = []
+
+    def keep(completions, problem, trainer_state, **kwargs):
+        graded.append((trainer_state.global_step, problem))
+        return alternating(completions)
+
+    monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", keep)
+    start("rl", "undisturbed", **settings)
+    undisturbed, graded[:] = dict(graded), []
+    observe = recipes.training.trl.trainer.LearningCallback.on_pre_optimizer_step
+
+    def ask(self, args, state, control, **kwargs):
+        if state.global_step == 2:  # in the third step, before the fourth, which shares its completions
+            signal.raise_signal(signal.SIGTERM)
+        observe(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(recipes.training.trl.trainer.LearningCallback, "on_pre_optimizer_step", ask)
+    start("rl", **settings)
+    start("rl", **settings)
+    assert [step for step, _ in graded] == [0, 2, 3, 4, 6] and sorted(undisturbed) == [0, 2, 4, 6]
+    assert all(problems == undisturbed[step - step % 2] for step, problems in graded)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ Only this package knows names and contents of these files: others hand over stat
 """
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -37,12 +36,11 @@ from modeling_nanochat.folders import flush
 
 from ..processes import on_main_process
 from .files import Damaged, copied, verify, write_files, write_marker
-from .folders import discard
+from .folders import checkpoint_folders, discard
 from .random_state import random_state, set_random_state
 
 KEPT = 2  # checkpoints: one is left if the newest is damaged
 FORMAT = 2  # of files and states; raise it when one of them changes. Checkpoints without a version are of format 1
-STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,7 @@ class Checkpoints:
 
     def present(self) -> list[Checkpoint]:
         """Every folder with a checkpoint's name, valid or not, oldest first."""
-        found = self.folder.glob("step-*") if self.folder.is_dir() else []
-        return [Checkpoint(path) for path in sorted(found) if STEP_FOLDER.fullmatch(path.name)]
+        return [Checkpoint(path) for path in checkpoint_folders(self.folder).values()]
 
     def find(self, resume: str) -> Checkpoint | None:
         """The checkpoint to resume from: the newest good one for "auto" (None if there are none), or the named folder.
@@ -155,7 +152,7 @@ class Checkpoints:
 
     def named(self, folder: str) -> Checkpoint:
         path = Path(folder)
-        if not STEP_FOLDER.fullmatch(path.name) or not path.is_dir():
+        if path not in checkpoint_folders(path.parent).values():
             raise UserError(
                 f"--resume {folder}: not a checkpoint; give auto, or a folder such as {self.folder}/step-00000500"
             )

@@ -9,7 +9,8 @@ from safetensors import safe_open
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The state by `{index of the parameter}.{key}`, without options such as learning rates."""
     states = optimizer.state_dict()["state"].items()
-    return {f"{index}.{key}": as_tensor(value) for index, state in states for key, value in state.items()}
+    values = {f"{index}.{key}": value for index, state in states for key, value in state.items()}
+    return {name: as_tensor(value) for name, value in values.items() if value is not None}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: safe_open) -> None:

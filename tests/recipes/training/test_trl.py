@@ -423,26 +423,6 @@ def test_the_libraries_have_nothing_to_warn_of(stage, start, recwarn, caplog, mo
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", SCRIPTS)
-def test_two_processes_train_one_model(stage, start, tmp_path):
-    """On a CPU each would train on its own unless Accelerate is told."""
-    alone = start(stage, "alone", max_steps=2, per_device_train_batch_size=8)
-    words = sys.argv[1:]
-    words[words.index("--output_dir") + 1] = str(tmp_path / "together" / stage)
-    words[words.index("--per_device_train_batch_size") + 1] = "4"
-    assert run(forkserver(), words, stage={"rl": "grpo"}.get(stage, stage), processes=2) == 0
-    together = record_of(tmp_path / "together" / stage)
-    assert together["steps"] == 2
-    assert (tmp_path / "together" / stage / "model.safetensors").exists()
-    if stage == "sft":  # rollouts are drawn anew in every process
-        expected, found = (
-            load_file(alone / "model.safetensors"),
-            load_file(tmp_path / "together" / stage / "model.safetensors"),
-        )
-        assert max((found[name] - expected[name]).abs().mean() for name in expected) < 1e-5
-
-
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_attention_is_what_the_key_says_in_training_only(stage, start, monkeypatch):
     asked, forward = Counter(), NanoChatAttention.forward

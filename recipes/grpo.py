@@ -40,6 +40,7 @@ from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.text.records import read_records
 from modeling_nanochat.tokenization_nanochat import whole_messages
+from recipes.training.arguments import ResumeArguments
 from recipes.training.attention import AttentionArguments, set_attention
 from recipes.training.data.bad_rows import BadRowArguments, BadRows
 from recipes.training.model_card import CardArguments
@@ -62,7 +63,7 @@ from recipes.training.trl.trainer import MuonTrainer, RateArguments
 
 
 @dataclass
-class GRPOArguments(CardArguments, RateArguments, AttentionArguments, BadRowArguments):
+class GRPOArguments(CardArguments, RateArguments, AttentionArguments, BadRowArguments, ResumeArguments):
     """Arguments that `trl.GRPOConfig` does not have. The rates are the original's."""
 
     embedding_lr: float = field(default=0.2, metadata={"help": "AdamW's rate for embeddings, at width 768."})
@@ -94,9 +95,9 @@ class NanoChatGRPOTrainer(MuonTrainer, PerProblemLoss, Rewarding, HeldOutEvaluat
 def main() -> None:
     args, training, given = parse_settings(GRPOArguments, GRPOSettings)
     output = output_arguments(args, training)
-    if check_output(output, training.resume_from_checkpoint, run_settings(given), "--resume_from_checkpoint"):
+    if check_output(output, args.resume, run_settings(given)):
         return
-    checkpoint = find_checkpoint(training)
+    checkpoint = find_checkpoint(args, training, given)
     check_sandbox()
     rewards = [load_reward(name) for name in args.reward_funcs]
     bad, bad_held_out = BadRows(args.on_bad_row), BadRows(args.on_bad_row)

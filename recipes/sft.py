@@ -22,6 +22,7 @@ from trl import SFTTrainer
 
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
+from recipes.training.arguments import ResumeArguments
 from recipes.training.attention import AttentionArguments, set_attention
 from recipes.training.data.conversations import Renderer
 from recipes.training.data.mixtures import MixtureArguments
@@ -40,7 +41,7 @@ from recipes.training.trl.trainer import MuonTrainer, RateArguments
 
 
 @dataclass
-class SFTArguments(CardArguments, RateArguments, AttentionArguments, MixtureArguments):
+class SFTArguments(CardArguments, RateArguments, AttentionArguments, MixtureArguments, ResumeArguments):
     """Arguments that `trl.SFTConfig` does not have."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Midtrained model: folder or Hub id."})
@@ -60,9 +61,9 @@ class NanoChatSFTTrainer(MuonTrainer, SFTTrainer):
 def main() -> None:
     args, training, given = parse_settings(SFTArguments, SFTSettings)
     output = output_arguments(args, training)
-    if check_output(output, training.resume_from_checkpoint, run_settings(given), "--resume_from_checkpoint"):
+    if check_output(output, args.resume, run_settings(given)):
         return
-    checkpoint = find_checkpoint(training)
+    checkpoint = find_checkpoint(args, training, given)
     args.check_beginnings()
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)

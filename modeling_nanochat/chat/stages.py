@@ -12,7 +12,6 @@ class Stage:
         script: The name of its script and of its YAML file, without suffix.
         title: Its name in reports.
         predecessor: The stage whose model it starts from.
-        on_trl: Trained by one of TRL's trainers instead of our own loop.
         note: What a user should know before the first question to its model; a finished chat model needs no note.
     """
 
@@ -20,18 +19,12 @@ class Stage:
     script: str
     title: str
     predecessor: str | None = None
-    on_trl: bool = False
     note: str = ""
 
     @property
     def chats(self) -> bool:
         """Whether its model has been trained on conversations."""
         return self.predecessor is not None
-
-    @property
-    def resume(self) -> str:
-        """Its script's option to resume from a checkpoint."""
-        return "resume_from_checkpoint" if self.on_trl else "resume"
 
 
 BASE_NOTE = (
@@ -43,8 +36,8 @@ MID_NOTE = "a midtrained model: it has seen conversations among other text; the 
 ROWS = (
     Stage("base", "pretrain", "Base", note=BASE_NOTE),
     Stage("mid", "midtrain", "Mid", predecessor="base", note=MID_NOTE),
-    Stage("sft", "sft", "SFT", predecessor="mid", on_trl=True),
-    Stage("rl", "grpo", "RL", predecessor="sft", on_trl=True),
+    Stage("sft", "sft", "SFT", predecessor="mid"),
+    Stage("rl", "grpo", "RL", predecessor="sft"),
 )
 STAGES = {stage.name: stage for stage in ROWS}  # in the order of training
 SCRIPTS = {stage.script: stage for stage in ROWS}

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import write_json
 
@@ -33,7 +32,7 @@ def run_step(step: Step, run_dir: Path, redo: bool, lock: int | None = None, ver
     write_json(marker(step.name, run_dir, "started"), wanted)
     # The plan has checked that an existing folder is this run's. world.py replaces only a world, without the flag.
     overwrite = ["--overwrite_output_dir", "true"] if step.makes_folder and step.name != "data" else []
-    resume = [f"--{STAGES[step.name].resume}", "auto"] if has_checkpoints(step.name, run_dir) and not redo else []
+    resume = ["--resume", "auto"] if has_checkpoints(step.name, run_dir) and not redo else []
     command = [*step.command, *overwrite, *resume]
     if verbose:
         print(command_line(command), flush=True)

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError
 
 from .arguments import LADDER
-from .step import Step, difference, has_checkpoints, is_finished, is_own, read_marker
+from .step import Step, difference, is_finished, is_own, read_marker
 
 
 def make_plan(ladder: dict[str, list[Step]], run_dir: Path, first: int | None) -> list[tuple[Step, bool, bool]]:
@@ -41,7 +40,6 @@ def is_to_do(step: Step, run_dir: Path, wanted: dict, stale: bool, keep: bool) -
             f"{LADDER[LADDER.index(step.name) + 1]} to continue from it, or another --run_dir"
         )
     if stale or not is_finished(step, run_dir):
-        refuse_other_settings(step, run_dir, wanted)
         return True
     change = difference(read_marker(step, run_dir), wanted)
     if change and not step.is_measurement:  # evaluations are cheap and repeated, a model may be expensive
@@ -60,15 +58,3 @@ def report_is_old(plan: list[tuple[Step, bool, bool]], run_dir: Path) -> bool:
     sources = [path for kind in ("stages", "results", "finished") for path in (run_dir / kind).glob("*.json")]
     newer = [path for path in sources if path.stem != "report" and path.stat().st_mtime_ns > written]
     return bool(newer) or any(todo for _, todo, _ in plan)
-
-
-def refuse_other_settings(step: Step, run_dir: Path, wanted: dict) -> None:
-    """Raise [`UserError`] if TRL would resume a checkpoint with other settings; our own loop checks this itself."""
-    if not (has_checkpoints(step.name, run_dir) and STAGES[step.name].on_trl):
-        return
-    before = read_marker(step, run_dir)
-    if change := before and difference(before, wanted):
-        raise UserError(
-            f"{step.name} has checkpoints of other settings ({change}); give the same settings, or --from {step.name} "
-            "to start it over"
-        )

@@ -14,7 +14,16 @@ Tracker = Literal[
 
 
 @dataclass
-class LoopArguments(AttentionArguments):
+class ResumeArguments:
+    """The option to resume, of every stage."""
+
+    resume: str | None = field(
+        default=None, metadata={"help": "auto: resume from the newest good checkpoint, if any; or a folder."}
+    )
+
+
+@dataclass
+class LoopArguments(AttentionArguments, ResumeArguments):
     """Options of the training loop. Empty values are derived by `recipes/training/optim/hyperparameters.py`."""
 
     training_recipe: Literal["current", "classic"] = field(
@@ -51,9 +60,6 @@ class LoopArguments(AttentionArguments):
     save_steps: int = field(default=250, metadata={"help": "Steps between checkpoints; 0: only when stopped."})
     keep_checkpoint: bool = field(
         default=False, metadata={"help": "Keep the last checkpoint of a finished run, for midtraining's warm_start."}
-    )
-    resume: str | None = field(
-        default=None, metadata={"help": "auto: resume from the newest good checkpoint, if any; or a folder."}
     )
     torch_compile: bool | None = field(default=None, metadata={"help": "Compile the model; default: if that works."})
     report_to: Tracker = field(default="none", metadata={"help": "Tracker to log to: one of Accelerate's."})

@@ -33,7 +33,7 @@ from .evaluation import Evaluation
 from .learning import LearningWatch
 from .progress import GarbageFreezer, ProgressReport, StepTimer, TrainState
 from .stage import JsonlLogger
-from .stopping import Stopped, StopRequest, stop_request
+from .stopping import StopRequest, stop_request, stopped
 
 Batch = dict[str, torch.Tensor]
 Decode = Callable[[list[int]], str | list[str]]
@@ -151,15 +151,8 @@ def train(
                 checkpoints.complete()
             timer.lap("checkpoint")
             if stopping and not is_last:
-                raise Stopped(stopped(request, step, plan, checkpoints))
+                raise stopped(request, step, plan.max_steps, checkpoints.folder)
     return report.finished(train_state)
-
-
-def stopped(request: StopRequest, step: int, plan: Plan, checkpoints: Checkpoints) -> str:
-    return (
-        f"{request.reason or 'another process was asked to stop'}: stopped after step {step} of {plan.max_steps}, "
-        f"checkpoint in {checkpoints.folder}; the same command with --resume auto goes on"
-    )
 
 
 def prepare(accelerator: Accelerator, model: NanoChatForCausalLM, plan: Plan) -> tuple[NanoChatForCausalLM, MuonAdamW]:

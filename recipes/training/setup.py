@@ -20,7 +20,7 @@ from recipes.training.data.streams import StreamMaker
 from recipes.training.optim.hyperparameters import NOT_DERIVED, Plan, format_number
 from recipes.training.optim.optimizer import MuonAdamW
 
-from .arguments import FREE_TO_CHANGE, LoopArguments
+from .arguments import FREE_TO_CHANGE, LoopArguments, ResumeArguments
 from .attention import choose_attention
 from .batch_size import accumulation_steps, find_batch_size, smallest
 from .checkpoint.checkpoints import Checkpoint, Checkpoints
@@ -187,7 +187,9 @@ def file_names(paths: str | list[str] | None) -> str | list[str] | None:
     return [Path(path).name for path in paths] if isinstance(paths, list) else paths and Path(paths).name
 
 
-def find_checkpoint(checkpoints: Checkpoints, args: LoopArguments, run_config: dict[str, object]) -> Checkpoint | None:
+def find_checkpoint(
+    checkpoints: Checkpoints, args: ResumeArguments, run_config: dict[str, object]
+) -> Checkpoint | None:
     """The checkpoint to resume from; without `--resume`, existing checkpoints are deleted.
 
     Raises:

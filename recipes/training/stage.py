@@ -50,19 +50,13 @@ class OutputArguments:
     hub_private_repo: bool = field(default=False, metadata={"help": "Create the Hub repository as private."})
 
 
-def check_output(
-    args: OutputArguments,
-    resume: str | None = None,
-    given: dict[str, Any] | None = None,
-    resume_key: str = "--resume",
-) -> bool:
+def check_output(args: OutputArguments, resume: str | None = None, given: dict[str, Any] | None = None) -> bool:
     """Check before any work that the output can be saved, overwrites nothing, and does not exist. In every process.
 
     Locks the output folder until the main process exits, and cleans up after a run that was killed while finishing.
 
     Args:
         given: The settings that define the run, as stored in its record under "given".
-        resume_key: The stage's name for `resume` on the command line.
 
     Returns:
         Whether the same run has already finished. Then there is nothing to do; a requested upload has been done.
@@ -74,14 +68,14 @@ def check_output(
     let_segments_grow()
     if args.push_to_hub and not args.hub_model_id:
         raise UserError("--push_to_hub needs --hub_model_id, for instance me/my-nanochat")
-    finished = on_main_process(lambda: take_output(args, resume, given, resume_key))
+    finished = on_main_process(lambda: take_output(args, resume, given))
     if finished and PartialState().is_main_process:
         push(args)
         discard_own_checkpoints(args.output_dir)
     return finished
 
 
-def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any] | None, resume_key: str) -> bool:
+def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any] | None) -> bool:
     """The main process's part of [`check_output`]."""
     warn_of_untested_versions()
     folder, checkpoints = Path(args.output_dir), beside(args.output_dir, "checkpoints", "")
@@ -106,7 +100,7 @@ def take_output(args: OutputArguments, resume: str | None, given: dict[str, Any]
         return True
     if checkpoints.exists() and not resume and not args.overwrite_output_dir:
         raise UserError(
-            f"{checkpoints} holds the checkpoints of an unfinished run; pass {resume_key} auto to resume from "
+            f"{checkpoints} holds the checkpoints of an unfinished run; pass --resume auto to resume from "
             "them, or --overwrite_output_dir true to start over"
         )
     return False

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -58,6 +59,13 @@ class StopRequest:
             self.signal_name, self.noted_at = signal.Signals(number).name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.noted_at > ECHO_SECONDS:
             raise KeyboardInterrupt  # a second Ctrl-C: the user does not want to wait
+
+
+def stopped(request: StopRequest, step: int, max_steps: int, checkpoints: Path) -> Stopped:
+    return Stopped(
+        f"{request.reason or 'another process was asked to stop'}: stopped after step {step} of {max_steps}, "
+        f"checkpoint in {checkpoints}; the same command with --resume auto goes on"
+    )
 
 
 def redirect_to_null(terminals: list[int]) -> None:

@@ -16,8 +16,6 @@ from recipes.ladder.execution import only_run, run_step
 from recipes.ladder.plan import make_plan
 from recipes.ladder.step import Step
 from recipes.run import main, recipe_and_words
-from recipes.training.arguments import LoopArguments
-from recipes.training.trl.settings import SFTSettings
 
 
 @pytest.fixture
@@ -392,10 +390,8 @@ def test_recipe_and_stage_names_are_checked():
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
-def test_every_row_of_the_stage_table_names_a_script_its_resume_option_and_an_earlier_stage(stage):
+def test_every_row_of_the_stage_table_names_a_script_and_an_earlier_stage(stage):
     assert (RECIPES / f"{stage.script}.py").is_file() and (RECIPES / "pocket" / f"{stage.script}.yaml").is_file()
-    options = (SFTSettings if stage.on_trl else LoopArguments).__dataclass_fields__
-    assert stage.resume in options and not options[stage.resume].default
     assert stage_number(stage.script) == stage_number(stage.name)
     if stage.predecessor:
         assert stage_number(stage.predecessor) < stage_number(stage.name)
@@ -508,26 +504,14 @@ def test_examples_go_to_the_world_and_to_the_stages_that_make_a_chat_model():
         assert all("--examples" not in step.arguments for step in commands(stage, examples=questions))
 
 
-@pytest.mark.parametrize(("stage", "key"), [("base", "--resume"), ("rl", "--resume_from_checkpoint")])
-def test_each_stage_goes_on_from_its_checkpoint_by_its_own_key(tmp_path, config, stage, key):
+@pytest.mark.parametrize("stage", ["base", "rl"])
+def test_each_stage_goes_on_from_its_checkpoint(tmp_path, config, stage):
     with pytest.raises(UserError, match="stopped before its end"):
         run_all(tmp_path, making_step(tmp_path, config, stage, ending=""))
-    (tmp_path / "checkpoints" / stage / "checkpoint-40").mkdir(parents=True)
+    (tmp_path / "checkpoints" / stage / "step-00000040").mkdir(parents=True)
     assert run_all(tmp_path, making_step(tmp_path, config, stage)) == [stage]
     first, second = (tmp_path / "said").read_text().splitlines()
-    assert "--resume" not in first and second.endswith(f"--overwrite_output_dir true {key} auto")
-
-
-def test_a_trl_stage_does_not_go_on_with_other_settings_than_its_checkpoint(tmp_path, config):
-    with pytest.raises(UserError, match="stopped before its end"):
-        run_all(tmp_path, making_step(tmp_path, config, "sft", "--max_steps", "8", ending=""))
-    (tmp_path / "checkpoints" / "sft" / "checkpoint-4").mkdir(parents=True)
-    other = making_step(tmp_path, config, "sft", "--max_steps", "9")
-    with pytest.raises(
-        UserError, match=r"sft has checkpoints of other settings \(max_steps: 8 is now 9\).*--from sft"
-    ):
-        run_all(tmp_path, other)
-    assert run_all(tmp_path, other, first="sft") == ["sft"]
+    assert "--resume" not in first and second.endswith("--overwrite_output_dir true --resume auto")
 
 
 def report_step(run_dir):

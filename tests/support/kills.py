@@ -4,17 +4,19 @@ import os
 import signal
 import sys
 from itertools import product
+from pkgutil import resolve_name
 
 CHECKPOINT_CALLS = ("save_file", "flush", "write_text", "sha256")
 
 
-def mortal(events_to_live=None, calls_to_live=None):
-    """Make the trainer die after so many events in training, or calls of the functions that write checkpoints."""
-    import recipes.training.setup
+def mortal(events_to_live=None, calls_to_live=None, loop="recipes.training.setup.train"):
+    """Make the trainer die after so many events in `loop`, or calls of the functions that write checkpoints."""
     from recipes.training.checkpoint import checkpoints, files
 
     if events_to_live is not None:
-        recipes.training.setup.train = watched(recipes.training.setup.train, events_to_live)
+        owner, _, name = loop.rpartition(".")
+        owner = resolve_name(owner)
+        setattr(owner, name, watched(getattr(owner, name), events_to_live))
     if calls_to_live is not None:
         remaining = [calls_to_live]
         for module, name in product((checkpoints, files), CHECKPOINT_CALLS):

@@ -102,7 +102,8 @@ def environment(**more: str) -> dict[str, str]:
 def forkserver() -> ForkServerContext:
     """A context whose processes start with everything imported, so that a run takes a second."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["recipes.pretrain", "recipes.midtrain", "datasets", "torch._dynamo"])
+    scripts = ["recipes.pretrain", "recipes.midtrain", "recipes.sft", "recipes.grpo"]
+    context.set_forkserver_preload([*scripts, "datasets", "torch._dynamo"])
     return context
 
 

@@ -17,7 +17,6 @@ Only this package knows names and contents of these files: others hand over stat
 """
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -43,7 +42,6 @@ from .random_state import random_state, set_random_state
 
 KEPT = 2  # checkpoints: one is left if the newest is damaged
 FORMAT = 2  # of files and states; raise it when one of them changes. Checkpoints without a version are of format 1
-STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -118,15 +116,14 @@ class Checkpoints:
         folder: Where they are; created with the first checkpoint.
     """
 
-    def __init__(self, folder: str | Path, accelerator: Accelerator):
+    def __init__(self, folder: str | Path, accelerator: Accelerator | PartialState):
         self.folder, self.accelerator = Path(folder), accelerator
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.unfinished: Unfinished | None = None
 
     def present(self) -> list[Checkpoint]:
         """Every folder with a checkpoint's name, valid or not, oldest first."""
-        found = self.folder.glob("step-*") if self.folder.is_dir() else []
-        return [Checkpoint(path) for path in sorted(found) if STEP_FOLDER.fullmatch(path.name)]
+        return [Checkpoint(path) for path in checkpoint_folders(self.folder).values()]
 
     def find(self, resume: str) -> Checkpoint | None:
         """The checkpoint to resume from: the newest good one for "auto" (None if there are none), or the named folder.
@@ -156,7 +153,7 @@ class Checkpoints:
 
     def named(self, folder: str) -> Checkpoint:
         path = Path(folder)
-        if not STEP_FOLDER.fullmatch(path.name) or not path.is_dir():
+        if path not in checkpoint_folders(path.parent).values():
             raise UserError(
                 f"--resume {folder}: not a checkpoint; give auto, or a folder such as {self.folder}/step-00000500"
             )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
-    """Step -> folder of a stage's checkpoints, valid or not, oldest first; also of those that TRL's trainers write."""
-    found = [(re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name), path) for path in folder.glob("*-*")]
+    """Step -> folder of a stage's checkpoints, valid or not, oldest first."""
+    found = [(re.fullmatch(r"step-(\d{8})", path.name), path) for path in folder.glob("step-*")]
     return dict(sorted((int(name[1]), path) for name, path in found if name))
 
 

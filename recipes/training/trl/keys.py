@@ -13,7 +13,6 @@ from trl import GRPOConfig, SFTConfig
 HANDLED = {
     "output_dir",  # of the model; the trainer's own folder is beside it
     "push_to_hub", "hub_model_id", "hub_private_repo",  # the finished model folder, not the trainer's
-    "resume_from_checkpoint",  # also `auto`
     "weight_decay",  # of Muon
     "seed",  # also used before the trainer exists
     "bf16", "dataloader_pin_memory",  # the default depends on the device
@@ -51,7 +50,7 @@ PASSED_ON = {
     "log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "debug",
     # checkpoints
-    "save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "ignore_data_skip",
+    "save_strategy", "save_steps", "ignore_data_skip",
 }  # fmt: skip
 PASSED_ON_BY = {
     SFTConfig: {
@@ -125,6 +124,10 @@ INSTEAD = {
     "TRL will remove it, and the models' fused loss does not support it: leave it out": {"label_smoothing_factor"},
     "set per_device_train_batch_size": {"auto_find_batch_size"},
     "a loss that is not finite ends training: leave it out": {"logging_nan_inf_filter"},
+    "set resume": {"resume_from_checkpoint"},
+    "the two newest checkpoints are kept, on storage that all machines share: leave it out": {
+        "save_total_limit", "save_on_each_node",
+    },
     "checkpoints hold everything needed to resume: leave it out": {
         "save_only_model", "restore_callback_states_from_checkpoint",
     },
@@ -150,8 +153,7 @@ INSTEAD_BY = {
 NEEDS: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
     ("packing", (), ("packing_strategy",)),
     ("save_strategy", ("steps",), ("save_steps",)),
-    ("save_strategy", ("steps", "epoch"), ("save_total_limit", "save_on_each_node")),
-    ("resume_from_checkpoint", (), ("ignore_data_skip",)),
+    ("resume", (), ("ignore_data_skip",)),
     ("push_to_hub", (), ("hub_private_repo",)),
     ("gradient_checkpointing", (), ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")),
     ("logging_strategy", ("steps",), ("logging_steps",)),
@@ -205,7 +207,7 @@ TINY = math.ulp(0.0)  # excludes 0
 RANGES = {
     **dict.fromkeys(
         (
-            "per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit", "pad_to_multiple_of",
+            "per_device_train_batch_size", "gradient_accumulation_steps", "pad_to_multiple_of",
             "max_length", "dataset_num_proc", "max_completion_length", "generation_batch_size", "steps_per_generation",
             "num_iterations", "num_completions_to_print", "ref_model_sync_steps", "dataloader_prefetch_factor",
             "ddp_timeout", "max_tool_calling_iterations", "eval_steps", "eval_samples", "eval_problems",

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -15,14 +16,25 @@ from evals.harness.processes import ending_together
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.errors import UserError
 
+from .. import setup
+from ..arguments import FREE_TO_CHANGE, ResumeArguments
 from ..batch_size import first_words
-from ..checkpoint.folders import checkpoint_folders, discard
+from ..checkpoint.checkpoints import Checkpoint, Checkpoints
 from ..loop import advice_on_memory
 from ..model_card import model_card
-from ..setup import end_training
-from ..stage import JsonlLogger, OutputArguments, beside, finish_stage, lines_up_to, push, settings
+from ..setup import OUTPUT_KEYS, PATH_KEYS, end_training, file_names
+from ..stage import JsonlLogger, OutputArguments, beside, finish_stage, push, settings
+from ..stopping import Stopped
+from .resume import keep_step_size
 from .settings import settings_errors
 from .trainer import JsonlLoggerCallback, MuonTrainer
+
+# What may change when a run is resumed, besides what may in pretraining
+FREE_TO_CHANGE_ON_TRL = {
+    "gradient_accumulation_steps", "dataloader_num_workers", "dataloader_pin_memory", "ddp_timeout", "eval_files",
+    "eval_problems", "eval_samples", "save_strategy", "logging_strategy", "logging_first_step", "log_level",
+    "log_completions", "num_completions_to_print", "disable_tqdm", "run_name",
+}  # fmt: skip
 
 
 def output_arguments(args: Any, training: TrainingArguments) -> OutputArguments:
@@ -52,56 +64,27 @@ def checkpoints_of(training: TrainingArguments) -> Path:
     return Path(training.output_dir)
 
 
-def find_checkpoint(training: TrainingArguments) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` names: a folder, or `auto` for the newest, if there is one.
+def find_checkpoint(args: ResumeArguments, training: TrainingArguments, given: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint to resume from; without `resume`, existing checkpoints are deleted. Called by every process.
 
-    Without it, existing checkpoints are deleted.
+    On another number of processes, rows and passes of each are set so that a step has as many rows as before.
 
     Raises:
-        UserError: The folder is not a checkpoint.
+        UserError: There is none at `resume`, it is damaged, or its run had other settings.
     """
-    folder, resume, is_main = checkpoints_of(training), training.resume_from_checkpoint, training.process_index == 0
-    if resume not in (None, "auto"):
-        if missing := missing_file(Path(resume)):
-            raise UserError(
-                f"resume_from_checkpoint {resume}: no checkpoint, {missing} is missing; give auto, or a folder such "
-                f"as {folder}/checkpoint-500"
-            )
-        return Path(resume)
-    newest = newest_whole(folder) if resume else None
-    if newest is None and is_main:
-        if resume:
-            print(f"no checkpoint in {folder} yet: training from the start")
-        discard(folder)  # of another run: a later `auto` would pick the newest
-    return newest
+    checkpoints = Checkpoints(checkpoints_of(training), PartialState())
+    checkpoint = setup.find_checkpoint(checkpoints, args, run_config(given))
+    if checkpoint:
+        if training.process_index == 0:
+            print(f"going on after step {checkpoint.step:,}, from {checkpoint.folder}", flush=True)
+        keep_step_size(training, checkpoint)
+    return checkpoint
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`; None if there is none."""
-    complete = [path for path in checkpoint_folders(folder).values() if not missing_file(path)]
-    return complete[-1] if complete else None
-
-
-def missing_file(checkpoint: Path) -> str | None:
-    """The first missing file of a checkpoint, or the truncated one that was written last; None if complete."""
-    for name in ("trainer_state.json", "optimizer.pt"):
-        if not (checkpoint / name).is_file():
-            return name
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return "the end of trainer_state.json"
-    return None
-
-
-def start_log(output_dir: str, training: TrainingArguments, checkpoint: Path | None) -> JsonlLogger:
+def start_log(output_dir: str, training: TrainingArguments, checkpoint: Checkpoint | None) -> JsonlLogger:
     """The stage's log, continued after `checkpoint`."""
-    enabled = training.process_index == 0
-    if checkpoint is None or not enabled:
-        return JsonlLogger(output_dir, enabled)
-    step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    kept = lines_up_to(beside(output_dir, "logs", ".jsonl"), step)
-    return JsonlLogger(output_dir, step=step, seconds=json.loads(kept[-1])["seconds"] if kept else 0.0)
+    step, seconds = (checkpoint.step, checkpoint.state.seconds) if checkpoint else (0, 0.0)
+    return JsonlLogger(output_dir, training.process_index == 0, step=step, seconds=seconds)
 
 
 @without_cudnn_attention()  # lengths vary, and GRPO's prompts are padded on the left
@@ -112,7 +95,7 @@ def run_trl_stage(
     given: dict[str, Any],
     output: OutputArguments,
     log: JsonlLogger,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
 ) -> None:
     """Train; save, record and, if requested, upload the model. Called by every process.
 
@@ -120,9 +103,10 @@ def run_trl_stage(
         UserError: The trainer rejects its settings, there is too little data for a step, a loss or gradient is not
             finite, or training ended before its last step.
     """
-    checkpoints, logger = checkpoints_of(training), JsonlLoggerCallback(log, bar=not training.disable_tqdm)
+    folder, logger = checkpoints_of(training), JsonlLoggerCallback(log, bar=not training.disable_tqdm)
+    stop_message = None
     try:
-        with ending_together("--resume_from_checkpoint auto goes on"):
+        with ending_together("--resume auto goes on"):
             with advice_on_memory(lambda error: explain_out_of_memory(error, training)):
                 with settings_errors(), no_map_bars():
                     trainer = make_trainer()
@@ -130,25 +114,42 @@ def run_trl_stage(
                 for printer in (PrinterCallback, ProgressCallback):
                     trainer.remove_callback(printer)  # they would print a second bar, and dictionaries
                 check_rows(training, len(trainer.train_dataset))
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            state = trainer.state
-            if state.global_step < max(state.max_steps, 1):
-                raise UserError(f"training ended at step {state.global_step} of {state.max_steps}; no model was saved")
-            if trainer.is_world_process_zero():
-                model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-                written = record(args, training, given, output, trainer)
-                finish_stage(model, trainer.processing_class, output, log, written, model_card)
+                checkpoints = Checkpoints(folder, trainer.accelerator)
+                try:
+                    trainer.train_from(checkpoint, checkpoints, run_config(given), log)
+                except Stopped as request:
+                    stop_message = str(request)
+            if not stop_message:
+                write_model(trainer, args, given, output, log)
             trainer.accelerator.wait_for_everyone()
-        end_training(trainer.accelerator)
-        if trainer.is_world_process_zero():
+        logger.close()
+        end_training(trainer.accelerator, stop_message)
+        if not stop_message and trainer.is_world_process_zero():
             push(output)
-            discard(checkpoints)  # last: if saving or uploading failed, they are still there
+            checkpoints.delete()  # last: if saving or uploading failed, they are still there
     finally:
         logger.close()
         if training.process_index == 0:
             with suppress(OSError):  # not empty: it holds a checkpoint
-                checkpoints.rmdir()
-                checkpoints.parent.rmdir()
+                folder.rmdir()
+                folder.parent.rmdir()
+
+
+def write_model(
+    trainer: MuonTrainer, args: Any, given: dict[str, Any], output: OutputArguments, log: JsonlLogger
+) -> None:
+    """Write the model folder and the record, in the main process.
+
+    Raises:
+        UserError: Training ended before its last step.
+    """
+    state = trainer.state
+    if state.global_step < max(state.max_steps, 1):
+        raise UserError(f"training ended at step {state.global_step} of {state.max_steps}; no model was saved")
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        written = record(args, trainer.args, given, output, trainer)
+        finish_stage(model, trainer.processing_class, output, log, written, model_card)
 
 
 def explain_out_of_memory(error: BaseException, training: TrainingArguments) -> UserError:
@@ -204,12 +205,21 @@ def record(
         "given": run_settings(given),
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen or getattr(trainer, "_total_train_tokens", 0)),
-        "warnings": trainer.learning.watch.warnings,
+        "warnings": trainer.watch.warnings,
     }
 
 
 def run_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings that define a run, as given."""
-    free = {"resume_from_checkpoint", "attn_implementation", "output_dir", "overwrite_output_dir"}
-    free |= {"push_to_hub", "hub_model_id", "hub_private_repo"}
+    free = OUTPUT_KEYS | {"resume", "attn_implementation"}
     return {key: value for key, value in given.items() if key not in free}
+
+
+def run_config(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must share, as JSON holds them. Rows per step: see [`keep_step_size`]."""
+    kept = {
+        key: value for key, value in run_settings(given).items() if key not in FREE_TO_CHANGE | FREE_TO_CHANGE_ON_TRL
+    }
+    return json.loads(
+        json.dumps({key: file_names(value) if key in PATH_KEYS else value for key, value in kept.items()})
+    )

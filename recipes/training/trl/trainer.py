@@ -8,8 +8,7 @@ from typing import Any, TypedDict
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from modeling_nanochat.errors import UserError
@@ -19,6 +18,7 @@ from ..learning import LearningWatch
 from ..loop import gradient_norm
 from ..progress import LiveLine
 from ..stage import JsonlLogger
+from .resume import ResumableTrainer
 
 # The trainer's name -> the log's name
 LOGGED = {
@@ -55,8 +55,8 @@ class RateArguments:
         }
 
 
-class MuonTrainer(Trainer):
-    """Trainer mixin: Muon and AdamW with our groups, at the rates in `muon_rates`; `learning` observes every step."""
+class MuonTrainer(ResumableTrainer):
+    """Trainer mixin: Muon and AdamW with our groups, at the rates in `muon_rates`; `watch` observes every step."""
 
     stage: str  # "sft" or "rl"
     model: PreTrainedModel
@@ -102,24 +102,25 @@ class MuonTrainer(Trainer):
         return values[-1] if values else None
 
 
-class LearningCallback(TrainerCallback, ExportableState):
+class LearningCallback(TrainerCallback):
     """Stops training if loss or gradients are not finite; reports each sign of failed learning once."""
 
     def __init__(self, trainer: MuonTrainer):
         self.trainer = trainer
-        self.watch = LearningWatch(trainer.stage, max_steps=0)
+        trainer.watch = LearningWatch(trainer.stage, max_steps=0)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.watch = LearningWatch(self.trainer.stage, state.max_steps)
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if isinstance(saved, dict):  # the run resumes from a checkpoint
-            self.watch.load_state_dict(saved["attributes"])
+        self.trainer.watch = LearningWatch(self.trainer.stage, state.max_steps)
+        if self.trainer.resumed:
+            self.trainer.watch.load_state_dict(self.trainer.resumed.state.learning)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         """Raise [`UserError`] on all processes before the optimizer uses values that are not finite."""
         loss, self.trainer.step_loss = torch.as_tensor(self.trainer.step_loss), 0.0
-        measured = torch.stack([loss, gradient_norm(model).to(loss)])
-        self.measured = self.trainer.accelerator.reduce(measured, "mean").tolist()  # one wait for the device
+        asked = loss.new_tensor(float(self.trainer.is_asked_to_stop))
+        measured = torch.stack([loss, gradient_norm(model).to(loss), asked])
+        *self.measured, stops = self.trainer.accelerator.reduce(measured, "mean").tolist()  # one wait for the device
+        self.trainer.stopping = stops > 0
         if not torch.tensor(self.measured).isfinite().all():
             raise UserError(
                 "the loss is {}, the norm of the gradients {} at step {}; the optimizer has not used them. Lower "
@@ -129,7 +130,7 @@ class LearningCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         loss, grad_norm = self.measured
         all_alike = self.trainer.newest("frac_reward_zero_std")  # share of groups whose rewards are all equal
-        found = self.watch.observe(
+        found = self.trainer.watch.observe(
             state.global_step,
             loss=loss,
             grad_norm=None if all_alike == 1 else grad_norm,  # 0 for that reason
@@ -140,9 +141,6 @@ class LearningCallback(TrainerCallback, ExportableState):
             for warning in found:
                 tqdm.write(f"warning: {warning}")  # above the bar
                 sys.stdout.flush()
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": self.watch.state_dict()}
 
 
 class JsonlLoggerCallback(TrainerCallback):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import Adafactor
 
 from modeling_nanochat.errors import UserError
 from recipes.training.arguments import LoopArguments
@@ -28,7 +32,9 @@ from recipes.training.checkpoint.checkpoints import (
     restore_random_state,
 )
 from recipes.training.checkpoint.files import Damaged, sha256, verify
+from recipes.training.checkpoint.optimizer_state import load_optimizer_state, optimizer_state
 from recipes.training.checkpoint.random_state import random_state, set_random_state
+from recipes.training.optim.optimizer import MuonAdamW
 from recipes.training.setup import find_checkpoint
 
 
@@ -291,3 +297,33 @@ def test_random_generators_go_on_as_they_were(checkpoints):
     first = draw()
     set_random_state(states, device)
     assert draw() == first
+
+
+OPTIMIZERS = {
+    "adamw": partial(torch.optim.AdamW, lr=0.1),
+    "sgd": partial(torch.optim.SGD, lr=0.1),  # has a state of None
+    "adafactor": Adafactor,  # counts steps in Python's integers
+    "muon": lambda params: MuonAdamW([{"params": params, "kind": "muon", "lr": 0.1}]),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_any_optimizer_goes_on_as_it_was(make, tmp_path):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 3), torch.randn(5, 4, 3)
+
+    def steps(weight, optimizer, numbers):
+        for number in numbers:
+            weight.grad = gradients[number].clone()
+            optimizer.step()
+
+    weight = torch.nn.Parameter(start.clone())
+    undisturbed = make([weight])
+    steps(weight, undisturbed, range(3))
+    save_file(optimizer_state(undisturbed), tmp_path / "saved")
+    resumed_weight = torch.nn.Parameter(weight.detach().clone())
+    resumed = make([resumed_weight])
+    load_optimizer_state(resumed, safe_open(tmp_path / "saved", "pt"))
+    steps(weight, undisturbed, range(3, 5))
+    steps(resumed_weight, resumed, range(3, 5))
+    assert torch.equal(resumed_weight, weight) and not torch.equal(weight, start)

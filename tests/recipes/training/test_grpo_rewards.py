@@ -158,7 +158,7 @@ def test_a_function_that_raises_leaves_the_checkpoint_of_the_step_before(start, 
     with pytest.raises(UserError, match="^reward_funcs from_the_third_step raised KeyError: 'grade'$"):
         start("my_rewards.from_the_third_step", max_steps=4, save_strategy="steps", save_steps=1)
     checkpoints = tmp_path / "run" / "checkpoints" / "rl"
-    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000001", "step-00000002"]
     (tmp_path / "my_rewards.py").write_text(MODULE.replace("global_step == 2", "global_step == 9"))
     sys.modules.pop("my_rewards")
     output = start(
@@ -166,7 +166,7 @@ def test_a_function_that_raises_leaves_the_checkpoint_of_the_step_before(start, 
         max_steps=4,
         save_strategy="steps",
         save_steps=1,
-        resume_from_checkpoint="auto",
+        resume="auto",
     )
     assert [row["step"] for row in log_of(output)] == [1, 2, 3, 4]
 

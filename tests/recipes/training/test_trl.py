@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -24,7 +25,6 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.modeling_nanochat import NanoChatAttention, NanoChatMLP
 from recipes.sft import NanoChatSFTTrainer
 from recipes.training.optim.optimizer import muon_adamw
-from recipes.training.trl.stage import newest_whole
 
 SCRIPTS = {"sft": recipes.sft, "rl": recipes.grpo}
 
@@ -121,7 +121,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_bit_identical(stage, start,
     monkeypatch.undo()
     if stage == "rl":
         monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", alternating)
-    output = start(stage, "run", **settings, resume_from_checkpoint="auto")
+    output = start(stage, "run", **settings, resume="auto")
     expected, found = load_file(undisturbed / "model.safetensors"), load_file(output / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     key = "loss" if stage == "sft" else "completion_tokens"
@@ -132,19 +132,32 @@ def test_a_run_that_goes_on_from_its_checkpoint_ends_bit_identical(stage, start,
     assert not (output.parent / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_text(path.read_text()[:-9])])
-def test_a_checkpoint_that_was_interrupted_is_passed_over(start, tmp_path, monkeypatch, capfd, spoil):
+def test_rows_grouped_by_length_keep_their_order_in_a_resumed_epoch(start, monkeypatch):
+    settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "logging_steps": 1}
+    settings["train_sampling_strategy"] = "group_by_length"
+    undisturbed = start("sft", "undisturbed", **settings)
+    stop_before_step(monkeypatch, 8)
+    with pytest.raises(KeyboardInterrupt):
+        start("sft", **settings)
+    monkeypatch.undo()
+    output = start("sft", **settings, resume="auto")
+    assert [row["loss"] for row in log_of(output)] == [row["loss"] for row in log_of(undisturbed)]
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_a_damaged_checkpoint_is_named_and_passed_over(start, tmp_path, monkeypatch, capfd, spoil):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
     stop_before_step(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         start("sft", **settings)
     monkeypatch.undo()
-    newest = tmp_path / "run" / "checkpoints" / "sft" / "checkpoint-4"
-    spoil(newest / "trainer_state.json")
-    assert newest_whole(newest.parent).name == "checkpoint-2"
-    output = start("sft", **settings, resume_from_checkpoint="auto")
+    newest = tmp_path / "run" / "checkpoints" / "sft" / "step-00000004"
+    spoil(newest / "optimizer-00000-of-00001.safetensors")
+    output = start("sft", **settings, resume="auto")
     assert [row["step"] for row in log_of(output)] == [1, 2, 3, 4, 5, 6]
-    assert "no checkpoint" not in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert f"{newest} is damaged (optimizer-00000-of-00001.safetensors" in said.err
+    assert f"going on after step 2, from {newest.parent}/step-00000002" in said.out
 
 
 def test_a_run_from_the_start_leaves_no_older_checkpoint_to_go_on_from(start, tmp_path, monkeypatch):
@@ -156,7 +169,7 @@ def test_a_run_from_the_start_leaves_no_older_checkpoint_to_go_on_from(start, tm
     stop_before_step(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         start("sft", **settings, overwrite_output_dir="true")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "sft").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "sft").glob("step-*")] == ["step-00000002"]
 
 
 def test_problems_that_cannot_be_used_end_grpo_or_are_counted(start, tmp_path, capsys):
@@ -199,17 +212,106 @@ def stop_before_step(monkeypatch, step):
     monkeypatch.setattr(LearningCallback, "on_pre_optimizer_step", stop)
 
 
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_failed_last_act_is_repeated_without_training_again(stage, start, monkeypatch):
+    """In the middle of an epoch, where the trainer would take one step more."""
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 50, "logging_steps": 1, "resume": "auto"}
+    settings |= {"per_device_train_batch_size": 8, "num_generations": 2} if stage == "rl" else {}
+    undisturbed = start(stage, "undisturbed", **settings)
+    monkeypatch.setattr(recipes.training.trl.stage, "finish_stage", Mock(side_effect=UserError("made up")))
+    with pytest.raises(UserError, match="made up"):
+        start(stage, **settings)
+    monkeypatch.undo()
+    monkeypatch.setattr(recipes.training.trl.trainer.MuonTrainer, "training_step", None)
+    output = start(stage, **settings)
+    expected, found = load_file(undisturbed / "model.safetensors"), load_file(output / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [row["step"] for row in log_of(output)] == [1, 2, 3]
+    assert not (output.parent / "checkpoints").exists()
+
+
+def test_completions_for_several_steps_are_trained_on_before_a_checkpoint(start, tmp_path, monkeypatch):
+    """Steps 1 and 2 share their completions, 3 and 4, 5 and 6: none are generated twice after a kill."""
+    settings = {"max_steps": 8, "num_iterations": 2, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+    monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", alternating)
+    undisturbed = start("rl", "undisturbed", **settings)
+    stop_before_step(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        start("rl", **settings)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "rl").glob("step-*")] == ["step-00000004"]
+    monkeypatch.undo()
+    monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", alternating)
+    output = start("rl", **settings, resume="auto")
+    expected, found = load_file(undisturbed / "model.safetensors"), load_file(output / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_that_stops_within_its_completions_generates_them_again_for_the_same_problems(start, monkeypatch):
+    settings = {"max_steps": 8, "num_iterations": 2, "save_strategy": "no", "resume": "auto"}
+    graded = []
+
+    def keep(completions, problem, trainer_state, **kwargs):
+        graded.append((trainer_state.global_step, problem))
+        return alternating(completions)
+
+    monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", keep)
+    start("rl", "undisturbed", **settings)
+    undisturbed, graded[:] = dict(graded), []
+    observe = recipes.training.trl.trainer.LearningCallback.on_pre_optimizer_step
+
+    def ask(self, args, state, control, **kwargs):
+        if state.global_step == 2:  # in the third step, before the fourth, which shares its completions
+            signal.raise_signal(signal.SIGTERM)
+        observe(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(recipes.training.trl.trainer.LearningCallback, "on_pre_optimizer_step", ask)
+    start("rl", **settings)
+    start("rl", **settings)
+    assert [step for step, _ in graded] == [0, 2, 3, 4, 6] and sorted(undisturbed) == [0, 2, 4, 6]
+    assert all(problems == undisturbed[step - step % 2] for step, problems in graded)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 8}, "step-00000002 was trained with seed 7, now it is 8; give the same"),
+        ({"per_device_train_batch_size": 2}, "was trained in steps of 4 rows, now they have 2; set per_device"),
+    ],
+)
+def test_a_run_does_not_resume_with_other_settings(changed, message, start, monkeypatch):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "seed": 7}
+    stop_before_step(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        start("sft", **settings)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=message):
+        start("sft", **settings | changed, resume="auto")
+    with pytest.raises(UserError, match="holds the checkpoints of an unfinished run; pass --resume auto"):
+        start("sft", **settings)
+    start("sft", **settings | {"save_steps": 5, "logging_steps": 2}, resume="auto")
+
+
+def test_a_run_does_not_resume_on_other_data(start, tmp_path, monkeypatch):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    stop_before_step(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        start("sft", **settings)
+    monkeypatch.undo()
+    rows = (tmp_path / "sft.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "sft.jsonl").write_text("".join(rows[:-1]))
+    with pytest.raises(UserError, match="the checkpoint was trained on 16 rows, now there are 15; give the same data"):
+        start("sft", **settings, resume="auto")
+
+
 def test_what_to_resume_from_must_be_a_checkpoint(start, tmp_path):
     (tmp_path / "nowhere").mkdir()
-    with pytest.raises(
-        UserError, match="resume_from_checkpoint .*nowhere: no checkpoint, trainer_state.json is missing"
-    ):
-        start("sft", resume_from_checkpoint=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="--resume .*nowhere: not a checkpoint; give auto, or a folder such as"):
+        start("sft", resume=tmp_path / "nowhere")
     assert not (tmp_path / "run" / "sft").exists()
 
 
 def test_without_a_checkpoint_auto_starts_anew(start, capsys):
-    assert (start("sft", max_steps=1, resume_from_checkpoint="auto") / "model.safetensors").exists()
+    assert (start("sft", max_steps=1, resume="auto") / "model.safetensors").exists()
     assert "no checkpoint in" in capsys.readouterr().out
 
 
@@ -319,26 +421,6 @@ def test_the_libraries_have_nothing_to_warn_of(stage, start, recwarn, caplog, mo
         str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning | UserWarning)
     ] == []
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", SCRIPTS)
-def test_two_processes_train_one_model(stage, start, tmp_path):
-    """On a CPU each would train on its own unless Accelerate is told."""
-    alone = start(stage, "alone", max_steps=2, per_device_train_batch_size=8)
-    words = sys.argv[1:]
-    words[words.index("--output_dir") + 1] = str(tmp_path / "together" / stage)
-    words[words.index("--per_device_train_batch_size") + 1] = "4"
-    assert run(forkserver(), words, stage={"rl": "grpo"}.get(stage, stage), processes=2) == 0
-    together = record_of(tmp_path / "together" / stage)
-    assert together["steps"] == 2
-    assert (tmp_path / "together" / stage / "model.safetensors").exists()
-    if stage == "sft":  # rollouts are drawn anew in every process
-        expected, found = (
-            load_file(alone / "model.safetensors"),
-            load_file(tmp_path / "together" / stage / "model.safetensors"),
-        )
-        assert max((found[name] - expected[name]).abs().mean() for name in expected) < 1e-5
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)

@@ -39,7 +39,7 @@ SHARED_EXAMPLES = {
     "log_on_each_node": "false", "disable_tqdm": "true", "report_to": "tensorboard", "run_name": "mine",
     "project": "ours", "trackio_space_id": "me/space", "trackio_bucket_id": "me/bucket",
     "trackio_static_space_id": "me/static", "skip_memory_metrics": "false", "debug": "underflow_overflow",
-    "save_strategy": "epoch", "save_steps": "9", "save_total_limit": "3", "save_on_each_node": "true",
+    "save_strategy": "epoch", "save_steps": "9",
     "ignore_data_skip": "true",
 }  # fmt: skip
 EXAMPLES = {
@@ -84,8 +84,7 @@ BESIDE = {
     "dataloader_prefetch_factor": {"dataloader_num_workers": "1"},
     "dataloader_multiprocessing_context": {"dataloader_num_workers": "1"},
     "dataloader_in_order": {"dataloader_num_workers": "1"},
-    "save_steps": {"save_strategy": "steps"}, "save_total_limit": {"save_strategy": "epoch"},
-    "save_on_each_node": {"save_strategy": "epoch"}, "ignore_data_skip": {"resume_from_checkpoint": "auto"},
+    "save_steps": {"save_strategy": "steps"}, "ignore_data_skip": {"resume": "auto"},
     "packing": {"max_length": "64"}, "packing_strategy": {"packing": "true", "max_length": "64"},
     "sync_ref_model": {"beta": "0.1"},
     "use_bias_correction_kl": {"beta": "0.1"},

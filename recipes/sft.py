@@ -18,17 +18,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from datasets import Dataset
 from transformers import set_seed
-from trl import SFTTrainer
 
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.training.attention import AttentionArguments, set_attention
 from recipes.training.data.conversations import Renderer
-from recipes.training.data.mixtures import MixtureArguments
 from recipes.training.data.packing import Conversation
+from recipes.training.data.validation import ValidationArguments
 from recipes.training.model_card import CardArguments
 from recipes.training.stage import check_output
+from recipes.training.trl.packing import Packing
 from recipes.training.trl.settings import SFTSettings, parse_settings
+from recipes.training.trl.sft_evaluation import SFTEvaluation, TaskArguments
 from recipes.training.trl.stage import (
     find_checkpoint,
     output_arguments,
@@ -40,7 +41,7 @@ from recipes.training.trl.trainer import MuonTrainer, RateArguments
 
 
 @dataclass
-class SFTArguments(CardArguments, RateArguments, AttentionArguments, MixtureArguments):
+class SFTArguments(CardArguments, RateArguments, AttentionArguments, TaskArguments, ValidationArguments):
     """Arguments that `trl.SFTConfig` does not have."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Midtrained model: folder or Hub id."})
@@ -48,11 +49,11 @@ class SFTArguments(CardArguments, RateArguments, AttentionArguments, MixtureArgu
 
     def __post_init__(self) -> None:
         CardArguments.__post_init__(self)
-        MixtureArguments.__post_init__(self)
+        ValidationArguments.__post_init__(self)
 
 
-class NanoChatSFTTrainer(MuonTrainer, SFTTrainer):
-    """`SFTTrainer` with Muon."""
+class NanoChatSFTTrainer(MuonTrainer, Packing, SFTEvaluation):
+    """`SFTTrainer` with Muon, packed rows and our evaluations."""
 
     stage = "sft"
 
@@ -64,6 +65,7 @@ def main() -> None:
         return
     checkpoint = find_checkpoint(training)
     args.check_beginnings()
+    tasks = args.load_tasks(training.seed)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)
     set_max_length(training, model.config.max_position_embeddings)
@@ -71,17 +73,20 @@ def main() -> None:
     set_seed(training.seed)
     shown = training.process_index == 0
     render = Renderer(tokenizer, training.max_length, on_bad_row=args.on_bad_row, show_progress=shown)
-    train_set = token_dataset(args.conversations(render, training.seed))
+    train_set, validation_set = args.train_and_validation_sets(render, training.seed)
     log = start_log(output.output_dir, training, checkpoint)
 
     def make_trainer() -> NanoChatSFTTrainer:
-        return NanoChatSFTTrainer(
+        trainer = NanoChatSFTTrainer(
             model=model,
             args=training,
-            train_dataset=train_set,
+            train_dataset=token_dataset(train_set),
+            eval_dataset=token_dataset(validation_set) if validation_set else None,
             processing_class=tokenizer,
             muon_rates=args.scaled(),
         )
+        trainer.evaluate_on(tasks, args)
+        return trainer
 
     run_trl_stage(make_trainer, args, training, given, output, log, checkpoint)
 

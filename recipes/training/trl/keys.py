@@ -25,7 +25,7 @@ HANDLED_BY = {
     SFTConfig: {
         "max_length",
         "eval_steps", "per_device_eval_batch_size",  # of our evaluations
-        "packing", "packing_strategy",
+        "packing_strategy",
     },
     GRPOConfig: {
         "log_completions", "num_completions_to_print",  # as text
@@ -59,8 +59,8 @@ PASSED_ON = {
 }  # fmt: skip
 PASSED_ON_BY = {
     SFTConfig: {
-        "include_num_input_tokens_seen", "loss_type", "average_tokens_across_devices", "dataset_num_proc",
-        "dataloader_drop_last", "data_seed", "train_sampling_strategy",
+        "include_num_input_tokens_seen", "loss_type", "average_tokens_across_devices", "packing",
+        "dataset_num_proc", "dataloader_drop_last", "data_seed", "train_sampling_strategy",
     },
     GRPOConfig: {
         # rollouts
@@ -80,10 +80,7 @@ PASSED_ON_BY = {
 
 # Keys that would have no effect, or break a guarantee of this repository: what to do instead -> keys.
 OPTIMIZER = "the optimizer is Muon with AdamW: set matrix_lr, embedding_lr, unembedding_lr or init_lr_fraction"
-NO_EVALUATION = (
-    "evaluation is on validation_mixture and eval_tasks in SFT, on eval_files in GRPO, else evals/evaluate_model.py's: "
-    "leave it out"
-)
+NO_EVALUATION = "evaluation is by validation_mixture and eval_tasks in SFT, by eval_files in GRPO: leave it out"
 LOADING = "model and tokenizer are loaded from model_name_or_path: leave it out"
 COLUMNS = "train_files are read and rendered by the chat template: leave it out"
 LAUNCHER = "the number of processes and the sharding are set by accelerate launch --config_file: leave it out"

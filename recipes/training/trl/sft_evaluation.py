@@ -81,7 +81,8 @@ class SFTEvaluation(Evaluating, SFTTrainer):
 
     def run_loss(self, model: PreTrainedModel) -> tuple[dict[str, object], list[str]]:
         """The mean loss per trained-on token of the held-out conversations, in batches that no process changes."""
-        rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        rows: Any = self.eval_dataset
+        size = self.args.per_device_eval_batch_size
         starts = self.processes.share(range(0, len(rows), size))
         batches = ([rows[i] for i in range(start, min(start + size, len(rows)))] for start in starts)
         sums = self.processes.gather([self.summed_loss(model, self.data_collator(batch)) for batch in batches])
@@ -98,9 +99,10 @@ class SFTEvaluation(Evaluating, SFTTrainer):
 
 def task_evaluation(trainer: SFTEvaluation, tasks: Sequence[NamedTask], arguments: TaskArguments) -> Evaluation:
     """The accuracy on each task with its standard error, and `chat_core` with all six of its tasks."""
-    model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+    wrapped: Any = trainer.model
+    model: PreTrainedModel = wrapped.get_base_model() if is_peft_model(wrapped) else wrapped
     tokenizer: Any = trainer.processing_class
-    check_chat_template(tokenizer, tasks, model.name_or_path)
+    check_chat_template(tokenizer, tasks, str(model.name_or_path))
     engine = chat_engine(model, tokenizer, tasks)
     trainer.model.train()  # an engine puts it into evaluation mode
     asked = EvaluatedModel(

@@ -1,6 +1,7 @@
 """Evaluations during TRL's training, at intervals of their own; they leave the training's random states alone."""
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,13 +24,15 @@ class Evaluating(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The figures of the evaluations that are due at this step, named `eval_...`."""
-        step, figures, lines = self.state.global_step, dict[str, Any](), list[str]()
+        started, step = time.perf_counter(), self.state.global_step
+        figures, lines = dict[str, Any](), list[str]()
         self.model.eval()  # also makes TRL log these figures apart from the training's
         with evaluation_attention(self.model):
             for evaluation in self.due(step):
                 values, told = evaluation.run(self.model)
                 figures |= {f"eval_{name}": value for name, value in values.items()}
                 lines += told
+        figures["eval_runtime"] = time.perf_counter() - started
         self.log(dict(figures))
         self.model.train()
         if self.is_world_process_zero():

@@ -3,7 +3,7 @@
 Both are the same for any number of processes, which share batches and questions.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class TaskArguments:
     max_examples: int = field(default=256, metadata={"help": "Questions of each of eval_tasks, sampled with seed."})
     max_new_tokens: int = field(default=512, metadata={"help": "Tokens per reply, tool results included."})
 
-    def load_tasks(self, seed: int, skipped: Collection[str] = ()) -> list[NamedTask]:
+    def load_tasks(self, seed: int, skipped: Container[str] = ()) -> list[NamedTask]:
         """The questions, except those from sources in `skipped`, which do not exist yet.
 
         Raises:
@@ -76,8 +76,8 @@ class SFTEvaluation(Evaluating, SFTTrainer):
 
     @property
     def processes(self) -> Processes:
-        state = self.accelerator
-        return Processes(state.process_index, state.num_processes, state.device)
+        accelerator = self.accelerator
+        return Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
 
     def run_loss(self, model: PreTrainedModel) -> tuple[dict[str, object], list[str]]:
         """The mean loss per trained-on token of the held-out conversations, in batches that no process changes."""

@@ -24,6 +24,7 @@ from ..stage import JsonlLogger
 LOGGED = {
     "loss": "loss",
     "eval_loss": "validation_loss",
+    "eval_runtime": "seconds_evaluating",
     "reward": "reward",
     "reward_std": "reward_std",
     "tools/call_frequency": "tool_calls_per_completion",
@@ -169,6 +170,7 @@ class JsonlLoggerCallback(TrainerCallback):
         held_out = {LOGGED.get(key, key.removeprefix("eval_")): logs[key] for key in logs if key.startswith("eval_")}
         if held_out:
             self.stage_log.log(step=state.global_step, **held_out)
+            self.last = (self.last[0] + held_out["seconds_evaluating"], self.last[1])  # tokens/s are training's
         if held_out or not LOGGED.keys() & logs.keys() - {"num_tokens"}:
             return
         values = {name: float(logs[key]) for key, name in LOGGED.items() if key in logs}

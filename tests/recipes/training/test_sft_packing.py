@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from conftest import random_model
 from flash import install_flash_attention
 from sft import chats, conversations_of, loss_and_gradients, sft_trainer

@@ -20,7 +20,8 @@ class ValidationArguments(MixtureArguments):
         default=None, metadata={"help": "Held-out conversations, as `mixture`; or give validation_share."}
     )
     validation_share: float | None = field(
-        default=None, metadata={"help": "Fraction of the conversations held out, without validation_mixture."}
+        default=None,
+        metadata={"help": "Fraction of the conversations held out, at least one."},
     )
 
     def __post_init__(self) -> None:
@@ -50,7 +51,9 @@ class ValidationArguments(MixtureArguments):
         if self.validation_mixture:
             held_out = parse_mixture(self.validation_mixture, "validation_mixture")
             return conversations, read_mixture(held_out, render, seed, "validation_mixture")
-        return split(conversations, self.validation_share, seed) if self.validation_share else (conversations, [])
+        if self.validation_share is None:
+            return conversations, []
+        return split(conversations, self.validation_share, seed)
 
 
 def split(

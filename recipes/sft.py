@@ -5,6 +5,12 @@
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/sft.py \\
         --config recipes/pocket/sft.yaml --model_name_or_path me/my-mid --push_to_hub true --hub_model_id me/my-sft
 
+Notable features:
+- mixtures of data sets in YAML, by rows and epochs
+- rows packed with whole conversations, which do not see each other; none is truncated
+- loss on held-out conversations, accuracy on tasks and ChatCORE at intervals
+- Muon with AdamW
+
 Keys of `trl.SFTConfig` that have an effect can be set too, see `training/trl/keys.py`.
 """
 
@@ -38,6 +44,8 @@ from recipes.training.trl.stage import (
     start_log,
 )
 from recipes.training.trl.trainer import MuonTrainer, RateArguments
+
+LONGEST_ROW = 2048  # tokens, the original's, if max_length is not given
 
 
 @dataclass
@@ -92,13 +100,13 @@ def main() -> None:
 
 
 def set_max_length(training: SFTSettings, context: int) -> None:
-    """Default `max_length` to the model's context length.
+    """Default `max_length` to the model's context length, at most `LONGEST_ROW`: packing fills rows.
 
     Raises:
         UserError: `max_length` exceeds the context length.
     """
     if training.max_length is None:
-        training.max_length = context
+        training.max_length = min(context, LONGEST_ROW)
     if training.max_length > context:
         raise UserError(f"max_length {training.max_length} exceeds the model's context of {context} tokens; lower it")
 

@@ -1,6 +1,7 @@
 """SFT's trainer with a small model, for tests of what it computes."""
 
 from itertools import pairwise
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -21,15 +22,19 @@ def sft_trainer(
     **settings: object,
 ) -> NanoChatSFTTrainer:
     """A trainer on the CPU that writes nothing, for rendered conversations."""
-    quiet = {"output_dir": "none", "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    return NanoChatSFTTrainer(
+    folder = TemporaryDirectory()  # the trainer makes its output_dir at once
+    quiet = {"output_dir": folder.name, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    quiet |= {"max_length": 256, "logging_steps": 1, "num_train_epochs": 1, "use_cpu": True}
+    trainer = NanoChatSFTTrainer(
         model=model,
-        args=SFTSettings(**quiet | {"max_length": 256, "logging_steps": 1, "num_train_epochs": 1} | settings),
+        args=SFTSettings(**quiet | settings),
         train_dataset=token_dataset(rendered),
         eval_dataset=token_dataset(held_out) if held_out else None,
         processing_class=tokenizer,
         muon_rates=RateArguments(init_lr_fraction=0.1).scaled(),
     )
+    trainer.temporary = folder  # deleted with it
+    return trainer
 
 
 def chats(tokenizer: PreTrainedTokenizerFast, count: int) -> list[Conversation]:

@@ -73,7 +73,7 @@ class DeviceDefaults:
 class SFTSettings(DeviceDefaults, SFTConfig):  # type: ignore[misc]  # None only until `fill_device_defaults`
     """`trl.SFTConfig` that starts on any device."""
 
-    max_length: int | None = field(default=None, metadata={"help": "Tokens per row; default: the context length."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens per row; default: the context or 2048."})
     packing: bool = field(
         default=True, metadata={"help": "Fill rows with whole conversations that do not see each other; false: pad."}
     )

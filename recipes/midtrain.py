@@ -21,8 +21,6 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
-import random
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,9 +36,9 @@ from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.text.texts import text_source
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.conversations import Renderer
-from recipes.training.data.mixtures import MixtureArguments, parse_mixture, read_mixture
 from recipes.training.data.packing import Conversation
 from recipes.training.data.streams import ConversationStreams, MixedStreams, TextStreams
+from recipes.training.data.validation import ValidationArguments
 from recipes.training.evaluation import bits_per_byte_evaluation, conversation_rows, validation
 from recipes.training.inheritance import find_inheritance
 from recipes.training.model_card import CardArguments
@@ -65,14 +63,10 @@ class MidtrainLoopArguments(LoopArguments):
 
 
 @dataclass
-class MidtrainArguments(CardArguments, MixtureArguments):
-    """Arguments specific to midtraining."""
+class MidtrainArguments(CardArguments, ValidationArguments):
+    """Arguments specific to midtraining; without validation_mixture, validation_share is 0.02."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: folder or Hub id."})
-    validation_mixture: list[str] | None = field(
-        default=None,
-        metadata={"help": "Held-out conversations, as `mixture`; default: validation_share."},
-    )
     replay_files: list[str] | None = field(default=None, metadata={"help": "Raw text to mix in, as in pretraining."})
     replay_every: int | None = field(default=None, metadata={"help": "Conversation rows per row of replayed text, 4."})
     assistant_only_loss: bool = field(
@@ -86,9 +80,6 @@ class MidtrainArguments(CardArguments, MixtureArguments):
             "Averages over many steps spare the first ones noise; the launch version began without."
         },
     )
-    validation_share: float | None = field(
-        default=None, metadata={"help": "Fraction of the conversations held out, 0.02 without validation_mixture."}
-    )
 
     def __post_init__(self) -> None:
         """
@@ -96,18 +87,15 @@ class MidtrainArguments(CardArguments, MixtureArguments):
             UserError: A value is missing, out of range or would train nothing, or a setting has no effect.
         """
         CardArguments.__post_init__(self)
-        MixtureArguments.__post_init__(self)
+        ValidationArguments.__post_init__(self)
         if not (self.train_files or self.mixture):
             raise UserError("--train_files is missing; set it, or mixture, in the --config file or as an option")
-        parse_mixture(self.validation_mixture or [], "validation_mixture")
-        if self.validation_mixture and self.validation_share is not None:
-            raise UserError("validation_share has no effect with validation_mixture; leave one of them out")
-        if self.validation_share is None:
-            self.validation_share = 0.0 if self.validation_mixture else 0.02
+        if self.validation_share is None and not self.validation_mixture:
+            self.validation_share = 0.02
         check_ranges(
             positive={"num_train_epochs": self.num_train_epochs, "replay_every": self.replay_every},
             not_negative={},
-            shares={"validation_share": self.validation_share},
+            shares={},
         )
         if self.replay_every is not None and not self.replay_files:
             raise UserError("replay_every has no effect without replay_files; give --replay_files, or leave it out")
@@ -161,33 +149,7 @@ def train_and_validation_sets(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """The rendered conversations to train and to validate on."""
     render = Renderer(tokenizer, loop.max_length, args.assistant_only_loss, args.on_bad_row, show_progress)
-    conversations = args.conversations(render, loop.seed)
-    if not args.validation_mixture:
-        return split(conversations, args.validation_share, loop.seed)
-    held_out = parse_mixture(args.validation_mixture, "validation_mixture")
-    return conversations, read_mixture(held_out, render, loop.seed, "validation_mixture")
-
-
-def split(
-    rendered: list[Conversation], validation_share: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Random split into training and validation conversations, at least one for validation.
-
-    A conversation that a mixture repeats, as the same object, is in one of them only, and once in validation.
-
-    Raises:
-        UserError: Fewer than two conversations, or none left to train on.
-    """
-    times = Counter(map(id, rendered))
-    different = list({id(conversation): conversation for conversation in rendered}.values())
-    if len(different) < 2:
-        raise UserError("train_files: midtraining needs at least two conversations, one of them for validation")
-    shuffled = random.Random(seed).sample(different, len(different))
-    held_out = max(1, round(validation_share * len(shuffled)))
-    if held_out == len(shuffled):
-        raise UserError(f"validation_share {validation_share} leaves no conversation to train on; lower it")
-    train_set = [conversation for conversation in shuffled[held_out:] for _ in range(times[id(conversation)])]
-    return train_set, shuffled[:held_out]
+    return args.train_and_validation_sets(render, loop.seed)
 
 
 def make_plan(

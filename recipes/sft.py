@@ -5,6 +5,12 @@
     accelerate launch --quiet --config_file accelerate_configs/ddp_8gpu.yaml recipes/sft.py \\
         --config recipes/pocket/sft.yaml --model_name_or_path me/my-mid --push_to_hub true --hub_model_id me/my-sft
 
+Notable features:
+- mixtures of data sets in YAML, by rows and epochs
+- rows packed with whole conversations, which do not see each other; none is truncated
+- loss on held-out conversations, accuracy on tasks and ChatCORE at intervals
+- Muon with AdamW
+
 Keys of `trl.SFTConfig` that have an effect can be set too, see `training/trl/keys.py`.
 """
 
@@ -18,18 +24,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from datasets import Dataset
 from transformers import set_seed
-from trl import SFTTrainer
 
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.training.arguments import ResumeArguments
 from recipes.training.attention import AttentionArguments, set_attention
 from recipes.training.data.conversations import Renderer
-from recipes.training.data.mixtures import MixtureArguments
 from recipes.training.data.packing import Conversation
+from recipes.training.data.validation import ValidationArguments
 from recipes.training.model_card import CardArguments
 from recipes.training.stage import check_output
+from recipes.training.trl.packing import Packing
 from recipes.training.trl.settings import SFTSettings, parse_settings
+from recipes.training.trl.sft_evaluation import SFTEvaluation, TaskArguments
 from recipes.training.trl.stage import (
     find_checkpoint,
     output_arguments,
@@ -39,9 +46,13 @@ from recipes.training.trl.stage import (
 )
 from recipes.training.trl.trainer import MuonTrainer, RateArguments
 
+LONGEST_ROW = 2048  # tokens, the original's, if max_length is not given
+
 
 @dataclass
-class SFTArguments(CardArguments, RateArguments, AttentionArguments, MixtureArguments, ResumeArguments):
+class SFTArguments(
+    CardArguments, RateArguments, AttentionArguments, TaskArguments, ValidationArguments, ResumeArguments
+):
     """Arguments that `trl.SFTConfig` does not have."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Midtrained model: folder or Hub id."})
@@ -49,11 +60,11 @@ class SFTArguments(CardArguments, RateArguments, AttentionArguments, MixtureArgu
 
     def __post_init__(self) -> None:
         CardArguments.__post_init__(self)
-        MixtureArguments.__post_init__(self)
+        ValidationArguments.__post_init__(self)
 
 
-class NanoChatSFTTrainer(MuonTrainer, SFTTrainer):
-    """`SFTTrainer` with Muon."""
+class NanoChatSFTTrainer(MuonTrainer, Packing, SFTEvaluation):
+    """`SFTTrainer` with Muon, packed rows and our evaluations."""
 
     stage = "sft"
 
@@ -65,6 +76,7 @@ def main() -> None:
         return
     checkpoint = find_checkpoint(args, training, given)
     args.check_beginnings()
+    tasks = args.load_tasks(training.seed)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)
     set_max_length(training, model.config.max_position_embeddings)
@@ -72,29 +84,32 @@ def main() -> None:
     set_seed(training.seed)
     shown = training.process_index == 0
     render = Renderer(tokenizer, training.max_length, on_bad_row=args.on_bad_row, show_progress=shown)
-    train_set = token_dataset(args.conversations(render, training.seed))
+    train_set, validation_set = args.train_and_validation_sets(render, training.seed)
     log = start_log(output.output_dir, training, checkpoint)
 
     def make_trainer() -> NanoChatSFTTrainer:
-        return NanoChatSFTTrainer(
+        trainer = NanoChatSFTTrainer(
             model=model,
             args=training,
-            train_dataset=train_set,
+            train_dataset=token_dataset(train_set),
+            eval_dataset=token_dataset(validation_set) if validation_set else None,
             processing_class=tokenizer,
             muon_rates=args.scaled(),
         )
+        trainer.evaluate_on(tasks, args)
+        return trainer
 
     run_trl_stage(make_trainer, args, training, given, output, log, checkpoint)
 
 
 def set_max_length(training: SFTSettings, context: int) -> None:
-    """Default `max_length` to the model's context length.
+    """Default `max_length` to the model's context length, at most `LONGEST_ROW`: packing fills rows.
 
     Raises:
         UserError: `max_length` exceeds the context length.
     """
     if training.max_length is None:
-        training.max_length = context
+        training.max_length = min(context, LONGEST_ROW)
     if training.max_length > context:
         raise UserError(f"max_length {training.max_length} exceeds the model's context of {context} tokens; lower it")
 

@@ -110,9 +110,10 @@ def check_midtraining(step: Step, pending: PendingOutputs) -> None:
 
 
 def check_sft(step: Step, pending: PendingOutputs) -> None:
-    args, _, _ = parse_settings(SFTArguments, SFTSettings, words(step))
+    args, training, _ = parse_settings(SFTArguments, SFTSettings, words(step))
     check_model(args.model_name_or_path, pending)
     check_conversations(args, pending)
+    args.load_tasks(training.seed, pending)
 
 
 def check_grpo(step: Step, pending: PendingOutputs) -> None:

@@ -122,7 +122,12 @@ def fed(trainer: SFTTrainer) -> list[tuple[list, str]]:
 
 def sft_config(folder, **settings) -> SFTSettings:
     return SFTSettings(
-        output_dir=str(folder), max_length=512, per_device_train_batch_size=len(CHATS), **CPU, **settings
+        output_dir=str(folder),
+        max_length=512,
+        packing=False,
+        per_device_train_batch_size=len(CHATS),
+        **CPU,
+        **settings,
     )
 
 

@@ -21,7 +21,11 @@ HANDLED = {
 }  # fmt: skip
 # ... and in one of the stages.
 HANDLED_BY = {
-    SFTConfig: {"max_length"},
+    SFTConfig: {
+        "max_length",
+        "eval_steps", "per_device_eval_batch_size",  # of our evaluations
+        "packing_strategy",
+    },
     GRPOConfig: {
         "log_completions", "num_completions_to_print",  # as text
         "eval_steps",  # on eval_files
@@ -54,7 +58,7 @@ PASSED_ON = {
 }  # fmt: skip
 PASSED_ON_BY = {
     SFTConfig: {
-        "include_num_input_tokens_seen", "loss_type", "average_tokens_across_devices", "packing", "packing_strategy",
+        "include_num_input_tokens_seen", "loss_type", "average_tokens_across_devices", "packing",
         "dataset_num_proc", "dataloader_drop_last", "data_seed", "train_sampling_strategy",
     },
     GRPOConfig: {
@@ -75,7 +79,7 @@ PASSED_ON_BY = {
 
 # Keys that would have no effect, or break a guarantee of this repository: what to do instead -> keys.
 OPTIMIZER = "the optimizer is Muon with AdamW: set matrix_lr, embedding_lr, unembedding_lr or init_lr_fraction"
-NO_EVALUATION = "evaluation is evals/evaluate_model.py's, in GRPO also on eval_files every eval_steps: leave it out"
+NO_EVALUATION = "evaluation is by validation_mixture and eval_tasks in SFT, by eval_files in GRPO: leave it out"
 LOADING = "model and tokenizer are loaded from model_name_or_path: leave it out"
 COLUMNS = "train_files are read and rendered by the chat template: leave it out"
 LAUNCHER = "the number of processes and the sharding are set by accelerate launch --config_file: leave it out"
@@ -87,8 +91,8 @@ INSTEAD = {
         "learning_rate", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules",
     },
     NO_EVALUATION: {
-        "do_train", "do_eval", "do_predict", "eval_strategy", "eval_delay", "per_device_eval_batch_size",
-        "prediction_loss_only", "eval_on_start", "eval_do_concat_batches", "eval_use_gather_object",
+        "do_train", "do_eval", "do_predict", "eval_strategy", "eval_delay", "prediction_loss_only", "eval_on_start",
+        "eval_do_concat_batches", "eval_use_gather_object",
         "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "load_best_model_at_end",
         "metric_for_best_model", "greater_is_better", "label_names", "fp16_full_eval", "bf16_full_eval",
         "eval_packing", "num_generations_eval",
@@ -135,8 +139,9 @@ INSTEAD = {
 }  # fmt: skip
 # GRPO has its own sampling of problems and its own loss reduction.
 INSTEAD_BY = {
-    SFTConfig: {NO_EVALUATION: {"eval_steps"}},
+    SFTConfig: {},
     GRPOConfig: {
+        "evaluation takes batches as large as the rollouts': leave it out": {"per_device_eval_batch_size"},
         "completions are logged as text: set num_completions_to_print": {"log_unique_prompts"},
         "set loss_type": {"average_tokens_across_devices"},
         "set shuffle_dataset and seed": {"data_seed", "train_sampling_strategy"},
@@ -149,7 +154,7 @@ INSTEAD_BY = {
     },
 }
 
-# Keys that are read only if another key has one of these values (empty: any but 0, false and none).
+# Keys that are read only if another key, or one of several, has one of these values (empty: any but 0, false, none).
 NEEDS: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
     ("packing", (), ("packing_strategy",)),
     ("save_strategy", ("steps",), ("save_steps",)),
@@ -169,6 +174,9 @@ NEEDS: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
     ),
     ("log_completions", (), ("num_completions_to_print",)),
     ("eval_files", (), ("eval_steps", "eval_samples", "eval_problems")),
+    ("validation_mixture or validation_share", (), ("eval_steps",)),
+    ("eval_tasks", (), ("eval_tasks_steps", "max_examples", "max_new_tokens")),
+    ("validation_mixture or validation_share or eval_tasks", (), ("per_device_eval_batch_size",)),
     (
         "use_vllm",
         (),
@@ -194,6 +202,7 @@ CHOICES = {
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "vllm_mode": ("colocate",),
+    "packing_strategy": ("bfd",),  # the others cut conversations, or let them see each other
     "save_strategy": ("no", "steps", "epoch"),  # `best` needs an evaluation
 }
 LOSSES = {
@@ -211,6 +220,7 @@ RANGES = {
             "max_length", "dataset_num_proc", "max_completion_length", "generation_batch_size", "steps_per_generation",
             "num_iterations", "num_completions_to_print", "ref_model_sync_steps", "dataloader_prefetch_factor",
             "ddp_timeout", "max_tool_calling_iterations", "eval_steps", "eval_samples", "eval_problems",
+            "eval_tasks_steps", "max_examples", "max_new_tokens", "per_device_eval_batch_size",
         ),
         (1, math.inf),
     ),

@@ -73,7 +73,14 @@ class DeviceDefaults:
 class SFTSettings(DeviceDefaults, SFTConfig):  # type: ignore[misc]  # None only until `fill_device_defaults`
     """`trl.SFTConfig` that starts on any device."""
 
-    max_length: int | None = field(default=None, metadata={"help": "Tokens per row; default: the context length."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens per row; default: the context or 2048."})
+    packing: bool = field(
+        default=True, metadata={"help": "Fill rows with whole conversations that do not see each other; false: pad."}
+    )
+    eval_steps: float | None = field(default=100, metadata={"help": "Steps between losses on held-out conversations."})
+    per_device_eval_batch_size: int = field(
+        default=32, metadata={"help": "Rows or prompts per forward pass of an evaluation."}
+    )
 
     def __post_init__(self) -> None:
         fill_device_defaults(self)
@@ -139,12 +146,18 @@ def parse_settings(
     with settings_errors():
         parsed, filled = parse(arguments, settings, args=words)
     check_trackers(filled.report_to)
-    for other, values, dependent in keys.NEEDS:
-        value = getattr(filled, other, getattr(parsed, other, None))
-        if not (value in values if values else value) and (useless := [key for key in dependent if key in given]):
-            wanted = " or ".join(word if isinstance(word, str) else word[0] for word in values) or "set"
-            raise UserError(f"{useless[0]} has no effect unless {other} is {wanted}: set that, or leave it out")
+    check_needs(given, parsed, filled)
     return parsed, filled, given
+
+
+def check_needs(given: Collection[str], *settings: Any) -> None:
+    """Raise [`UserError`] for the first given key that nothing reads, because of the values of others."""
+    for others, values, dependent in keys.NEEDS:
+        found = [getattr(each, name) for name in others.split(" or ") for each in settings if hasattr(each, name)]
+        met = not found or any(value in values if values else value for value in found)  # not found: another stage's
+        if not met and (useless := [key for key in dependent if key in given]):
+            wanted = " or ".join(word if isinstance(word, str) else word[0] for word in values) or "set"
+            raise UserError(f"{useless[0]} has no effect unless {others} is {wanted}: set that, or leave it out")
 
 
 def given_values(dataclass_types: Sequence[Any], words: list[str]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from .trainer import JsonlLoggerCallback, MuonTrainer
 # What may change when a run is resumed, besides what may in pretraining
 FREE_TO_CHANGE_ON_TRL = {
     "gradient_accumulation_steps", "dataloader_num_workers", "dataloader_pin_memory", "ddp_timeout", "eval_files",
-    "eval_problems", "eval_samples", "save_strategy", "logging_strategy", "logging_first_step", "log_level",
+    "eval_problems", "eval_samples", "eval_tasks", "eval_tasks_steps", "max_examples", "max_new_tokens",
+    "per_device_eval_batch_size", "save_strategy", "logging_strategy", "logging_first_step", "log_level",
     "log_completions", "num_completions_to_print", "disable_tqdm", "run_name",
 }  # fmt: skip
 

@@ -23,6 +23,8 @@ from .resume import ResumableTrainer
 # The trainer's name -> the log's name
 LOGGED = {
     "loss": "loss",
+    "eval_loss": "validation_loss",
+    "eval_runtime": "seconds_evaluating",
     "reward": "reward",
     "reward_std": "reward_std",
     "tools/call_frequency": "tool_calls_per_completion",
@@ -163,11 +165,11 @@ class JsonlLoggerCallback(TrainerCallback):
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        held_out = {key.removeprefix("eval_"): logs[key] for key in logs if key.startswith("eval_pass@")}
+        held_out = {LOGGED.get(key, key.removeprefix("eval_")): logs[key] for key in logs if key.startswith("eval_")}
         if held_out:
             self.stage_log.log(step=state.global_step, **held_out)
-            self.show(state.global_step, held_out)
-        if not LOGGED.keys() & logs.keys() - {"num_tokens"}:
+            self.last = (self.last[0] + held_out["seconds_evaluating"], self.last[1])  # tokens/s are training's
+        if held_out or not LOGGED.keys() & logs.keys() - {"num_tokens"}:
             return
         values = {name: float(logs[key]) for key, name in LOGGED.items() if key in logs}
         tokens = int(values.get("tokens", 0))
@@ -177,13 +179,6 @@ class JsonlLoggerCallback(TrainerCallback):
         measured = [f"{name} {values[name]:.3f}" for name in self.curves if name in values]
         self.measured = ", ".join([*measured, f"{values['tokens_per_second']:,} tokens/s"])
         self.stage_log.log(step=state.global_step, **values)
-
-    def show(self, step: int, held_out: dict[str, float]) -> None:
-        """Print the first and the last of the figures, which are `pass@k` with standard errors."""
-        names = [name for name in held_out if not name.endswith("_error")]
-        ends = [f"{name} {held_out[name]:.3f} ± {held_out[f'{name}_standard_error']:.3f}" for name in names]
-        if self.live:
-            self.live.write([f"step {step:,}: {', '.join(dict.fromkeys([ends[0], ends[-1]]))} on held-out problems"])
 
     def close(self) -> None:
         if self.live:

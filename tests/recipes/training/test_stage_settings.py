@@ -9,9 +9,10 @@ from accelerate.utils import LoggerType
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError
-from recipes.midtrain import MidtrainArguments, make_plan, split
+from recipes.midtrain import MidtrainArguments, make_plan
 from recipes.pretrain import PretrainArguments
 from recipes.training.arguments import LoopArguments, Tracker
+from recipes.training.data.validation import split
 from recipes.training.optim.hyperparameters import RECIPES
 
 PRETRAIN = {"tokenizer": "t", "train_files": "a.txt", "val_files": "b.txt"}

@@ -40,12 +40,13 @@ def start(toy_model_folder, tmp_path, monkeypatch):
     for name, records in (("sft", chats), ("rl", problems)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     special = {
+        "sft": {"packing": "false"},  # a row is a conversation
         "rl": {
             "num_generations": 4,
             "max_completion_length": 6,
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 1,
-        }
+        },
     }
 
     def main(stage, run="run", **settings):

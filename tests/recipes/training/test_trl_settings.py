@@ -45,7 +45,7 @@ SHARED_EXAMPLES = {
 EXAMPLES = {
     "sft": SHARED_EXAMPLES | {
         "shuffle_dataset": "true", "include_num_input_tokens_seen": "true", "loss_type": "dft",
-        "average_tokens_across_devices": "false", "packing": "true", "packing_strategy": "bfd_split",
+        "average_tokens_across_devices": "false", "packing": "false",
         "dataset_num_proc": "1", "dataloader_drop_last": "true", "data_seed": "5",
         "train_sampling_strategy": "group_by_length",
     },
@@ -64,8 +64,10 @@ EXAMPLES = {
         "entropy_coef_delta": "0.002", "entropy_target": "0.3",
     },
 }  # fmt: skip
-# Keys of GRPO that are not passed on, and are read only beside another.
+# Keys that are not passed on, and are read only beside another.
 HANDLED_EXAMPLES = {
+    "packing_strategy": "bfd", "per_device_eval_batch_size": "4", "eval_tasks_steps": "9", "max_examples": "9",
+    "max_new_tokens": "9",
     "num_completions_to_print": "1", "eval_steps": "5", "eval_samples": "4", "eval_problems": "9",
     "vllm_mode": "colocate", "vllm_model_impl": "transformers", "vllm_enable_sleep_mode": "true",
     "vllm_gpu_memory_utilization": "0.5", "vllm_max_model_length": "512", "vllm_tensor_parallel_size": "2",
@@ -85,7 +87,6 @@ BESIDE = {
     "dataloader_multiprocessing_context": {"dataloader_num_workers": "1"},
     "dataloader_in_order": {"dataloader_num_workers": "1"},
     "save_steps": {"save_strategy": "steps"}, "ignore_data_skip": {"resume": "auto"},
-    "packing": {"max_length": "64"}, "packing_strategy": {"packing": "true", "max_length": "64"},
     "sync_ref_model": {"beta": "0.1"},
     "use_bias_correction_kl": {"beta": "0.1"},
     "ref_model_mixup_alpha": {"beta": "0.1", "sync_ref_model": "true"},
@@ -139,7 +140,7 @@ def examples(toy_model_folder, tmp_path):
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     return {
-        "sft": {"train_files": tmp_path / "chats.jsonl", "per_device_train_batch_size": 4},
+        "sft": {"train_files": tmp_path / "chats.jsonl", "max_length": 256, "per_device_train_batch_size": 4},
         "grpo": {
             "train_files": tmp_path / "problems.jsonl",
             "per_device_train_batch_size": 8,
@@ -219,20 +220,28 @@ def test_a_key_that_came_with_a_newer_library_is_refused_until_it_was_tried(monk
         parse_settings(SFTArguments, SFTSettings, words(output_dir="out", max_grad_norm=1))
 
 
+def has(stage: str, others: str) -> bool:
+    arguments, settings, _ = STAGES[stage]
+    return bool(set(others.split(" or ")) & {each.name for each in (*fields(arguments), *fields(settings))})
+
+
 @pytest.mark.parametrize("other, values, keys", trl_keys.NEEDS)
 def test_what_nothing_reads_without_another_key_is_refused(other, values, keys):
     off = {
+        "packing": "false",
         "loss_type": "cispo" if "cispo" not in values else "sapo",
         "save_strategy": "no",
         "logging_strategy": "epoch",
         "log_completions": "false",
     }
-    own = {"grpo": {option.name for option in fields(GRPOArguments)}, "sft": set()}
+    own = {stage: {option.name for option in fields(arguments)} for stage, (arguments, _, _) in STAGES.items()}
     for key in keys:
         if key in NEWER and key not in {one.name for one in fields(SFTConfig)}:
             continue
         stage = next(
-            stage for stage in STAGES if key in EXAMPLES[stage].keys() | lists_of(STAGES[stage][2])[0] | own[stage]
+            stage
+            for stage in STAGES
+            if key in EXAMPLES[stage].keys() | lists_of(STAGES[stage][2])[0] | own[stage] and has(stage, other)
         )
         value = (EXAMPLES[stage] | HANDLED_EXAMPLES).get(
             key, '{"use_reentrant": false}' if key.endswith("kwargs") else "true"

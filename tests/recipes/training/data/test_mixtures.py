@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError
-from recipes.midtrain import MidtrainArguments, split, train_and_validation_sets
+from recipes.midtrain import MidtrainArguments, train_and_validation_sets
 from recipes.sft import SFTArguments
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.conversations import Renderer
 from recipes.training.data.mixtures import Source, check_beginnings, parse_mixture, read_mixture, repeated
+from recipes.training.data.validation import split
 from recipes.training.stage import OutputArguments
 from recipes.training.trl.settings import SFTSettings, parse_settings
 from recipes.training.trl.stage import output_arguments

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from evals.metrics.code_pass.estimate import pass_at_k
+from modeling_nanochat.errors import UserError
 
 from .rewards import is_right
 from .rollouts import EngineRollouts
@@ -23,6 +24,8 @@ class HeldOutEvaluation(EngineRollouts):
 
     def evaluate_on(self, problems: Dataset, samples: int) -> None:
         """Evaluate on `problems`, of columns `prompt` and `problem`, with `samples` completions each."""
+        if self.misfit:
+            raise UserError(f"leave eval_files out: the chat engine cannot decode this model ({self.misfit})")
         self.held_out, self.samples = problems, samples
         self.add_callback(EvaluationSteps(self))
 

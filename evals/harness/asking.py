@@ -26,6 +26,8 @@ class TemplateCodec(ChatCodec):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
+        if not tokenizer.chat_template:
+            raise UserError(f"{model.name_or_path}: the tokenizer has no chat template; take a chat model")
         self.python_start = self.python_end = self.output_start = self.output_end = NO_TOKEN
         ends = model.generation_config.eos_token_id
         self.stop = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}

@@ -19,9 +19,7 @@ from modeling_nanochat.chat.self_check import check_renderings
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.tokenization_nanochat import has_control_tokens, whole_messages
 
-from .packing import Conversation
-
-Rendering = Callable[[dict], Conversation]
+Rendering = Callable[[dict], tuple[np.ndarray, np.ndarray]]
 PROBE = [
     {"role": "user", "content": "What is 12*7?"},
     {"role": "assistant", "content": "It is 84."},
@@ -90,7 +88,7 @@ class Blocks:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None = None):
         self.tokenizer, self.template = tokenizer, template
 
-    def __call__(self, conversation: dict) -> Conversation:
+    def __call__(self, conversation: dict) -> tuple[np.ndarray, np.ndarray]:
         ids, mask = render_one(conversation, self.tokenizer, self.template)
         return np.array(ids), np.array(mask, dtype=bool)
 
@@ -104,7 +102,7 @@ class Differences:
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
 
-    def __call__(self, conversation: dict) -> Conversation:
+    def __call__(self, conversation: dict) -> tuple[np.ndarray, np.ndarray]:
         messages, tools = whole_messages(conversation["messages"]), whole_messages(conversation.get("tools"))
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         prompts = text_of(self.tokenizer, [messages[:i] for i in turns], tools=tools, add_generation_prompt=True)
@@ -138,7 +136,7 @@ class OtherTemplate:
         except UserError:  # from the process that renders templates of other origin
             self.has_calls = False
 
-    def __call__(self, conversation: dict) -> Conversation:
+    def __call__(self, conversation: dict) -> tuple[np.ndarray, np.ndarray]:
         calls = conversation.get("tools") or any(message.get("tool_calls") for message in conversation["messages"])
         if calls and not self.has_calls:
             raise UserError("the chat template writes no tool calls; leave the row out, or take another model")
@@ -192,7 +190,7 @@ def marks_what_is_written(rendering: Any, tokenizer: PreTrainedTokenizerFast) ->
 def end_of_turn(rendering: Rendering) -> int:
     """The id of the token that ends the assistant's turns."""
     ids, mask = rendering({"messages": PROBE})
-    return int(np.array(ids)[np.array(mask, dtype=bool)][-1])
+    return int(ids[mask][-1])
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -29,6 +29,11 @@ class AdapterArguments:
         default=True, metadata={"help": "Save a whole model with the adapter merged; false: the adapter alone."}
     )
 
+    @property
+    def unused(self) -> set[str]:
+        """Of these options, those without effect."""
+        return set() if self.use_peft else {each.name for each in fields(AdapterArguments)}
+
     def adapter(self, model: PreTrainedModel) -> Any:
         """PEFT's configuration; None without `use_peft`.
 

@@ -87,7 +87,8 @@ class EngineRollouts(GRPOTrainer):
             super().__init__(*args, **kwargs | generation(kwargs["args"], kwargs["processing_class"]))
         self.sampling = sampling_options(self.args)
         calls = self.args.max_tool_calling_iterations
-        model = self.model.get_base_model() if is_peft_model(self.model) else self.model  # with adapters in its layers
+        model: Any = self.model
+        model = model.get_base_model() if is_peft_model(model) else model  # the adapters are in its layers
         try:  # checks decoding on the model's device and with TRL's patched forward
             self.engine = engine_of(model, self.processing_class, MAX_TOOL_CALLS if calls is None else calls)
         except Exception as error:  # another architecture may lack anything that the engine uses

@@ -195,7 +195,7 @@ def record(
     values = training.to_dict() | settings(output)
     used = {"bf16", "dataloader_pin_memory", "gradient_checkpointing", "output_dir"} | given.keys()
     used |= trainer.optimizer_keys
-    own = {key: value for key, value in settings(args).items() if key not in trainer.unused}
+    own = {key: value for key, value in settings(args).items() if key not in trainer.unused | args.unused}
     if training.max_steps > 0:
         used.discard("num_train_epochs")  # it had no effect
     return {

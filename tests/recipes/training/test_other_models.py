@@ -65,7 +65,7 @@ def test_sft_of_another_model_learns_and_leaves_a_folder_that_chats_anywhere(mak
     assert chat(question, max_new_tokens=8)[0]["generated_text"][-1]["role"] == "assistant"
     load_model_and_tokenizer(output)
     settings = record_of(output)["settings"]
-    assert settings["learning_rate"] == 0.01 and not settings.keys() & {"matrix_lr", "init_lr_fraction"}
+    assert settings["learning_rate"] == 0.01 and not settings.keys() & {"matrix_lr", "init_lr_fraction", "lora_r"}
 
 
 def test_the_card_of_another_model_says_what_it_is(start, tmp_path):
@@ -130,7 +130,7 @@ def test_grpo_generates_as_transformers_does_where_the_engine_cannot_decode(star
     start("rl", folder)
     assert "from transformers' generate, not from the chat engine: this cache has no keys" in capsys.readouterr().out
     text = (tmp_path / "run" / "logs" / "rl.completions.txt").read_text()
-    assert "exact_answer 1" in text and "assistant: " in text
+    assert "=== step 2: alternating " in text and "assistant: " in text
     with pytest.raises(
         UserError, match=r"leave eval_files out: the chat engine cannot decode this model \(this cache"
     ):
@@ -175,7 +175,7 @@ def test_an_adapter_is_merged_into_a_whole_model(stage, any_model, start, monkey
     before, after = load_file(any_model / "model.safetensors"), load_file(output / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all("layers" in name for name in changed)
+    assert changed and not changed & {"model.embed_tokens.weight", "lm_head.weight"}
     load_model_and_tokenizer(output)
     assert not list(output.glob("adapter*"))
 
@@ -237,4 +237,4 @@ def test_without_peft_an_adapter_is_refused_in_one_line(start, toy_model_folder,
 
 def test_the_loss_of_an_adapter_that_diverges_names_its_own_rate(start, tmp_path):
     with pytest.raises(UserError, match="Lower learning_rate"):
-        start("sft", chatml_llama(tmp_path / "model"), **LORA | {"learning_rate": 1e30}, max_steps=6)
+        start("sft", chatml_llama(tmp_path / "model"), **LORA | {"learning_rate": 1e38, "max_steps": 4})

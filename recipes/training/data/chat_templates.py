@@ -1,11 +1,12 @@
 """How any chat template's conversations become token ids, with a mask of the tokens that the assistant writes.
 
-This project's own template marks them by its `{% generation %}` blocks. Of another, the first of three ways is taken
+This project's own template marks them by its `{% generation %}` blocks. Of another, the first of four ways is taken
 that marks exactly what follows the template's own generation prompts, up to the token that ends the turn:
 
 1. its own blocks, if it has any;
-2. TRL's training version of a template that it knows: Qwen3's, for example, which drops the thoughts of earlier turns;
-3. the differences between renderings: what each message of the assistant adds to the prompt for it.
+2. the blocks of TRL's training version of a template that it knows: Qwen3's, which drops thoughts of earlier turns;
+3. the differences between renderings: what each message of the assistant adds to the prompt for it;
+4. such differences in TRL's version: Qwen3.5's, whose prompts begin with a thought.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,26 +45,26 @@ def rendering_of(tokenizer: PreTrainedTokenizerFast) -> Rendering:
             f"{name_of(tokenizer)}: the tokenizer has no chat template to render conversations with; set its "
             "`chat_template`, or take a model that has one"
         )
-    for way in (own_blocks, trl_blocks, Differences):
-        rendering = way(tokenizer)
-        if rendering and marks_what_is_written(rendering, tokenizer):
+    other = trl_template(tokenizer)
+    ways: list[Blocks | Differences] = [Blocks(tokenizer)] if has_generation_markers(tokenizer.chat_template) else []
+    ways += [Blocks(tokenizer, other)] if other else []
+    ways += [Differences(tokenizer), *([Differences(tokenizer, other)] if other else [])]
+    for rendering in ways:
+        if marks_what_is_written(rendering, tokenizer):
             return OtherTemplate(tokenizer, rendering)
     raise UserError(
-        f"{name_of(tokenizer)}: its chat template cannot be trained on: it renders a turn of the assistant otherwise "
-        "once more turns follow, or ends it with no special token; set another `chat_template`"
+        f"{name_of(tokenizer)}: its chat template cannot be trained on: it renders turns of the assistant otherwise "
+        "than its prompts begin them, or once more turns follow, or ends them with no special token; set another "
+        "`chat_template`"
     )
 
 
-def own_blocks(tokenizer: PreTrainedTokenizerFast) -> Rendering | None:
-    return Blocks(tokenizer) if has_generation_markers(tokenizer.chat_template) else None
-
-
-def trl_blocks(tokenizer: PreTrainedTokenizerFast) -> Rendering | None:
+def trl_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """TRL's training version of the tokenizer's template; None if there is none."""
     try:
-        template = get_training_chat_template(tokenizer)
+        return get_training_chat_template(tokenizer)
     except (UserError, ValueError):  # the template fails on TRL's probe, or is none of those that TRL knows
         return None
-    return Blocks(tokenizer, template) if template else None
 
 
 def render_one(
@@ -92,21 +93,20 @@ class Blocks:
         ids, mask = render_one(conversation, self.tokenizer, self.template)
         return np.array(ids), np.array(mask, dtype=bool)
 
-    def prompt(self, messages: list[dict]) -> str:
-        return text_of(self.tokenizer, [messages], chat_template=self.template, add_generation_prompt=True)[0]
-
 
 class Differences:
-    """Renders by the tokenizer's template; what a message of the assistant adds to the prompt for it is written."""
+    """Renders by `template`, default the tokenizer's; what an answer adds to the prompt for it is written."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None = None):
+        self.tokenizer, self.template = tokenizer, template
 
     def __call__(self, conversation: dict) -> tuple[np.ndarray, np.ndarray]:
-        messages, tools = whole_messages(conversation["messages"]), whole_messages(conversation.get("tools"))
+        messages = whole_messages(conversation["messages"])
+        options: dict[str, Any] = {"tools": whole_messages(conversation.get("tools")), "chat_template": self.template}
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        prompts = text_of(self.tokenizer, [messages[:i] for i in turns], tools=tools, add_generation_prompt=True)
-        *answered, text = text_of(self.tokenizer, [*(messages[: i + 1] for i in turns), messages], tools=tools)
+        asked = [messages[:i] for i in turns]
+        prompts = text_of(self.tokenizer, asked, add_generation_prompt=True, **options) if turns else []
+        *answered, text = text_of(self.tokenizer, [*(messages[: i + 1] for i in turns), messages], **options)
         for begin, end in zip(prompts, answered, strict=True):
             if not (end.startswith(begin) and text.startswith(end)):
                 raise UserError("the chat template renders a turn of the assistant otherwise once more turns follow")
@@ -116,9 +116,6 @@ class Differences:
         for begin, end in zip(prompts, answered, strict=True):
             mask[np.searchsorted(ends, len(begin), side="right") : np.searchsorted(starts, len(end))] = True
         return np.array(encoded["input_ids"]), mask
-
-    def prompt(self, messages: list[dict]) -> str:
-        return text_of(self.tokenizer, [messages], add_generation_prompt=True)[0]
 
 
 class OtherTemplate:
@@ -166,12 +163,13 @@ def runs(mask: np.ndarray) -> list[slice]:
     return [slice(start, stop) for start, stop in edges.reshape(-1, 2).tolist()]
 
 
-def marks_what_is_written(rendering: Any, tokenizer: PreTrainedTokenizerFast) -> bool:
+def marks_what_is_written(rendering: Blocks | Differences, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the runs that `rendering` marks in a conversation follow its prompts and end with a special token."""
     try:
         ids, mask = rendering({"messages": PROBE})
-        prompts = [rendering.prompt(PROBE[:n]) for n in (1, 3)]
-        as_asked = text_of(tokenizer, [PROBE[:1]], add_generation_prompt=True)[0]
+        asked = {"add_generation_prompt": True}
+        prompts = text_of(tokenizer, [PROBE[:1], PROBE[:3]], chat_template=rendering.template, **asked)
+        first = text_of(tokenizer, [PROBE[:1]], **asked)[0]
     except UserError:  # not rendered at all: the next way may
         return False
     special = special_ids(tokenizer)
@@ -179,7 +177,7 @@ def marks_what_is_written(rendering: Any, tokenizer: PreTrainedTokenizerFast) ->
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     answers = zip(written, PROBE[1::2], strict=True)  # as many as prompts, by the first conditions
     return (
-        prompts[0] == as_asked
+        prompts[0] == first
         and [run.start for run in written] == [len(prompt) for prompt in encoded]
         and all(ids[: len(prompt)].tolist() == prompt for prompt in encoded)
         and all(int(ids[run][-1]) in special for run in written)
@@ -190,7 +188,7 @@ def marks_what_is_written(rendering: Any, tokenizer: PreTrainedTokenizerFast) ->
 def end_of_turn(rendering: Rendering) -> int:
     """The id of the token that ends the assistant's turns."""
     ids, mask = rendering({"messages": PROBE})
-    return int(ids[mask][-1])
+    return int(ids[runs(mask)[0]][-1])  # behind the last turn, some templates write the end of the text too
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -74,6 +74,12 @@ def test_qwen3_is_rendered_as_trl_trains_it_and_its_own_template_stays():
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_chat_template", "qwen3_chat_template"])
+def test_a_thought_with_which_prompts_begin_is_not_trained_on():
+    tokenizer = limited(trl_templates.qwen3_5_nothink_chat_template)
+    ((ids, mask),) = render([{"messages": CHAT}], tokenizer, 512)
+    assert written(tokenizer, ids, mask) == ["I am a café.<|im_end|>", "A lamp 🙂<|im_end|>"]
+
+
 def test_calls_are_trained_on_and_their_results_are_not(name):
     tokenizer = limited(getattr(trl_templates, name))
     ((ids, mask),) = render([{"messages": WITH_CALL}], tokenizer, 1024)
@@ -92,6 +98,11 @@ def test_calls_and_tools_that_a_template_would_drop_are_refused_by_row(extra):
     assert render([chat, {"messages": CHAT}], limited(SMOL), 512, on_bad_row="skip")[0] is None
 
 
+def test_a_row_without_an_answer_is_refused():
+    with pytest.raises(UserError, match="chats:1: no answer of the assistant to train on"):
+        render([{"messages": CHAT[:1]}], limited(SMOL), 512)
+
+
 def test_a_row_that_the_template_refuses_is_named():
     tokenizer = limited("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML)
     with pytest.raises(
@@ -106,8 +117,8 @@ UNSTABLE = CHATML.replace("{{ message.content }}", "{{ message.content if loop.l
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (UNSTABLE, "renders a turn of the assistant otherwise once more turns follow"),
-        (CHATML.replace("<|im_end|>", ""), "ends it with no special token"),
+        (UNSTABLE, "renders turns of the assistant otherwise"),
+        (CHATML.replace("<|im_end|>", ""), "ends them with no special token"),
         ("{{ messages[-1].content }}", "cannot be trained on"),
         ("{% for message in messages %}<|im_start|>{{ message.role }}<|im_end|>{% endfor %}", "cannot be trained on"),
         ("{{ nobody.knows }}", "cannot be trained on"),

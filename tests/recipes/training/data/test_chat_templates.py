@@ -73,13 +73,13 @@ def test_qwen3_is_rendered_as_trl_trains_it_and_its_own_template_stays():
     assert tokenizer.chat_template == trl_templates.qwen3_chat_template
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_chat_template", "qwen3_chat_template"])
 def test_a_thought_with_which_prompts_begin_is_not_trained_on():
     tokenizer = limited(trl_templates.qwen3_5_nothink_chat_template)
     ((ids, mask),) = render([{"messages": CHAT}], tokenizer, 512)
     assert written(tokenizer, ids, mask) == ["I am a café.<|im_end|>", "A lamp 🙂<|im_end|>"]
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_chat_template", "qwen3_chat_template"])
 def test_calls_are_trained_on_and_their_results_are_not(name):
     tokenizer = limited(getattr(trl_templates, name))
     ((ids, mask),) = render([{"messages": WITH_CALL}], tokenizer, 1024)

@@ -3,6 +3,8 @@
 import copy
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
@@ -59,6 +61,14 @@ class RateArguments:
         }
 
 
+@contextmanager
+def old_names() -> Iterator[None]:
+    """Ignore that TRL 1.16 and PEFT use the names from before transformers 5.24."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
+        yield
+
+
 class MuonTrainer(Trainer):
     """Trainer mixin: Muon and AdamW with our groups, at the rates in `muon_rates`; `learning` observes every step.
 
@@ -78,7 +88,8 @@ class MuonTrainer(Trainer):
         # Older trainers would set these, with a warning; in the finished folder `set_special_tokens` sets them.
         model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.step_loss: torch.Tensor | float = 0.0
-        super().__init__(model, *args, **kwargs)
+        with old_names():
+            super().__init__(model, *args, **kwargs)
         self.learning = LearningCallback(self)
         self.add_callback(self.learning)
 
@@ -121,9 +132,7 @@ class MuonTrainer(Trainer):
         return model
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        with warnings.catch_warnings():
-            # TRL 1.16 uses the names from before transformers 5.24
-            warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
+        with old_names():
             return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

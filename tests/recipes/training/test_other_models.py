@@ -1,6 +1,7 @@
 """SFT and GRPO of other people's models, and LoRA adapters of any."""
 
 import json
+import logging
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from other_models import CHATML, SMOL, chatml_llama, gpt2, qwen3
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from test_trl import SCRIPTS, log_of, record_of, stop_before_step
+from training import forkserver, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import recipes.training.trl.rewards
@@ -17,6 +19,7 @@ import recipes.training.trl.rollouts
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
 
+LORA = {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2}
 FEW = {"num_generations": 4, "max_completion_length": 6, "per_device_train_batch_size": 8}
 
 
@@ -104,13 +107,39 @@ def test_an_optimizer_that_is_not_installed_is_one_line(start, tmp_path):
         start("sft", chatml_llama(tmp_path / "model"), optim="adamw_bnb_8bit")
 
 
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_the_libraries_have_nothing_to_warn_of(stage, start, tmp_path, recwarn, caplog, monkeypatch):
+    for library in ("transformers", "trl", "accelerate", "datasets", "peft"):
+        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
+    start(stage, qwen3(tmp_path / "model"), **LORA | ({"beta": 0.1} if stage == "rl" else {}))
+    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning)] == []
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", SCRIPTS)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_two_processes_train_another_model(stage, adapter, start, tmp_path):
+    lora = LORA | {"lora_dropout": 0} if adapter else {"learning_rate": 1e-3}
+    alone = start(stage, chatml_llama(tmp_path / "model"), "alone", per_device_train_batch_size=8, **lora)
+    words = sys.argv[1:]
+    words[words.index("--output_dir") + 1] = str(tmp_path / "together" / stage)
+    words[words.index("--per_device_train_batch_size") + 1] = "4"
+    assert run(forkserver(), words, stage={"rl": "grpo"}.get(stage, stage), processes=2) == 0
+    expected, found = (load_file(path / "model.safetensors") for path in (alone, tmp_path / "together" / stage))
+    if stage == "sft":  # rollouts are drawn anew in every process
+        assert max((found[name] - expected[name]).abs().mean() for name in expected) < 1e-5
+
+
 @pytest.mark.parametrize("make", [chatml_llama, qwen3])
 def test_grpo_of_another_model_samples_by_its_template_and_without_the_tool(
     make, start, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", alternating)
     folder = make(tmp_path / "model")
-    output = start("rl", folder, learning_rate=1e-2, eval_files=tmp_path / "rl.jsonl", eval_samples=2, eval_problems=4)
+    output = start(
+        "rl", folder, learning_rate=1e-2, beta=0.1, eval_files=tmp_path / "rl.jsonl", eval_samples=2, eval_problems=4
+    )
     assert "no tokens for the python tool: completions are text only" in capsys.readouterr().out
     text = (output.parent / "logs" / "rl.completions.txt").read_text()
     assert "user: What is " in text and "assistant: " in text and "<|im_" not in text
@@ -155,9 +184,6 @@ def test_a_model_without_a_chat_template_is_refused_by_name(stage, start, tmp_pa
     assert not (tmp_path / "run" / stage).exists()
 
 
-LORA = {"use_peft": "true", "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2}
-
-
 @pytest.fixture(params=["plain", "turbo", "llama", "qwen3"])
 def any_model(request, tmp_path):
     if request.param in ("llama", "qwen3"):
@@ -199,11 +225,11 @@ def test_an_adapter_alone_opens_with_its_base_model_and_computes_as_the_merged_o
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_a_run_with_an_adapter_goes_on_bit_identically(stage, start, tmp_path, monkeypatch):
     folder = chatml_llama(tmp_path / "model")
-    settings = LORA | {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "seed": 7, "num_train_epochs": 3}
+    settings = LORA | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "seed": 7}
     monkeypatch.setattr(recipes.training.trl.rewards, "exact_answer", alternating)
     undisturbed = start(stage, folder, "undisturbed", **settings)
     with monkeypatch.context() as stopped:
-        stop_before_step(stopped, 5)
+        stop_before_step(stopped, 4)
         with pytest.raises(KeyboardInterrupt):
             start(stage, folder, **settings)
     output = start(stage, folder, **settings, resume_from_checkpoint="auto")

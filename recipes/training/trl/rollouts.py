@@ -22,6 +22,7 @@ from modeling_nanochat.chat.turn import MAX_TOOL_CALLS, ChatCodec, Turn
 from modeling_nanochat.errors import UserError, one_line
 from modeling_nanochat.tokenization_nanochat import has_control_tokens
 
+from ..batch_size import is_out_of_memory
 from ..data.bad_rows import BadRows
 
 
@@ -92,7 +93,7 @@ class EngineRollouts(GRPOTrainer):
         try:  # checks decoding on the model's device and with TRL's patched forward
             self.engine = engine_of(model, self.processing_class, MAX_TOOL_CALLS if calls is None else calls)
         except Exception as error:  # another architecture may lack anything that the engine uses
-            if has_control_tokens(self.processing_class):
+            if has_control_tokens(self.processing_class) or is_out_of_memory(error):
                 raise
             self.misfit, self.rollout_func = one_line(error), None
             if self.args.process_index == 0:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
+from modeling_nanochat.registered import is_nanochat
 from modeling_nanochat.text.texts import text_source
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.conversations import Renderer
@@ -94,6 +95,9 @@ def main() -> None:
         return
     args.check_beginnings()
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
+    if not is_nanochat(model):
+        kind = model.config.model_type
+        raise UserError(f"{args.model_name_or_path}: a {kind} model, which SFT and GRPO train, but not midtraining")
     accelerator = make_accelerator(loop, output.output_dir)
     set_seed(loop.seed)
     train_set, val_set = train_and_validation_sets(args, loop, tokenizer, accelerator.is_main_process)

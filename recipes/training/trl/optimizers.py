@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.registered import ARCHITECTURES
+from modeling_nanochat.registered import is_nanochat
 
 from . import keys
 from .trainer import RateArguments
@@ -28,7 +28,7 @@ def training_options(args: Any, model: PreTrainedModel, given: Collection[str]) 
         UserError: A given key belongs to the other optimizer, or PEFT rejects its settings.
     """
     adapter = args.adapter(model)
-    with_muon = adapter is None and isinstance(model, tuple(kind for _, kind in ARCHITECTURES.values()))
+    with_muon = adapter is None and is_nanochat(model)
     what = "an adapter" if adapter else f"all weights of a {model.config.model_type} model"
     rates = {each.name for each in fields(RateArguments)}
     for key in given:

@@ -11,9 +11,10 @@ from other_models import CHATML, SMOL, chatml_llama, gpt2, qwen3
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from test_trl import SCRIPTS, log_of, record_of, stop_before_step
-from training import forkserver, run
+from training import forkserver, midtrain_arguments, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+import recipes.midtrain
 import recipes.training.trl.rewards
 import recipes.training.trl.rollouts
 from modeling_nanochat.errors import UserError
@@ -182,6 +183,13 @@ def test_a_model_without_a_chat_template_is_refused_by_name(stage, start, tmp_pa
     with pytest.raises(UserError, match=r"model: the tokenizer has no chat template"):
         start(stage, gpt2(tmp_path / "model"))
     assert not (tmp_path / "run" / stage).exists()
+
+
+def test_midtraining_refuses_another_model_by_name(start, tmp_path, monkeypatch):
+    folder, files = chatml_llama(tmp_path / "model"), tmp_path / "sft.jsonl"
+    monkeypatch.setattr(sys, "argv", ["midtrain.py", *midtrain_arguments(folder, files, tmp_path / "run" / "mid")])
+    with pytest.raises(UserError, match=r"model: a llama model, which SFT and GRPO train, but not midtraining"):
+        recipes.midtrain.main()
 
 
 @pytest.fixture(params=["plain", "turbo", "llama", "qwen3"])

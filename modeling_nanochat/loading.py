@@ -17,7 +17,7 @@ from .checks.files import check_files, check_model_files
 from .checks.tokenizer import check_token_ids, check_tokenizer
 from .errors import UserError, one_line
 from .hub import find_folder
-from .tokenization_nanochat import RESPONSE_TEMPLATE
+from .tokenization_nanochat import RESPONSE_TEMPLATE, has_control_tokens
 
 
 def pick_device() -> torch.device:
@@ -90,7 +90,7 @@ def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
         raise UserError(f"{name}: the tokenizer cannot be opened: {one_line(error)}") from error
     limit_chat_template(tokenizer, name)
     if getattr(tokenizer, "response_template", None) is not None:  # regular expressions, which TRL runs on replies
-        tokenizer.response_template = RESPONSE_TEMPLATE
+        tokenizer.response_template = RESPONSE_TEMPLATE if has_control_tokens(tokenizer) else None
     return tokenizer
 
 

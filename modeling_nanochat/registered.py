@@ -3,7 +3,7 @@
 Plain replaces transformers' own classes of that `model_type`: same weights, same logits, nanochat's initialisation.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_nanochat import NanoChatConfig
 from .configuration_nanochat_turbo import NanoChatTurboConfig
@@ -31,3 +31,8 @@ ARCHITECTURES = {
     "plain": (NanoChatConfig, NanoChatForCausalLM),
     "turbo": (NanoChatTurboConfig, NanoChatTurboForCausalLM),
 }
+
+
+def is_nanochat(model: PreTrainedModel) -> bool:
+    """Whether the model is of one of the two architectures."""
+    return isinstance(model, NanoChatForCausalLM | NanoChatTurboForCausalLM)

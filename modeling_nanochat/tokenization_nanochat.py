@@ -154,6 +154,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     tokenizer.save_chat_templates(folder, {}, filename_prefix=None, save_jinja_files=True)
 
 
+def has_control_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has the nine control tokens, as this project's have."""
+    return tokenizer.get_vocab().keys() >= set(SPECIAL_TOKENS)
+
+
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Name -> id of the nine control tokens.
 

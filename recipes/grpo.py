@@ -32,6 +32,7 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
+from evals.harness.asking import codec_of
 from evals.tasks.replies import ReplyQuestion
 from evals.tasks.table import answered_in_words, question_of
 from modeling_nanochat.chat.python_tool import check_sandbox
@@ -39,14 +40,16 @@ from modeling_nanochat.chat.self_check import check_renderings
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from modeling_nanochat.text.records import read_records
-from modeling_nanochat.tokenization_nanochat import whole_messages
+from modeling_nanochat.tokenization_nanochat import has_control_tokens, whole_messages
 from recipes.training.arguments import ResumeArguments
 from recipes.training.attention import AttentionArguments, set_attention
 from recipes.training.data.bad_rows import BadRowArguments, BadRows
 from recipes.training.model_card import CardArguments
 from recipes.training.stage import beside, check_output
+from recipes.training.trl.adapters import AdapterArguments
 from recipes.training.trl.completions import CompletionsLog
 from recipes.training.trl.held_out import HeldOutEvaluation
+from recipes.training.trl.optimizers import training_options
 from recipes.training.trl.per_problem import PerProblemLoss
 from recipes.training.trl.rewards import EXACT_ANSWER, Rewarding, load_reward
 from recipes.training.trl.rollouts import fitting, sampling_options
@@ -63,13 +66,15 @@ from recipes.training.trl.trainer import MuonTrainer, RateArguments
 
 
 @dataclass
-class GRPOArguments(CardArguments, RateArguments, AttentionArguments, BadRowArguments, ResumeArguments):
+class GRPOArguments(
+    CardArguments, RateArguments, AdapterArguments, AttentionArguments, BadRowArguments, ResumeArguments
+):
     """Arguments that `trl.GRPOConfig` does not have. The rates are the original's."""
 
     embedding_lr: float = field(default=0.2, metadata={"help": "AdamW's rate for embeddings, at width 768."})
     unembedding_lr: float = field(default=0.004, metadata={"help": "AdamW's rate for the head, at width 768."})
     init_lr_fraction: float = field(default=0.05, metadata={"help": "Scales all three rates."})
-    model_name_or_path: str = field(default="", metadata={"help": "Fine-tuned model: folder or Hub id."})
+    model_name_or_path: str = field(default="", metadata={"help": "Any chat model: folder or Hub id."})
     train_files: list[str] = field(
         default_factory=list,
         metadata={"help": "Problems like GSM8K, or with `answer` and `rivals`: files, folders or Hub ids."},
@@ -106,11 +111,14 @@ def main() -> None:
     check_rows(training, len(problems))
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)
-    check_renderings(tokenizer)
+    options = training_options(args, model, given)
+    if has_control_tokens(tokenizer):
+        check_renderings(tokenizer)
+    codec = codec_of(model, tokenizer)
     sampling_options(training)  # may be refused
     context = model.config.max_position_embeddings
-    problems = fitting(problems, tokenizer, context, training, bad)
-    held_out = held_out and fitting(held_out, tokenizer, context, training, bad_held_out)
+    problems = fitting(problems, codec, context, training, bad)
+    held_out = held_out and fitting(held_out, codec, context, training, bad_held_out)
     check_rows(training, len(problems))
     args = replace(args, examples=args.examples_or_those_of(model))
     set_seed(training.seed)
@@ -124,7 +132,7 @@ def main() -> None:
             train_dataset=problems,
             processing_class=tokenizer,
             reward_funcs=rewards,
-            muon_rates=args.scaled(),
+            **options,
         )
         training.log_completions = logged
         if logged:

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
+from modeling_nanochat.registered import is_nanochat
 from modeling_nanochat.text.texts import text_source
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.conversations import Renderer
@@ -110,6 +111,9 @@ def main() -> None:
     args.check_beginnings()
     inheritance = find_inheritance(as_given, args.model_name_or_path, output.output_dir, args.warm_start)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
+    if not is_nanochat(model):
+        kind = model.config.model_type
+        raise UserError(f"{args.model_name_or_path}: a {kind} model, which SFT and GRPO train, but not midtraining")
     loop = inheritance.complete(as_given, model.config.max_position_embeddings)
     accelerator = make_accelerator(loop, output.output_dir)
     if line := inheritance.line(as_given, loop):

@@ -23,17 +23,20 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from datasets import Dataset
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
 from recipes.training.arguments import ResumeArguments
 from recipes.training.attention import AttentionArguments, set_attention
+from recipes.training.data.chat_templates import end_of_turn
 from recipes.training.data.conversations import Renderer
 from recipes.training.data.packing import Conversation
 from recipes.training.data.validation import ValidationArguments
 from recipes.training.model_card import CardArguments
 from recipes.training.stage import check_output
+from recipes.training.trl.adapters import AdapterArguments
+from recipes.training.trl.optimizers import training_options
 from recipes.training.trl.packing import Packing
 from recipes.training.trl.settings import SFTSettings, parse_settings
 from recipes.training.trl.sft_evaluation import SFTEvaluation, TaskArguments
@@ -51,11 +54,17 @@ LONGEST_ROW = 2048  # tokens, the original's, if max_length is not given
 
 @dataclass
 class SFTArguments(
-    CardArguments, RateArguments, AttentionArguments, TaskArguments, ValidationArguments, ResumeArguments
+    CardArguments,
+    RateArguments,
+    AdapterArguments,
+    AttentionArguments,
+    TaskArguments,
+    ValidationArguments,
+    ResumeArguments,
 ):
     """Arguments that `trl.SFTConfig` does not have."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "Midtrained model: folder or Hub id."})
+    model_name_or_path: str = field(default="", metadata={"help": "Midtrained or chat model: folder or Hub id."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model in output_dir."})
 
     def __post_init__(self) -> None:
@@ -79,11 +88,13 @@ def main() -> None:
     tasks = args.load_tasks(training.seed)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)
+    options = training_options(args, model, given)
     set_max_length(training, model.config.max_position_embeddings)
     args = replace(args, examples=args.examples_or_those_of(model))
     set_seed(training.seed)
     shown = training.process_index == 0
     render = Renderer(tokenizer, training.max_length, on_bad_row=args.on_bad_row, show_progress=shown)
+    stop_at(model, end_of_turn(render.rendering))
     train_set, validation_set = args.train_and_validation_sets(render, training.seed)
     log = start_log(output.output_dir, training, checkpoint)
 
@@ -94,12 +105,20 @@ def main() -> None:
             train_dataset=token_dataset(train_set),
             eval_dataset=token_dataset(validation_set) if validation_set else None,
             processing_class=tokenizer,
-            muon_rates=args.scaled(),
+            **options,
         )
         trainer.evaluate_on(tasks, args)
         return trainer
 
     run_trl_stage(make_trainer, args, training, given, output, log, checkpoint)
+
+
+def stop_at(model: PreTrainedModel, end: int) -> None:
+    """Make generation stop at `end`, which a base model's configuration may lack."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    if end not in ends:
+        model.generation_config.eos_token_id = [end, *(other for other in ends if other is not None)]
 
 
 def set_max_length(training: SFTSettings, context: int) -> None:

@@ -14,7 +14,7 @@ DESCRIPTIONS = {
     "base": "pretraining on running text; it continues text and does not chat",
     "mid": "midtraining on conversations, multiple choice and tool use",
     "sft": "supervised fine-tuning on conversations",
-    "rl": "reinforcement learning (GRPO) on word problems with the python tool",
+    "rl": "reinforcement learning (GRPO) on problems",
 }
 
 INTRODUCTION = """A small language model with {parameters:,} parameters, after {stage}. Trained from scratch with
@@ -31,20 +31,24 @@ LIMITS = """\
 It is small, makes things up, and knows nothing but its training text. Do not rely on it, and run what it writes
 only in isolation."""
 
+OTHER_INTRODUCTION = """A `{kind}` model with {parameters:,} parameters, trained further with nanochat on the Hugging
+Face stack: {stage}."""
+OTHER_LIMITS = "It makes things up. Do not rely on it, and run what it writes only in isolation."
+ADAPTER = "This folder is a LoRA adapter, which opens where `peft` is installed and its base model can be read."
+
 # Extra arguments to load a folder in Python: no library ships turbo.
 TRUST = {"nanochat": "", "nanochat_turbo": ", trust_remote_code=True"}
 # `transformers serve` ignores `trust_remote_code`: it looks for the class in transformers only (5.24).
-SERVE = {"nanochat": "transformers serve {model}    # an API like OpenAI's\n", "nanochat_turbo": ""}
+SERVE = "transformers serve {model}    # an API like OpenAI's\n"
+TERMINAL = (
+    "nanochat-chat {model}    # in the terminal, with `modeling-nanochat` installed; runs the Python that it calls\n"
+)
 
 CHAT = """```python
 from transformers import pipeline
 
 chat = pipeline("text-generation", "{model}"{trust})
 print(chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)[0]["generated_text"][-1])
-```
-
-```bash
-{serve}nanochat-chat {model}    # in the terminal; with `modeling-nanochat` installed, runs the Python that it calls
 ```"""
 
 # The tokenizer prepends `<|bos|>` automatically.
@@ -74,30 +78,33 @@ class CardArguments:
 
 def model_card(record: dict) -> str:
     """Markdown with the Hub's metadata block."""
+    kind, given = record["model_type"], record["settings"]
+    is_ours, is_adapter = kind in ARCHITECTURES, given.get("use_peft") and not given["merge_adapter"]
+    commands = (SERVE if kind != "nanochat_turbo" else "") + (TERMINAL if is_ours and not is_adapter else "")
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["nanochat", record["stage"]],
+        tags=[*(["nanochat"] if is_ours else []), record["stage"], *(["lora"] if is_adapter else [])],
         base_model=hub_id(record.get("base_model")),
         widget=widget(examples_of(record)) or None,
     )
     name = record["settings"].get("hub_model_id") or record["settings"]["output_dir"]
-    kind = record["model_type"]
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        INTRODUCTION.format(
+        (INTRODUCTION if is_ours else OTHER_INTRODUCTION).format(
+            kind=kind,
             parameters=record["parameters"],
             stage=DESCRIPTIONS[record["stage"]],
-            architecture=ARCHITECTURES[kind],
+            architecture=ARCHITECTURES.get(kind),
         ),
-        (CHAT if STAGES[record["stage"]].chats else TEXT).format(
-            model=name, trust=TRUST[kind], serve=SERVE[kind].format(model=name)
-        ),
+        *([ADAPTER] if is_adapter else []),
+        (CHAT if STAGES[record["stage"]].chats else TEXT).format(model=name, trust=TRUST.get(kind, "")),
+        *([f"```bash\n{commands.format(model=name)}```"] if commands and STAGES[record["stage"]].chats else []),
         "## Training",
         facts(record),
         "## Limits",
-        LIMITS,
+        LIMITS if is_ours else OTHER_LIMITS,
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -28,7 +28,7 @@ from modeling_nanochat.chat.self_check import warn_of_untested_versions
 from modeling_nanochat.errors import UserError, one_line
 from modeling_nanochat.folders import atomic_directory, flush, settle
 from modeling_nanochat.hub import hub_failure
-from modeling_nanochat.tokenization_nanochat import save_tokenizer, set_special_tokens
+from modeling_nanochat.tokenization_nanochat import has_control_tokens, save_tokenizer, set_special_tokens
 
 from .checkpoint.files import write_text
 from .checkpoint.folders import checkpoint_folders, discard
@@ -245,7 +245,8 @@ def finish_stage(
     Raises:
         UserError: The folder cannot be written, for example because the disk is full.
     """
-    set_special_tokens(model, tokenizer)
+    if has_control_tokens(tokenizer):  # a model of other origin keeps its own
+        set_special_tokens(model, tokenizer)
     model.config.use_cache = True
     record = record | {
         "seconds": round(log.seconds, 1),

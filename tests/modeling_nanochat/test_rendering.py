@@ -12,7 +12,8 @@ from evals.tasks.table import to_conversation
 from modeling_nanochat.convert.conversations import from_original, has_call_parts
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.tokenization_nanochat import SPECIAL_TOKENS
-from recipes.training.data.conversations import read_conversations, render_one
+from recipes.training.data.chat_templates import render_one
+from recipes.training.data.conversations import read_conversations
 
 CONVERSATIONS = {conversation["name"]: conversation for conversation in golden_json("rendering.json")["conversations"]}
 INVALID = {conversation["name"]: conversation["messages"] for conversation in golden_json("rendering.json")["invalid"]}

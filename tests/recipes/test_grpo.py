@@ -132,7 +132,7 @@ def test_completions_follow_torch_s_global_seed(trainer):
 
 def test_problems_without_room_for_a_completion_are_refused_or_counted(trainer, capsys):
     rows = [{"prompt": [{"role": "user", "content": "lamp " * n}], "where": f"a.jsonl:{n}"} for n in (1, 900)]
-    problems, most = Dataset.from_list(rows), (trainer.processing_class, 256, trainer.args)
+    problems, most = Dataset.from_list(rows), (trainer.engine.codec, 256, trainer.args)
     with pytest.raises(
         UserError, match=r"^a.jsonl:900: more than 236 tokens leave no room .* set on_bad_row to skip$"
     ):

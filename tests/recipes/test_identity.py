@@ -13,7 +13,8 @@ from modeling_nanochat.text.conversations import check_messages
 from recipes import identity
 from recipes.identities import dialogues
 from recipes.identities.persona import Fact, Persona, read_persona
-from recipes.training.data.conversations import read_conversations, render_one
+from recipes.training.data.chat_templates import render_one
+from recipes.training.data.conversations import read_conversations
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "identity.yaml"
 GERMAN = Persona(

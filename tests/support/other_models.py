@@ -2,13 +2,29 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from trl.chat_template_utils import qwen3_chat_template
 
 from modeling_nanochat.tokenization_nanochat import byte_symbols
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# SmolLM2's: ChatML with a system message of its own, and nothing but the content of a message
+SMOL = CHATML.replace(
+    "<|im_start|>",
+    "{% if loop.first and messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful AI assistant named "
+    "SmolLM<|im_end|>\n{% endif %}<|im_start|>",
+    1,
 )
 
 
@@ -40,9 +56,23 @@ def gpt2(folder, chat_template=None):
     return save(GPT2LMHeadModel(config), words, folder)
 
 
-def chatml_llama(folder):
+def chatml_tokenizer(chat_template=CHATML, eos_token="<|im_end|>"):
+    return tokenizer("<|endoftext|>", "<|im_start|>", "<|im_end|>", eos_token=eos_token, chat_template=chat_template)
+
+
+def qwen3(folder):
+    """A Qwen3 with its real chat template, which drops thoughts of earlier turns; padding is a token of its own."""
+    words = chatml_tokenizer(qwen3_chat_template)
+    words.pad_token = "<|endoftext|>"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id, "tie_word_embeddings": True}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512}
+    return save(Qwen3ForCausalLM(Qwen3Config(vocab_size=len(words), **sizes, **ids)), words, folder)
+
+
+def chatml_llama(folder, chat_template=CHATML, eos_token="<|im_end|>"):
     """A Llama with a ChatML template, as many chat models have it: no bos, rows of padding in a tied embedding."""
-    words = tokenizer("<|endoftext|>", "<|im_start|>", "<|im_end|>", eos_token="<|im_end|>", chat_template=CHATML)
+    words = chatml_tokenizer(chat_template, eos_token)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"bos_token_id": None, "eos_token_id": words.eos_token_id, "tie_word_embeddings": True}
     config = LlamaConfig(vocab_size=len(words) + 5, num_key_value_heads=1, max_position_embeddings=256, **sizes, **ids)

@@ -16,7 +16,8 @@ from modeling_nanochat.text.texts import text_dataset
 from recipes.grpo import read_problems
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.bad_rows import BadRows
-from recipes.training.data.conversations import read_conversations, render_one
+from recipes.training.data.chat_templates import render_one
+from recipes.training.data.conversations import read_conversations
 from recipes.training.setup import make_accelerator
 
 

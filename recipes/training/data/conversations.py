@@ -9,13 +9,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from evals.tasks.table import to_conversation, unread_fields
-from modeling_nanochat.chat.self_check import check_renderings
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.conversations import unread_keys
 from modeling_nanochat.text.records import Record, read_records
-from modeling_nanochat.tokenization_nanochat import whole_messages
 
 from .bad_rows import BadRows, OnBadRow
+from .chat_templates import rendering_of
 from .packing import Conversation
 
 
@@ -49,10 +48,10 @@ def read_conversations(
 
 @dataclass
 class Renderer:
-    """Renders records by the chat template, whose `{% generation %}` blocks mark what the assistant writes.
+    """Renders records by the chat template, with a mask of what the assistant writes; `chat_templates` says how.
 
     Raises:
-        UserError: The template marks other tokens than those the assistant writes.
+        UserError: The template marks other tokens than those the assistant writes, or cannot be trained on.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -62,7 +61,7 @@ class Renderer:
     show_progress: bool = True
 
     def __post_init__(self) -> None:
-        check_renderings(self.tokenizer)
+        self.rendering = rendering_of(self.tokenizer)
 
     def __call__(
         self, records: Iterable[tuple[str, Record]], name: str, format: str | None = None
@@ -105,30 +104,20 @@ class Renderer:
         """One conversation; None, counted, if it is too long.
 
         Raises:
-            UserError: It has nothing to train on.
+            UserError: It has nothing to train on, or the chat template cannot render it.
         """
-        ids, mask = (np.array(part) for part in render_one(conversation, self.tokenizer))
+        try:
+            ids, mask = self.rendering(conversation)
+        except UserError as error:  # of a template that is not this project's
+            raise UserError(f"{where}: {error}") from error
         if len(ids) > self.max_length:
             bad_rows.count(where, f"more than max_length {self.max_length} tokens")
             return None
-        mask = mask.astype(bool)
         silent = weightless(conversation["messages"], mask, where)
         if not np.any(mask & ~silent):
             raise UserError(f"{where}: no answer of the assistant to train on; add one, or leave the row out")
         trained = mask if self.assistant_only_loss else np.arange(len(ids)) > 0
         return ids.astype(np.uint32), trained & ~silent
-
-
-def render_one(conversation: dict, tokenizer: PreTrainedTokenizerFast) -> Conversation:
-    rendered: Any = tokenizer.apply_chat_template(
-        whole_messages(conversation["messages"]),
-        tools=whole_messages(conversation.get("tools")),
-        tokenizer_kwargs={"verbose": False},  # the caller skips and reports long conversations
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    return rendered["input_ids"], rendered["assistant_masks"]
 
 
 def weightless(messages: Sequence[dict], mask: np.ndarray, where: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from evals.metrics.code_pass.estimate import pass_at_k
+from modeling_nanochat.errors import UserError
 
 from ..evaluation import Evaluation
 from .evaluations import Evaluating, with_error
@@ -19,6 +20,8 @@ class HeldOutEvaluation(Evaluating, EngineRollouts):
 
     def evaluate_on(self, problems: Dataset, samples: int) -> None:
         """Evaluate on `problems`, of columns `prompt` and `problem`, with `samples` completions each."""
+        if self.misfit:
+            raise UserError(f"leave eval_files out: the chat engine cannot decode this model ({self.misfit})")
 
         def run(model: PreTrainedModel) -> tuple[dict[str, object], list[str]]:
             grades = self.grades(problems, samples)

@@ -19,6 +19,9 @@ HANDLED = {
     "gradient_checkpointing", "gradient_checkpointing_kwargs",  # under the name of the installed transformers
     "activation_checkpointing", "activation_checkpointing_kwargs",
 }  # fmt: skip
+# Keys of TRL's optimizer, refused where Muon trains: `recipes/training/trl/optimizers.py`.
+OPTIMIZER = {"learning_rate", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"}
+HANDLED |= OPTIMIZER
 # ... and in one of the stages.
 HANDLED_BY = {
     SFTConfig: {
@@ -78,7 +81,7 @@ PASSED_ON_BY = {
 }  # fmt: skip
 
 # Keys that would have no effect, or break a guarantee of this repository: what to do instead -> keys.
-OPTIMIZER = "the optimizer is Muon with AdamW: set matrix_lr, embedding_lr, unembedding_lr or init_lr_fraction"
+MUON = "the optimizer is Muon with AdamW: set matrix_lr, embedding_lr, unembedding_lr or init_lr_fraction"
 NO_EVALUATION = "evaluation is by validation_mixture and eval_tasks in SFT, by eval_files in GRPO: leave it out"
 LOADING = "model and tokenizer are loaded from model_name_or_path: leave it out"
 COLUMNS = "train_files are read and rendered by the chat template: leave it out"
@@ -87,9 +90,7 @@ HUB = "push_to_hub uploads the finished model once, with the account of `hf auth
 PRECISION = "weights are float32, and bf16 chooses the precision: set bf16"
 VLLM = "vLLM runs in the processes of the training, and samples freely: leave it out"
 INSTEAD = {
-    OPTIMIZER: {
-        "learning_rate", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules",
-    },
+    "no such optimizer was tried here: leave it out, or set use_peft": {"optim_target_modules"},
     NO_EVALUATION: {
         "do_train", "do_eval", "do_predict", "eval_strategy", "eval_delay", "prediction_loss_only", "eval_on_start",
         "eval_do_concat_batches", "eval_use_gather_object",
@@ -160,6 +161,14 @@ NEEDS: tuple[tuple[str, tuple, tuple[str, ...]], ...] = (
     ("save_strategy", ("steps",), ("save_steps",)),
     ("resume", (), ("ignore_data_skip",)),
     ("push_to_hub", (), ("hub_private_repo",)),
+    (
+        "use_peft",
+        (),
+        (
+            "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters",
+            "lora_modules_to_save", "use_rslora", "use_dora", "merge_adapter",
+        ),
+    ),
     ("gradient_checkpointing", (), ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")),
     ("logging_strategy", ("steps",), ("logging_steps",)),
     ("report_to", (), ("run_name", "project")),
@@ -220,7 +229,7 @@ RANGES = {
             "max_length", "dataset_num_proc", "max_completion_length", "generation_batch_size", "steps_per_generation",
             "num_iterations", "num_completions_to_print", "ref_model_sync_steps", "dataloader_prefetch_factor",
             "ddp_timeout", "max_tool_calling_iterations", "eval_steps", "eval_samples", "eval_problems",
-            "eval_tasks_steps", "max_examples", "max_new_tokens", "per_device_eval_batch_size",
+            "eval_tasks_steps", "max_examples", "max_new_tokens", "per_device_eval_batch_size", "lora_r", "lora_alpha",
         ),
         (1, math.inf),
     ),
@@ -228,7 +237,7 @@ RANGES = {
         (
             "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "seed", "data_seed", "top_k",
             "beta", "epsilon", "epsilon_high", "entropy_coef", "entropy_coef_min", "entropy_coef_delta",
-            "neftune_noise_alpha", "matrix_lr", "embedding_lr", "unembedding_lr",
+            "neftune_noise_alpha", "matrix_lr", "embedding_lr", "unembedding_lr", "learning_rate", "adam_epsilon",
         ),
         (0, math.inf),
     ),
@@ -240,6 +249,6 @@ RANGES = {
         (TINY, math.inf),
     ),
     **dict.fromkeys(("top_p", "top_entropy_quantile"), (TINY, 1)),
-    **dict.fromkeys(("min_p", "ref_model_mixup_alpha"), (0, 1)),
+    **dict.fromkeys(("min_p", "ref_model_mixup_alpha", "lora_dropout", "adam_beta1", "adam_beta2"), (0, 1)),
     "num_generations": (2, math.inf),
 }  # fmt: skip

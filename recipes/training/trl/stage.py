@@ -148,9 +148,8 @@ def write_model(
     if state.global_step < max(state.max_steps, 1):
         raise UserError(f"training ended at step {state.global_step} of {state.max_steps}; no model was saved")
     if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         written = record(args, trainer.args, given, output, trainer)
-        finish_stage(model, trainer.processing_class, output, log, written, model_card)
+        finish_stage(trainer.finished_model(args), trainer.processing_class, output, log, written, model_card)
 
 
 def explain_out_of_memory(error: BaseException, training: TrainingArguments) -> UserError:
@@ -197,12 +196,14 @@ def record(
     """The stage's record: its own settings, and the trainer's that were given or depend on the device."""
     values = training.to_dict() | settings(output)
     used = {"bf16", "dataloader_pin_memory", "gradient_checkpointing", "output_dir"} | given.keys()
+    used |= trainer.optimizer_keys
+    own = {key: value for key, value in settings(args).items() if key not in trainer.unused | args.unused}
     if training.max_steps > 0:
         used.discard("num_train_epochs")  # it had no effect
     return {
         "stage": trainer.stage,
         "base_model": args.model_name_or_path,
-        "settings": settings(args) | {key: values[key] for key in sorted(used & values.keys())},
+        "settings": own | {key: values[key] for key in sorted(used & values.keys())},
         "given": run_settings(given),
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen or getattr(trainer, "_total_train_tokens", 0)),

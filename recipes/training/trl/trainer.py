@@ -1,17 +1,22 @@
 """What the two stages add to TRL's trainers: Muon, the learning watch, pretraining's log and progress line."""
 
+import copy
 import sys
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from modeling_nanochat.errors import UserError
+from modeling_nanochat.tokenization_nanochat import has_control_tokens
 from recipes.training.optim.optimizer import compiles_on, muon_adamw
 
 from ..learning import LearningWatch
@@ -19,6 +24,7 @@ from ..loop import gradient_norm
 from ..progress import LiveLine
 from ..stage import JsonlLogger
 from .resume import ResumableTrainer
+from .settings import settings_errors
 
 # The trainer's name -> the log's name
 LOGGED = {
@@ -57,8 +63,19 @@ class RateArguments:
         }
 
 
+@contextmanager
+def old_names() -> Iterator[None]:
+    """Ignore that TRL 1.16 and PEFT use the names from before transformers 5.24."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
+        yield
+
+
 class MuonTrainer(ResumableTrainer):
-    """Trainer mixin: Muon and AdamW with our groups, at the rates in `muon_rates`; `watch` observes every step."""
+    """Trainer mixin: Muon and AdamW with our groups, at the rates in `muon_rates`; `watch` observes every step.
+
+    Without `muon_rates`, the optimizer is TRL's, by its own arguments: `optimizers.training_options` decides.
+    """
 
     stage: str  # "sft" or "rl"
     model: PreTrainedModel
@@ -66,17 +83,22 @@ class MuonTrainer(ResumableTrainer):
     processing_class: PreTrainedTokenizerFast
     _metrics: dict[str, dict[str, list[float]]]  # of both of TRL's trainers
 
-    def __init__(self, model: PreTrainedModel, *args: Any, muon_rates: Rates, **kwargs: Any):
+    def __init__(self, model: PreTrainedModel, *args: Any, muon_rates: Rates | None, **kwargs: Any):
         self.muon_rates = muon_rates
         tokenizer = kwargs["processing_class"]
+        self.special_tokens = special_tokens(model, tokenizer)
         # Older trainers would set these, with a warning; in the finished folder `set_special_tokens` sets them.
         model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.step_loss: torch.Tensor | float = 0.0
-        super().__init__(model, *args, **kwargs)
+        with old_names():
+            super().__init__(model, *args, **kwargs)
         self.learning = LearningCallback(self)
         self.add_callback(self.learning)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.muon_rates is None:
+            with settings_errors():  # `optim` may need a package, or another device
+                return super().create_optimizer(model)
         if self.optimizer is None:
             trained: Any = self.model if model is None else model  # possibly a wrapper that has the model's `config`
             self.optimizer = muon_adamw(
@@ -87,10 +109,32 @@ class MuonTrainer(ResumableTrainer):
             )
         return self.optimizer
 
+    @property
+    def optimizer_keys(self) -> set[str]:
+        """Of TRL's arguments, those that the record holds though they were not given."""
+        return set() if self.muon_rates else {"learning_rate", "optim"}
+
+    @property
+    def unused(self) -> set[str]:
+        """Of the stage's arguments, those without effect."""
+        return set() if self.muon_rates else {each.name for each in fields(RateArguments)}
+
+    def finished_model(self, args: Any) -> PreTrainedModel:
+        """The model to save: with the adapter merged, or the adapter alone, as `args.merge_adapter` says."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if is_peft_model(model) and args.merge_adapter:
+            model = model.merge_and_unload()
+        elif is_peft_model(model):
+            for config in model.peft_config.values():
+                config.base_model_name_or_path = args.model_name_or_path  # not the folder of the Hub's cache
+        if not has_control_tokens(self.processing_class):  # else the stage sets them
+            base = model.get_base_model() if is_peft_model(model) else model
+            self.processing_class.pad_token, base.generation_config, ids = self.special_tokens
+            base.config.update(ids)
+        return model
+
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        with warnings.catch_warnings():
-            # TRL 1.16 uses the names from before transformers 5.24
-            warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
+        with old_names():
             return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -102,6 +146,14 @@ class MuonTrainer(ResumableTrainer):
         """The trainer's last measurement since it logged: its log may have only every tenth step."""
         values = self._metrics["train"].get(metric)
         return values[-1] if values else None
+
+
+def special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> tuple[str | None, GenerationConfig, dict[str, Any]]:
+    """What trainers change: the tokenizer's padding, the generation configuration, ids in the configuration."""
+    ids = {name: getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return tokenizer.pad_token, copy.deepcopy(model.generation_config), ids
 
 
 class LearningCallback(TrainerCallback):
@@ -124,9 +176,10 @@ class LearningCallback(TrainerCallback):
         *self.measured, stops = self.trainer.accelerator.reduce(measured, "mean").tolist()  # one wait for the device
         self.trainer.stopping = stops > 0
         if not torch.tensor(self.measured).isfinite().all():
+            rate = "init_lr_fraction" if self.trainer.muon_rates else "learning_rate"
             raise UserError(
                 "the loss is {}, the norm of the gradients {} at step {}; the optimizer has not used them. Lower "
-                "init_lr_fraction, or look at the training data".format(*self.measured, state.global_step + 1)
+                "{}, or look at the training data".format(*self.measured, state.global_step + 1, rate)
             )
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

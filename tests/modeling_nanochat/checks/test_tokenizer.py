@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from other_models import CHATML, chatml_llama
 from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat.errors import UserError
@@ -110,6 +111,15 @@ def test_replies_are_parsed_by_our_own_patterns(toy_model_folder):
     hostile = RESPONSE_TEMPLATE | {"start_anchor_pattern": "(a|a)+b"}
     change(toy_model_folder, "tokenizer_config.json", response_template=hostile)
     assert load_model_and_tokenizer(toy_model_folder, device="cpu")[1].response_template == RESPONSE_TEMPLATE
+
+
+def test_other_people_s_patterns_for_replies_are_not_run(tmp_path):
+    folder = chatml_llama(tmp_path / "model")
+    change(folder, "tokenizer_config.json", response_template=RESPONSE_TEMPLATE | {"start_anchor_pattern": "(a|a)+b"})
+    tokenizer = load_model_and_tokenizer(folder, device="cpu")[1]
+    assert tokenizer.response_template is None
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved").chat_template == CHATML
 
 
 def swap(folder, one, other):

@@ -114,6 +114,22 @@ def test_cosines_and_sines_are_computed_once(architecture):
     assert "cos" in code
 
 
+@pytest.mark.parametrize("architecture", ["plain", "turbo"])
+def test_attention_s_output_is_not_copied(architecture, monkeypatch):
+    """Its queries' layout is its output's, which the next product reads as it is."""
+    model, attend, outputs, read = random_model(architecture).train(), F.scaled_dot_product_attention, [], []
+
+    def attending(*args, **kwargs):
+        outputs.append(attend(*args, **kwargs))
+        return outputs[-1]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attending)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    model(input_ids=IDS, use_cache=False)
+    assert [x.data_ptr() for x in read] == [x.data_ptr() for x in outputs] and len(read) == len(model.model.layers)
+
+
 @pytest.fixture
 def flexible(monkeypatch):
     """A function that makes a model with FlexAttention, which here may also be trained on the CPU.

@@ -1,7 +1,8 @@
 """Decoding of a batch: prompts first, then one token per row and step; rows may leave and others enter.
 
 [`Decoder`] has a growing cache and only the rows in use. [`CompiledDecoder`] has a cache of fixed size and a compiled
-step: it starts half a minute later and then runs faster, so it suits long chats, many questions and measurements.
+step: it starts half a minute later, on a GPU the first time a minute or two, and then runs faster, so it suits long
+chats, many questions and measurements.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@ records are read. Outputs the run has yet to create are skipped: models, the tok
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from evals.core.tasks import load_core
@@ -25,6 +25,7 @@ from recipes.training.data.bad_rows import BadRows
 from recipes.training.data.conversations import read_conversations
 from recipes.training.data.mixtures import FIRST_RECORDS, MixtureArguments, check_beginnings, parse_mixture
 from recipes.training.stage import OutputArguments
+from recipes.training.trl.optimizers import check_given
 from recipes.training.trl.rewards import load_reward
 from recipes.training.trl.settings import GRPOSettings, SFTSettings, parse_settings
 from recipes.training.trl.stage import check_rows
@@ -92,6 +93,12 @@ def check_model(name: str, pending: PendingOutputs) -> None:
         check_folder(find_folder(name), name)
 
 
+def check_optimizer(args: SFTArguments | GRPOArguments, given: Collection[str], pending: PendingOutputs) -> None:
+    """Refuse settings of the other optimizer, if the ladder itself will have trained the model."""
+    if args.model_name_or_path in pending:
+        check_given(given, with_muon=not args.use_peft, what="an adapter")
+
+
 def check_pretraining(step: Step, pending: PendingOutputs) -> None:
     args, _, _ = arguments(step, PretrainArguments, LoopArguments, OutputArguments)
     if args.tokenizer not in pending:
@@ -110,16 +117,18 @@ def check_midtraining(step: Step, pending: PendingOutputs) -> None:
 
 
 def check_sft(step: Step, pending: PendingOutputs) -> None:
-    args, training, _ = parse_settings(SFTArguments, SFTSettings, words(step))
+    args, training, given = parse_settings(SFTArguments, SFTSettings, words(step))
     check_model(args.model_name_or_path, pending)
+    check_optimizer(args, given, pending)
     check_conversations(args, pending)
     args.load_tasks(training.seed, pending)
 
 
 def check_grpo(step: Step, pending: PendingOutputs) -> None:
-    args, training, _ = parse_settings(GRPOArguments, GRPOSettings, words(step))
+    args, training, given_settings = parse_settings(GRPOArguments, GRPOSettings, words(step))
     check_sandbox()
     check_model(args.model_name_or_path, pending)
+    check_optimizer(args, given_settings, pending)
     for name in args.reward_funcs:
         load_reward(name)
     if held_out := pending.existing(args.eval_files):

@@ -29,11 +29,19 @@ def training_options(args: Any, model: PreTrainedModel, given: Collection[str]) 
     """
     adapter = args.adapter(model)
     with_muon = adapter is None and is_nanochat(model)
-    what = "an adapter" if adapter else f"all weights of a {model.config.model_type} model"
+    check_given(given, with_muon, "an adapter" if adapter else f"a {model.config.model_type} model")
+    return {"muon_rates": args.scaled() if with_muon else None, "peft_config": adapter}
+
+
+def check_given(given: Collection[str], with_muon: bool, what: str) -> None:
+    """Raise [`UserError`] for a given key that belongs to the other optimizer.
+
+    Args:
+        what: What is trained, for people.
+    """
     rates = {each.name for each in fields(RateArguments)}
     for key in given:
         if with_muon and key in keys.OPTIMIZER:
             raise UserError(f"{key} would have no effect: {keys.MUON}")
         if not with_muon and key in rates:
             raise UserError(f"{key} would have no effect: {what} is trained by TRL's optimizer; set learning_rate")
-    return {"muon_rates": args.scaled() if with_muon else None, "peft_config": adapter}

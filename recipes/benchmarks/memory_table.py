@@ -33,6 +33,7 @@ SPARE = 1.04  # reserved / allocated memory; at most 1.033 was measured on the H
 COUNTS = (1, 8)
 MEASURED = {"plain": ("g3", 20), "turbo": ("g3_turbo", 24)}  # check of gpu_check and the depth it extrapolates to
 GIB = 2**30
+RESULTS = [Path(__file__).parent / "results" / f"h100-2026-11-{day}.jsonl" for day in (26, 27)]
 
 
 @dataclass
@@ -40,9 +41,9 @@ class MemoryTableArguments:
     """Output and input files."""
 
     output: str | None = field(default=None, metadata={"help": "Markdown file to write; prints if unset."})
-    speeds: str = field(
-        default=str(Path(__file__).parent / "results" / "h100-2026-11-26.jsonl"),
-        metadata={"help": "Results of gpu_check, including g3 and g3_turbo."},
+    speeds: list[str] = field(
+        default_factory=lambda: list(map(str, RESULTS)),
+        metadata={"help": "Results of gpu_check, including g3 and g3_turbo; of several files, the last counts."},
     )
 
 
@@ -79,7 +80,7 @@ SIZES = (
 
 def main() -> None:
     (args,) = parse(MemoryTableArguments)
-    text = document(read_speeds(Path(args.speeds)))
+    text = document(read_speeds(*map(Path, args.speeds)))
     if args.output is None:
         print(text, end="")
         return
@@ -154,22 +155,24 @@ def update_work(config: NanoChatConfig) -> int:
     return parameter_counts(config)["transformer_matrices"] * config.hidden_size
 
 
-def read_speeds(path: Path) -> dict[str, dict[str, float]]:
+def read_speeds(*paths: Path) -> dict[str, dict[str, float]]:
     """Speeds that `gpu_check` extrapolated to full depth, by architecture.
 
     Raises:
-        UserError: The file cannot be read, or lacks an architecture.
+        UserError: A file cannot be read, or they lack an architecture.
     """
-    try:
-        results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"speeds {path}: cannot be read ({error}); give the output of gpu_check.py") from error
-    figures: dict[str, dict[str, Any]] = {result["check"]: result["figures"] for result in results}
+    figures: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        try:
+            results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"speeds {path}: cannot be read ({error}); give the output of gpu_check.py") from error
+        figures |= {result["check"]: result["figures"] for result in results}
     speeds = {}
     for architecture, (check, depth) in MEASURED.items():
         name = f"extrapolated to {depth} layers"
         if name not in figures.get(check, {}):
-            raise UserError(f"speeds {path}: {check} has no {name!r}; run gpu_check.py --only {check}")
+            raise UserError(f"speeds {paths[-1]}: {check} has no {name!r}; run gpu_check.py --only {check}")
         speeds[architecture] = figures[check][name]
     return speeds
 
@@ -189,10 +192,10 @@ gradients and an eighth of the optimizer state.
 
 ## Time
 
-Entire runs on H100s. None was measured end to end: a pass of d20 plain and d24 turbo is extrapolated from 4 and 8
-layers on one H100 (`results/h100-2026-11-26.jsonl`, dense masks for turbo's windows), other depths are assumed to
-reach the same MFU, and eight cards to be eight times as fast as one. Communication, data, evaluation and checkpoints
-are not included. An H200 computes as fast as an H100. Other cards were not measured.
+Entire runs on H100s. None was measured end to end: a pass of d20 plain and d24 turbo is extrapolated from few
+layers on one H100 (`results/`), other depths are assumed to reach the same MFU, and eight cards to be eight times as
+fast as one. Communication, data, evaluation and checkpoints are not included. An H200 computes as fast as an H100.
+Other cards were not measured.
 
 {time}
 """

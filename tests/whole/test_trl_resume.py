@@ -14,7 +14,7 @@ from recipes.training.checkpoint.files import verify
 from recipes.training.checkpoint.folders import checkpoint_folders
 
 SCRIPTS = {"sft": "sft", "rl": "grpo"}
-STEPS = 30  # more than two epochs of the conversations, seven of the problems
+STEPS = 30  # more than two epochs of the conversations' rows, seven of the problems
 LOOP = "recipes.training.trl.trainer.MuonTrainer.train"
 CALLS_OF_A_SAVE = 20  # of the functions that write checkpoints
 EVENTS_OF_A_STEP = {"sft": 5_000, "rl": 20_000}  # calls and returns that Python's profiler sees, roughly
@@ -27,19 +27,19 @@ def forks():
 
 @pytest.fixture
 def arguments(toy_model_folder, tmp_path):
-    """Makes the command line of a stage: steps of 8 conversations, or of 4 completions of each of 2 problems.
+    """Makes the command line of a stage: steps of 8 rows of two conversations, or of 4 completions of 2 problems each.
 
-    Steps divide the conversations: Accelerate completes the last one, so that all processes have as many rows.
+    Steps divide the rows: Accelerate completes the last one, so that all processes have as many.
     """
     chats = [
         {"messages": [{"role": "user", "content": f"{i}+7?"}, {"role": "assistant", "content": f"It is {i + 7}."}]}
-        for i in range(104)
+        for i in range(100, 308)  # of 17 to 19 tokens each
     ]
     problems = [{"question": f"What is {i}+7?", "answer": f"#### {i + 7}"} for i in range(9)]
     for name, records in (("sft", chats), ("rl", problems)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     special = {
-        "sft": {"init_lr_fraction": 0.1},
+        "sft": {"init_lr_fraction": 0.1, "max_length": 40},
         "rl": {"num_generations": 4, "max_completion_length": 6, "gradient_accumulation_steps": 1},
     }
 

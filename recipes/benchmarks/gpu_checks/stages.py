@@ -3,9 +3,7 @@
 import contextlib
 import itertools
 import json
-import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import torch
@@ -158,14 +157,16 @@ def launch(
 def launch_and_kill(setting: Setting, script: str, arguments: dict[str, object], log: Path, step: int) -> int:
     """Run a script, SIGKILL it when its log reaches `step`, and return the step reached."""
     words = command(setting, script, words_of(arguments))
-    process = subprocess.Popen(words, cwd=ROOT, env=environment(setting), start_new_session=True)
+    # In the check's own process group, which gpu_check.py kills when the check's time is over
+    process = psutil.Popen(words, cwd=ROOT, env=environment(setting))
     try:
         while process.poll() is None and (reached := newest_step(log)) < step:
             time.sleep(0.05)
         return max(reached, newest_step(log))
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in [*process.children(recursive=True), process]:
+                each.kill()
         process.wait()
 
 

@@ -1,4 +1,4 @@
-"""Where cuDNN's attention may be used: in training with rows of one length, nowhere else."""
+"""Where cuDNN's attention may be used: in training with rows of one length, and in the compiled decoding step."""
 
 from types import SimpleNamespace
 

@@ -98,7 +98,9 @@ class Scorer:
         return [[scores.get(number, Score(nan, [])) for number in rows] for rows in numbered]
 
     def trees(self, rows: dict[int, Row]) -> list[Tree]:
-        trees = trees_of(rows, share=self.batch_size > 1)
+        if self.batch_size == 1:
+            return [Tree({number: row}, row.fed) for number, row in rows.items()]
+        trees = trees_of(rows, share=True)
         is_split = any(tree.is_split for tree in trees)  # otherwise the model need not be tried
         return trees if not is_split or self.shares else trees_of(rows, share=False)
 

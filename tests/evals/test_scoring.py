@@ -109,7 +109,9 @@ def test_what_options_share_is_read_once(either_model, monkeypatch):
     rows = choices(ids(100), 3, 3, 3, 3)
     assert tokens_fed(either_model, monkeypatch, [rows], batch_size=1) == 4 * 102
     assert tokens_fed(either_model, monkeypatch, [rows]) == 100 + 4 * 2
-    assert tokens_fed(either_model, monkeypatch, [choices(ids(100), 1, 1, 1, 1)]) == 100  # only logits differ
+    letters = choices(ids(100), 1, 1, 1, 1)
+    assert tokens_fed(either_model, monkeypatch, [letters], batch_size=1) == 4 * 100
+    assert tokens_fed(either_model, monkeypatch, [letters]) == 100  # only logits differ
     assert tokens_fed(either_model, monkeypatch, [contexts(ids(100), 5, 5)]) == 100 + 2 * 10
 
 

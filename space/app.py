@@ -33,6 +33,7 @@ from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.examples import example_questions, stage_note
 from modeling_nanochat.chat.sampling import SamplingOptions
+from modeling_nanochat.chat.shared_engine import SharedEngine
 from modeling_nanochat.chat.turn import Event, Finished, TextDelta, ToolCall, ToolResult
 from modeling_nanochat.cli import OneLineParser
 from modeling_nanochat.errors import UserError, exit_on_user_error
@@ -41,6 +42,7 @@ from modeling_nanochat.text.conversations import call_message
 
 MAX_CHARACTERS, MAX_TURNS = 8_000, 250
 LIMITS = {"temperature": (0.0, 2.0), "top_k": (0, 200), "max_new_tokens": (1, 1024)}
+REPLIES = 16  # generated at a time, in one batch; other visitors wait
 SECONDS_BETWEEN_UPDATES = 0.05
 SHOWN_EXAMPLES = 3
 GREETING = "A small language model. It was trained from scratch, and it makes mistakes."
@@ -220,8 +222,8 @@ def connect(answers: Callable, view: gr.HTML, question: gr.Textbox, options: lis
             raise gr.Error(str(error), print_exception=False) from error
 
     outputs = [question, view, turns]
-    reply = {"outputs": outputs, "show_progress": "hidden", "api_visibility": "private"}
-    reply |= {"concurrency_id": "reply", "concurrency_limit": 2}
+    together = {"concurrency_id": "reply", "concurrency_limit": REPLIES}  # of all events, or Gradio's limit of 1 holds
+    reply = {"outputs": outputs, "show_progress": "hidden", "api_visibility": "private", **together}
     quick = {"outputs": outputs, "show_progress": "hidden", "api_visibility": "private", "queue": False}
     asked = [
         question.submit(ask, [question, turns, *options], **reply),
@@ -238,7 +240,7 @@ def connect(answers: Callable, view: gr.HTML, question: gr.Textbox, options: lis
         [question, turns, *options],
         [gr.JSON(visible=False), turns],
         api_name="chat",
-        concurrency_id="reply",
+        **together,
     )
 
 
@@ -317,7 +319,7 @@ def start(arguments: Sequence[str] | None = None) -> None:
     name = options.model or os.environ.get("NANOCHAT_MODEL")
     if not name:
         raise UserError("no model: give a folder or a Hub id, or set NANOCHAT_MODEL")
-    engine = Engine(*load_model_and_tokenizer(name))
+    engine = SharedEngine(*load_model_and_tokenizer(name), rows=REPLIES)
     demo = build_demo(engine, name, example_questions(engine.model.name_or_path))
     try:
         demo.launch(server_port=options.port, share=options.share, **appearance())

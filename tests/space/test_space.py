@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.sampling import SamplingOptions
+from modeling_nanochat.chat.shared_engine import SharedEngine
 from modeling_nanochat.chat.turn import Finished, TextDelta, ToolCall, ToolResult
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
@@ -52,6 +53,32 @@ def test_the_page_starts_with_the_options_of_the_folder_and_keeps_those_it_does_
         assert [slider.value for slider in app.settings(engine)] == [0.3, 200, 256]
     list(app.answers_of(engine)("hi", [], 1.5, 7.0, 20.0))
     assert engine.asked[-1][1:] == (SamplingOptions(1.5, 7, top_p=0.8), 20)
+
+
+def test_visitors_are_answered_together(toy_model_folder, monkeypatch):
+    from gradio_client import Client
+
+    served, launch, together = [], app.gr.Blocks.launch, []
+
+    def look(engine, turn, event):
+        together.append(len(engine.entered))
+        SharedEngine.deliver(engine, turn, event)
+
+    class Watched(SharedEngine):
+        deliver = look
+
+    monkeypatch.setattr(app, "SharedEngine", Watched)
+    monkeypatch.setattr(app.gr.Blocks, "launch", lambda demo, **options: served.append((demo, options)))
+    app.start([str(toy_model_folder)])
+    demo, options = served[0]
+    _, url, _ = launch(demo, **options | {"prevent_thread_lock": True, "quiet": True})
+    try:
+        visitors = [Client(url, verbose=False) for _ in range(4)]
+        jobs = [visitor.submit(f"Count to {i}", 1.0, 0, 200, api_name="/chat") for i, visitor in enumerate(visitors)]
+        assert all(job.result(timeout=60) for job in jobs)
+    finally:
+        demo.close()
+    assert max(together) >= 3
 
 
 def test_the_second_question_comes_with_the_whole_first_turn(page):

@@ -50,7 +50,10 @@ def check(folder, *words, **files):
         **given,
     )
     overrides = parse_overrides(args.set)
-    check_steps([step for stage in LADDER for step in steps(stage, RECIPES / "pocket", args, overrides)])
+    check_steps(
+        [step for stage in LADDER for step in steps(stage, RECIPES / "pocket", args, overrides)],
+        args.accelerate_config,
+    )
 
 
 @pytest.mark.parametrize(

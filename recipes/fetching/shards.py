@@ -52,12 +52,17 @@ def list_shards(repository: str) -> list[Shard]:
         UserError: There is no such data set, no parquet file in it, or no network.
     """
     with reported(f"text {repository}"):
-        revision = HfApi().dataset_info(repository, timeout=SECONDS_TO_ANSWER).sha or "main"
-        listed = HfApi().list_repo_tree(repository, repo_type="dataset", recursive=True, revision=revision)
-        files = [file for file in listed if isinstance(file, RepoFile) and file.path.endswith(".parquet")]
-    if not files:
+        shards = retried(lambda: listed(repository))
+    if not shards:
         raise UserError(f"text {repository}: no parquet files in this data set; give another")
-    return sorted((Shard(repository, revision, file.path, file.size) for file in files), key=lambda shard: shard.name)
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def listed(repository: str) -> list[Shard]:
+    revision = HfApi().dataset_info(repository, timeout=SECONDS_TO_ANSWER).sha or "main"
+    files = HfApi().list_repo_tree(repository, repo_type="dataset", recursive=True, revision=revision)
+    found = [file for file in files if isinstance(file, RepoFile) and file.path.endswith(".parquet")]
+    return [Shard(repository, revision, file.path, file.size) for file in found]
 
 
 def choose(shards: Sequence[Shard], train: int | None, val: int) -> tuple[list[Shard], list[Shard]]:

@@ -1,7 +1,7 @@
 """Checks of `run.py` before its first step: every pending step must accept its settings and files.
 
 These are the steps' own checks, as far as they need neither a model nor all of the data; of large files only the first
-records are read. Outputs the run has yet to create are skipped: models, the tokenizer, the generated world.
+records are read. Outputs the run has yet to create are skipped: models, the tokenizer, the data.
 """
 
 import warnings
@@ -108,7 +108,7 @@ def check_pretraining(step: Step, pending: PendingOutputs) -> None:
         load_tokenizer(args.tokenizer)
     for name in ("train_files", "val_files"):
         check_texts(getattr(args, name), name, pending)
-    if args.core_dir:
+    if args.core_dir and args.core_dir not in pending:
         load_core(args.core_dir)
 
 

@@ -61,6 +61,9 @@ class WorldArguments:
     examples: list[str] = field(
         default_factory=list, metadata={"help": "Questions that the chat shows, kept out of all training text."}
     )
+    persona: str | None = field(
+        default=None, metadata={"help": "YAML file that says who the model is; default: nanochat, as in the world."}
+    )
 
 
 def main() -> None:

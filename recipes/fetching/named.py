@@ -79,10 +79,10 @@ def cache(named: Named, folder: Path) -> None:
         if is_hub_id(words):
             retried(lambda words=words: read_words(words))
         elif Path(words).name == WORDS:
-            published = downloaded(PUBLISHED[SPELLING_BEE].source, SPELLING_BEE, keep_words)
+            published = retried(lambda: downloaded(PUBLISHED[SPELLING_BEE].source, SPELLING_BEE, keep_words))
             link_to(published / WORDS, folder / WORDS)
     if any(Path(name).name == CORE_LINK for name in named.core_dirs):
-        link_to(core_folder(None), folder / CORE_LINK)
+        link_to(retried(lambda: core_folder(None)), folder / CORE_LINK)
     for name, source in named.tasks:
         if source is None or is_hub_id(source) or source.startswith("http"):
             cache_task(name, source)
@@ -90,9 +90,9 @@ def cache(named: Named, folder: Path) -> None:
 
 def cache_task(name: str, source: str | None) -> None:
     if name == CORE:
-        core_folder(source)
+        retried(lambda: core_folder(source))
     elif name == BITS_PER_BYTE:
-        validation_text()
+        retried(validation_text)
     else:
         questions = retried(lambda: load_task(name, source)).questions
         print(f"{name}: {len(questions):,} questions", flush=True)

@@ -14,10 +14,12 @@ from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from time import sleep
 from typing import TypeVar
+from urllib.error import HTTPError, URLError
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
 from modeling_nanochat.errors import UserError, one_line
@@ -91,6 +93,7 @@ def download(shards: Sequence[Shard], workers: int) -> None:
     check_space(size, size)
     if not missing:
         return
+    disable_progress_bars()  # one per file
     progress, pool = Progress(len(missing), size), ThreadPoolExecutor(workers)
     try:
         for future in as_completed([pool.submit(download_one, shard, progress) for shard in missing]):
@@ -118,19 +121,22 @@ def retried(work: Callable[[], Result]) -> Result:
             if not may_pass(error):
                 raise
             pause = min(2**attempt, LONGEST_PAUSE)
-            print(f"{hub_failure(error, 'data set')}: again in {pause} s", flush=True)
+            print(f"{hub_failure(error, 'data set') or one_line(error)}: again in {pause} s", flush=True)
             sleep(pause)
     return work()
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later: the network failed, or the Hub is busy or broken."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, HfHubHTTPError):
-            return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
-        cause = cause.__cause__ or cause.__context__
-    return hub_failure(error) is not None and not constants.HF_HUB_OFFLINE
+    """Whether the same request may succeed later: the network failed, or the server is busy or broken."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    answers = [cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)]
+    answers += [cause.code for cause in causes if isinstance(cause, HTTPError)]
+    if answers:
+        return answers[0] in (408, 429) or answers[0] >= 500
+    lost = hub_failure(error) is not None or any(isinstance(cause, (URLError, TimeoutError)) for cause in causes)
+    return lost and not constants.HF_HUB_OFFLINE
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections import namedtuple
+from urllib.error import HTTPError, URLError
 
 import pytest
 import yaml
@@ -190,3 +191,19 @@ def test_a_yaml_that_is_missing_is_named(monkeypatch, tmp_path):
 def test_numbers_out_of_range_are_refused(monkeypatch, tmp_path, setting):
     with pytest.raises(UserError, match=f"{setting}: is -1"):
         run(monkeypatch, tmp_path / "data", **{setting: -1})
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (URLError("no route"), True),
+        (HTTPError("http://host", 503, "busy", None, None), True),
+        (HTTPError("http://host", 404, "gone", None, None), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(monkeypatch, error, again):
+    monkeypatch.setattr(shards.constants, "HF_HUB_OFFLINE", False)
+    wrapped = UserError("core: could not be downloaded")
+    wrapped.__cause__ = error
+    assert shards.may_pass(wrapped) is again

@@ -513,6 +513,14 @@ def test_only_processes_on_the_cpu_go_without_accelerate_launch(tmp_path):
     assert launcher(str(mine))[-5:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
+def test_several_processes_evaluate_what_several_processes_train(tmp_path):
+    (tmp_path / "two.yaml").write_text("use_cpu: true\nnum_processes: 2\n")
+    args = RunArguments(run_dir="runs/x", accelerate_config=str(tmp_path / "two.yaml"))
+    for step in steps("sft", RECIPES / "pocket", args, parse_overrides([])):
+        assert step.program[:-1] == launcher(args.accelerate_config) and step.program[-1].endswith(".py")
+    assert all(step.program[0] == sys.executable for step in commands("sft")[1:])
+
+
 def test_what_env_sets_is_what_accelerate_launch_sets_for_one_process_on_the_cpu():
     code = (
         "import os; from accelerate import Accelerator; a = Accelerator(); "

@@ -59,7 +59,7 @@ def main() -> None:
                 print_skipped(plan, run_dir)
                 run_plan(plan, list(ladder), run_dir, args.verbose, lock)
         except HoursOver:
-            print(f"\nmax_hours {args.max_hours:g} are over; {continuation(plan, run_dir)}")
+            print(f"\nmax_hours {args.max_hours:g} reached; {continuation(plan, run_dir)}")
             return
     print("\nnothing was left to do" if not any(todo for _, todo, _ in plan) else "")
     seconds, next_commands = time.perf_counter() - started, args.next or chat_commands(ladder, args.run_dir)

@@ -27,7 +27,7 @@ GRACE_SECONDS = 60.0  # for an interrupted stage to write its checkpoint
 
 
 class HoursOver(SystemExit):
-    """`--max_hours` are over; the running stage has saved."""
+    """`--max_hours` was reached; the running stage has saved."""
 
 
 def stage_environment(verbose: bool) -> dict[str, str]:

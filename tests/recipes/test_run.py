@@ -440,7 +440,7 @@ def test_after_max_hours_the_stage_saves_and_the_run_says_what_comes_next(tmp_pa
     monkeypatch.setattr("recipes.run.closing_lines", lambda *_: [])
     call_main(monkeypatch, tmp_path, "--max_hours", "0.0003")
     assert capsys.readouterr().out.endswith(
-        "max_hours 0.0003 are over; the same command resumes base from its checkpoint\n"
+        "max_hours 0.0003 reached; the same command resumes base from its checkpoint\n"
     )
     assert (tmp_path / "started" / "base.json").exists() and not (tmp_path / "mid").exists()
     call_main(monkeypatch, tmp_path, "--max_hours", "0.0003", "--from", "base")

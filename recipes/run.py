@@ -3,7 +3,8 @@
     python recipes/run.py pocket
 
     python recipes/run.py pocket --from sft                      # redo sft and later stages
-    python recipes/run.py pocket --config my_data.yaml           # your files instead of the generated world
+    python recipes/run.py pocket --max_hours 2                   # save and stop then; the same command continues
+    python recipes/run.py pocket --config my_data.yaml           # your files instead of the recipe's
     python recipes/run.py pocket --set base.depth=6 'base.sample_prompts=["Once upon a time, there", "One day"]'
 
 Notable features:
@@ -34,8 +35,8 @@ from recipes.ladder.commands import RECIPES, ROOT, steps
 from recipes.ladder.execution import only_run, run_step
 from recipes.ladder.log import closing_lines, outcome_lines, title
 from recipes.ladder.plan import make_plan
-from recipes.ladder.process import can_fork, check_in_fork, stage_environment
-from recipes.ladder.step import Step, is_own
+from recipes.ladder.process import HoursOver, can_fork, check_in_fork, stage_environment, time_limit
+from recipes.ladder.step import Step, has_checkpoints, is_finished, is_own
 
 
 def main() -> None:
@@ -52,12 +53,24 @@ def main() -> None:
         ladder = {stage: of_stage for stage, of_stage in ladder.items() if of_stage}
         plan = make_plan(ladder, run_dir, first)
         os.environ.update(stage_environment(args.verbose))
-        check_pending([step for step, todo, _ in plan if todo])
-        print_skipped(plan, run_dir)
-        run_plan(plan, list(ladder), run_dir, args.verbose, lock)
+        try:
+            with time_limit(args.max_hours):
+                check_pending([step for step, todo, _ in plan if todo], args.accelerate_config)
+                print_skipped(plan, run_dir)
+                run_plan(plan, list(ladder), run_dir, args.verbose, lock)
+        except HoursOver:
+            print(f"\nmax_hours {args.max_hours:g} reached; {continuation(plan, run_dir)}")
+            return
     print("\nnothing was left to do" if not any(todo for _, todo, _ in plan) else "")
     seconds, next_commands = time.perf_counter() - started, args.next or chat_commands(ladder, args.run_dir)
     print("\n".join(closing_lines(recipe, run_dir, list(ladder), seconds, next_commands)))
+
+
+def continuation(plan: list[tuple[Step, bool, bool]], run_dir: Path) -> str:
+    """What the same command would do after the plan was interrupted."""
+    again = "the same command without --from" if any(redo for _, _, redo in plan) else "the same command"
+    name = next((step.name for step, todo, _ in plan if todo and not is_finished(step, run_dir)), "report")
+    return f"{again} {f'resumes {name} from its checkpoint' if has_checkpoints(name, run_dir) else f'starts {name}'}"
 
 
 def run_plan(plan: list[tuple[Step, bool, bool]], stages: list[str], run_dir: Path, verbose: bool, lock: int) -> None:
@@ -107,12 +120,12 @@ def recipe_and_words(words: list[str]) -> tuple[str, list[str]]:
     return recipe, rest
 
 
-def check_pending(pending: list[Step]) -> None:
+def check_pending(pending: list[Step], accelerate_config: str) -> None:
     """Check settings and files of the pending steps. Imports all stages, so a run with nothing to do skips it."""
     if any(step.name != "report" for step in pending):
         from recipes.ladder.preflight import check_steps
 
-        check = partial(check_steps, pending)
+        check = partial(check_steps, pending, accelerate_config)
         check_in_fork(check) if can_fork() else check()
 
 

@@ -1,6 +1,8 @@
 """Arguments of a ladder run: its stages, its files, and settings of single stages."""
 
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
@@ -13,7 +15,7 @@ LADDER = ("data", "tokenizer", *STAGES, "report")
 
 @dataclass
 class RunArguments:
-    """One run of a recipe. Files not given default to the recipe's generated world."""
+    """One run of a recipe. Files that are given replace those that the recipe's YAMLs name."""
 
     run_dir: str = field(metadata={"help": "Folder for everything the run writes."})
     accelerate_config: str = field(metadata={"help": "File for `accelerate launch --config_file`."})
@@ -56,6 +58,17 @@ class RunArguments:
         },
     )
     to_stage: str = field(default="report", metadata={"aliases": ["--to"], "help": "Stop after this stage."})
+    max_hours: float | None = field(
+        default=None, metadata={"help": "After these hours the running stage saves and the run ends, to be continued."}
+    )
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: `max_hours` is out of range.
+        """
+        if self.max_hours is not None and not 0 < self.max_hours < float("inf"):
+            raise UserError(f"max_hours: is {self.max_hours:g}, must be a positive number; correct it")
 
 
 def stage_number(name: str) -> int:
@@ -94,6 +107,11 @@ def override_values(word: str, value: str) -> list[str]:
         reason = first_line(error)
         raise UserError(f"--set {word}: not valid YAML ({reason}); write ['one, with a comma', 'two']") from error
     values = values if isinstance(values, list) else [values]
-    if not values or any(isinstance(value, list | dict) or value is None for value in values):
+    if not values or any(isinstance(value, list) or value is None for value in values):
         raise UserError(f"--set {word}: expected a list of values; write ['one, with a comma', 'two']")
-    return [str(value) for value in values]
+    return [word_of(value) for value in values]
+
+
+def word_of(value: Any) -> str:
+    """A YAML value as a word of a command line; mappings become JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -14,7 +14,7 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.folders import write_json
 
 from .arguments import LADDER
-from .commands import ROOT
+from .launch import ROOT
 from .process import call, stage_environment
 from .step import Step, has_checkpoints, is_own, marker
 

@@ -1,7 +1,7 @@
 """Checks of `run.py` before its first step: every pending step must accept its settings and files.
 
 These are the steps' own checks, as far as they need neither a model nor all of the data; of large files only the first
-records are read. Outputs the run has yet to create are skipped: models, the tokenizer, the generated world.
+records are read. Outputs the run has yet to create are skipped: models, the tokenizer, the data.
 """
 
 import warnings
@@ -30,6 +30,7 @@ from recipes.training.trl.rewards import load_reward
 from recipes.training.trl.settings import GRPOSettings, SFTSettings, parse_settings
 from recipes.training.trl.stage import check_rows
 
+from .launch import check_processes
 from .step import Step
 
 
@@ -47,14 +48,16 @@ class PendingOutputs:
         return [name for name in names or () if name not in self]
 
 
-def check_steps(steps: Sequence[Step]) -> None:
-    """Parse the settings of the steps and read the beginning of their files, as the steps will.
+def check_steps(steps: Sequence[Step], accelerate_config: str) -> None:
+    """Check the machine, parse the settings of the steps and read the beginning of their files, as the steps will.
 
     Skips world and tokenizer, which run first and report errors themselves, and the report, which has no settings.
 
     Raises:
-        UserError: A step would reject something; the message starts with the step's name.
+        UserError: A step, named first, would reject something, or the machine cannot start its processes.
     """
+    if any(step.name in CHECKS for step in steps):
+        check_processes(accelerate_config)
     pending = PendingOutputs(steps)
     for step in steps:
         stage, _, evaluation = step.name.partition(".")
@@ -105,7 +108,7 @@ def check_pretraining(step: Step, pending: PendingOutputs) -> None:
         load_tokenizer(args.tokenizer)
     for name in ("train_files", "val_files"):
         check_texts(getattr(args, name), name, pending)
-    if args.core_dir:
+    if args.core_dir and args.core_dir not in pending:
         load_core(args.core_dir)
 
 

@@ -26,6 +26,10 @@ from modeling_nanochat.errors import UserError
 GRACE_SECONDS = 60.0  # for an interrupted stage to write its checkpoint
 
 
+class HoursOver(SystemExit):
+    """`--max_hours` was reached; the running stage has saved."""
+
+
 def stage_environment(verbose: bool) -> dict[str, str]:
     """Variables that control the stages' progress bars; some libraries read them at import."""
     environment = {}
@@ -157,9 +161,24 @@ def stopping(pid: int, again: str) -> Iterator[None]:
         closed = getattr(stopped, "code", None) == 128 + signal.SIGHUP  # the stage must know that its terminal is gone
         os.killpg(pid, signal.SIGHUP if closed else signal.SIGTERM)
         # Wait for all of them: a launcher may exit long before its workers have written a checkpoint.
-        psutil.wait_procs(started, timeout=GRACE_SECONDS)
+        over = isinstance(stopped, HoursOver)  # nobody waits, and a large model takes minutes
+        psutil.wait_procs(started, timeout=None if over else GRACE_SECONDS)
+        if over:
+            raise
         raise UserError(f"stopped; {again} continues from here") from stopped
 
 
 def stop(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+    raise HoursOver if number == signal.SIGALRM else SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def time_limit(hours: float | None) -> Iterator[None]:
+    """Raise [`HoursOver`] inside the block after so many hours; None: never."""
+    if hours is not None:
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, hours * 3600)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError
 from recipes.training.checkpoint.folders import checkpoint_folders
+
+from .arguments import word_of
 
 
 @dataclass
@@ -71,21 +75,33 @@ class Step:
 
     def fingerprint(self, run_dir: Path) -> dict:
         """Everything the result depends on except file contents; independent of where the run folder is."""
-        arguments = {
-            key: [word.replace(str(run_dir), "{run_dir}") for word in words] for key, words in self.settings.items()
-        }
-        return {"arguments": arguments, "config": read_yaml(self.config) if self.config else {}}
+        content = read_yaml(self.config) if self.config else {}
+        return relocated({"arguments": self.settings, "config": content}, str(run_dir), "{run_dir}")
+
+
+def relocated(value: Any, folder: str, other: str) -> Any:
+    """`value` with paths `folder/x` and `name=folder/x` moved to `other`; also in lists, mappings and JSON."""
+    if isinstance(value, dict):
+        return {key: relocated(item, folder, other) for key, item in value.items()}
+    if isinstance(value, list):
+        return [relocated(item, folder, other) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(rf'(?<![^="]){re.escape(folder)}(?=[/"]|$)', lambda _: other, value)
 
 
 def read_yaml(path: Path) -> dict:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); every recipe needs it, see recipes/pocket"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the file") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be a YAML mapping of `key: value` lines")
+    return content
 
 
 def marker(name: str, run_dir: Path, kind: str) -> Path:
@@ -125,13 +141,14 @@ def has_checkpoints(name: str, run_dir: Path) -> bool:
 
 def difference(finished: dict, wanted: dict) -> str:
     """`depth: 4 is now 6` for the first three settings that differ; empty if none do."""
-    changes = []
-    for part in ("config", "arguments"):
-        before, after = finished[part], wanted[part]
-        changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-        changes += [f"{key}: {format_value(before.get(key))} is now {format_value(after.get(key))}" for key in changed]
+    before, after = effective(finished), effective(wanted)
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    changes = [f"{key}: {before.get(key, 'unset')} is now {after.get(key, 'unset')}" for key in changed]
     return ", ".join(changes[:3])
 
 
-def format_value(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else "unset" if value is None else str(value)
+def effective(fingerprint: dict) -> dict[str, str]:
+    """The settings of a [`Step.fingerprint`] as words: the command line's, else the YAML's."""
+    settings = fingerprint["config"] | fingerprint["arguments"]
+    listed = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
+    return {key: " ".join(map(word_of, values)) for key, values in listed.items() if values != [None]}

@@ -2,6 +2,7 @@
 
     python recipes/pocket/world.py --output_dir runs/pocket/data --seed 0
     python recipes/pocket/world.py --config recipes/pocket/world.yaml --sft_conversations 4000
+    python recipes/pocket/world.py --config recipes/pocket/world.yaml --persona me.yaml
 
 Takes a few seconds on one core, without network; the same arguments give the same bytes. Files written:
 
@@ -29,16 +30,20 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
+from recipes.identities.dialogues import write_dialogues
+from recipes.identities.persona import Persona, read_persona
 from recipes.pocket import chats, evaluation, facts, problems, prose
 
 GRPO_DIALOGUE = 240  # maximum characters of a GRPO prompt with history
 MOST_DRAWS = 1000
+PERSONA_CONVERSATIONS = 500
 
 
 @dataclass
@@ -60,6 +65,9 @@ class WorldArguments:
     world: str = field(default="english", metadata={"help": "World file: a name in recipes/pocket/worlds, or a path."})
     examples: list[str] = field(
         default_factory=list, metadata={"help": "Questions that the chat shows, kept out of all training text."}
+    )
+    persona: str | None = field(
+        default=None, metadata={"help": "YAML file that says who the model is; default: nanochat, as in the world."}
     )
 
 
@@ -137,7 +145,11 @@ def current_umask() -> int:
 
 def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
     """Write all files into `folder`, each drawn from its own random generator, and return the summary."""
-    world = facts.World(arguments.seed, facts.read_texts(arguments.world), arguments.examples)
+    persona = read_persona(arguments.persona) if arguments.persona else None
+    texts = facts.read_texts(arguments.world)
+    if persona:
+        texts["identity"] = renamed(texts["identity"], persona.name)
+    world = facts.World(arguments.seed, texts, arguments.examples)
     documents = pretraining_documents(world, arguments)
     drawn = {
         "conversations/train.jsonl": conversations(
@@ -153,18 +165,43 @@ def fill_folder(folder: Path, arguments: WorldArguments) -> dict:
     records["problems/train.jsonl"] = grpo_problems(practice, arguments.grpo_problems, seen)
     records["problems/dialogues.jsonl"] = grpo_dialogues(practice, arguments.grpo_dialogues)
     records |= evaluation.evaluation_records(world, arguments.eval_questions, arguments.eval_unknown)
+    if persona:
+        add_persona(records, persona, world)
     rows = {name: write_parquet(folder / name, texts) for name, texts in documents.items()}
     rows |= {name: write_jsonl(folder / name, lines) for name, lines in records.items()}
     summary = {
         "description": describe(world),
         "seed": arguments.seed,
-        "arguments": {name: value for name, value in asdict(arguments).items() if name != "output_dir"},
+        "arguments": {
+            name: value for name, value in asdict(arguments).items() if name != "output_dir" and value is not None
+        },
         "rows": rows,
         "kinds": {name: dict(Counter(kind for kind, _ in pairs)) for name, pairs in drawn.items()},
         "held_out_facts": [[fact.entity, fact.attribute.name, fact.value] for fact in world.held_out_facts],
     }
     (folder / "world.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
+
+
+def renamed(texts: Any, name: str) -> Any:
+    """`texts` with another name for nanochat, in lists and mappings too."""
+    if isinstance(texts, dict):
+        return {key: renamed(text, name) for key, text in texts.items()}
+    return [renamed(text, name) for text in texts] if isinstance(texts, list) else texts.replace("nanochat", name)
+
+
+def add_persona(records: dict[str, list[dict]], persona: Persona, world: facts.World) -> None:
+    """Mix in the persona's conversations as the original did: twice for midtraining, once for SFT.
+
+    Those with a question that the evaluation asks or the chat shows are left out.
+    """
+    asked = {row.get("question") for name, rows in records.items() if name.startswith("eval/") for row in rows}
+    asked |= world.shown
+    dialogues = write_dialogues(persona, PERSONA_CONVERSATIONS, world.seed)
+    kept = [{"messages": talk} for talk in dialogues if not asked & {message["content"] for message in talk}]
+    for name, epochs in (("conversations/train.jsonl", 2), ("sft/train.jsonl", 1)):
+        records[name] += epochs * kept
+        draws(world, f"persona {name}").shuffle(records[name])
 
 
 def describe(world: facts.World) -> str:

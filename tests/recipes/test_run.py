@@ -1,21 +1,25 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.ladder.arguments import RunArguments, parse_overrides, stage_number
-from recipes.ladder.commands import RECIPES, launcher, steps
+from recipes.ladder.commands import RECIPES, steps
 from recipes.ladder.execution import only_run, run_step
+from recipes.ladder.launch import launcher
 from recipes.ladder.plan import make_plan
-from recipes.ladder.step import Step
+from recipes.ladder.step import Step, difference
 from recipes.run import main, recipe_and_words
+from recipes.training.data.mixtures import parse_mixture
 
 
 @pytest.fixture
@@ -323,18 +327,19 @@ def test_overrides_reach_their_stage_only():
 @pytest.mark.parametrize(
     ("value", "words"),
     [
+        ("[{source: a, epochs: 2}, b]", ['{"source": "a", "epochs": 2}', "b"]),
         ("One day,The end", ["One day", "The end"]),
         ('["Once upon a time, there", One day]', ["Once upon a time, there", "One day"]),
         ('"Once upon a time, there"', ["Once upon a time, there"]),
         ("'it is, \"so\"'", ['it is, "so"']),
-        ("[0.5, 2, true]", ["0.5", "2", "True"]),
+        ("[0.5, 2, true]", ["0.5", "2", "true"]),
     ],
 )
 def test_an_override_can_hold_a_comma(value, words):
     assert parse_overrides([f"base.sample_prompts={value}"])["base"] == ["--sample_prompts", *words]
 
 
-@pytest.mark.parametrize("value", ["[a", "[]", "[null]", "[[a]]", "[{a: 1}]", '"a'])
+@pytest.mark.parametrize("value", ["[a", "[]", "[null]", "[[a]]", '"a'])
 def test_an_override_that_is_no_list_of_values_is_refused(value):
     with pytest.raises(UserError, match="--set base.sample_prompts") as error:
         parse_overrides([f"base.sample_prompts={value}"])
@@ -418,7 +423,40 @@ def call_main(monkeypatch, run_dir, *words):
     main()
 
 
-YAMLS = ("world", "tokenizer", "tokenizer_eval", "pretrain", "midtrain", "sft", "grpo", "eval")
+SAVING_AT_THE_END = """
+import signal, time
+def end(*signal):
+    (folder.parent / "checkpoints" / folder.name / "step-00000004").mkdir(parents=True, exist_ok=True)
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+time.sleep(60)
+"""
+
+
+def test_after_max_hours_the_stage_saves_and_the_run_says_what_comes_next(tmp_path, config, monkeypatch, capsys):
+    base, mid = (making_step(tmp_path, config, name, ending=SAVING_AT_THE_END) for name in ("base", "mid"))
+    monkeypatch.setattr("recipes.run.steps", lambda stage, *_: {"base": [base], "mid": [mid]}.get(stage, []))
+    monkeypatch.setattr("recipes.run.check_pending", lambda *_: None)
+    monkeypatch.setattr("recipes.run.closing_lines", lambda *_: [])
+    call_main(monkeypatch, tmp_path, "--max_hours", "0.0003")
+    assert capsys.readouterr().out.endswith(
+        "max_hours 0.0003 reached; the same command resumes base from its checkpoint\n"
+    )
+    assert (tmp_path / "started" / "base.json").exists() and not (tmp_path / "mid").exists()
+    call_main(monkeypatch, tmp_path, "--max_hours", "0.0003", "--from", "base")
+    assert "the same command without --from resumes base" in capsys.readouterr().out
+    base.program[2] = mid.program[2] = MAKING + FINISHING
+    call_main(monkeypatch, tmp_path, "--max_hours", "1")
+    assert (tmp_path / "said").read_text().splitlines()[2].endswith("--resume auto") and (tmp_path / "mid").exists()
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "inf", "nan", "soon"])
+def test_hours_that_are_no_positive_number_are_refused(tmp_path, monkeypatch, hours):
+    with pytest.raises(UserError, match="max_hours"):
+        call_main(monkeypatch, tmp_path / "run", "--max_hours", hours)
+
+
+YAMLS = ("world", "tokenizer", "pretrain", "eval")
 
 
 @pytest.mark.parametrize("name", [f"{name}.yaml" for name in YAMLS])
@@ -457,20 +495,30 @@ def test_a_stage_takes_as_many_threads_as_accelerate_launch_would_give_it(monkey
     assert train.program[:3] == ["env", "ACCELERATE_USE_CPU=true", "OMP_NUM_THREADS=6"]
     two = tmp_path / "two.yaml"
     two.write_text("use_cpu: true\nnum_processes: 2\ndistributed_type: MULTI_CPU\n")
-    assert launcher(str(two))[-2:] == ["--num_cpu_threads_per_process", "3"]
+    assert "OMP_NUM_THREADS=3" in launcher(str(two))
     assert "--num_cpu_threads_per_process" not in launcher("accelerate_configs/single_gpu.yaml")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert not any("THREADS" in word for word in commands("base")[0].program)
-    assert "--num_cpu_threads_per_process" not in launcher(str(two))
+    assert not any("THREADS" in word for word in launcher(str(two)))
 
 
-def test_only_one_process_on_the_cpu_goes_without_accelerate_launch(tmp_path):
+def test_only_processes_on_the_cpu_go_without_accelerate_launch(tmp_path):
     for path in (RECIPES.parent / "accelerate_configs").glob("*.yaml"):
         assert ("accelerate.commands.accelerate_cli" in launcher(str(path))) == (path.name != "cpu.yaml")
-    for more in ("mixed_precision: bf16", "num_processes: 2", "use_cpu: false", "dynamo_backend: inductor"):
+    for more in ("mixed_precision: bf16", "use_cpu: false", "dynamo_backend: inductor"):
         mine = tmp_path / "mine.yaml"
         mine.write_text(f"use_cpu: true\nnum_processes: 1\n{more}\n")
         assert "accelerate.commands.accelerate_cli" in launcher(str(mine)), more
+    mine.write_text("use_cpu: true\nnum_processes: 2\ndistributed_type: MULTI_CPU\n")
+    assert launcher(str(mine))[-5:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def test_several_processes_evaluate_what_several_processes_train(tmp_path):
+    (tmp_path / "two.yaml").write_text("use_cpu: true\nnum_processes: 2\n")
+    args = RunArguments(run_dir="runs/x", accelerate_config=str(tmp_path / "two.yaml"))
+    for step in steps("sft", RECIPES / "pocket", args, parse_overrides([])):
+        assert step.program[:-1] == launcher(args.accelerate_config) and step.program[-1].endswith(".py")
+    assert all(step.program[0] == sys.executable for step in commands("sft")[1:])
 
 
 def test_what_env_sets_is_what_accelerate_launch_sets_for_one_process_on_the_cpu():
@@ -482,17 +530,79 @@ def test_what_env_sets_is_what_accelerate_launch_sets_for_one_process_on_the_cpu
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "cpu 1 no\n"
 
 
-def test_files_that_are_not_given_are_those_of_the_recipes_yaml_in_this_runs_folder(tmp_path):
-    shutil.copytree(RECIPES / "pocket", tmp_path / "mine")
-    (tmp_path / "mine" / "eval.yaml").write_text(
-        "tasks: [riddles=runs/pocket/data/eval/riddles.jsonl, own=runs/pocket.jsonl]\n"
-    )
-    args = RunArguments(run_dir="runs/x", accelerate_config="accelerate_configs/cpu.yaml")
-    _, evaluation = steps("mid", tmp_path / "mine", args, parse_overrides([]))
+@pytest.fixture
+def recipe(tmp_path):
+    """A copy of the pocket recipe, to change."""
+    return Path(shutil.copytree(RECIPES / "pocket", tmp_path / "mine"))
+
+
+def commands_of(recipe, stage, **settings):
+    args = RunArguments(run_dir="runs/x", accelerate_config="accelerate_configs/cpu.yaml", **settings)
+    return steps(stage, recipe, args, parse_overrides(args.set))
+
+
+def test_paths_of_a_recipes_yaml_move_to_the_folder_of_the_run(recipe):
+    (recipe / "eval.yaml").write_text("tasks: [riddles=runs/pocket/data/eval/riddles.jsonl, own=runs/pocket.jsonl]\n")
+    _, evaluation = commands_of(recipe, "mid")
     assert evaluation.settings["tasks"] == ["riddles=runs/x/data/eval/riddles.jsonl", "own=runs/pocket.jsonl"]
-    (tmp_path / "mine" / "sft.yaml").write_text("output_dir: runs/pocket/sft\n")
-    with pytest.raises(UserError, match=r"sft.yaml: names no train_files; give --sft_files"):
-        steps("sft", tmp_path / "mine", args, parse_overrides([]))
+    (recipe / "sft.yaml").write_text(
+        "mixture: [me/chats:test, {source: runs/pocket/data/identity.jsonl, epochs: 2}]\nmax_length: 512\n"
+    )
+    (train, _) = commands_of(recipe, "sft")
+    words = ["me/chats:test", '{"source": "runs/x/data/identity.jsonl", "epochs": 2}']
+    assert train.settings["mixture"] == words and parse_mixture(words, "mixture")[1].epochs == 2
+    assert "max_length" not in train.settings and "train_files" not in train.settings
+
+
+def test_a_run_in_the_recipes_own_folder_leaves_all_paths_to_the_yaml():
+    args = RunArguments(run_dir="runs/pocket", accelerate_config="accelerate_configs/cpu.yaml")
+    (train, _) = steps("sft", RECIPES / "pocket", args, parse_overrides([]))
+    assert train.arguments == ["--model_name_or_path", "runs/pocket/mid", "--output_dir", "runs/pocket/sft"]
+
+
+def test_the_fingerprint_is_the_same_in_any_run_folder(recipe):
+    def fingerprint(run_dir, epochs):
+        mixture = f"mixture: [me/chats:test, {{source: runs/pocket/data/identity.jsonl, epochs: {epochs}}}]"
+        (recipe / "sft.yaml").write_text(f"{mixture}\npacking: true\n")
+        args = RunArguments(run_dir=run_dir, accelerate_config="accelerate_configs/cpu.yaml")
+        (train, _) = steps("sft", recipe, args, parse_overrides([]))
+        return train.fingerprint(Path(run_dir))
+
+    finished = fingerprint("runs/pocket", epochs=2)
+    assert difference(finished, fingerprint("/elsewhere/run", epochs=2)) == ""
+    changed = difference(finished, fingerprint("/elsewhere/run", epochs=3))
+    assert re.fullmatch(r'mixture: .*"epochs": 2} is now .*"epochs": 3}', changed)
+
+
+def test_files_that_are_given_take_the_place_of_a_mixture(recipe):
+    (recipe / "midtrain.yaml").write_text("mixture: [me/chats]\n")
+    (train, _) = commands_of(recipe, "mid", midtrain_files=["mine/*.jsonl"], pretrain_files=["mine.txt"])
+    assert train.settings["mixture"] == ["mine/*.jsonl"]
+    assert not {"train_files", "replay_files"} & train.settings.keys()
+
+
+def test_a_stage_without_a_yaml_is_left_out_and_the_next_starts_from_the_one_before(recipe):
+    (recipe / "midtrain.yaml").unlink()
+    (recipe / "tokenizer_eval.yaml").unlink()
+    (recipe / "grpo.yaml").unlink()
+    assert commands_of(recipe, "mid") == commands_of(recipe, "rl") == []
+    assert [step.name for step in commands_of(recipe, "tokenizer")] == ["tokenizer"]
+    assert commands_of(recipe, "sft")[0].settings["model_name_or_path"] == ["runs/x/base"]
+    files = {name: ["f"] for name in ("pretrain_files", "val_files", "sft_files", "eval_tasks")}
+    assert commands_of(recipe, "data", **files) == []
+    with pytest.raises(UserError, match=r"grpo_files: recipe mine has no grpo.yaml; leave them out"):
+        commands_of(recipe, "data", grpo_files=["f"])
+
+
+def test_a_recipe_of_real_data_fetches_what_no_given_files_replace(recipe):
+    (recipe / "world.py").unlink()
+    with pytest.raises(UserError, match=r"recipe mine has no data; give --pretrain_files, --val_files"):
+        commands_of(recipe, "data")
+    (recipe / "data.yaml").write_text("output_dir: runs/pocket/data\nconfigs: [a/sft.yaml, a/eval.yaml]\n")
+    (step,) = commands_of(recipe, "data", examples=["Who are you?"])
+    assert step.program[1].endswith("recipes/fetch.py") and step.arguments == ["--output_dir", "runs/x/data"]
+    (step,) = commands_of(recipe, "data", pretrain_files=["f"], sft_files=["f"])
+    assert step.settings == {"output_dir": ["runs/x/data"], "train_shards": ["0"], "configs": ["a/eval.yaml"]}
 
 
 def test_examples_go_to_the_world_and_to_the_stages_that_make_a_chat_model():

@@ -50,7 +50,10 @@ def check(folder, *words, **files):
         **given,
     )
     overrides = parse_overrides(args.set)
-    check_steps([step for stage in LADDER for step in steps(stage, RECIPES / "pocket", args, overrides)])
+    check_steps(
+        [step for stage in LADDER for step in steps(stage, RECIPES / "pocket", args, overrides)],
+        args.accelerate_config,
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,12 @@ def test_files_of_the_wrong_kind_are_refused_with_the_stage_that_would_read_them
     with pytest.raises(UserError, match=complaint) as error:
         check(files, **given)
     assert "\n" not in str(error.value)
+
+
+def test_what_the_data_step_will_provide_passes(files):
+    spelling = '{source: simple_spelling, words: "@run/data/words.txt", rows: 9}'
+    identity = '{source: "@run/data/identity.jsonl", epochs: 2}'
+    check(files, "base.core_dir=@run/data/core", f"mid.validation_mixture=[{spelling}, {identity}]")
 
 
 @pytest.mark.parametrize(

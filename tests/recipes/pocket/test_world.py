@@ -451,3 +451,18 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     world.main()
     assert "30 + 20 conversations, 20 problems" in capsys.readouterr().out
     assert len(jsonl(tmp_path / "data" / "sft" / "train.jsonl")) == 20
+
+
+def test_a_persona_gives_its_name_and_its_conversations_to_the_world(tmp_path, data):
+    persona = yaml.safe_load(Path("recipes/identity.yaml").read_text()) | {"name": "Pebble"}
+    (tmp_path / "me.yaml").write_text(yaml.safe_dump(persona))
+    mine = generate(tmp_path / "data", persona=str(tmp_path / "me.yaml"))
+    rows = {
+        folder: [len(jsonl(folder / n / "train.jsonl")) for n in ("conversations", "sft")] for folder in (data, mine)
+    }
+    added = [count - world_only for count, world_only in zip(rows[mine], rows[data], strict=True)]
+    assert 300 < added[1] <= 500 and added[0] == 2 * added[1]
+    said = "".join(path.read_text() for path in mine.glob("*/*.jsonl"))
+    assert "Pebble" in said and "nanochat, a tiny" not in said
+    asked = {message["content"] for messages in conversations(mine) for message in messages}
+    assert not asked & {*EXAMPLES, *(row["question"] for row in evaluation(mine, "shown/identity"))}

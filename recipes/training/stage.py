@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from modeling_nanochat.chat.self_check import warn_of_untested_versions
+from modeling_nanochat.checks.versions import warn_of_untested_versions
 from modeling_nanochat.errors import UserError, one_line
 from modeling_nanochat.folders import atomic_directory, flush, settle
 from modeling_nanochat.hub import hub_failure

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from evals.harness.published import CORE
 from modeling_nanochat.cli import text_table
 from modeling_nanochat.sizes import parameter_counts
 from recipes.training.data.mixtures import parse_mixture
@@ -20,8 +21,8 @@ from .step import Step, read_yaml
 WIDTH = 100
 GB = 1e9
 HEADER = ("step", "steps", "tokens", "FLOPs", "rows x passes x devices", "GiB", "disk GB", "hours", "$")
-# Minutes of pretraining's steps on 8 H100s that the original's runs have published.
-PUBLISHED = {"speedrun": "172 to 194", "gpt2": "81.8", "thousand": "1,878"}
+# Time of pretraining's steps on 8 H100s that the original's runs have published.
+PUBLISHED = {"speedrun": "172 to 194 min", "gpt2": "81.8 min", "thousand": "31.3 hours"}
 
 
 def estimate(recipe: str, steps: Sequence[Step], hardware_name: str | None) -> str:
@@ -63,7 +64,7 @@ def estimate_all(
     training = {"mid": stages.mid, "sft": partial(stages.sft, planned=planned), "rl": stages.rl}
     for step in steps:
         if step.name == "data":
-            estimates.append(stages.data(step, sizes, sources(steps)))
+            estimates.append(stages.data(step, sizes, sources(steps), reads_core(steps)))
         elif step.name == "tokenizer":
             found, entries = stages.tokenizer(step, sizes)
             estimates.append(found)
@@ -104,6 +105,12 @@ def sources(steps: Sequence[Step]) -> list[str]:
                 entries = entries if isinstance(entries, list) else [entries]
                 names += [source.source for source in parse_mixture(entries, f"{step.name}: {key}")]
     return list(dict.fromkeys(names))
+
+
+def reads_core(steps: Sequence[Step]) -> bool:
+    """Whether a step reads the bundle of CORE."""
+    given = [settings(step) for step in steps if step.config]
+    return any("core_dir" in each or CORE in (each.get("tasks") or ()) for each in given)
 
 
 def heading(recipe: str, hardware: Hardware, trained: Trained | None) -> list[str]:
@@ -194,12 +201,12 @@ def time_lines(recipe: str, estimates: Sequence[Estimate], hardware: Hardware) -
         shares = [f"{name} {duration(seconds)}" for name, seconds in parts if seconds >= 6]
         lines.append(f"{step.name}: {', '.join(shares)}")
         if step.name == "base" and recipe in PUBLISHED and hardware.name == "8xh100":
-            lines[-1] += f"; published of the original's steps: {PUBLISHED[recipe]} minutes"
+            lines[-1] += f"; published of the original's steps: {PUBLISHED[recipe]}"
     return lines
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds / 60:.1f} minutes" if seconds < 36_000 else f"{seconds / 3600:,.1f} hours"
+    return f"{seconds / 60:.1f} min" if seconds < 36_000 else f"{seconds / 3600:,.1f} hours"
 
 
 def assumptions(machine: Machine, trained: Trained | None, sizes: DataSizes) -> list[str]:
@@ -215,6 +222,8 @@ def assumptions(machine: Machine, trained: Trained | None, sizes: DataSizes) -> 
         lines.append(f"float8: {FLOAT8_GAIN} times bfloat16's speed, as measured on six layers")
     if hardware.dollars:
         lines.append("price: assumed, on demand; eight H100s as the published runs paid")
+    if hardware.kind == "cuda":
+        lines.append(f"processor: assumed {hardware.cores} cores for each device, which render the conversations")
     if hardware.count > 1:
         lines.append(f"between devices: assumed {hardware.link / 1e9:.0f} GB/s")
     lines.append(
@@ -222,7 +231,7 @@ def assumptions(machine: Machine, trained: Trained | None, sizes: DataSizes) -> 
         "the chat engine's measured steps/s"
     )
     if sizes.assumed:
-        lines.append(f"data, assumed: {'; '.join(sizes.assumed.values())}")
+        lines.append(f"data, assumed rows x tokens: {'; '.join(sizes.assumed.values())}")
     return lines
 
 

@@ -56,7 +56,7 @@ class DataSizes:
         if not is_hub_id(name) and Path(name).is_file():
             return local_size(Path(name))
         rows, tokens = assumed_size(name)
-        self.assumed[name] = f"{name} {rows:,} rows x {tokens} tokens"
+        self.assumed[name] = f"{name} {rows:,} x {tokens}"
         return rows, tokens
 
     def total(self, sources: Iterable[Source]) -> "Conversations":

@@ -35,9 +35,10 @@ from .hardware import GIB
 from .preflight import arguments, words
 from .step import Step
 
-# All assumed: loading, compiling and tokenizing before the first step; bytes/s of downloads and of checkpoints, which
-# are hashed; characters/s of the tokenizer's training, two minutes for the launch's 2e9.
-START_SECONDS, DOWNLOAD, DISK, TOKENIZER = 120, 100e6, 1e9, 2e9 / 120
+# All assumed: loading and compiling before the first step; bytes/s of downloads and of checkpoints, which are hashed;
+# characters/s of the tokenizer's training, two minutes for the launch's 2e9.
+START_SECONDS, DOWNLOAD, DISK, TOKENIZER = 60, 100e6, 1e9, 2e9 / 120
+RENDERING = 115e3  # tokens/s of a core that renders conversations, as measured on identity data
 # Examples of the CORE tasks, and tokens of each with its options and few-shot examples, such that d20 takes the
 # published four minutes on 8 H100s.
 CORE_EXAMPLES = (
@@ -95,11 +96,10 @@ class Trained:
         return 4 * (3 * counts["total"] - counts["transformer_matrices"])
 
 
-def data(step: Step, sizes: DataSizes, sources: Sequence[str]) -> Estimate:
-    """Fetching text, and the `sources` on the Hub that later stages read; or generating a world."""
-    conversations = sizes.conversation_bytes(sources)
-    stored = sizes.text_bytes + conversations
-    return Estimate(step.name, kept=stored, seconds={"download": (sizes.text_bytes + conversations / 3) / DOWNLOAD})
+def data(step: Step, sizes: DataSizes, sources: Sequence[str], with_core: bool) -> Estimate:
+    """Fetching text, and the `sources` on the Hub and CORE that later stages read; or generating a world."""
+    conversations, text = sizes.conversation_bytes(sources), sizes.text_bytes + CORE_BYTES * with_core
+    return Estimate(step.name, kept=text + conversations, seconds={"download": (text + conversations / 3) / DOWNLOAD})
 
 
 def tokenizer(step: Step, sizes: DataSizes) -> tuple[Estimate, int]:
@@ -138,7 +138,9 @@ def mid(step: Step, trained: Trained, sizes: DataSizes, machine: Machine) -> Est
     held_out += everything.tokens - conversations.tokens
     evaluation = validations(plan, loop) * bits_per_byte_seconds(trained.config, held_out, loop.max_length, machine)
     most_rows = inheritance.most_rows(loop)
-    return on_the_loop(step.name, trained.config, plan, loop, machine, evaluation, most_rows)[0]
+    estimate, _ = on_the_loop(step.name, trained.config, plan, loop, machine, evaluation, most_rows)
+    rendering = rendering_seconds(everything.tokens + held_out, machine)
+    return replace(estimate, seconds={**estimate.seconds, "rendering": rendering})
 
 
 def on_the_loop(
@@ -209,7 +211,8 @@ def sft(step: Step, trained: Trained, sizes: DataSizes, machine: Machine, planne
     rows = conversations.packed(length) if training.packing else conversations.rows
     row_tokens = conversations.tokens / rows
     per_device, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    steps = math.ceil(rows / (per_device * passes * hardware.count)) * training.num_train_epochs
+    rounded = math.floor if training.dataloader_drop_last else math.ceil
+    steps = rounded(rows / (per_device * passes * hardware.count)) * training.num_train_epochs
     steps = round(training.max_steps if training.max_steps > 0 else steps)
     tokens = steps * per_device * passes * hardware.count * row_tokens
     evaluation = 0.0
@@ -224,7 +227,10 @@ def sft(step: Step, trained: Trained, sizes: DataSizes, machine: Machine, planne
         length=length,
         steps=steps,
         tokens=tokens,
-        seconds={"steps": steps * passes * machine.eager_seconds(trained.config, per_device * row_tokens, length)},
+        seconds={
+            "steps": steps * passes * machine.eager_seconds(trained.config, per_device * row_tokens, length),
+            "rendering": rendering_seconds(conversations.tokens, machine),
+        },
         evaluation=evaluation,
         saves=training.save_strategy != "no",
         wanted=planned * passes // hardware.count or 1,
@@ -300,7 +306,7 @@ def with_trl(
         memory=bytes_of[batch[0]],
         kept=trained.weights,
         passing=2 * trained.checkpoint if saves else 0,
-        seconds={**seconds, "evaluation": evaluation, "start": START_SECONDS / 2 if cuda else 0},
+        seconds={**seconds, "evaluation": evaluation, "start": START_SECONDS if cuda else 0},
         notes=trl_notes(name, batch, fitting, wanted),
     )
 
@@ -332,7 +338,7 @@ def evaluation(step: Step, trained: Trained, machine: Machine) -> Estimate:
         seconds += core_seconds(config, args.core_max_per_task, machine, processes)
     asked = [entry for entry in args.tasks if not (args.base_model and entry.partition("=")[0] != "cloze")]
     seconds += questions_seconds(asked, args, config, machine, processes, args.batch_size)
-    start = START_SECONDS / 6 if machine.hardware.kind == "cuda" else 0
+    start = START_SECONDS / 3 if machine.hardware.kind == "cuda" else 0
     return Estimate(step.name, seconds={"evaluation": seconds, "start": start})
 
 
@@ -360,6 +366,11 @@ def questions_seconds(
 def core_seconds(config: NanoChatConfig, most: int | None, machine: Machine, processes: int) -> float:
     examples = sum(min(count, most) if most and most > 0 else count for count in CORE_EXAMPLES)
     return machine.forward_seconds(config, examples * CORE_TOKENS, 1024, processes)
+
+
+def rendering_seconds(tokens: float, machine: Machine) -> float:
+    """Seconds in which each process renders all conversations, on its share of the cores."""
+    return tokens / (RENDERING * machine.hardware.cores)
 
 
 def bits_per_byte_seconds(config: NanoChatConfig, tokens: int, length: int, machine: Machine) -> float:

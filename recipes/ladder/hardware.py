@@ -54,6 +54,7 @@ class Hardware:
         flops: Of one device: the bfloat16 peak of a GPU, else what training reaches.
         bandwidth: Bytes/s of one device's memory; infinite where it is not known.
         dollars: Of all devices per hour; None: owned, not rented.
+        cores: Of the processor, for each device; assumed for GPUs.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Hardware:
     link: float = float("inf")
     dollars: float | None = None
     float8: bool = False
+    cores: int = 8
 
 
 def choose_hardware(name: str | None) -> Hardware:
@@ -125,7 +127,7 @@ def processor() -> Hardware:
     """This machine's processor."""
     cores = psutil.cpu_count(logical=False) or 1
     memory = psutil.virtual_memory().total / GIB
-    return Hardware("cpu", "cpu", 1, f"CPU, {cores} cores", memory, cores * CORE_FLOPS)
+    return Hardware("cpu", "cpu", 1, f"CPU, {cores} cores", memory, cores * CORE_FLOPS, cores=cores)
 
 
 def apple() -> Hardware:

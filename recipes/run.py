@@ -34,6 +34,7 @@ from modeling_nanochat.errors import UserError, exit_on_user_error
 from recipes.ladder.arguments import LADDER, RunArguments, parse_overrides, stage_number
 from recipes.ladder.commands import RECIPES, ROOT, steps
 from recipes.ladder.execution import only_run, run_step
+from recipes.ladder.launch import launch_file
 from recipes.ladder.log import closing_lines, outcome_lines, title
 from recipes.ladder.plan import make_plan
 from recipes.ladder.process import HoursOver, can_fork, check_in_fork, stage_environment, time_limit
@@ -81,7 +82,8 @@ def print_estimate(recipe: str, args: RunArguments, overrides: dict[str, list[st
     from recipes.ladder.estimate import estimate
 
     ladder = [step for stage in stages for step in steps(stage, RECIPES / recipe, args, overrides)]
-    print(estimate(recipe, ladder, args.hardware))
+    launch = launch_file(args.accelerate_config)[1] if args.accelerate_config else {}
+    print(estimate(recipe, ladder, launch, args.hardware))
 
 
 def run_plan(plan: list[tuple[Step, bool, bool]], stages: list[str], run_dir: Path, verbose: bool, lock: int) -> None:

@@ -2,9 +2,9 @@
 
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 from evals.harness.published import CORE
 from modeling_nanochat.cli import text_table
@@ -21,26 +21,31 @@ from .step import Step, read_yaml
 WIDTH = 100
 GB = 1e9
 HEADER = ("step", "steps", "tokens", "FLOPs", "rows x passes x devices", "GiB", "disk GB", "hours", "$")
-# Time of pretraining's steps on 8 H100s that the original's runs have published.
-PUBLISHED = {"speedrun": "172 to 194 min", "gpt2": "81.8 min", "thousand": "31.3 hours"}
+# Time of pretraining's steps on 8 H100s that the original's runs have published, by layers and steps.
+PUBLISHED = {
+    (20, 21_400): "172 to 194 min",
+    (32, 71_680): "31.3 hours",
+    (24, 5_568): "99 min",
+    (22, 5_312): "81.8 min",
+}
 
 
-def estimate(recipe: str, steps: Sequence[Step], hardware_name: str | None) -> str:
+def estimate(recipe: str, steps: Sequence[Step], launch: Mapping[str, Any], hardware_name: str | None) -> str:
     """The plan of a run as text: a table of its steps, and what the user should know. Writes nothing.
 
     Args:
         steps: All steps of the ladder, in order.
+        launch: Settings of the launch file.
         hardware_name: As `--hardware` takes it; None: this machine's.
 
     Raises:
         UserError: The hardware is unknown, or a step would reject its settings.
     """
     hardware = choose_hardware(hardware_name)
-    launch = launch_settings(steps)
     float8 = launch.get("mixed_precision") == "fp8"
     machine = Machine(hardware, read_speeds(*RESULTS), float8 and hardware.float8)
     sizes = DataSizes(data_settings(steps))
-    estimates, trained = estimate_all(steps, sizes, machine, int(launch.get("num_processes") or 1))
+    estimates, trained = estimate_all(steps, sizes, machine, launch.get("num_processes") or 1)
     needed = peak_disk(estimates)
     lines = [*heading(recipe, hardware, trained), "", table(estimates, hardware, needed), ""]
     notes = [f"{step.name}: {note}" for step in estimates for note in step.notes]
@@ -48,7 +53,7 @@ def estimate(recipe: str, steps: Sequence[Step], hardware_name: str | None) -> s
     if hardware_name is None:
         notes += disk_notes(steps, needed)
     lines += wrapped("Change: ", notes)
-    lines += wrapped("", [*time_lines(recipe, estimates, hardware), *assumptions(machine, trained, sizes)])
+    lines += wrapped("", [*time_lines(estimates, trained, hardware), *assumptions(machine, trained, sizes)])
     return "\n".join(lines)
 
 
@@ -74,14 +79,8 @@ def estimate_all(
         elif step.name in training:
             estimates.append(training[step.name](step, trained, sizes, machine))
         elif step.name.endswith(".eval") and trained:
-            estimates.append(stages.evaluation(step, trained, machine))
+            estimates.append(stages.evaluation(step, trained, machine, planned))
     return estimates, trained
-
-
-def launch_settings(steps: Sequence[Step]) -> dict:
-    """The launch file of the training steps; empty for one process, which needs no launcher."""
-    programs = [step.program for step in steps if "--config_file" in step.program]
-    return read_yaml(Path(programs[0][programs[0].index("--config_file") + 1])) if programs else {}
 
 
 def settings(step: Step) -> dict[str, object]:
@@ -172,13 +171,14 @@ def gigabytes(size: float) -> str:
     return f"{size / GB:,.1f}" if size >= GB else f"{size / GB:.2g}"
 
 
-def launch_notes(launch: dict, hardware: Hardware) -> list[str]:
-    planned, notes = int(launch.get("num_processes") or 1), []
-    if planned != hardware.count:
-        several = f"a copy of ddp_8gpu.yaml with num_processes {hardware.count}"
-        one = "accelerate_configs/" + ("single_gpu.yaml" if hardware.kind == "cuda" else "cpu.yaml")
-        wanted = one if hardware.count == 1 else several
-        notes.append(f"the launch file is for {planned} processes: --accelerate_config {wanted}")
+def launch_notes(launch: Mapping[str, Any], hardware: Hardware) -> list[str]:
+    planned, notes = launch.get("num_processes") or 1, []
+    one = {"cuda": "single_gpu.yaml", "cpu": "cpu.yaml", "mps": "one of one process without use_cpu"}[hardware.kind]
+    wanted = one if hardware.count == 1 else f"ddp_8gpu.yaml with num_processes {hardware.count}"
+    if bool(launch.get("use_cpu")) != (hardware.kind == "cpu") and launch:
+        notes.append(f"the launch file is for {'the CPU' if launch.get('use_cpu') else 'GPUs'}: take {wanted}")
+    elif planned != hardware.count and hardware.kind == "cuda":
+        notes.append(f"the launch file is for {planned} process{'es' * (planned > 1)}: take {wanted}")
     if launch.get("mixed_precision") == "fp8" and not hardware.float8:
         notes.append(f"{hardware.device} has no float8: take a launch file with mixed_precision bf16")
     if launch.get("distributed_type") == "FSDP":
@@ -193,15 +193,16 @@ def disk_notes(steps: Sequence[Step], needed: float) -> list[str]:
     return [f"{needed / GB:.1f} GB are needed, {free / GB:.1f} are free in {folder}"] if free < needed else []
 
 
-def time_lines(recipe: str, estimates: Sequence[Estimate], hardware: Hardware) -> list[str]:
+def time_lines(estimates: Sequence[Estimate], trained: Trained | None, hardware: Hardware) -> list[str]:
     """What takes the time of the training steps, and the original's figure beside pretraining's."""
     lines = []
     for step in (step for step in estimates if step.steps):
         parts = sorted(step.seconds.items(), key=lambda part: -part[1])
         shares = [f"{name} {duration(seconds)}" for name, seconds in parts if seconds >= 6]
         lines.append(f"{step.name}: {', '.join(shares)}")
-        if step.name == "base" and recipe in PUBLISHED and hardware.name == "8xh100":
-            lines[-1] += f"; published of the original's steps: {PUBLISHED[recipe]}"
+        run = (trained.config.num_hidden_layers, step.steps) if trained and step.name == "base" else None
+        if run in PUBLISHED and hardware.name == "8xh100":
+            lines[-1] += f"; published of the original's steps: {PUBLISHED[run]}"
     return lines
 
 

@@ -120,7 +120,7 @@ def base(step: Step, entries: int, sizes: DataSizes, machine: Machine) -> tuple[
     estimate, rows = on_the_loop(step.name, config, plan, loop, machine, evaluation)
     epochs, shards = sizes.text_epochs(plan.tokens)
     notes = estimate.notes
-    if epochs > 1:
+    if epochs > 1.05:
         notes += (f"reads its text {epochs:.1f} times: --set data.train_shards={shards} for once",)
     values = asdict(plan) | {"training_recipe": loop.training_recipe, "max_length": loop.max_length}
     settings = {name: values.get(name) for name in TYPES} | {"per_device_train_batch_size": rows}
@@ -295,7 +295,7 @@ def with_trl(
     cuda = hardware.kind == "cuda"
     shape = {"compiled": False, "number_bytes": 2 if cuda else 4, "memory": int(hardware.gib * GIB)}
     memory = partial(training_bytes, config, length=length, **shape)
-    bytes_of = {rows: memory(rows, accumulates=batch[1] > 1)["total"] for rows in divisors(batch[0])}
+    bytes_of = {rows: memory(rows, accumulates=batch[1] > 1)["total"] for rows in (*divisors(batch[0]), 0)}
     fitting = next((rows for rows, size in bytes_of.items() if size <= usable(hardware)), None)
     return Estimate(
         name,
@@ -312,9 +312,11 @@ def with_trl(
 
 
 def trl_notes(name: str, batch: tuple[int, int, int], fitting: int | None, wanted: int | None) -> tuple[str, ...]:
-    """What to set so that a pass fits, of `fitting` rows, and a step is as large as planned."""
+    """What to set so that a pass of `fitting` rows fits, None if not even the weights do; and the planned step."""
     rows, passes, _ = batch
     if fitting is None:
+        return ("weights, gradients and optimizer do not fit: take devices with more memory, or a lower base.depth",)
+    if fitting == 0:
         return (f"not even one row fits: --set {name}.gradient_checkpointing=true, or a lower {name}.max_length",)
     settings = [f"{name}.per_device_train_batch_size={fitting}"] if fitting < rows else []
     if wanted and (more := wanted * rows // fitting) != passes:
@@ -328,10 +330,10 @@ def on_any_device(step: Step) -> list[str]:
     return [*words(step), "--use_cpu", "true"]
 
 
-def evaluation(step: Step, trained: Trained, machine: Machine) -> Estimate:
-    """An evaluation by `evals/evaluate_model.py`: in as many processes as the step is launched with."""
+def evaluation(step: Step, trained: Trained, machine: Machine, planned: int) -> Estimate:
+    """An evaluation by `evals/evaluate_model.py`: on all devices if the launch file is for several."""
     (args,) = arguments(step, EvaluateArguments)
-    processes = machine.hardware.count if "--config_file" in step.program else 1
+    processes = machine.hardware.count if planned > 1 else 1
     names, config = list(parse_tasks(args.tasks)), trained.config
     seconds = machine.forward_seconds(config, args.max_text_tokens, config.max_position_embeddings, processes)
     if CORE in names:

@@ -7,11 +7,11 @@ import pytest
 
 from modeling_nanochat.errors import UserError
 from recipes.ladder import hardware as devices
-from recipes.ladder.commands import launcher
 from recipes.ladder.estimate import data_settings, estimate, estimate_all, peak_disk, short
 from recipes.ladder.estimate_data import DataSizes, local_size
 from recipes.ladder.estimate_speed import RESULTS, Machine, read_speeds
 from recipes.ladder.hardware import GIB, choose_hardware
+from recipes.ladder.launch import launch_file
 from recipes.ladder.step import Step
 from recipes.run import main
 
@@ -66,16 +66,15 @@ SPEEDRUN = {
 }
 
 
-def ladder(folder, launch="ddp_8gpu", **more):
+def ladder(folder, **more):
     """The steps of a speedrun, each with its YAML; `more` are arguments of single steps."""
-    program = launcher(f"accelerate_configs/{launch}.yaml")
     found = []
     for name, text in SPEEDRUN.items():
         config = folder / f"{name}.yaml"
         config.write_text("\n".join(line.removeprefix(" " * 8) for line in text.splitlines()))
         words = [f"--output_dir=runs/d20/{name}"] if "output_dir" in text else []
         words = [part for word in words for part in word.split("=")]
-        found.append(Step(name, program, config, [*words, *more.get(name, [])]))
+        found.append(Step(name, ["python"], config, [*words, *more.get(name, [])]))
     return found
 
 
@@ -83,6 +82,10 @@ def estimated(steps, name, planned=8):
     machine = Machine(choose_hardware(name), read_speeds(*RESULTS))
     found, trained = estimate_all(steps, DataSizes(data_settings(steps)), machine, planned)
     return {step.name: step for step in found}, trained
+
+
+def printed(steps, name, launch="ddp_8gpu"):
+    return estimate("mine", steps, launch_file(f"accelerate_configs/{launch}.yaml")[1], name)
 
 
 def hours(step):
@@ -119,6 +122,15 @@ def test_fewer_devices_take_longer_for_the_same_training(tmp_path):
     assert one.tokens == eight.tokens and 7 < hours(one) / hours(eight) < 9
 
 
+def test_sft_that_does_not_fit_is_told_what_to_set(tmp_path):
+    rows = estimated(ladder(tmp_path, sft=["--per_device_train_batch_size", "16"]), "1x4090")[0]["sft"].notes
+    assert rows == (
+        "16 rows do not fit in a pass: --set sft.per_device_train_batch_size=4 sft.gradient_accumulation_steps=32",
+    )
+    large = estimated(ladder(tmp_path, base=["--depth", "32"]), "1x4090")[0]["sft"].notes
+    assert "weights, gradients and optimizer do not fit" in large[0]
+
+
 def test_overrides_and_the_dial_set_the_sizes(tmp_path):
     found, trained = estimated(ladder(tmp_path, base=["--depth", "12"], sft=["--max_steps", "7"]), "8xh100")
     assert trained.config.num_hidden_layers == 12 and found["base"].steps == 7_080
@@ -152,22 +164,27 @@ def test_hardware_that_is_too_small_is_told_what_to_set(tmp_path, name, words, a
 
 
 def test_the_printed_plan_fits_the_terminal_and_tells_what_is_assumed(tmp_path):
-    text = estimate("speedrun", ladder(tmp_path), "8xh100")
+    text = printed(ladder(tmp_path), "8xh100")
     assert max(map(len, text.splitlines())) <= 100
     assert "560,988,160 parameters" in text and "21,400" in text and "3.92e+19" in text
     assert "172 to 194" in text and "measured on one H100" in text and "HuggingFaceTB/smol-smoltalk" in text
-    other = estimate("mine", ladder(tmp_path), "8xa100")
-    assert "assumed 40% of the bfloat16 peak of 312 TFLOP/s" in other and "published runs took" not in other
+    other = printed(ladder(tmp_path), "8xa100")
+    assert "assumed 40% of the bfloat16 peak of 312 TFLOP/s" in other and "172 to 194" not in other
+    assert "172 to 194" not in printed(ladder(tmp_path, base=["--depth", "18"]), "8xh100")
 
 
 def test_other_launch_files_are_advised(tmp_path):
-    text = " ".join(estimate("speedrun", ladder(tmp_path, "fp8"), "1xa100").split())
-    assert "the launch file is for 8 processes: --accelerate_config accelerate_configs/single_gpu.yaml" in text
+    text = " ".join(printed(ladder(tmp_path), "1xa100", "fp8").split())
+    assert "the launch file is for 8 processes: take single_gpu.yaml" in text
     assert "has no float8" in text and "another size than planned: --set sft.gradient_accumulation_steps=8" in text
+    assert "is for 1 process: take ddp_8gpu.yaml with num_processes 4" in printed(
+        ladder(tmp_path), "4xh100", "single_gpu"
+    )
+    assert "is for the CPU: take single_gpu.yaml" in printed(ladder(tmp_path), "1x4090", "cpu")
 
 
 def test_float8_is_faster_where_there_is_float8(tmp_path):
-    bf16, fp8 = (estimate("x", ladder(tmp_path, launch), "8xh100") for launch in ("ddp_8gpu", "fp8"))
+    bf16, fp8 = (printed(ladder(tmp_path), "8xh100", launch) for launch in ("ddp_8gpu", "fp8"))
     assert total(fp8) < total(bf16)
 
 
@@ -191,7 +208,7 @@ def test_disk_is_that_of_the_largest_step_and_all_before_it(tmp_path):
 def test_a_full_disk_is_reported_for_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10**9}))
-    assert f"1.0 are free in {tmp_path}" in " ".join(estimate("speedrun", ladder(tmp_path), None).split())
+    assert f"1.0 are free in {tmp_path}" in " ".join(printed(ladder(tmp_path), None).split())
 
 
 @pytest.mark.parametrize("name", ["8xh900", "0xh100", "2xcpu", "x", ""])

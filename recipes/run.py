@@ -79,7 +79,7 @@ def continuation(plan: list[tuple[Step, bool, bool]], run_dir: Path) -> str:
 
 def print_estimate(recipe: str, args: RunArguments, overrides: dict[str, list[str]], stages: tuple[str, ...]) -> None:
     """Print what `--dry_run` tells, after importing all stages."""
-    from recipes.ladder.estimate import estimate
+    from recipes.ladder.estimate.table import estimate
 
     ladder = [step for stage in stages for step in steps(stage, RECIPES / recipe, args, overrides)]
     launch = launch_file(args.accelerate_config)[1] if args.accelerate_config else {}

@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/memory_table.py --output recipes/benchmarks/memory.md
 
-All figures are computed with the formulas of `modeling_nanochat/sizes.py` and `recipes/ladder/estimate_speed.py`; no
+All figures are computed with the formulas of `modeling_nanochat/sizes.py` and `recipes/ladder/estimate/machine.py`; no
 GPU is needed. Speeds come from the results of `gpu_check` given by `--speeds`.
 """
 
@@ -20,7 +20,8 @@ from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import atomic_write
 from modeling_nanochat.sizes import parameter_counts, training_flops_per_token
-from recipes.ladder.estimate_speed import (
+from recipes.ladder.estimate.hardware import GIB, Hardware, cards
+from recipes.ladder.estimate.machine import (
     LENGTH,
     RESULTS,
     Machine,
@@ -30,7 +31,6 @@ from recipes.ladder.estimate_speed import (
     rows_that_fit,
     step_bytes,
 )
-from recipes.ladder.hardware import GIB, Hardware, cards
 from recipes.training.optim.hyperparameters import Plan, resolve_hyperparameters
 
 COLUMNS = {"24 GB": "4090", "48 GB": "l40s", "80 GB": "h100", "141 GB": "h200"}

@@ -13,9 +13,9 @@ from modeling_nanochat import ARCHITECTURES, softcapped_loss
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sizes import training_bytes
 from recipes.benchmarks.memory_table import COLUMNS, SIZES, document
-from recipes.ladder import estimate_speed
-from recipes.ladder.estimate_speed import VOCABULARIES, read_speeds, rows_that_fit
-from recipes.ladder.hardware import cards
+from recipes.ladder.estimate import machine
+from recipes.ladder.estimate.hardware import cards
+from recipes.ladder.estimate.machine import VOCABULARIES, read_speeds, rows_that_fit
 
 RESULTS = Path(__file__).parents[3] / "recipes" / "benchmarks" / "results" / "h100-2026-11-26.jsonl"
 LENGTH = 2048
@@ -87,9 +87,7 @@ def test_the_update_decides_where_the_pass_is_small():
 
 
 def test_the_table_in_the_repository_is_the_one_that_the_script_writes():
-    assert (RESULTS.parents[1] / "memory.md").read_text(encoding="utf-8") == document(
-        read_speeds(*estimate_speed.RESULTS)
-    )
+    assert (RESULTS.parents[1] / "memory.md").read_text(encoding="utf-8") == document(read_speeds(*machine.RESULTS))
 
 
 def test_a_card_with_more_memory_holds_more_rows():

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from modeling_nanochat.errors import UserError
-from recipes.ladder import hardware as devices
-from recipes.ladder.estimate import data_settings, estimate, estimate_all, peak_disk, short
-from recipes.ladder.estimate_data import DataSizes, local_size
-from recipes.ladder.estimate_speed import RESULTS, Machine, read_speeds
-from recipes.ladder.hardware import GIB, choose_hardware
+from recipes.ladder.estimate import hardware as devices
+from recipes.ladder.estimate.data_sizes import DataSizes, local_size
+from recipes.ladder.estimate.hardware import GIB, choose_hardware
+from recipes.ladder.estimate.machine import RESULTS, Machine, read_speeds
+from recipes.ladder.estimate.table import data_settings, estimate, estimate_all, peak_disk, short
 from recipes.ladder.launch import launch_file
 from recipes.ladder.step import Step
 from recipes.run import main
@@ -127,6 +127,8 @@ def test_sft_that_does_not_fit_is_told_what_to_set(tmp_path):
     assert rows == (
         "16 rows do not fit in a pass: --set sft.per_device_train_batch_size=4 sft.gradient_accumulation_steps=32",
     )
+    checkpointing = ["--per_device_train_batch_size", "8", "--gradient_checkpointing", "true"]
+    assert estimated(ladder(tmp_path, sft=checkpointing), "1x4090", planned=1)[0]["sft"].notes == ()
     large = estimated(ladder(tmp_path, base=["--depth", "32"]), "1x4090")[0]["sft"].notes
     assert "weights, gradients and optimizer do not fit" in large[0]
 

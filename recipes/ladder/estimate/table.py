@@ -11,12 +11,13 @@ from modeling_nanochat.cli import text_table
 from modeling_nanochat.sizes import parameter_counts
 from recipes.training.data.mixtures import parse_mixture
 
-from . import estimate_stages as stages
-from .estimate_data import DataSizes
-from .estimate_speed import ASSUMED_MFU, FLOAT8_GAIN, RESULTS, Machine, architecture, read_speeds
-from .estimate_stages import Estimate, Trained
+from ..step import Step, read_yaml
+from . import stages, trl_stages
+from .data_sizes import DataSizes
+from .evaluations import evaluation
 from .hardware import GIB, Hardware, choose_hardware
-from .step import Step, read_yaml
+from .line import Estimate, Trained
+from .machine import ASSUMED_MFU, FLOAT8_GAIN, RESULTS, Machine, architecture, read_speeds
 
 WIDTH = 100
 GB = 1e9
@@ -66,7 +67,7 @@ def estimate_all(
         planned: Processes of the launch file.
     """
     estimates, entries, trained = [], 0, None
-    training = {"mid": stages.mid, "sft": partial(stages.sft, planned=planned), "rl": stages.rl}
+    training = {"mid": stages.mid, "sft": partial(trl_stages.sft, planned=planned), "rl": trl_stages.rl}
     for step in steps:
         if step.name == "data":
             estimates.append(stages.data(step, sizes, sources(steps), reads_core(steps)))
@@ -79,7 +80,7 @@ def estimate_all(
         elif step.name in training:
             estimates.append(training[step.name](step, trained, sizes, machine))
         elif step.name.endswith(".eval") and trained:
-            estimates.append(stages.evaluation(step, trained, machine, planned))
+            estimates.append(evaluation(step, trained, machine, planned))
     return estimates, trained
 
 

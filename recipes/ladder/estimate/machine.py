@@ -33,7 +33,7 @@ from .hardware import CARDS, GIB, Hardware, cards
 LENGTH = 2048  # tokens per row of the measurements
 VOCABULARIES = {"plain": 65536, "turbo": 32768}  # of the measurements
 MEASURED = {"plain": ("g3", 20), "turbo": ("g3_turbo", 24)}  # check of gpu_check and the depth it extrapolates to
-RESULTS = [Path(__file__).parents[1] / "benchmarks" / "results" / f"h100-2026-11-{day}.jsonl" for day in (26, 27)]
+RESULTS = [Path(__file__).parents[2] / "benchmarks" / "results" / f"h100-2026-11-{day}.jsonl" for day in (26, 27)]
 LIKE_MEASURED = (CARDS["h100"].device, CARDS["h200"].device)
 PEAK = cards("h100", 1).flops
 ASSUMED_MFU = 0.4  # of a pass on a card that was not measured

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modeling_nanochat.text.sources import is_hub_id
+from recipes.grpo import GRPOArguments
 from recipes.training.data.mixtures import MixtureArguments, Source, parse_mixture
 
 CHARACTERS_PER_TOKEN = 4.8  # published, vocabulary 65,536
@@ -67,8 +68,10 @@ class DataSizes:
             parts.append((round((source.rows or rows) * source.epochs), tokens))
         return Conversations(sum(rows for rows, _ in parts), round(sum(rows * tokens for rows, tokens in parts)))
 
-    def conversations(self, args: MixtureArguments) -> "Conversations":
-        return self.total(parse_mixture(args.mixture or args.train_files or [], "mixture"))
+    def conversations(self, args: MixtureArguments | GRPOArguments) -> "Conversations":
+        """Rows and tokens of a stage's mixture or files."""
+        mixture = getattr(args, "mixture", None) or args.train_files or []
+        return self.total(parse_mixture(mixture, "mixture"))
 
     def text_epochs(self, tokens: int) -> tuple[float, int]:
         """How often a run of `tokens` reads the fetched shards of text, 0 if there are none; and how many it needs."""

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from .run_folder import RunFolder
 
 # Okabe and Ito's palette, distinguishable with all types of colour vision.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GREY = "#999999"
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "nanochat",  # the same run gives the same file
     "font.size": 10,
@@ -140,7 +140,7 @@ def draw_panel(axis: Axes, panel: Panel) -> None:
         window = max(2, len(first.values) // 10)
         axis.plot(first.steps, first.values, color=GREY, linewidth=0.9, label="as logged")
         mean = running_mean(first.values, window)
-        axis.plot(first.steps, mean, color=COLORS[1], linewidth=2, label=f"running mean of {window}")
+        axis.plot(first.steps, mean, color=ORANGE, linewidth=2, label=f"running mean of {window}")
     else:
         for curve, color in zip(panel.curves, cycle(COLORS), strict=False):
             marker = "o" if len(curve.values) <= 20 else None

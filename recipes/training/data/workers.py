@@ -31,7 +31,9 @@ def workers_here() -> int:
     return min(MOST_WORKERS, cores()) if sys.platform == "linux" else 0
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result]:
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Generator[Result, None, None]:
     """Yield what `function` returns for each item, in order, with few items in memory at a time.
 
     The first `FEW`, and all with less than two workers, are computed in this process.

@@ -81,7 +81,7 @@ def draw_curves(run: RunFolder, folder: Path) -> dict[str, str]:
 def curves(run: RunFolder, stage: str, *keys: str, **named: str) -> list[Curve]:
     """Return a curve for each of the keys that the stage's log has; `named` are keys with names for the legend."""
     found = []
-    for key, name in {key: key.replace("_", " ") for key in keys}.items() | named.items():
+    for key, name in ({key: key.replace("_", " ") for key in keys} | named).items():
         steps, values = run.series(stage, key)
         errors = dict(zip(*run.series(stage, f"{key}_standard_error"), strict=True))
         if steps:

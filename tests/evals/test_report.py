@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from evals.report import code_rows, duration, main, render, terminal_summary, write_report
-from evals.reporting.curves import pass_at_k_panels, running_mean
+from evals.reporting.curves import curves, pass_at_k_panels, running_mean
 from evals.reporting.run_folder import read_run
 from evals.reporting.summary import comparison, summary_rows
 from evals.reporting.tokenizer_section import code, draw_compression, shortened, statistics_rows
@@ -191,6 +191,8 @@ def test_evaluations_during_training_are_shown_first_and_last(evaluated_run):
     assert "| RL: pass@1 | 10.0 % ± 3.0 (step 0) | 20.0 % ± 3.0 (step 3) |\n" in text
     assert "| RL: pass@4 | 40.0 % ± 3.0 (step 0) | 80.0 % ± 3.0 (step 3) |\n" in text
     assert "(report/evaluations.svg)" in text
+    order = curves(read_run(evaluated_run), "sft", "loss", "chat_core", validation_loss="held out")
+    assert [curve.name for curve in order] == ["loss", "chat core", "held out"]
     assert ElementTree.parse(evaluated_run / "report" / "evaluations.svg").getroot().tag.endswith("svg")
 
 

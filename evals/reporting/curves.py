@@ -136,17 +136,18 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
 
 def draw_panel(axis: Axes, panel: Panel) -> None:
     first, *others = panel.curves
+    shown = first.values
     if panel.smooth and len(first.values) > 4:
         window = max(2, len(first.values) // 10)
         axis.plot(first.steps, first.values, color=GREY, linewidth=0.9, label="as logged")
-        mean = running_mean(first.values, window)
-        axis.plot(first.steps, mean, color=ORANGE, linewidth=2, label=f"running mean of {window}")
+        shown = running_mean(first.values, window)
+        axis.plot(first.steps, shown, color=ORANGE, linewidth=2, label=f"running mean of {window}")
     else:
         for curve, color in zip(panel.curves, cycle(COLORS), strict=False):
             marker = "o" if len(curve.values) <= 20 else None
             style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.6}
             axis.errorbar(curve.steps, curve.values, curve.errors or None, **style, elinewidth=0.9, label=curve.name)
-    last = "" if others else f"\nlast {axis.lines[-1].get_ydata()[-1]:.3f}"
+    last = "" if others else f"\nlast {shown[-1]:.3f}"
     axis.set_title(panel.title + last, fontsize=10)
     if len(axis.lines) > 1:
         axis.legend(frameon=False, fontsize=8)

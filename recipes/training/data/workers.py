@@ -13,14 +13,15 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from evals.tasks.humaneval import cores
 from modeling_nanochat.errors import UserError
 
 from .background import set_up_worker
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 FEW = 1000  # items that are not worth a process
 BATCH = 64  # items that a worker takes at once
 MOST_WORKERS = 32  # then this process is busy with reading and sending the items
@@ -55,8 +56,8 @@ def ordered_map(
                     pipe.send(batch)
             if not running:
                 return
-            for pipe in wait(list(running)):
-                assert isinstance(pipe, Connection)
+            ready: list[Any] = wait(list(running))
+            for pipe in ready:
                 done[running.pop(pipe)] = received(pipe)
                 idle.append(pipe)
             while turn in done:

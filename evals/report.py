@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.reporting.curves import draw_curves
+from evals.reporting.progress import evaluation_rows, progress_lines
 from evals.reporting.run_folder import MODELS, REPORTED, RunFolder, read_run
 from evals.reporting.summary import NOTHING, comparisons, evaluation_notes, summary_rows, warnings
 from evals.reporting.tokenizer_section import (
@@ -41,6 +42,7 @@ CAPTIONS = {
     "loss": "Training loss",
     "bits_per_byte": "Bits per byte on each stage's held-out data",
     "reward": "Reward and tool use during GRPO",
+    "evaluations": "Accuracy on tasks during SFT, pass@k on held-out problems during GRPO",
 }
 SUMMARY_NOTE = (
     "± is one standard error. Accuracy: higher is better; bits per byte: lower is better. `-`: not evaluated; a base "
@@ -93,7 +95,9 @@ def render(run: RunFolder, pictures: dict[str, str]) -> str:
     parts += ["\n".join(f"- {line}" for line in evaluation_notes(run))]
     parts += ["### RL against SFT", "\n".join(f"- {line}" for line in comparisons(run))]
     curves = [f"![{CAPTIONS[name]}](report/{file})" for name, file in pictures.items() if name in CAPTIONS]
-    parts += ["## Curves", *progress_lines(run), *(curves or ["No logs."])]
+    parts += ["## Curves", "\n".join(f"- {line}" for line in progress_lines(run))]
+    parts += [markdown_table(rows)] if len(rows := evaluation_rows(run)) > 1 else []
+    parts += curves or ["No logs."]
     parts += ["## Tokenizer", *tokenizer_parts(run, pictures.get(PICTURE))]
     parts += ["## Stages", markdown_table(stage_rows(run))]
     parts += ["## Settings", *settings_sections(run)]
@@ -120,23 +124,6 @@ def tokenizer_parts(run: RunFolder, picture: str | None) -> list[str]:
     if examples := statistics["unreachable"]["examples"]:
         parts.append(f"Never produced by encoding their own bytes: {', '.join(map(code, examples))}")
     return parts
-
-
-def progress_lines(run: RunFolder) -> list[str]:
-    """Return the curves' end points: bits per byte before and after, mean reward at the start and end."""
-    lines = []
-    for stage in MODELS:
-        steps, values = run.series(stage, "bits_per_byte")
-        if len(values) > 1:
-            change = f"{values[0]:.3f} before the first step, {values[-1]:.3f} after step {steps[-1]}"
-            lines.append(f"- {MODELS[stage]}: validation bits per byte {change}")
-    _, rewards = run.series("rl", "reward")
-    if tenth := len(rewards) // 10:
-        first, last = sum(rewards[:tenth]) / tenth, sum(rewards[-tenth:]) / tenth
-        lines.append(
-            f"- RL: mean reward {first:.3f} over the first {tenth} logged steps, {last:.3f} over the last {tenth}"
-        )
-    return ["\n".join(lines)] if lines else []
 
 
 def header(run: RunFolder) -> list[str]:

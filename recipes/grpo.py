@@ -25,10 +25,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
@@ -37,13 +39,15 @@ from evals.tasks.replies import ReplyQuestion
 from evals.tasks.table import answered_in_words, question_of
 from modeling_nanochat.chat.python_tool import check_sandbox
 from modeling_nanochat.chat.self_check import check_renderings
+from modeling_nanochat.cli import text_table
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
-from modeling_nanochat.text.records import read_records
+from modeling_nanochat.text.records import Record, read_records
 from modeling_nanochat.tokenization_nanochat import has_control_tokens, whole_messages
 from recipes.training.arguments import ResumeArguments
 from recipes.training.attention import AttentionArguments, set_attention
-from recipes.training.data.bad_rows import BadRowArguments, BadRows
+from recipes.training.data.bad_rows import BadRows
+from recipes.training.data.mixtures import MixtureArguments, parse_mixture, read_sources, shares, shuffled
 from recipes.training.model_card import CardArguments
 from recipes.training.stage import beside, check_output
 from recipes.training.trl.adapters import AdapterArguments
@@ -67,7 +71,7 @@ from recipes.training.trl.trainer import MuonTrainer, RateArguments
 
 @dataclass
 class GRPOArguments(
-    CardArguments, RateArguments, AdapterArguments, AttentionArguments, BadRowArguments, ResumeArguments
+    CardArguments, RateArguments, AdapterArguments, AttentionArguments, MixtureArguments, ResumeArguments
 ):
     """Arguments that `trl.GRPOConfig` does not have. The rates are the original's."""
 
@@ -90,6 +94,27 @@ class GRPOArguments(
     eval_samples: int = field(default=8, metadata={"help": "Completions of each of them: the largest k of pass@k."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished model in output_dir."})
 
+    def __post_init__(self) -> None:
+        CardArguments.__post_init__(self)
+        MixtureArguments.__post_init__(self)
+        for source in parse_mixture(self.mixture or [], "mixture"):
+            if source.format:
+                raise UserError(f"mixture ({source.source}): `format` is for conversations; leave it out")
+
+    def problems(self, seed: int, bad: BadRows) -> Dataset:
+        """The problems of `train_files` in their order, or of the mixture in the order of the seed.
+
+        Raises:
+            UserError: A source or a record is bad, or no problem is left.
+        """
+        if not self.mixture:
+            return read_problems(self.train_files, bad)
+        mixture = parse_mixture(self.mixture, "mixture")
+        parts = read_sources(mixture, lambda records, *_: problem_rows(records, bad), seed, "mixture")
+        if PartialState().is_main_process:
+            print(f"mixture:\n{text_table(shares(mixture, parts, 'problems', lambda _: 1))}", flush=True)
+        return dataset_of(shuffled(parts, seed), "mixture", bad)
+
 
 class NanoChatGRPOTrainer(MuonTrainer, PerProblemLoss, Rewarding, HeldOutEvaluation):
     """`GRPOTrainer` with Muon, completions from the chat engine, and the original's loss."""
@@ -106,8 +131,10 @@ def main() -> None:
     check_sandbox()
     rewards = [load_reward(name) for name in args.reward_funcs]
     bad, bad_held_out = BadRows(args.on_bad_row), BadRows(args.on_bad_row)
-    problems = read_problems(args.train_files, bad)
-    held_out = read_problems(args.eval_files, bad_held_out, args.eval_problems) if args.eval_files else None
+    problems = args.problems(training.seed, bad)
+    held_out = None
+    if args.eval_files:
+        held_out = read_problems(args.eval_files, bad_held_out, args.eval_problems, "eval_files")
     check_rows(training, len(problems))
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)
@@ -145,7 +172,7 @@ def main() -> None:
     run_trl_stage(make_trainer, args, training, given, output, log, checkpoint)
 
 
-def read_problems(sources: list[str], bad: BadRows, first: int | None = None) -> Dataset:
+def read_problems(sources: list[str], bad: BadRows, first: int | None = None, what: str = "train_files") -> Dataset:
     """Dataset of the columns `prompt`, `problem` and `where`.
 
     `prompt` is the optional history and the question, `problem` the record as JSON, to grade replies, and `where` its
@@ -154,23 +181,34 @@ def read_problems(sources: list[str], bad: BadRows, first: int | None = None) ->
     Args:
         bad: Takes the records that are no problems: of no task, or of one that is not answered in words.
         first: Read only the first records of each source; None: all.
+        what: Name of the setting, for errors.
 
     Raises:
         UserError: `bad` raises it, no problem is left, or answers cannot be graded on this machine.
     """
-    problems = []
-    for where, record in read_records(sources, "eval_files" if first else "train_files", first=first):
+    return dataset_of(problem_rows(read_records(sources, what, first=first), bad), " ".join(sources), bad)
+
+
+def problem_rows(records: Iterable[tuple[str, Record]], bad: BadRows) -> list[dict[str, Any] | None]:
+    """A row of [`read_problems`] for each record; None for those that `bad` takes."""
+    rows: list[dict[str, Any] | None] = []
+    for where, record in records:
         try:
             question = answered_question(record, where)
         except UserError as error:
             bad.add(where, error)
+            rows.append(None)
             continue
         question.check_grading()
-        row = {"prompt": whole_messages(question.messages), "problem": json.dumps(record, default=str), "where": where}
-        problems.append(row)
-    if not problems:
-        raise UserError(f"{' '.join(sources)}: no record is a problem; {' '.join(bad.summary())}")
-    return Dataset.from_list(problems)
+        problem = json.dumps(record, default=str)
+        rows.append({"prompt": whole_messages(question.messages), "problem": problem, "where": where})
+    return rows
+
+
+def dataset_of(rows: list[dict[str, Any] | None], name: str, bad: BadRows) -> Dataset:
+    if problems := [row for row in rows if row is not None]:
+        return Dataset.from_list(problems)
+    raise UserError(f"{name}: no record is a problem; {' '.join(bad.summary())}")
 
 
 def answered_question(record: dict[str, Any], where: str) -> ReplyQuestion:

@@ -42,7 +42,7 @@ from recipes.training.data.packing import Conversation
 from recipes.training.data.streams import ConversationStreams, MixedStreams, TextStreams
 from recipes.training.data.validation import ValidationArguments
 from recipes.training.evaluation import bits_per_byte_evaluation, conversation_rows, validation
-from recipes.training.inheritance import find_inheritance
+from recipes.training.inheritance import check_optimizer_state, find_inheritance
 from recipes.training.model_card import CardArguments
 from recipes.training.optim.hyperparameters import INHERITED, RECIPES, Plan, resolve_hyperparameters
 from recipes.training.optim.overrides import SHAPE, check_ranges
@@ -116,6 +116,8 @@ def main() -> None:
         kind = model.config.model_type
         raise UserError(f"{args.model_name_or_path}: a {kind} model, which SFT and GRPO train, but not midtraining")
     loop = inheritance.complete(as_given, model.config.max_position_embeddings)
+    if inheritance.warm_start:  # before all conversations are rendered
+        check_optimizer_state(model, loop.training_recipe, inheritance.warm_start)
     accelerator = make_accelerator(loop, output.output_dir)
     if line := inheritance.line(as_given, loop):
         accelerator.print(line)

@@ -44,6 +44,11 @@ class RunFolder:
         rows = [row for row in self.logs.get(stage, []) if row.get(key) is not None]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
+    def estimated(self, stage: str) -> list[str]:
+        """Return the keys of the log rows that have a standard error, in the order of their first row."""
+        keys = dict.fromkeys(key for row in self.logs.get(stage, []) for key in row)
+        return [key for key in keys if f"{key}_standard_error" in keys]
+
     def record(self, stage: str, task: str, metric: str) -> dict[str, Any] | None:
         """Return the stage's evaluation record of one figure."""
         records = self.results.get(stage, {}).get("records", [])

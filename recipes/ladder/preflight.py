@@ -135,7 +135,10 @@ def check_grpo(step: Step, pending: PendingOutputs) -> None:
     for name in args.reward_funcs:
         load_reward(name)
     if held_out := pending.existing(args.eval_files):
-        read_problems(held_out, BadRows(args.on_bad_row), args.eval_problems)
+        read_problems(held_out, BadRows(args.on_bad_row), args.eval_problems, "eval_files")
+    mixture = [source.source for source in parse_mixture(args.mixture or [], "mixture") if not source.task]
+    if given := pending.existing(mixture):
+        read_problems(given, BadRows(args.on_bad_row), FIRST_RECORDS, "mixture")
     if given := pending.existing(args.train_files):
         problems = read_problems(given, BadRows(args.on_bad_row))
         if len(given) == len(args.train_files):

@@ -6,16 +6,20 @@ its checkpoints hold them.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
+from modeling_nanochat import NanoChatForCausalLM
 from modeling_nanochat.errors import UserError
+from recipes.training.optim import sharded_state
 from recipes.training.optim.hyperparameters import format_number
-from recipes.training.optim.optimizer import MuonAdamW
+from recipes.training.optim.optimizer import MuonAdamW, muon_adamw
 from recipes.training.optim.overrides import whole_rows
 
 from .arguments import LoopArguments
@@ -144,14 +148,36 @@ def last_checkpoint(model: str, record: Mapping[str, Any]) -> Checkpoint:
     return checkpoint
 
 
+def check_optimizer_state(model: NanoChatForCausalLM, recipe: str, checkpoint: Checkpoint) -> None:
+    """Compare names and shapes of the optimizer's state with those for training `model`, without reading tensors.
+
+    Raises:
+        UserError: A state is missing, or has another shape.
+    """
+    with torch.device("meta"):
+        without_weights = type(model)(model.config)
+    optimizer = muon_adamw(without_weights, recipe=recipe, matrix_lr=0.0, embedding_lr=0.0, unembedding_lr=0.0)
+    with state_errors(checkpoint):
+        shards = sharded_state.shards_of(checkpoint.shards("optimizer"))
+        for name, slot in optimizer.named_slots().items():
+            sharded_state.check(name, slot, shards[name])
+
+
 def load_optimizer_state(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
     """Load this process's part of the optimizer's state, written by any number of processes; rates do not change.
 
     Raises:
         UserError: A state is missing, or has another shape.
     """
-    try:
+    with state_errors(checkpoint):
         optimizer.load_sharded_state_dict(checkpoint.shards("optimizer"))
+
+
+@contextmanager
+def state_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn errors about the state of `checkpoint` into a [`UserError`]."""
+    try:
+        yield
     except (ValueError, SafetensorError) as error:
         raise UserError(
             f"warm_start: {checkpoint.folder} is of another model or recipe ({error}); leave warm_start out"

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from evals.report import code_rows, duration, main, render, terminal_summary, write_report
-from evals.reporting.curves import running_mean
+from evals.reporting.curves import curves, pass_at_k_panels, running_mean
 from evals.reporting.run_folder import read_run
 from evals.reporting.summary import comparison, summary_rows
 from evals.reporting.tokenizer_section import code, draw_compression, shortened, statistics_rows
@@ -167,6 +167,45 @@ def test_a_stage_that_learned_nothing_is_marked_and_an_evaluation_noted(run_fold
 def test_a_run_that_learned_is_not_marked(run_folder):
     run = read_run(run_folder)
     assert "⚠" not in render(run, {}) + terminal_summary(run)
+
+
+@pytest.fixture
+def evaluated_run(run_folder):
+    """The same, with evaluations during SFT and GRPO."""
+    sft = [{"step": 0, "validation_loss": 2.5}, {"step": 2, "chat_core": -0.05, "chat_core_standard_error": 0.01}]
+    sft += [{"step": 3, "validation_loss": 1.25, "chat_core": 0.1, "chat_core_standard_error": 0.02}]
+    rl = [{"step": 0}, {"step": 2}, {"step": 3}]
+    for row, share in zip(rl, (0.1, 0.15, 0.2), strict=True):
+        for k in (1, 2, 4):
+            row |= {f"pass@{k}": k * share, f"pass@{k}_standard_error": 0.03}
+    for stage, rows in (("sft", sft), ("rl", rl)):
+        path = run_folder / "logs" / f"{stage}.jsonl"
+        write(path, [*map(json.loads, path.read_text().splitlines()), *rows])
+    return run_folder
+
+
+def test_evaluations_during_training_are_shown_first_and_last(evaluated_run):
+    text = write_report(read_run(evaluated_run)).read_text(encoding="utf-8")
+    assert "- SFT: loss on held-out conversations 2.500 before the first step, 1.250 after step 3\n" in text
+    assert "| SFT: chat core | -5.0 % ± 1.0 (step 2) | 10.0 % ± 2.0 (step 3) |\n" in text
+    assert "| RL: pass@1 | 10.0 % ± 3.0 (step 0) | 20.0 % ± 3.0 (step 3) |\n" in text
+    assert "| RL: pass@4 | 40.0 % ± 3.0 (step 0) | 80.0 % ± 3.0 (step 3) |\n" in text
+    assert "(report/evaluations.svg)" in text
+    order = curves(read_run(evaluated_run), "sft", "loss", "chat_core", validation_loss="held out")
+    assert [curve.name for curve in order] == ["loss", "chat core", "held out"]
+    assert ElementTree.parse(evaluated_run / "report" / "evaluations.svg").getroot().tag.endswith("svg")
+
+
+def test_pass_at_k_is_drawn_over_steps_and_over_k(evaluated_run):
+    over_steps, over_k = pass_at_k_panels(read_run(evaluated_run))
+    assert [(curve.name, curve.steps, curve.values) for curve in over_steps.curves] == [
+        ("pass@1", [0, 2, 3], [0.1, 0.15, 0.2]),
+        ("pass@4", [0, 2, 3], [0.4, 0.6, 0.8]),
+    ]
+    assert [(curve.name, curve.steps, curve.values, curve.errors) for curve in over_k.curves] == [
+        ("step 0", [1, 2, 4], [0.1, 0.2, 0.4], [0.03] * 3),
+        ("step 3", [1, 2, 4], [0.2, 0.4, 0.8], [0.03] * 3),
+    ]
 
 
 def test_the_same_run_gives_the_same_report(run_folder):

@@ -1,16 +1,19 @@
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from trl import GRPOTrainer
 
 from evals.full_python import check_full_python
+from evals.tasks.spelling_bee import SpellingBee
 from modeling_nanochat.chat.python_tool import python
 from modeling_nanochat.chat.sampling import SamplingOptions
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
-from recipes.grpo import NanoChatGRPOTrainer, read_problems
+from recipes.grpo import GRPOArguments, NanoChatGRPOTrainer, read_problems
 from recipes.training.data.bad_rows import BadRows
 from recipes.training.trl.rewards import exact_answer
 from recipes.training.trl.rollouts import fitting, rollouts
@@ -83,6 +86,50 @@ def test_a_record_that_is_not_answered_in_words_is_refused(tmp_path):
         UserError, match=r"a.jsonl:1: a record of mmlu; only replies to match, gsm8k, humaneval can be rewarded"
     ):
         read_problems([str(tmp_path / "a.jsonl")], BadRows())
+
+
+def test_problems_of_a_mixture_are_drawn_repeated_and_shuffled_by_the_seed(tmp_path, capsys):
+    sizes = {"a": 9, "b": 5}
+    for name, size in sizes.items():
+        lines = [json.dumps({"question": f"{name} {i}", "answer": f"#### {i}"}) + "\n" for i in range(size)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    drawn = {name: np.random.default_rng(42).permutation(size) for name, size in sizes.items()}
+    expected = [f"a {row}" for row in drawn["a"][:4]] + [f"b {row}" for row in drawn["b"]] * 2
+    random.Random(42).shuffle(expected)
+    mixture = [{"source": f"{tmp_path}/a.jsonl", "rows": 4}, {"source": f"{tmp_path}/b.jsonl", "epochs": 2}]
+    problems = GRPOArguments(mixture=mixture).problems(42, BadRows())
+    assert [prompt[-1]["content"] for prompt in problems["prompt"]] == expected
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["mixture:"] in table and [f"{tmp_path}/a.jsonl", "1", "4", "0", "4", "28.6%"] in table
+
+
+def test_letters_are_counted_for_a_reward(tmp_path):
+    (tmp_path / "words.txt").write_text("lamp\nzoo\n")
+    bee = {"source": "spelling_bee", "words": f"{tmp_path}/words.txt", "rows": 5}
+    problems = GRPOArguments(mixture=[bee]).problems(42, BadRows())
+    records = [json.loads(problem) for problem in problems["problem"]]
+    worked = [SpellingBee(["lamp", "zoo"], 5)[i].worked for i in range(5)]
+    assert sorted(record["answer"] for record in records) == sorted(worked)
+    right = [[{"role": "assistant", "content": record["answer"].splitlines()[-1]}] for record in records]
+    assert exact_answer(right, records) == [1.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"mixture": [{"source": "a.jsonl", "format": "gsm8k"}]}, r"mixture \(a.jsonl\): `format` is for conv"),
+        ({"mixture": ["a.jsonl"], "train_files": ["a.jsonl"]}, "either train_files or mixture, not both"),
+        ({"mixture": [{"source": "a.jsonl", "rows": 2}]}, "a.jsonl.: has 1 rows, not 2"),
+        ({"mixture": [{"source": "simple_spelling", "words": "words.txt", "rows": 1}]}, "question 1: not a record of"),
+    ],
+)
+def test_a_mixture_that_holds_no_problems_is_refused_in_one_line(settings, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "#### 2"}))
+    (tmp_path / "words.txt").write_text("lamp")
+    with pytest.raises(UserError, match=complaint) as refusal:
+        GRPOArguments(**settings).problems(42, BadRows())
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.fixture

@@ -145,17 +145,23 @@ def test_an_interrupted_warm_start_does_not_begin_again(copy, forks):
     training.assert_identical(copy / "mid", copy / "undisturbed")
 
 
+def never_rendering():
+    import recipes.midtrain
+
+    recipes.midtrain.train_and_validation_sets = None
+
+
 @pytest.mark.slow
 def test_another_models_state_and_a_base_of_other_sizes_are_refused_in_one_line(copy, forks):
     code, said = midtrain(forks, copy, before=training.ask_to_stop_after_a_checkpoint, resume="auto")
     assert code == 0 and "SIGTERM received" in said
     tokenizer = AutoTokenizer.from_pretrained(copy / "base")
     toy_model(tokenizer, width=64, context=64).save_pretrained(copy / "base")
-    for name, more, problem in (
-        ("mid", {"resume": "auto"}, "is of another model than this run's now (size mismatch for"),
-        ("warm", {"warm_start": "true"}, "is of another model or recipe (optimizer state"),
+    for name, more, before, problem in (
+        ("mid", {"resume": "auto"}, None, "is of another model than this run's now (size mismatch for"),
+        ("warm", {"warm_start": "true"}, never_rendering, "is of another model or recipe (optimizer state"),
     ):
-        code, said = midtrain(forks, copy, name, **more)
+        code, said = midtrain(forks, copy, name, before=before, **more)
         assert code == 1 and problem in said.splitlines()[-1], said
 
 

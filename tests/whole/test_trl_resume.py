@@ -1,6 +1,7 @@
 """SFT and GRPO stopped at any instant, and moved to another number of processes: the same command goes on."""
 
 import json
+import os
 import random
 import signal
 from functools import partial
@@ -15,6 +16,7 @@ from recipes.training.checkpoint.folders import checkpoint_folders
 
 SCRIPTS = {"sft": "sft", "rl": "grpo"}
 STEPS = 30  # more than two epochs of the conversations' rows, seven of the problems
+KILLS = int(os.environ.get("KILLS", "6"))
 LOOP = "recipes.training.trl.trainer.MuonTrainer.train"
 CALLS_OF_A_SAVE = 20  # of the functions that write checkpoints
 EVENTS_OF_A_STEP = {"sft": 5_000, "rl": 20_000}  # calls and returns that Python's profiler sees, roughly
@@ -99,10 +101,11 @@ def assert_whole(output):
 def test_kills_at_any_instant_change_nothing(stage, arguments, forks, tmp_path):
     train = partial(training.run, forks, stage=SCRIPTS[stage])
     undisturbed, killed = tmp_path / "undisturbed" / stage, tmp_path / "killed" / stage
-    assert train(arguments(stage, "undisturbed"), before=rewarding_odd_sums) == 0
+    steps = 5 * KILLS
+    assert train(arguments(stage, "undisturbed", max_steps=steps), before=rewarding_odd_sums) == 0
 
-    generator, newest, words = random.Random(0), 0, arguments(stage, "killed")
-    for kill in range(6):
+    generator, newest, words = random.Random(0), 0, arguments(stage, "killed", max_steps=steps)
+    for kill in range(KILLS):
         if kill % 2:  # every other one dies within a save
             death = {"calls_to_live": generator.randrange(2 * CALLS_OF_A_SAVE)}
         else:
@@ -110,7 +113,7 @@ def test_kills_at_any_instant_change_nothing(stage, arguments, forks, tmp_path):
         assert train(words, before=partial(dying, **death)) == -signal.SIGKILL, kill
         before, newest = newest, assert_whole(killed)
         assert newest >= before
-    assert 0 < newest < STEPS
+    assert 0 < newest < steps
     assert train(words, before=rewarding_odd_sums) == 0
     assert measurements(killed) == measurements(undisturbed)
     before, after = training.weights(undisturbed), training.weights(killed)

@@ -1,7 +1,9 @@
 """Conversations from files, as token ids with a mask of the tokens to train on."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,12 @@ from evals.tasks.table import to_conversation, unread_fields
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.conversations import unread_keys
 from modeling_nanochat.text.records import Record, read_records
+from modeling_nanochat.tokenization_nanochat import has_control_tokens
 
 from .bad_rows import BadRows, OnBadRow
 from .chat_templates import rendering_of
 from .packing import Conversation
+from .workers import ordered_map, workers_here
 
 
 def read_conversations(
@@ -46,6 +50,17 @@ def read_conversations(
     return conversations
 
 
+@dataclass(frozen=True)
+class RenderedRow:
+    """What has become of a record: a conversation, or why it is left out."""
+
+    where: str
+    conversation: Conversation | None
+    unread: set[str]  # fields
+    too_long: bool = False
+    error: UserError | None = None
+
+
 @dataclass
 class Renderer:
     """Renders records by the chat template, with a mask of what the assistant writes; `chat_templates` says how.
@@ -62,6 +77,8 @@ class Renderer:
 
     def __post_init__(self) -> None:
         self.rendering = rendering_of(self.tokenizer)
+        # Templates of other origin are rendered by a process of their own, which forks cannot share
+        self.workers = workers_here() if has_control_tokens(self.tokenizer) else 0
 
     def __call__(
         self, records: Iterable[tuple[str, Record]], name: str, format: str | None = None
@@ -84,15 +101,14 @@ class Renderer:
         hidden = None if self.show_progress else True  # None: tqdm shows it only on a terminal
         shown: dict[str, Any] = {"desc": "rendering", "unit": " conversations", "mininterval": 1, "leave": False}
         rendered: list[Conversation | None] = []
-        for where, record in tqdm(records, disable=hidden, **shown):
-            try:
-                conversation = to_conversation(record, where, format)
-                unread |= unread_fields(record, format)
-                unread |= {f"messages[].{key}" for key in unread_keys(conversation["messages"])}
-                rendered.append(self.render(conversation, where, bad_rows))
-            except UserError as error:
-                bad_rows.add(where, error)
-                rendered.append(None)
+        with closing(ordered_map(partial(self.row, format=format), records, self.workers)) as rows:
+            for row in tqdm(rows, disable=hidden, **shown):
+                unread |= row.unread
+                rendered.append(row.conversation)
+                if row.too_long:
+                    bad_rows.count(row.where, f"more than max_length {self.max_length} tokens")
+                elif row.error:
+                    bad_rows.add(row.where, row.error)
         if self.show_progress:
             for line in bad_rows.summary():
                 print(f"{name}: {line}")
@@ -100,8 +116,21 @@ class Renderer:
                 print(f"{name}: fields that are not read: {', '.join(sorted(unread))}")
         return rendered
 
-    def render(self, conversation: dict, where: str, bad_rows: BadRows) -> Conversation | None:
-        """One conversation; None, counted, if it is too long.
+    def row(self, place_and_record: tuple[str, Record], format: str | None) -> RenderedRow:
+        """One record rendered; runs in a worker if there are many."""
+        where, record = place_and_record
+        unread = set[str]()
+        try:
+            conversation = to_conversation(record, where, format)
+            unread |= unread_fields(record, format)
+            unread |= {f"messages[].{key}" for key in unread_keys(conversation["messages"])}
+            rendered = self.render(conversation, where)
+        except UserError as error:
+            return RenderedRow(where, None, unread, error=error)
+        return RenderedRow(where, rendered, unread, too_long=rendered is None)
+
+    def render(self, conversation: dict, where: str) -> Conversation | None:
+        """One conversation; None if it is too long.
 
         Raises:
             UserError: It has nothing to train on, or the chat template cannot render it.
@@ -111,7 +140,6 @@ class Renderer:
         except UserError as error:  # of a template that is not this project's
             raise UserError(f"{where}: {error}") from error
         if len(ids) > self.max_length:
-            bad_rows.count(where, f"more than max_length {self.max_length} tokens")
             return None
         silent = weightless(conversation["messages"], mask, where)
         if not np.any(mask & ~silent):

@@ -9,13 +9,14 @@ import difflib
 import json
 import math
 import random
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from evals.tasks.gsm8k import Gsm8kQuestion
 from evals.tasks.spelling_bee import Generated, SimpleSpelling, SpellingBee, Split, read_words
 from evals.tasks.table import FORMATS
 from modeling_nanochat.cli import text_table
@@ -27,6 +28,7 @@ from .bad_rows import BadRowArguments, OnBadRow
 from .conversations import Renderer, read_conversations
 from .packing import Conversation
 
+Reader = Callable[..., list[Any]]  # (records, name, format) -> what each becomes, None if it is left out
 GENERATED: dict[str, type[Generated]] = {"spelling_bee": SpellingBee, "simple_spelling": SimpleSpelling}
 FIRST_RECORDS = 100  # of each source, checked before anything long begins
 HELP = (
@@ -156,31 +158,46 @@ def read_mixture(mixture: Sequence[Source], render: Renderer, seed: int, what: s
     Raises:
         UserError: A source is missing, empty or too short, a row is bad, or nothing is left to train on.
     """
+    parts = read_sources(mixture, render, seed, what)
+    if render.show_progress:
+        print(f"{what}:\n{text_table(shares(mixture, parts))}", flush=True)
+    return kept(shuffled(parts, seed), what, render.max_length)
+
+
+def read_sources(mixture: Sequence[Source], read: Reader, seed: int, what: str) -> list[list[Any]]:
+    """The rows of each source as `read` returns them, in the order of the seed, repeated by its epochs.
+
+    Raises:
+        UserError: A source is missing, empty or too short, or a row is bad.
+    """
     parts = []
     for number, source in enumerate(mixture, start=1):
         where = f"{what}, entry {number} ({source.source})"
-        parts.append(repeated(one_epoch(source, render, seed, where), source.epochs, where))
-    if render.show_progress:
-        print(f"{what}:\n{text_table(shares(mixture, parts))}", flush=True)
-    conversations = [conversation for part in parts for conversation in part]
-    random.Random(seed).shuffle(conversations)
-    return kept(conversations, what, render.max_length)
+        parts.append(repeated(one_epoch(source, read, seed, where), source.epochs, where))
+    return parts
 
 
-def one_epoch(source: Source, render: Renderer, seed: int, where: str) -> list[Conversation | None]:
+def shuffled(parts: Sequence[Sequence[Any]], seed: int) -> list[Any]:
+    """All rows in the order of the seed."""
+    rows = [row for part in parts for row in part]
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def one_epoch(source: Source, read: Reader, seed: int, where: str) -> list[Any]:
     """The rows of a source in the order of the seed; None for those that are left out."""
     if source.task:
-        return render(generated(source), source.source)
+        return read(generated(source), source.source)
     if source.rows is None:
-        rendered = render(read_records([source.source], where, arrays_are="messages"), source.source, source.format)
-        return [rendered[row] for row in np.random.default_rng(seed).permutation(len(rendered))]
+        rows = read(read_records([source.source], where, arrays_are="messages"), source.source, source.format)
+        return [rows[row] for row in np.random.default_rng(seed).permutation(len(rows))]
     total = count_rows(source.source, where)
     if total < source.rows:
         raise UserError(f"{where}: has {total:,} rows, not {source.rows:,}; lower `rows`, or repeat them by `epochs`")
     chosen = np.random.default_rng(seed).permutation(total)[: source.rows]
     in_order = sorted(chosen)
-    rendered = render(picked(source.source, in_order, where), source.source, source.format)
-    return [rendered[place] for place in np.searchsorted(in_order, chosen)]
+    rows = read(picked(source.source, in_order, where), source.source, source.format)
+    return [rows[place] for place in np.searchsorted(in_order, chosen)]
 
 
 def generated(source: Source) -> Iterator[tuple[str, Record]]:
@@ -188,7 +205,10 @@ def generated(source: Source) -> Iterator[tuple[str, Record]]:
     assert source.task and source.words and source.rows, "checked"
     split: Split = "test" if source.source.endswith(":test") else "train"
     for number, question in enumerate(source.task(read_words(source.words), source.rows, split), start=1):
-        yield f"{source.source}, question {number}", {"messages": question.conversation()}
+        record: Record = {"messages": question.conversation()}
+        if isinstance(question, Gsm8kQuestion):  # in a form that GRPO reads, too
+            record = {"question": question.question, "answer": question.worked}
+        yield f"{source.source}, question {number}", record
 
 
 def count_rows(name: str, where: str) -> int:
@@ -215,13 +235,23 @@ def repeated(rows: list, epochs: float, where: str) -> list:
     return (rows * math.ceil(epochs))[:count]
 
 
-def shares(mixture: Sequence[Source], parts: Sequence[Sequence[Conversation | None]]) -> list[list[str]]:
-    """Rows of a table: each source's rows, epochs, conversations after repetition and what is left out, and tokens."""
-    tokens = [sum(len(conversation[0]) for conversation in part if conversation) for part in parts]
-    table = [["source", "epochs", "conversations", "left out", "tokens", "share"]]
-    for source, part, count in zip(mixture, parts, tokens, strict=True):
-        left_out = sum(conversation is None for conversation in part)
-        cells = [f"{len(part) - left_out:,}", f"{left_out:,}", f"{count:,}", f"{count / max(1, sum(tokens)):.1%}"]
+def shares(
+    mixture: Sequence[Source],
+    parts: Sequence[Sequence[Any]],
+    unit: str = "tokens",
+    size: Callable[[Any], int] = lambda conversation: len(conversation[0]),
+) -> list[list[str]]:
+    """Rows of a table: each source's epochs, rows after repetition and those left out, and its share by their size.
+
+    Args:
+        parts: The rows of each source; None for those that are left out.
+        size: How many `unit` a row has.
+    """
+    sizes = [sum(size(row) for row in part if row) for part in parts]
+    table = [["source", "epochs", "rows", "left out", unit, "share"]]
+    for source, part, count in zip(mixture, parts, sizes, strict=True):
+        left_out = sum(row is None for row in part)
+        cells = [f"{len(part) - left_out:,}", f"{left_out:,}", f"{count:,}", f"{count / max(1, sum(sizes)):.1%}"]
         table.append([source.source, f"{source.epochs:g}", *cells])
     return table
 

@@ -1,6 +1,7 @@
 """Every key of TRL's argument classes: handled with an effect, read by the trainer as given, or rejected by name."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import MISSING, fields
 
@@ -152,7 +153,7 @@ def examples(toy_model_folder, tmp_path):
     }, {"model_name_or_path": toy_model_folder, "output_dir": tmp_path / "run" / "out", "save_strategy": "no"}
 
 
-def live_trainer(stage: str, examples, **settings):
+def live_trainer(stage: str, examples, reward=exact_answer, **settings):
     special, common = examples
     arguments, config, _ = STAGES[stage]
     args, training, _ = parse_settings(arguments, config, words(**common | special[stage] | settings))
@@ -160,7 +161,7 @@ def live_trainer(stage: str, examples, **settings):
     made = {"model": model, "args": training, "processing_class": tokenizer, "muon_rates": args.scaled()}
     if stage == "grpo":
         problems = read_problems(args.train_files, BadRows())
-        return NanoChatGRPOTrainer(train_dataset=problems, reward_funcs=exact_answer, **made)
+        return NanoChatGRPOTrainer(train_dataset=problems, reward_funcs=reward, **made)
     chats = [json.loads(line) for line in open(args.train_files[0])]
     rows = token_dataset(render(chats, tokenizer, 256, show_progress=False))
     return NanoChatSFTTrainer(train_dataset=rows, **made)
@@ -350,8 +351,19 @@ def test_weight_decay_is_muons(examples):
     assert [group["weight_decay"] for group in optimizer.param_groups if group["kind"] == "muon"] == [0.25]
 
 
+def alternating(completions, **kwargs):
+    return [float(number % 2) for number in range(len(completions))]
+
+
 @pytest.mark.parametrize("loss_type", trl_keys.LOSSES[GRPOConfig])
 def test_every_loss_of_grpo_that_is_offered_trains(loss_type, examples):
-    trainer = live_trainer("grpo", examples, loss_type=loss_type, max_steps=1, disable_tqdm="true")
+    settings = {"loss_type": loss_type, "max_steps": 2, "logging_steps": 1, "disable_tqdm": "true"}
+    trainer = live_trainer("grpo", examples, reward=alternating, **settings)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
-    assert trainer.state.global_step == 1
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    changed = {
+        name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])
+    }
+    assert changed == before.keys()

@@ -10,6 +10,7 @@ from datasets import Dataset
 from training import render
 
 from modeling_nanochat.errors import UserError
+from recipes.training.data import workers
 from recipes.training.data.conversations import Renderer, read_conversations
 
 CALL = {"type": "function", "function": {"name": "python", "arguments": {"code": "12*7"}}}
@@ -104,3 +105,23 @@ def test_texts_are_not_kept(toy_model_and_tokenizer):
     alive, most = weakref.WeakValueDictionary(), []
     assert len(Renderer(toy_model_and_tokenizer[1], 999)(rows(), "x")) == 50
     assert max(most) <= 3
+
+
+def test_many_records_are_rendered_by_several_processes_as_by_one(toy_model_and_tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "FEW", 5)
+    rows = [*CONVERSATIONS, PROBLEM, {"messages": []}, {"messages": [CONVERSATIONS[0]["messages"][0]], "id": 3}] * 40
+    rows += [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x" * 99}]}]
+    records = [(f"here:{number}", row) for number, row in enumerate(rows, start=1)]
+    found, said = [], []
+    for processes in (0, 2):
+        renderer = Renderer(toy_model_and_tokenizer[1], 90, on_bad_row="skip")
+        renderer.workers = processes
+        found.append(renderer(iter(records), "x"))
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "left out: 40 rows, first here:5: " in said[0] and "not read: id" in said[0]
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    renderer.on_bad_row = "error"
+    with pytest.raises(UserError, match="^here:5: "):
+        renderer(iter(records), "x")

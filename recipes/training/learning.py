@@ -1,8 +1,10 @@
 """Signs that a stage learns nothing: reported in its output, its record and the report card; training continues."""
 
+from copy import copy
 from typing import Any
 
 STREAK = 10  # steps in a row after which a sign is reported; in a shorter run, all of its steps
+STATE = ("step", "losses", "held_out", "since", "longest")  # of a LearningWatch, plain values
 FEWEST_STEPS = 10  # for judging the loss: in shorter runs a fifth of the steps would be a single batch
 # measurement -> the value that is a sign, its meaning, advice
 SIGNS = {
@@ -33,6 +35,7 @@ class LearningWatch:
         self.fifth = max_steps // 5
         self.step = 0  # the last observed step
         self.losses = {"first": [0.0, 0], "last": [0.0, 0]}  # sum and count over that fifth of the steps
+        self.held_out: list[tuple[int, float]] = []  # first and newest step and loss on held-out data
         self.since: dict[str, int] = {}  # sign -> first step of the current streak
         self.longest: dict[str, list[int]] = {}  # sign -> first and last step of the longest streak
 
@@ -68,6 +71,15 @@ class LearningWatch:
         found = [text for sign, text in self.lasting_signs().items() if sign not in before]
         return found + self.loss_warnings()
 
+    def observe_held_out(self, step: int, loss: float) -> list[str]:
+        """Record the loss on held-out data after `step`. Where it is measured, training's is not judged.
+
+        Returns:
+            New warnings, one line each.
+        """
+        self.held_out = [*self.held_out[:1], (step, loss)]
+        return self.loss_warnings()
+
     @property
     def warnings(self) -> list[str]:
         """All warnings so far, for the stage's record; each sign with the steps of its longest streak."""
@@ -75,11 +87,11 @@ class LearningWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint, so that a resumed run judges all its steps."""
-        return {"step": self.step, "losses": self.losses, "since": self.since, "longest": self.longest}
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.losses, self.since, self.longest = (dict(state[name]) for name in ("losses", "since", "longest"))
+        for name in STATE:
+            setattr(self, name, copy(state[name]))
 
     def note(self, sign: str, step: int, holds: bool) -> None:
         if not holds:
@@ -100,14 +112,17 @@ class LearningWatch:
         return found
 
     def loss_warnings(self) -> list[str]:
-        (first, first_count), (last, last_count) = self.losses["first"], self.losses["last"]
-        judged = self.stage != "rl" and self.step == self.max_steps >= FEWEST_STEPS
-        if not (judged and first_count and last_count):
+        if self.stage == "rl" or not self.step == self.max_steps >= FEWEST_STEPS:
             return []
-        first, last = first / first_count, last / last_count
-        if last < first:
-            return []
-        return [
-            f"the loss did not fall: {first:.4g} over the first {self.fifth} steps, "
-            f"{last:.4g} over the last {self.fifth}; check the learning rates and the training data"
-        ]
+        if self.held_out:
+            (began, first), (ended, last) = self.held_out[0], self.held_out[-1]
+            known = began < ended == self.max_steps
+            found = f"on held-out data did not fall: {first:.4g} after step {began}, {last:.4g} after step {ended}"
+        else:
+            (first, first_count), (last, last_count) = self.losses["first"], self.losses["last"]
+            first, last = first / max(first_count, 1), last / max(last_count, 1)
+            known = first_count > 0 and last_count > 0
+            found = (
+                f"did not fall: {first:.4g} over the first {self.fifth} steps, {last:.4g} over the last {self.fifth}"
+            )
+        return [f"the loss {found}; check the learning rates and the training data"] if known and last >= first else []

@@ -192,6 +192,13 @@ class LearningCallback(TrainerCallback):
             reward_std=None if all_alike is None else 1 - all_alike,
             clipped_ratio=self.trainer.newest("completions/clipped_ratio"),
         )
+        self.warn(state, found)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        if (loss := (metrics or {}).get("eval_loss")) is not None:
+            self.warn(state, self.trainer.watch.observe_held_out(state.global_step, loss))
+
+    def warn(self, state, found: list[str]) -> None:
         if state.is_world_process_zero:
             for warning in found:
                 tqdm.write(f"warning: {warning}")  # above the bar

@@ -29,6 +29,19 @@ def test_only_the_first_and_the_last_fifth_are_compared():
     assert watch("base", loss=[2.0, 2.0] + [0.1] * 6 + [2.5, 1.6])[1] != {}
 
 
+@pytest.mark.parametrize(("last", "falls"), [(1.9, True), (2.0, False)])
+def test_the_loss_on_held_out_data_is_judged_where_it_is_measured(last, falls):
+    seen = LearningWatch("sft", 20)
+    assert seen.observe_held_out(0, 2.0) == []
+    for step in range(1, 21):
+        assert seen.observe(step, loss=2.0 + 0.1 * (step % 3)) == []
+    resumed = LearningWatch("sft", 20)
+    resumed.load_state_dict(json.loads(json.dumps(seen.state_dict())))
+    found = resumed.observe_held_out(20, last)
+    assert found == resumed.warnings and (found == []) == falls
+    assert falls or found[0].startswith("the loss on held-out data did not fall: 2 after step 0, 2 after step 20;")
+
+
 def test_of_a_short_run_and_of_rl_the_loss_says_nothing():
     assert watch("base", loss=[2.0] * 9)[0].warnings == []
     assert watch("rl", loss=[0.0] * 40)[0].warnings == []

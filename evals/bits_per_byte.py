@@ -1,29 +1,34 @@
 """Bits per byte: the loss of a text per byte instead of per token, so that tokenizers can be compared.
 
-Defined as nats of the targets that have bytes / (ln 2 x bytes of those targets). Special tokens have no bytes and are
+Defined as nats of the text's tokens / (ln 2 x UTF-8 bytes of the text). What separates documents has no bytes and is
 excluded from both sums.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evals.harness.processes import ALONE, Processes
 from modeling_nanochat.linear import is_only_a_weight, linear
 from modeling_nanochat.modeling_nanochat import NanoChatForCausalLM
-from modeling_nanochat.text.bulk_encoding import BulkEncoder
+from modeling_nanochat.text.bulk_encoding import BulkEncoder, code_points
 from modeling_nanochat.text.texts import text_dataset
 from modeling_nanochat.text.token_bytes import token_bytes
-from modeling_nanochat.tokenization_nanochat import document_start, whole_characters
+from modeling_nanochat.tokenization_nanochat import check_blanks, document_start, whole_characters
 
 from .batching import MAX_LOGITS
+from .scoring import padded
 
 METRIC = Path(__file__).parent / "metrics" / "bits_per_byte"
+NO_TEXT = -1  # bytes of the token that separates documents
 
 
 @torch.no_grad()
@@ -80,11 +85,12 @@ def text_bits_per_byte(
     max_tokens: int = 200_000,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Return bits per byte of the texts in `files`: {"bits_per_byte", "standard_error", "bytes", "tokens", "rows"}.
+    """Return bits per byte of the texts in `files`: {"bits_per_byte", "standard_error", "bytes", "tokens", ...}.
 
-    The documents, each prefixed with bos, are concatenated and cut into rows of `max_length` predictions, up to
-    `max_tokens` tokens; the standard error is that of the ratio over rows. `processes` share the batches; all of them
-    call this function and get the result.
+    The documents, each prefixed with bos, are concatenated and cut into "rows" of `max_length` predictions, up to
+    `max_tokens` tokens; the standard error is that of the ratio over rows. "unknown" tokens stand for text that the
+    tokenizer cannot spell, which makes the figure too low. `processes` share the batches; all of them call this
+    function and get the result.
 
     Raises:
         UserError: A file is missing, empty, or cannot be read.
@@ -92,36 +98,59 @@ def text_bits_per_byte(
     import evaluate
 
     rows = text_rows(tokenizer, text_dataset(files, what="text_files")["text"], max_length, max_tokens)
-    batches = [padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     own, quiet = processes.share(batches), None if processes.is_first else True
     progress = tqdm(own, desc="bits per byte", unit="batch", leave=False, disable=quiet)
-    lengths = torch.from_numpy(token_bytes(tokenizer))
-    results = processes.gather([nats_and_bytes(model, batch, lengths) for batch in progress])
-    nats, counts = (torch.cat(column).tolist() for column in zip(*results, strict=True))
+    nats = torch.cat(processes.gather([row_nats(model, batch) for batch in progress])).tolist()
+    targets = [row[1:][row[1:, 1] != NO_TEXT] for row in rows]
+    counts = [int(row[:, 1].sum()) for row in targets]
     figures = evaluate.load(str(METRIC), keep_in_memory=True).compute(nats=nats, bytes=counts)
-    return {**figures, "tokens": sum(len(row) - 1 for row in rows), "rows": len(rows)}
+    unknown = sum(int((row[:, 0] == tokenizer.unk_token_id).sum()) for row in targets)
+    return {**figures, "tokens": sum(len(row) - 1 for row in rows), "rows": len(rows), "unknown": unknown}
+
+
+@torch.no_grad()
+def row_nats(model: PreTrainedModel, rows: Sequence[np.ndarray]) -> torch.Tensor:
+    """Return nats (B,) in float64 of the text of each of `text_rows`."""
+    ids = padded(model, [row[:, 0].tolist() for row in rows])
+    sizes = padded(model, [row[:, 1].tolist() for row in rows], NO_TEXT)
+    targets = ids.masked_fill(sizes == NO_TEXT, -100)[:, 1:]
+    return token_nats(model, ids[:, :-1], targets).cpu().sum(1, dtype=torch.float64)
 
 
 def text_rows(
     tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], max_length: int, max_tokens: int
-) -> list[list[int]]:
-    """Return rows of at most `max_length` + 1 ids that overlap by one id, so that every id is predicted once."""
-    stream = [token for _, token in zip(range(max_tokens), text_tokens(tokenizer, texts), strict=False)]
+) -> list[np.ndarray]:
+    """Return rows (at most `max_length` + 1, 2) of `text_tokens` that overlap by one: every id is predicted once."""
+    stream = np.fromiter(islice(text_tokens(tokenizer, texts), max_tokens), np.dtype((np.int64, 2)))
     return [stream[i : i + max_length + 1] for i in range(0, len(stream) - 1, max_length)]
 
 
-def text_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[int]:
-    """Yield the ids of all documents, each prefixed with bos, encoded lazily."""
+def text_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[tuple[int, int]]:
+    """Yield (id, UTF-8 bytes) of each token of all documents, each of which begins with (bos, NO_TEXT); lazily."""
     encoder, start = BulkEncoder(tokenizer), document_start(tokenizer)
+    sizes = token_bytes(tokenizer) if encoder.may_be_cut else None  # only if the tokens are the bytes of the text
     for text in texts:
-        yield start
+        yield start, NO_TEXT
         for part in encoder.parts(whole_characters(text or "")):
-            yield from encoder.text_ids(part).tolist()
+            if sizes is None:
+                yield from tokens_in_place(encoder.tokenizer, part)
+            else:
+                ids = encoder.text_ids(part)
+                yield from zip(ids.tolist(), sizes[ids].tolist(), strict=True)
 
 
-def padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    length = max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([[*row, *[0] * (length - len(row))] for row in rows]),
-        "labels": torch.tensor([[*row, *[-100] * (length - len(row))] for row in rows]),
-    }
+def tokens_in_place(tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, int]]:
+    """Yield (id, UTF-8 bytes) of a document's tokens, measured where they end in the text.
+
+    That holds for every tokenizer: SentencePiece's tokens do not spell the bytes of a text, and other text is
+    normalized first. What no token covers counts for the next one, at the end for the last one.
+    """
+    check_blanks(text)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    points = code_points(text)
+    before = np.concatenate([[0], np.cumsum(1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF))])
+    # The tokens of a single character may all have its place, or none but the last
+    ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], dtype=np.int64))
+    ends[-1:] = len(text)
+    yield from zip(encoding.ids, np.diff(before[ends], prepend=0).tolist(), strict=True)

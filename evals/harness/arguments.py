@@ -7,6 +7,8 @@ from evals.harness.published import BITS_PER_BYTE, CORE, parse_tasks
 from modeling_nanochat.chat.sampling import check_setting
 from modeling_nanochat.errors import UserError
 
+ALL = -1  # examples per CORE task
+
 
 @dataclass
 class EvaluateArguments:
@@ -21,7 +23,9 @@ class EvaluateArguments:
     text_files: list[str] = field(
         default_factory=list, metadata={"help": "Parquet, JSONL or text files; bits per byte is over all of them."}
     )
-    core_max_per_task: int | None = field(default=None, metadata={"help": "Examples per CORE task; all if unset."})
+    core_max_per_task: int | None = field(
+        default=None, metadata={"help": "Examples per CORE task; max_examples if unset, -1: all."}
+    )
     base_model: bool = field(
         default=False, metadata={"help": "The model was not trained on chat tokens: only bits per byte, CORE, cloze."}
     )
@@ -50,13 +54,21 @@ class EvaluateArguments:
         default=False, metadata={"help": "Print a table with standard errors and counts; show all progress bars."}
     )
 
+    @property
+    def core_limit(self) -> int | None:
+        """Examples per CORE task; None: all."""
+        limit = self.core_max_per_task or self.max_examples
+        return None if limit == ALL else limit
+
     def check(self) -> None:
         """Raise `UserError` on a setting that is invalid or would have no effect."""
         sources = parse_tasks(self.tasks)
         if not sources and not self.text_files:
             raise UserError("nothing to evaluate; give tasks or text_files")
-        for name in ("max_examples", "core_max_per_task", "max_text_tokens", "max_length", "batch_size"):
+        for name in ("max_examples", "max_text_tokens", "max_length", "batch_size"):
             self.check_least(name, 1)
+        if self.core_max_per_task != ALL:
+            self.check_least("core_max_per_task", 1)
         for name, least in (("max_new_tokens", 1), ("samples_per_question", 1), ("num_samples", 0)):
             self.check_least(name, least)
         for name in ("temperature", "top_k", "seed"):
@@ -64,7 +76,6 @@ class EvaluateArguments:
         asks = any(name not in (CORE, BITS_PER_BYTE) for name in sources)
         needs = {
             "core_max_per_task": (CORE in sources, "the task core"),
-            "max_examples": (asks, "tasks of questions"),
             "max_length": (self.text_files or BITS_PER_BYTE in sources, "text_files"),
             "output_predictions": (asks or CORE in sources, "tasks"),
             "top_k": (self.temperature, "temperature"),

@@ -26,7 +26,7 @@ def downloaded(address: str, task: str, keep: Callable[[IO[bytes], Path], None])
         keep: Gets the complete download and a new folder; nothing is kept if it raises [`UserError`].
 
     Raises:
-        UserError: No network, or the download is incomplete or too large.
+        UserError: No network, or the download is incomplete, too large, or another than that of an earlier time.
     """
     folder = Path(constants.HF_HOME) / "nanochat" / f"{task}-{hashlib.sha256(address.encode()).hexdigest()[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -43,9 +43,22 @@ def downloaded(address: str, task: str, keep: Callable[[IO[bytes], Path], None])
                         f"{task}=SOURCE"
                     ) from error
                 file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                check_unchanged(first := folder.with_suffix(".sha256"), digest, address, task)
+                file.seek(0)
                 with atomic_directory(folder) as unfinished:
                     keep(file, unfinished)
+                first.write_text(digest)
     return folder
+
+
+def check_unchanged(path: Path, digest: str, address: str, task: str) -> None:
+    """Raise [`UserError`] if the first download, whose SHA-256 is in the file `path`, was another."""
+    if path.is_file() and (first := path.read_text().strip()) != digest:
+        raise UserError(
+            f"{task}: {address} has SHA-256 {digest}, and had {first} when it was first downloaded; delete {path} to "
+            "accept the new one"
+        )
 
 
 def check_online(task: str) -> None:

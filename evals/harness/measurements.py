@@ -58,6 +58,8 @@ def text_result(
     }
     value, error, n = figures["bits_per_byte"], figures["standard_error"], figures["bytes"]
     record = make_record("text", BITS_PER_BYTE, value, error, n, settings, args.model_name_or_path)
+    if unknown := figures["unknown"]:
+        record["note"] = f"{unknown:,} tokens stand for text that the tokenizer cannot spell, so the figure is too low"
     return TaskResult([record])
 
 
@@ -69,7 +71,7 @@ def core_task_result(
         asked.model,
         asked.tokenizer,
         [task],
-        max_per_task=args.core_max_per_task or -1,
+        max_per_task=args.core_limit or -1,
         batch_size=args.batch_size,
         process_index=processes.index,
         num_processes=processes.count,
@@ -77,7 +79,7 @@ def core_task_result(
     )
     figures, name = result.tasks[task.label], f"{CORE}_{task.label}"
     settings: dict[str, Any] = {"shots": task.num_fewshot, "baseline": round(task.baseline, 4)}
-    settings |= {"max_per_task": args.core_max_per_task, "max_length": context_of(asked.model)}
+    settings |= {"max_per_task": args.core_limit, "max_length": context_of(asked.model)}
     value, error, n = figures["accuracy"], figures["standard_error"], int(figures["n"])
     record = make_record(name, "accuracy", value, error, n, settings, args.model_name_or_path)
     if notes := result.notes.get(task.label):

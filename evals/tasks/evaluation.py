@@ -1,10 +1,8 @@
 """Accuracy of a model on a task: the record, a prediction per question, sample conversations."""
 
-import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 from evals.harness.processes import ALONE, Processes
@@ -54,8 +52,8 @@ def evaluate_task(
         processes: Those that share the questions; all of them call this function and get the result.
     """
     task.task.check_grading()
-    blocks = list(enumerate(question_blocks(task, asked)))
-    given = [task.task.answer(block, seeded(asked, number), progress) for number, block in processes.share(blocks)]
+    blocks = processes.share(question_blocks(task, asked))
+    given = [task.task.answer(block, replace(asked, first=first), progress) for first, block in blocks]
     answers = joined(processes.gather(given))
     references = [question.reference for question in task.questions]
     right = [
@@ -77,25 +75,21 @@ def evaluate_task(
     return TaskResult(records, prediction_rows(task.name, right, answers.texts), samples)
 
 
-def question_blocks(task: NamedTask, asked: EvaluatedModel) -> list[Sequence[Question]]:
-    """Return the questions in blocks that a process answers together.
+def question_blocks(task: NamedTask, asked: EvaluatedModel) -> list[tuple[int, Sequence[Question]]]:
+    """Return the questions in blocks that a process answers together, each after the number of its first one.
 
     Batches are formed within a block, so they hold the same rows for any number of processes, and rounding does not
     depend on it. A block is two batches: one would leave the batch half empty while its last replies are generated.
     """
     size = max(1, 2 * asked.batch_size // asked.samples)
-    return [task.questions[start : start + size] for start in range(0, len(task.questions), size)]
+    return [(start, task.questions[start : start + size]) for start in range(0, len(task.questions), size)]
 
 
 def own_prompts(task: NamedTask, asked: EvaluatedModel, processes: Processes = ALONE) -> int:
     """Return how many prompts of the task this process answers."""
     samples = asked.samples if issubclass(task.task, ReplyQuestion) else 1
-    return samples * sum(question.prompts for question in chain(*processes.share(question_blocks(task, asked))))
-
-
-def seeded(asked: EvaluatedModel, block: int) -> EvaluatedModel:
-    """Return `asked` with the block's own seed: what is sampled in a block does not depend on other blocks."""
-    return replace(asked, seed=random.Random(f"{asked.seed} {block}").getrandbits(63))
+    blocks = processes.share(question_blocks(task, asked))
+    return samples * sum(question.prompts for _, block in blocks for question in block)
 
 
 def joined(parts: Sequence[Answers]) -> Answers:

@@ -26,6 +26,7 @@ class EvaluatedModel:
     max_new_tokens: int = 96  # of a reply, tool results included
     seed: int = 0
     samples: int = 1  # replies to each question; letters and continuations are always one
+    first: int = 0  # number of the first question asked, among those of its task
 
 
 @dataclass(frozen=True)

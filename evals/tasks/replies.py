@@ -1,5 +1,6 @@
 """Questions that a model answers in words, with its python tool."""
 
+import random
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,11 +73,19 @@ def generate_replies(
     replies: list[list[dict]] = [[] for _ in conversations]
     if progress is not None:
         progress(len(conversations) - len(fitting))
-    fitting_prompts = [prompts[i] for i in fitting]
-    settings = (asked.options, asked.max_new_tokens, asked.seed, asked.batch_size)
-    for index, messages in zip(fitting, engine.answer_prompts(fitting_prompts, *settings, progress), strict=True):
-        replies[index] = messages
+    turns = {i: engine.turn(prompts[i], asked.max_new_tokens, asked.options) for i in fitting}
+    for index, turn in turns.items():
+        turn.generator = None if asked.options.is_greedy else engine.sampler(reply_seed(asked, index)).generator
+    engine.complete(list(turns.values()), engine.sampler(asked.seed), asked.batch_size, progress)
+    for index, turn in turns.items():
+        replies[index] = turn.messages
     return replies
+
+
+def reply_seed(asked: EvaluatedModel, index: int) -> int:
+    """Return the seed of a reply, which depends on question and sample alone: not on batches or processes."""
+    question, sample = divmod(index, asked.samples)
+    return random.Random(f"{asked.seed} {asked.first + question} {sample}").getrandbits(63)
 
 
 def chat_engine(asked: EvaluatedModel) -> "Engine":

@@ -6,11 +6,14 @@ import torch
 from accelerate import Accelerator
 from conftest import random_model
 from golden import core_model, golden_json, golden_tokenizer, shared
+from other_models import tokenizer as byte_tokenizer
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import evals.bits_per_byte
-from evals.bits_per_byte import METRIC, nats_and_bytes, text_bits_per_byte, text_rows, text_tokens
+from evals.bits_per_byte import METRIC, NO_TEXT, nats_and_bytes, text_bits_per_byte, text_rows, text_tokens
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text import bulk_encoding
 from modeling_nanochat.text.bulk_encoding import BulkEncoder
@@ -34,9 +37,6 @@ def test_token_bytes_add_up_to_the_text():
 
 
 def test_a_tokenizer_of_other_symbols_is_refused():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     words = Tokenizer(models.WordLevel({"▁the": 0, "x": 1}, unk_token="x"))
     with pytest.raises(UserError, match="byte-level"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=words))
@@ -72,10 +72,14 @@ def test_files_give_the_same_value_whatever_the_batch(tmp_path):
     assert 0 < one["standard_error"] < one["bits_per_byte"]
 
 
+def ids_of(rows):
+    return [*rows[0][:, 0].tolist(), *(token for row in rows[1:] for token in row[1:, 0].tolist())]
+
+
 def test_each_token_is_predicted_once():
     tokenizer = golden_tokenizer()
     rows = text_rows(tokenizer, TEXT * 5, max_length=16, max_tokens=10_000)
-    stream = [rows[0][0]] + [token for row in rows for token in row[1:]]
+    stream = ids_of(rows)
     assert stream == [
         t
         for text in TEXT * 5
@@ -92,7 +96,7 @@ def test_of_an_enormous_document_only_what_is_measured_is_encoded(monkeypatch):
     )
     rows = text_rows(tokenizer, [text, "never read"], max_length=16, max_tokens=400)
     assert len(encoded) == 1
-    ids = [*rows[0], *(token for row in rows[1:] for token in row[1:])]
+    ids = ids_of(rows)
     assert ids == encode_documents(tokenizer, [text])[0][: len(ids)] and len(ids) == 400
 
 
@@ -100,7 +104,65 @@ def test_the_ids_measured_are_those_of_whole_documents(monkeypatch):
     tokenizer, texts = golden_tokenizer(), ["The cat sat.\nOn the mat. " * 40, "", None, "\ud800", "<|bos|> 12345"]
     monkeypatch.setattr(bulk_encoding, "PART", 50)
     whole = [token for ids in encode_documents(tokenizer, [text or "" for text in texts]) for token in ids]
-    assert list(text_tokens(tokenizer, texts)) == whole
+    assert [token for token, _ in text_tokens(tokenizer, texts)] == whole
+
+
+SPACE = "\u2581"
+
+
+def sentencepiece():
+    """A tokenizer as Llama's: SentencePiece's space in front, and bytes in place of characters it does not have."""
+    words = [f"{SPACE}the", f"{SPACE}c", "at", f"{SPACE}cat"]
+    symbols = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), SPACE, *"theca.", "th", f"{SPACE}th"]
+    merges = [("t", "h"), (SPACE, "th"), (f"{SPACE}th", "e"), (SPACE, "c"), ("a", "t"), (f"{SPACE}c", "at")]
+    vocabulary = {symbol: number for number, symbol in enumerate([*symbols, *words])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+
+
+def composing():
+    """A tokenizer of bytes, before which letters and their accents are joined."""
+    tokenizer = byte_tokenizer("<s>", bos_token="<s>")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [sentencepiece, composing])
+@pytest.mark.parametrize("text", [*TEXT, " the cat  the cat. ", "e\u0301 🙂e\u0301", "漢字", "\ud800", ""])
+def test_whatever_the_tokenizer_its_tokens_have_the_bytes_of_the_text(make, text):
+    start, *tokens = text_tokens(make(), [text])
+    assert start == (make().bos_token_id, NO_TEXT) and min((size for _, size in tokens), default=0) >= 0
+    assert sum(size for _, size in tokens) == len(text.replace("\ud800", "\ufffd").encode())
+
+
+def test_a_token_has_the_bytes_at_its_place():
+    tokenizer = sentencepiece()
+    found = [(tokenizer.convert_ids_to_tokens(token), size) for token, size in text_tokens(tokenizer, ["the cat é."])]
+    assert found[:3] == [("<s>", NO_TEXT), (f"{SPACE}the", 3), (f"{SPACE}cat", 4)]
+    assert sum(size for token, size in found if token in (SPACE, "<0xC3>", "<0xA9>")) == 3 and found[-1] == (".", 1)
+
+
+def test_a_model_of_sentencepiece_tokens_is_measured_as_transformers_computes_its_loss(tmp_path):
+    tokenizer, text = sentencepiece(), "the cat, the naïve cat."
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    figures = text_bits_per_byte(model, tokenizer, [str(tmp_path / "t.txt")], max_length=64)
+    ids = torch.tensor([encode_documents(tokenizer, [text])[0]])
+    nats = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert figures["bytes"] == len(text.encode()) and figures["unknown"] == 0
+    assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_tokens_that_hide_text_are_counted(tmp_path):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "cat": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>")
+    (tmp_path / "t.txt").write_text("cat dog cat owl", encoding="utf-8")
+    figures = text_bits_per_byte(core_model(), tokenizer, [str(tmp_path / "t.txt")], max_length=64)
+    assert (figures["unknown"], figures["bytes"], figures["tokens"]) == (2, 15, 4)
 
 
 def test_targets_without_bytes_do_not_count():

@@ -114,6 +114,26 @@ def test_core_has_a_record_and_so_has_each_of_its_tasks(toy_model_folder, files,
         assert len(of_task) == 3 and sum(of_task) / 3 == pytest.approx(record["value"])
 
 
+@pytest.mark.parametrize(
+    ("limits", "counts"), [({}, (2, 2)), ({"core_max_per_task": 3}, (2, 3)), ({"core_max_per_task": -1}, (2, 4))]
+)
+def test_max_examples_limits_every_task_and_core_unless_it_has_a_limit_of_its_own(
+    toy_model_folder, files, core_dir, limits, counts
+):
+    only = {"tasks": [f"cloze={files / 'cloze.jsonl'}", f"core={core_dir}"], "base_model": True}
+    results = run_evaluation(arguments(toy_model_folder, files, max_examples=2, **only, **limits))
+    found = {record["task"]: record["n"] for record in results["records"]}
+    assert (found["cloze"], found["core_mats_0"]) == counts
+
+
+def test_max_examples_does_not_matter_where_there_are_no_tasks(toy_model_folder, files):
+    """A ladder sets it for all stages, and a base model may be measured on text only."""
+    (record,) = run_evaluation(arguments(toy_model_folder, files, tasks=[], base_model=True, max_examples=2))[
+        "records"
+    ]
+    assert record["task"] == "text" and record["n"] == 30 * len("The cat sat on the mat.")
+
+
 def test_the_report_shows_core(toy_model_folder, files, core_dir):
     output_file = str(files / "results" / "base.json")
     args = arguments(toy_model_folder, files, output_file=output_file, base_model=True)
@@ -218,7 +238,6 @@ def test_a_question_longer_than_the_context_counts_as_wrong(toy_model_folder, fi
         ({"tasks": ["core=absent"]}, "absent: no such folder"),
         ({"core_max_per_task": 0}, "core_max_per_task is 0"),
         ({"core_max_per_task": 5}, "core_max_per_task has no effect without the task core"),
-        ({"tasks": [], "max_examples": 5}, "max_examples has no effect without tasks of questions"),
         ({"text_files": []}, "max_length has no effect without text_files"),
         ({"tasks": [], "output_predictions": "p"}, "output_predictions has no effect without tasks"),
         ({"top_k": 50}, "top_k has no effect without temperature"),
@@ -397,6 +416,23 @@ def test_samples_of_a_question_differ_and_follow_the_seed(toy_model_and_tokenize
     first = replies(seed=1)
     assert len(first) == 6 * 3 and len(set(first)) > 12
     assert replies(seed=1) == first != replies(seed=2)
+
+
+def test_a_sampled_reply_depends_on_neither_batch_size_nor_number_of_samples(toy_model_and_tokenizer, files):
+    model, tokenizer = toy_model_and_tokenizer
+    task = load_task("problems", str(files / "problems.jsonl"))
+
+    def replies(batch_size, samples):
+        options = SamplingOptions(temperature=1.5, top_k=None)
+        asked = EvaluatedModel(model, tokenizer, Engine(model, tokenizer), options, batch_size, 8, samples=samples)
+        rows = evaluate_task(task, asked, "m", {}).predictions
+        return [[row["reply"] for row in rows if row["index"] == index] for index in range(len(task.questions))]
+
+    expected = replies(batch_size=1, samples=3)
+    assert len({reply for samples in expected for reply in samples}) > 12
+    for batch_size in (2, 5, 64):
+        assert replies(batch_size, samples=3) == expected
+    assert replies(batch_size=4, samples=1) == [samples[:1] for samples in expected]
 
 
 def test_where_there_is_no_terminal_progress_is_a_plain_line_at_intervals(monkeypatch, capsys):

@@ -1,6 +1,9 @@
 """CORE's bundle, from a server on this machine in place of the published address."""
 
+import hashlib
 import io
+import re
+import shutil
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -118,6 +121,20 @@ def test_of_a_bad_download_nothing_is_kept_and_the_next_one_succeeds(server, tmp
     assert "\n" not in str(error.value) and not list(tmp_path.rglob("*outside*"))
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
     server.content, server.announced, server.status = zipped(FILES), None, 200
+    assert load_core(core_folder(server.address))
+
+
+def test_another_file_at_the_same_address_is_refused_until_the_first_one_is_forgotten(server):
+    folder = core_folder(server.address).parent
+    shutil.rmtree(folder)
+    core_folder(server.address)
+    shutil.rmtree(folder)
+    server.content = zipped(FILES | {"eval_bundle/more": "x"})
+    recorded = folder.with_suffix(".sha256")
+    with pytest.raises(UserError, match=rf"when it was first downloaded; delete {re.escape(str(recorded))}") as error:
+        core_folder(server.address)
+    assert "\n" not in str(error.value) and hashlib.sha256(server.content).hexdigest() in str(error.value)
+    recorded.unlink()
     assert load_core(core_folder(server.address))
 
 

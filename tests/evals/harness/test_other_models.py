@@ -43,7 +43,8 @@ def test_gpt2_is_measured_as_transformers_computes_its_loss(files):
     model, tokenizer = load_model_and_tokenizer(folder)
     nats, size = 0.0, 0
     texts = ["The cat sat on the mat."] * 30
-    for row in text_rows(tokenizer, texts, max_length=64, max_tokens=200_000):
+    rows = text_rows(tokenizer, texts, max_length=64, max_tokens=200_000)
+    for row in (tokens[:, 0].tolist() for tokens in rows):
         ids = torch.tensor([row])
         labels = ids.masked_fill(ids == tokenizer.eos_token_id, -100)
         nats += model(ids, labels=labels).loss.item() * (labels[0, 1:] >= 0).sum().item()

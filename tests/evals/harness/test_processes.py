@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from evaluation import arguments, run_command, write_core, write_tasks
+from other_models import CHATML, gpt2
 
 from evals.evaluate_model import run_evaluation
 from evals.harness.processes import ALONE, Processes
@@ -51,13 +52,14 @@ def test_each_item_belongs_to_one_process(count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_two_processes_write_what_one_writes(toy_model_folder, files, temperature, monkeypatch):
+@pytest.mark.parametrize(("model", "temperature"), [("nanochat", 0.0), ("nanochat", 1.0), ("gpt2", 1.0)])
+def test_two_processes_write_what_one_writes(toy_model_folder, files, model, temperature, monkeypatch):
     """Byte for byte; of sampled replies as well, and with more blocks than processes."""
     monkeypatch.setattr("evals.core.score.EXAMPLES_PER_BLOCK", 2)
     options = {"temperature": temperature, "batch_size": 1, "output_predictions": str(files / "predictions.jsonl")}
     options |= {"samples_per_question": 2} if temperature else {}
-    args = arguments(toy_model_folder, files, **options)
+    folder = toy_model_folder if model == "nanochat" else gpt2(files / "gpt2", chat_template=CHATML)
+    args = arguments(folder, files, **options)
     args.tasks.append(f"core={write_core(files / 'core')}")
     run_evaluation(args)
     expected = contents(args)

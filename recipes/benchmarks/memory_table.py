@@ -140,7 +140,7 @@ gradients and an eighth of the optimizer state.
 Entire runs on H100s. None was measured end to end: a pass of d20 plain and d24 turbo is extrapolated from few
 layers on one H100 (`results/`), other depths are assumed to reach the same MFU, and eight cards to be eight times as
 fast as one, except for the exchange of gradients and weights, assumed at 400 GB/s. Data, evaluation and checkpoints
-are not included; `python recipes/run.py NAME --dry_run true` adds them. An H200 computes as fast as an H100. Other
+are not included; `--dry_run true` of `recipes/run.py` adds them. An H200 computes as fast as an H100. Other
 cards were not measured.
 
 {time}

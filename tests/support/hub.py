@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -44,7 +45,9 @@ class Repository:
 
     @property
     def sha(self) -> str:
-        return sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+        return sha1(
+            repr(sorted((path, digests(content)) for path, content in self.files.items())).encode()
+        ).hexdigest()
 
 
 @dataclass
@@ -58,6 +61,9 @@ class Fault:
     keep: int | None = None  # bytes of the answer's body
     breaks: bool = False  # whether the connection breaks after them, not the answer ends
     silent: bool = False
+    delay: float = 0  # seconds before the answer, which is then whole
+    every: int = 1  # so many matching requests, the last of them fails
+    seen: int = 0
 
 
 class Hub:
@@ -155,9 +161,14 @@ class Hub:
         return refusal(404, "EntryNotFound")
 
     def take_fault(self, request: Request) -> Fault | None:
-        fault = next((f for f in self.faults if f.times and re.search(f.on, f"{request.method} {request.path}")), None)
-        if fault:
-            fault.times -= 1
+        asked = f"{request.method} {request.path}"
+        fault = next((fault for fault in self.faults if fault.times and re.search(fault.on, asked)), None)
+        if fault is None:
+            return None
+        fault.seen += 1
+        if fault.seen % fault.every:
+            return None
+        fault.times -= 1
         return fault
 
 
@@ -177,6 +188,7 @@ class Handler(BaseHTTPRequestHandler):
         request = Request(self.command, self.path, self.headers.get("Range", "").removeprefix("bytes="))
         hub.requests.append(request)
         fault = hub.take_fault(request)
+        time.sleep(fault.delay if fault else 0)
         if fault and fault.silent:
             hub.closed.wait()
         elif fault and fault.status:
@@ -217,10 +229,17 @@ def of_repository(respond):
     return find
 
 
+@lru_cache(256)
+def digests(content: bytes) -> tuple[str, str]:
+    """SHA-1 and SHA-256, computed once: large files are listed often."""
+    return sha1(content).hexdigest(), sha256(content).hexdigest()
+
+
 def entry(path: str, content: bytes) -> dict:
     """A file as in listings."""
-    found = {"type": "file", "path": path, "size": len(content), "oid": sha1(content).hexdigest()}
-    lfs = {"oid": sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    oid, lfs_oid = digests(content)
+    found = {"type": "file", "path": path, "size": len(content), "oid": oid}
+    lfs = {"oid": lfs_oid, "size": len(content), "pointerSize": 130}
     return found | ({"lfs": lfs} if path.endswith(LFS) else {})
 
 

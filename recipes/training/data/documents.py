@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.tokenization_nanochat import encode_documents
 
-from .shards import ReadAhead, Shards, is_text
+from .shards import BYTES_AHEAD, ReadAhead, Shards, is_text
 
 CHUNK_SIZE = 128  # documents that a stream reads and encodes at a time
 CONVERSATIONS = 32  # the same for conversations: more would hardly reduce padding (0.8 % at 512 tokens per row)
@@ -180,5 +180,6 @@ class StreamedDocuments:
 
 
 def size(block: tuple[Position, list]) -> int:
-    """Bytes of the block's documents, texts or ids, if characters take one each."""
-    return sum(getattr(document, "nbytes", len(document)) for document in block[1] if document is not None)
+    """Bytes of the block's texts or ids, if a character takes one; at least a 16th of what is read ahead."""
+    total = sum(getattr(document, "nbytes", len(document)) for document in block[1] if document is not None)
+    return max(total, BYTES_AHEAD // 16)

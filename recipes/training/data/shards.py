@@ -81,8 +81,8 @@ class ReadAhead(Generic[Item]):
         size: Bytes of an item. The thread pauses while those not yet used have `most` or more.
     """
 
-    def __init__(self, items: Iterable[Item], size: Callable[[Item], int], most: int | None = None):
-        self.items, self.size, self.most = items, size, BYTES_AHEAD if most is None else most
+    def __init__(self, items: Iterable[Item], size: Callable[[Item], int], most: int = BYTES_AHEAD):
+        self.items, self.size, self.most = items, size, most
         self.ready: SimpleQueue[tuple[Item | None, BaseException | None]] = SimpleQueue()
         self.bytes, self.taken = 0, threading.Condition()
         threading.Thread(target=self.read, daemon=True).start()

@@ -161,15 +161,13 @@ class Hub:
         return refusal(404, "EntryNotFound")
 
     def take_fault(self, request: Request) -> Fault | None:
-        asked = f"{request.method} {request.path}"
-        fault = next((fault for fault in self.faults if fault.times and re.search(fault.on, asked)), None)
-        if fault is None:
-            return None
-        fault.seen += 1
-        if fault.seen % fault.every:
-            return None
-        fault.times -= 1
-        return fault
+        fault = next((f for f in self.faults if f.times and re.search(f.on, f"{request.method} {request.path}")), None)
+        if fault:
+            fault.seen += 1
+            if fault.seen % fault.every == 0:
+                fault.times -= 1
+                return fault
+        return None
 
 
 class Call(NamedTuple):
@@ -200,9 +198,8 @@ class Handler(BaseHTTPRequestHandler):
         content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
         kept = content if fault is None else content[: fault.keep]
         self.send_response(answer.status)
-        for name, value in (
-            {"Content-Length": len(content if fault and fault.breaks else kept)} | answer.headers
-        ).items():
+        length = {"Content-Length": len(content if fault and fault.breaks else kept)}
+        for name, value in (length | answer.headers).items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(kept if self.command != "HEAD" else b"")
@@ -229,9 +226,8 @@ def of_repository(respond):
     return find
 
 
-@lru_cache(256)
+@lru_cache(256)  # SHA-1 and SHA-256; large files are listed often
 def digests(content: bytes) -> tuple[str, str]:
-    """SHA-1 and SHA-256, computed once: large files are listed often."""
     return sha1(content).hexdigest(), sha256(content).hexdigest()
 
 

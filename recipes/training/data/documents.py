@@ -4,6 +4,7 @@ Every cursor can be saved and restored.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from itertools import islice
 from typing import NamedTuple
 
@@ -131,13 +132,14 @@ class StreamedDocuments:
         self.position, self.offset = Position(), 0  # of the next document
 
     def __iter__(self) -> Iterator[list]:
-        for position, documents in ReadAhead(self.blocks(self.position), size):
-            self.position = position
-            while self.offset < len(documents):
-                chosen = documents[self.offset : self.offset + CHUNK_SIZE]
-                self.offset += len(chosen)
-                yield chosen
-            self.offset = 0
+        with closing(ReadAhead(self.blocks(self.position), size)) as blocks:
+            for position, documents in blocks:
+                self.position = position
+                while self.offset < len(documents):
+                    chosen = documents[self.offset : self.offset + CHUNK_SIZE]
+                    self.offset += len(chosen)
+                    yield chosen
+                self.offset = 0
 
     def blocks(self, position: Position) -> Iterator[tuple[Position, list]]:
         """Yield blocks from `position` on, shuffled, epoch after epoch."""

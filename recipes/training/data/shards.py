@@ -18,7 +18,7 @@ from modeling_nanochat.text.sources import first_line, may_recover
 
 BLOCK = 1024  # rows of a streamed dataset that are read, and shuffled, together
 BYTES_AHEAD = 2**24  # of text that a stream reads ahead, in addition to one block
-RETRIES = 10  # of one block: about five minutes, besides the libraries' own retries
+RETRIES = 10  # of one block: for 10 to 20 minutes, with the retries of huggingface_hub before each
 LONGEST_PAUSE = 60.0  # seconds before a retry
 Item = TypeVar("Item")
 
@@ -75,27 +75,28 @@ def pause_before_retry(error: Exception, failures: int) -> None:
 
 
 class ReadAhead(Generic[Item]):
-    """Iterator over `items`, which a thread takes from them in advance.
+    """Iterator over `items`, which a thread takes from them in advance until `close`.
 
     Args:
         size: Bytes of an item. The thread pauses while those not yet used have `most` or more.
     """
 
     def __init__(self, items: Iterable[Item], size: Callable[[Item], int], most: int = BYTES_AHEAD):
-        self.items, self.size, self.most = items, size, most
+        self.size, self.most = size, most
         self.ready: SimpleQueue[tuple[Item | None, BaseException | None]] = SimpleQueue()
-        self.bytes, self.taken = 0, threading.Condition()
-        threading.Thread(target=self.read, daemon=True).start()
+        self.bytes, self.closed, self.changed = 0, False, threading.Condition()
+        threading.Thread(target=self.read, args=(items,), name="read ahead", daemon=True).start()
 
-    def read(self) -> None:
+    def read(self, items: Iterable[Item]) -> None:
         error: BaseException = StopIteration()
         try:
-            for item in self.items:
-                with self.taken:
-                    self.bytes += self.size(item)
+            for item in items:
                 self.ready.put((item, None))
-                with self.taken:
-                    self.taken.wait_for(lambda: self.bytes < self.most)
+                with self.changed:
+                    self.bytes += self.size(item)
+                    self.changed.wait_for(lambda: self.closed or self.bytes < self.most)
+                if self.closed:
+                    return
         except BaseException as raised:  # raised where the item would be used
             error = raised
         self.ready.put((None, error))
@@ -105,10 +106,16 @@ class ReadAhead(Generic[Item]):
 
     def __next__(self) -> Item:
         item, error = self.ready.get()
-        if item is None:
-            assert error is not None
+        if error is not None:
             raise error
-        with self.taken:
+        assert item is not None
+        with self.changed:
             self.bytes -= self.size(item)
-            self.taken.notify()
+            self.changed.notify()
         return item
+
+    def close(self) -> None:
+        """Let the thread end after the item that it is reading."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()

@@ -182,6 +182,6 @@ class StreamedDocuments:
 
 
 def size(block: tuple[Position, list]) -> int:
-    """Bytes of the block's texts or ids, if a character takes one; at least a 16th of what is read ahead."""
+    """Bytes of the block's texts or ids, if a character takes one; at least an eighth of what is read ahead."""
     total = sum(getattr(document, "nbytes", len(document)) for document in block[1] if document is not None)
-    return max(total, BYTES_AHEAD // 16)
+    return max(total, BYTES_AHEAD // 8)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from modeling_nanochat.errors import UserError
 from recipes.training.data import loader as loader_module
 from recipes.training.data.background import BackgroundBatches
-from recipes.training.data.loader import Loader, begin_filling, own_streams, positions
+from recipes.training.data.loader import Loader, StallReport, begin_filling, own_streams, positions
 from recipes.training.data.streams import STREAMS, ConversationStreams, MixedStreams, TextStreams
 
 MAX_LENGTH = 24
@@ -212,6 +212,31 @@ def test_states_of_different_steps_or_lanes_are_refused(streams, tmp_path, here)
         loader.load_state_dict(saved(states, tmp_path))
     with pytest.raises(UserError, match="other data streams"):
         loader.load_state_dict(saved([states[0] | {"streams": torch.tensor(4)}], tmp_path))
+
+
+def test_waiting_for_data_is_reported_with_fewer_lines_the_longer_it_lasts(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(loader_module.time, "perf_counter", lambda: now)
+    report = StallReport(rank=3)
+    report.add(500)  # the first batch, for which everything starts
+    for second in range(1, 800):
+        now = float(second)
+        report.add(0.05)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(";")[0] for line in lines] == [
+        f"warning: process 3 waited {waited} of the last {passed} seconds for data"
+        for waited, passed in ((3, 60), (6, 120), (12, 240))
+    ]
+
+
+def test_short_waits_are_not_reported(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(loader_module.time, "perf_counter", lambda: now)
+    report = StallReport(rank=0)
+    for second in range(400):
+        now = float(second)
+        report.add(0.02)
+    assert capsys.readouterr().out == ""
 
 
 def test_document_masking_counts_from_every_beginning(streams, tokenizer, anywhere):

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def measure(args: LoaderSpeedArguments) -> Measurement:
-    """Read for `seconds` at the pace of training, then for `seconds` as fast as possible, which empties the buffers."""
+    """Read for `seconds` at the pace of training, then as fast as possible, which empties the buffers."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     texts = text_source(args.train_files, what="train_files")
     cache = token_cache(args.tokenized_cache, texts, args.train_files, tokenizer) if args.tokenized_cache else None

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def measure(args: LoaderSpeedArguments) -> Measurement:
-    """Read for `seconds` as fast as possible, then for `seconds` at the pace of training."""
+    """Read for `seconds` at the pace of training, then as fast as possible, which empties the buffers."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     texts = text_source(args.train_files, what="train_files")
     cache = token_cache(args.tokenized_cache, texts, args.train_files, tokenizer) if args.tokenized_cache else None
@@ -69,8 +69,8 @@ def measure(args: LoaderSpeedArguments) -> Measurement:
     loader = Loader(streams, batch_size=args.per_device_train_batch_size, world_size=args.processes)
     ids = next(loader)["input_ids"].flatten().tolist()
     first = time.perf_counter() - started
-    speed, _ = read(loader, args.seconds)
     _, waited = read(loader, args.seconds, args.needed / args.processes)
+    speed, _ = read(loader, args.seconds)
     loader.close()
     return Measurement(first, speed, waited, len(tokenizer.decode(ids).encode()) / len(ids))
 

@@ -16,7 +16,9 @@ GATED = "the Hub gives this {} on request only; ask for it on its page, and log 
 
 
 def find_folder(name: str | Path, *patterns: str) -> Path:
-    """The folder `name`, or the download of a Hub id's top-level files that match `patterns` (default: model files).
+    """The folder `name`, or the download of a Hub id's files that match `patterns` (default: a model's).
+
+    Without a slash in any pattern, only of those at the top.
 
     A model that was downloaded before opens without network too.
 
@@ -42,7 +44,8 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
     except Exception as error:  # the transport's errors differ between huggingface_hub 1.x and 2.x
         return cached_folder(name, patterns, error)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        ignored = None if any("/" in pattern for pattern in patterns) else ["*/*"]
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=ignored))
     except Exception as error:
         reason = hub_failure(error) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name}: cannot be downloaded: {reason}") from error

@@ -11,13 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import registered  # noqa: F401  registers both architectures
-from .checks.chat_templates import limit_chat_template
 from .checks.configuration import check_config, errors_only
-from .checks.files import check_files, check_model_files
-from .checks.tokenizer import check_token_ids, check_tokenizer
+from .checks.files import check_model_files
+from .checks.tokenizer import check_token_ids, check_tokenizer, load_tokenizer
+from .convert.cached import model_folder
 from .errors import UserError, one_line
-from .hub import find_folder
-from .tokenization_nanochat import RESPONSE_TEMPLATE, has_control_tokens
 
 
 def pick_device() -> torch.device:
@@ -46,7 +44,8 @@ def load_model_and_tokenizer(
     """Open a causal language model and its tokenizer, in evaluation mode.
 
     Args:
-        name_or_path: A folder in Hub layout, or a Hub id such as `me/nanochat`.
+        name_or_path: A folder in Hub layout, or a Hub id such as `me/nanochat`; a checkpoint of the original by
+            either name is converted once.
         dtype: Default: see `default_dtype`.
         device: Default: `pick_device()`.
 
@@ -57,7 +56,7 @@ def load_model_and_tokenizer(
     device = torch.device(device) if device is not None else pick_device()
     dtype = default_dtype(device) if dtype is None else dtype
     name = str(name_or_path)
-    folder = find_folder(name)
+    folder = model_folder(name)
     check_model_files(folder, name)
     check_config(folder, name)
     tokenizer = load_tokenizer(folder, name)
@@ -76,22 +75,6 @@ def check_folder(folder: Path, name: str) -> None:
     check_model_files(folder, name)
     check_config(folder, name)
     check_tokenizer(folder, name)
-
-
-def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer in `folder`, from tokenizer.json whatever class the folder names; errors call it `name`."""
-    check_files(folder, name)
-    check_tokenizer(folder, name)
-    try:
-        with errors_only():  # it warns of another class
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-            tokenizer("a")  # some settings of a wrong type fail only here
-    except Exception as error:  # of any kind: tokenizers raises bare `Exception`s
-        raise UserError(f"{name}: the tokenizer cannot be opened: {one_line(error)}") from error
-    limit_chat_template(tokenizer, name)
-    if getattr(tokenizer, "response_template", None) is not None:  # regular expressions, which TRL runs on replies
-        tokenizer.response_template = RESPONSE_TEMPLATE if has_control_tokens(tokenizer) else None
-    return tokenizer
 
 
 def load_model(folder: Path, name: str, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -190,8 +190,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """`model`, `prompt` and the settings that are given."""
     note = "Sampling options in the model folder's generation_config.json replace the defaults shown here."
     parser = OneLineParser(prog="nanochat-chat", description="Chat with a model in the terminal.", epilog=note)
-    parser.add_argument("model", help="model folder or Hub id")
-    parser.add_argument("--prompt", help="ask this question and exit")
+    parser.add_argument("model", help="model folder or Hub id; a checkpoint of the original is converted once")
+    parser.add_argument("-p", "--prompt", help="ask this question and exit")
     defaults = vars(SamplingOptions()) | {"max_new_tokens": Chat.max_new_tokens}
     for name, setting in SETTINGS.items():
         shown = f"; default {defaults[name]}" if name in defaults else ""

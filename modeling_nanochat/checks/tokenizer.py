@@ -1,4 +1,4 @@
-"""Whether a tokenizer is bounded in time and memory, and fits the model: the parts of its files that can make it not.
+"""Open a tokenizer that is bounded in time and memory and fits the model: the parts of its files that can make it not.
 
 The fast tokenizer is native code, which can be neither interrupted nor limited: what is in the files decides.
 """
@@ -12,8 +12,20 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from ..errors import UserError, one_line
-from ..tokenization_nanochat import ASSISTANT_END, BOS, ESCAPES, PAD, PYTHON_END, SPECIAL_TOKENS, SPLIT_PATTERNS
-from .files import read_json
+from ..tokenization_nanochat import (
+    ASSISTANT_END,
+    BOS,
+    ESCAPES,
+    PAD,
+    PYTHON_END,
+    RESPONSE_TEMPLATE,
+    SPECIAL_TOKENS,
+    SPLIT_PATTERNS,
+    has_control_tokens,
+)
+from .chat_templates import limit_chat_template
+from .configuration import errors_only
+from .files import check_files, read_json
 
 # A regular expression can take time that grows with the square or exponentially; these are known not to.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -27,6 +39,22 @@ MAX_PADDING = 2**20
 MAX_ADDED_TOKENS = 20_000
 ENDS = (ASSISTANT_END, PYTHON_END, BOS, PAD)  # what `set_special_tokens` stops generation at
 UNSET = ((None, None), (0, 1))  # bos and eos: not set, or the defaults of transformers' class
+
+
+def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer in `folder`, from tokenizer.json whatever class the folder names; errors call it `name`."""
+    check_files(folder, name)
+    check_tokenizer(folder, name)
+    try:
+        with errors_only():  # it warns of another class
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer("a")  # some settings of a wrong type fail only here
+    except Exception as error:  # of any kind: tokenizers raises bare `Exception`s
+        raise UserError(f"{name}: the tokenizer cannot be opened: {one_line(error)}") from error
+    limit_chat_template(tokenizer, name)
+    if getattr(tokenizer, "response_template", None) is not None:  # regular expressions, which TRL runs on replies
+        tokenizer.response_template = RESPONSE_TEMPLATE if has_control_tokens(tokenizer) else None
+    return tokenizer
 
 
 def check_tokenizer(folder: Path, name: str) -> None:

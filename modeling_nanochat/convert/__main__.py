@@ -1,9 +1,8 @@
 """Convert checkpoints of the original nanochat to model folders, and back.
 
-    nanochat-convert --input ~/.cache/nanochat/chatsft_checkpoints/d20 --output_dir d20 \\
-        --tokenizer ~/.cache/nanochat/tokenizer --allow_pickle
+    nanochat-convert --input ~/.cache/nanochat/chatsft_checkpoints/d20 --output_dir d20
 
-    nanochat-convert --input karpathy/nanochat-d32 --output_dir d32 --allow_pickle
+    nanochat-convert --input karpathy/nanochat-d32 --output_dir d32
 
     nanochat-convert --input runs/d20/sft --to original --output_dir back/d20
 
@@ -12,40 +11,24 @@ Logits stay the same; models that neither architecture can compute, and conversi
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import ModelCardData
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .. import NanoChatForCausalLM, NanoChatTurboForCausalLM
 from ..checks.configuration import check_config
 from ..checks.files import check_files
 from ..cli import parse
-from ..configuration_nanochat import NanoChatConfig
 from ..errors import UserError, exit_on_user_error
 from ..folders import atomic_directory
 from ..hub import find_folder
-from ..loading import load_tokenizer
-from ..tokenization_nanochat import save_tokenizer, set_special_tokens, special_token_ids
-from .checkpoint import dtype_name, refuse_loss, state_dict_from_original, state_dict_to_original, turbo_places
-from .config import Architecture, OriginalConfig, config_from_original, config_to_original
-from .files import pick_step, read_config, read_meta, read_safetensors, read_tensors, steps
-from .pickled_tokenizer import load_pickled_tokenizer
-
-CHAT_TEMPLATE = Path(__file__).parents[1] / "chat_template.jinja"
-
-CARD = """{metadata}
-
-# {name}
-
-{parameters:,} parameters, {architecture} architecture, converted from step {step} of a checkpoint (`{source}`) of the
-original [nanochat](https://github.com/karpathy/nanochat); the weights are in {dtype}."""
+from .checkpoint import refuse_loss, state_dict_to_original, turbo_places
+from .config import config_to_original
+from .files import read_config, read_safetensors, steps
+from .model_folder import SMALL_FILES, write_model_folder
 
 
 @dataclass
@@ -71,10 +54,10 @@ class ConvertArguments:
     )
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "Tokenizer folder or Hub id (default: the input); tokenizer.pkl is supported."},
-    )
-    allow_pickle: bool = field(
-        default=False, metadata={"help": "Open a pickled tokenizer; only from sources you trust."}
+        metadata={
+            "help": "Tokenizer folder or Hub id; default: the input, a folder `tokenizer` in it or, as the original "
+            "keeps it, next to its parent."
+        },
     )
     dtype: str = field(
         default="auto",
@@ -104,31 +87,19 @@ def convert(args: ConvertArguments) -> None:
 
 
 def to_hub(args: ConvertArguments) -> None:
-    """Original checkpoint -> model folder with tokenizer, template, generation settings and card."""
-    folder = find_folder(args.input, "config.json", "meta_*.json", "tokenizer*", "special_tokens_map.json", "*.jinja")
+    """Original checkpoint -> model folder."""
+    folder = find_folder(args.input, *SMALL_FILES)
     if not steps(folder) and (folder / "config.json").is_file():
         refuse_model_folder(args, folder)
-    step = pick_step(folder, args.step)
-    sizes = read_meta(folder / f"meta_{step:06d}.json")
-    path = find_folder(args.input, f"model_{step:06d}.pt") / f"model_{step:06d}.pt"
-    try:
-        state_dict, architecture = state_dict_from_original(read_tensors(path), sizes)
-        config = config_from_original(sizes, architecture)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    if args.to == "plain" and architecture == "turbo":
-        refuse_loss(turbo_places(sizes))
-    if architecture == "turbo" and sizes.window_pattern is None:
-        print("note: the meta file has no window_pattern; as in the original, every layer sees the full context")
-    tokenizer = open_tokenizer(args, folder, sizes)
-    dtype = pick_dtype(args.dtype, state_dict)
-    model = build_model(config, {name: tensor.to(dtype) for name, tensor in state_dict.items()}, tokenizer)
-    with atomic_directory(args.output_dir) as target:
-        model.save_pretrained(target)
-        save_tokenizer(tokenizer, target)
-        (target / "README.md").write_text(model_card(args, model, architecture, step), encoding="utf-8")
-    size = f"{model.num_parameters():,} parameters in {dtype_name(model.dtype)}"
-    print(f"{args.output_dir}: {architecture}, step {step}, {size}")
+    written = write_model_folder(
+        args.input,
+        args.output_dir,
+        step=args.step,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+        allow_turbo=args.to == "hub",
+    )
+    print(f"{args.output_dir}: {written}")
 
 
 def to_original(args: ConvertArguments) -> None:
@@ -166,78 +137,6 @@ def refuse_model_folder(args: ConvertArguments, folder: Path) -> None:
     if args.to == "plain" and architecture == "turbo":
         refuse_loss(place.name for place in turbo_places(sizes).values())
     raise UserError(f"{args.input}: already a model folder ({architecture}); --to original makes it a checkpoint")
-
-
-def open_tokenizer(args: ConvertArguments, folder: Path, sizes: OriginalConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, given the chat template if it has none; checked against the model's vocabulary."""
-    name = args.tokenizer or str(folder)
-    place = Path(name).expanduser()
-    pickled = place / "tokenizer.pkl"
-    if place.is_dir() and not (place / "tokenizer.json").is_file():
-        tokenizer = unpickle_tokenizer(pickled, args.allow_pickle, sizes.sequence_len)
-    else:
-        tokenizer = load_tokenizer(find_folder(name), name)
-    try:
-        special_token_ids(tokenizer)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-    if len(tokenizer) != sizes.vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {sizes.vocab_size}; "
-            "they are not from the same training, give the right one with --tokenizer"
-        )
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE.read_text(encoding="utf-8")
-    return tokenizer
-
-
-def unpickle_tokenizer(path: Path, allowed: bool, model_max_length: int) -> PreTrainedTokenizerBase:
-    if not path.is_file():
-        raise UserError(
-            f"{path.parent}: no tokenizer.json or tokenizer.pkl; give the model's tokenizer with --tokenizer, a model "
-            "is useless without it"
-        )
-    if not allowed:
-        raise UserError(
-            f"{path}: unpickling can run code; pass --allow_pickle true if you trust its source, or give a folder "
-            "with tokenizer.json with --tokenizer"
-        )
-    print(f"warning: opening the pickle {path}; unpickling can run code, do so only if you trust it", file=sys.stderr)
-    return load_pickled_tokenizer(path, model_max_length)
-
-
-def pick_dtype(name: str, state_dict: dict[str, torch.Tensor]) -> torch.dtype:
-    """float32 by default, which represents the original's float32 matrices and bfloat16 embeddings exactly."""
-    if name != "auto":
-        return getattr(torch, name)
-    only_bfloat16 = all(tensor.dtype == torch.bfloat16 for tensor in state_dict.values())
-    return torch.bfloat16 if only_bfloat16 else torch.float32
-
-
-def build_model(
-    config: NanoChatConfig, state_dict: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
-    """A model that uses the given tensors without copying them."""
-    model_class = NanoChatForCausalLM if config.model_type == "nanochat" else NanoChatTurboForCausalLM
-    with torch.device("meta"):
-        model = model_class(config)
-    model.load_state_dict(state_dict, assign=True)
-    set_special_tokens(model, tokenizer)
-    return model
-
-
-def model_card(args: ConvertArguments, model: PreTrainedModel, architecture: Architecture, step: int) -> str:
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["nanochat"])
-    is_path = Path(args.input).expanduser().exists()
-    card = CARD.format(
-        metadata=f"---\n{data.to_yaml()}\n---",
-        name=Path(args.output_dir).name,
-        parameters=model.num_parameters(),
-        architecture=architecture,
-        dtype=dtype_name(model.dtype),
-        step=step,
-        source=Path(args.input).name if is_path else args.input,
-    )
-    return card + "\n"
 
 
 def start(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ Unpickling may run any code that a file names. This reader allows one name, tikt
 bare container; any other name is an error. The rest are numbers, strings, bytes and dictionaries.
 """
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from ..errors import UserError
 from ..text.byte_pairs import merges_of
 from ..tokenization_nanochat import SPECIAL_TOKENS, SPLIT_PATTERN, build_tokenizer, byte_symbols
+
+MAX_BYTES = 2**24  # a vocabulary of 262,144 takes 4 MB
+MAX_LOOKUPS = 2**26  # in finding the merges: a minute; the square of each token's length at most, 5 million for 65,536
 
 
 class PickledEncoding:
@@ -53,7 +57,13 @@ def read_encoding(path: str | Path) -> dict[str, Any]:
     """`pat_str`, `mergeable_ranks` and `special_tokens` of the pickled encoder, with their types checked."""
     try:
         with open(path, "rb") as file:
-            state = getattr(EncodingUnpickler(file).load(), "state", None)
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror}); give the folder with the model's tokenizer") from error
+    if len(content) > MAX_BYTES:
+        raise UserError(f"has more than {MAX_BYTES:,} bytes, so it is no tokenizer; copy or download it again")
+    try:
+        state = getattr(EncodingUnpickler(io.BytesIO(content)).load(), "state", None)
     except Exception as error:  # a damaged or hostile pickle can fail in any way
         reason = str(error) or type(error).__name__
         raise UserError(f"not a pickled tiktoken encoder: {reason}") from error
@@ -86,6 +96,8 @@ def tokenizer_from_encoding(encoding: dict[str, Any], model_max_length: int = 20
     bytes_alone = {token for token in ranks if len(token) < 2}
     if sorted(ranks.values()) != list(range(len(ranks))) or bytes_alone != {bytes([byte]) for byte in range(256)}:
         raise UserError("its vocabulary has gaps, or is not made of single bytes and their merges")
+    if sum(len(token) ** 2 for token in ranks) > MAX_LOOKUPS:
+        raise UserError("its tokens are too long for merges to be found in bounded time")
     if encoding["special_tokens"] != {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}:
         raise UserError(f"its special tokens are not nanochat's nine, at the end of the {len(ranks)} others")
     symbols = byte_symbols()

@@ -128,6 +128,7 @@ class Hub:
                 "ENDPOINT": self.url,
                 "HUGGINGFACE_CO_URL_TEMPLATE": template,
                 "HF_HUB_CACHE": str(self.cache),
+                "HF_ASSETS_CACHE": str(home / "assets"),
             }
             | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True},
             hf_api.api: {"endpoint": self.url},

@@ -1,7 +1,6 @@
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from conftest import TOY_TEXTS
 from golden import golden_json, golden_tokenizer, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from original import EXTRAS, PADDED, VOCAB, encoding_of, pickle_tokenizer, toy_config, toy_weights, write_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.nanochat.modeling_nanochat import NanoChatForCausalLM as BuiltInNanoChat
@@ -23,54 +23,10 @@ from modeling_nanochat.convert.checkpoint import state_dict_from_original, state
 from modeling_nanochat.convert.config import OriginalConfig, config_from_original
 from modeling_nanochat.convert.pickled_tokenizer import load_pickled_tokenizer, tokenizer_from_encoding
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.tokenization_nanochat import SPECIAL_TOKENS, SPLIT_PATTERN, byte_symbols
+from modeling_nanochat.tokenization_nanochat import SPECIAL_TOKENS, SPLIT_PATTERN
 from tokenizer_train.bpe import train_tokenizer
 
-VOCAB, PADDED = 300, 320
 LAYOUTS = {"plain": "classic", "turbo": "current"}
-EXTRAS = ["resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda"]
-
-
-def encoding_of(tokenizer) -> dict:
-    """What tiktoken needs to know of a nanochat tokenizer."""
-    byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-    vocab = {token: rank for token, rank in tokenizer.get_vocab().items() if token not in SPECIAL_TOKENS}
-    ranks = {bytes(byte_of[symbol] for symbol in token): rank for token, rank in vocab.items()}
-    special = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    return {"pat_str": SPLIT_PATTERN, "mergeable_ranks": ranks, "special_tokens": special}
-
-
-def pickle_tokenizer(tokenizer, folder: Path) -> tiktoken.Encoding:
-    """Leave `tokenizer.pkl` as the original does."""
-    encoder = tiktoken.Encoding("rustbpe", **encoding_of(tokenizer))
-    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoder))
-    return encoder
-
-
-def write_checkpoint(folder: Path, weights: dict, model_config: dict, step: int = 3) -> Path:
-    folder.mkdir(exist_ok=True)
-    torch.save(weights, folder / f"model_{step:06d}.pt")
-    (folder / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "model_config": model_config}))
-    return folder
-
-
-def toy_weights(rows: int = VOCAB, turbo: bool = False) -> dict[str, torch.Tensor]:
-    """Random weights with the original's names: 2 layers, 32 wide, 2 heads, 1 of them for keys and values."""
-    shapes = {"transformer.wte.weight": (rows, 32), "lm_head.weight": (rows, 32)}
-    for i in range(2):
-        attention = {"c_q": (32, 32), "c_k": (16, 32), "c_v": (16, 32), "c_proj": (32, 32)}
-        shapes |= {f"transformer.h.{i}.attn.{name}.weight": shape for name, shape in attention.items()}
-        shapes |= {f"transformer.h.{i}.mlp.c_fc.weight": (128, 32), f"transformer.h.{i}.mlp.c_proj.weight": (32, 128)}
-    if turbo:
-        shapes |= dict(zip(EXTRAS, [(2,), (2,), (1, 24), (1,), (1,)], strict=True))
-        shapes |= {"value_embeds.1.weight": (rows, 16), "transformer.h.1.attn.ve_gate.weight": (1, 12)}
-    generator = torch.Generator().manual_seed(0)
-    return {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def toy_config(**changes) -> dict:
-    sizes = {"sequence_len": 256, "vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
-    return sizes | changes
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +82,8 @@ def golden_checkpoint(folder: Path, architecture: str) -> Path:
 
 
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
-def test_golden_checkpoints_give_the_original_logits(architecture, tmp_path, capsys):
-    folder = convert(golden_checkpoint(tmp_path / "in", architecture), tmp_path / "out", "--allow_pickle")
-    assert "unpickling can run code" in capsys.readouterr().err
+def test_golden_checkpoints_give_the_original_logits(architecture, tmp_path):
+    folder = convert(golden_checkpoint(tmp_path / "in", architecture), tmp_path / "out")
     golden = load_file(shared(f"golden/{LAYOUTS[architecture]}_forward.safetensors"))
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model) is {"plain": NanoChatForCausalLM, "turbo": NanoChatTurboForCausalLM}[architecture]
@@ -140,7 +95,7 @@ def test_golden_checkpoints_give_the_original_logits(architecture, tmp_path, cap
 
 
 def test_the_golden_tokenizer_comes_through_the_pickle(tmp_path):
-    folder = convert(golden_checkpoint(tmp_path / "in", "plain"), tmp_path / "out", "--allow_pickle", "true")
+    folder = convert(golden_checkpoint(tmp_path / "in", "plain"), tmp_path / "out")
     tokenizer, golden = AutoTokenizer.from_pretrained(folder), golden_tokenizer()
     assert tokenizer.backend_tokenizer.to_str() == golden.backend_tokenizer.to_str()
     assert tokenizer.chat_template == golden.chat_template
@@ -152,7 +107,7 @@ def test_the_golden_tokenizer_comes_through_the_pickle(tmp_path):
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_golden_checkpoints_come_back_bit_equal(architecture, tmp_path):
     source = golden_checkpoint(tmp_path / "in", architecture)
-    folder = convert(source, tmp_path / "hub", "--allow_pickle")
+    folder = convert(source, tmp_path / "hub")
     back = convert(folder, tmp_path / "back", "--to", "original", "--step", "650")
     before = torch.load(source / "model_000650.pt", weights_only=True)
     after = torch.load(back / "model_000650.pt", weights_only=True)
@@ -207,7 +162,7 @@ def test_a_turbo_folder_follows_the_meta_file(turbo, tmp_path):
 def test_a_current_checkpoint_without_window_pattern_is_all_long_and_says_so(turbo, tmp_path, capsys):
     write_checkpoint(turbo, toy_weights(PADDED, turbo=True), toy_config())
     folder = convert(turbo, tmp_path / "out")
-    assert "no window_pattern" in capsys.readouterr().out
+    assert "no window_pattern" in capsys.readouterr().err
     assert set(AutoModelForCausalLM.from_pretrained(folder).config.layer_types) == {"full_attention"}
 
 
@@ -382,25 +337,23 @@ def test_code_in_a_pickled_tokenizer_is_not_run(buried, tokenizer, tmp_path, cap
         content = tiktoken.Encoding("rustbpe", **encoding_of(tokenizer))
         content._special_tokens = {"<|bos|>": bomb}
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(content))
-    target = tmp_path / "out"
-    with pytest.raises(SystemExit):
-        main(["--input", str(folder), "--output_dir", str(target), "--allow_pickle", "true"])
-    warning, told = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: opening the pickle")
-    assert told.startswith("error: ") and "mkdir" in told
-    assert not bomb.mark.exists() and not target.exists()
+    assert "mkdir" in refusal(capsys, folder, tmp_path / "out")
+    assert not bomb.mark.exists()
 
 
-def test_a_pickled_tokenizer_needs_the_flag(tokenizer, tmp_path, capsys):
-    folder = write_checkpoint(tmp_path / "in", toy_weights(), toy_config())
-    pickle_tokenizer(tokenizer, folder)
-    assert "pass --allow_pickle true" in refusal(capsys, folder, tmp_path / "out")
-    apart = tmp_path / "apart"
-    apart.mkdir()
-    shutil.move(folder / "tokenizer.pkl", apart)
-    assert "give the model's tokenizer with --tokenizer" in refusal(capsys, folder, tmp_path / "out", "--allow_pickle")
-    out = convert(folder, tmp_path / "out", "--allow_pickle", "--tokenizer", str(apart))
+def test_the_tokenizer_is_the_checkpoints_own_or_the_one_that_the_original_keeps_for_all(tokenizer, tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "chatsft_checkpoints" / "d2", toy_weights(), toy_config())
+    told = refusal(capsys, folder, tmp_path / "out")
+    assert "no tokenizer.json or tokenizer.pkl" in told and "nanochat-convert with --tokenizer" in told
+    kept = tmp_path / "tokenizer"
+    kept.mkdir()
+    pickle_tokenizer(tokenizer, kept)
+    assert AutoTokenizer.from_pretrained(convert(folder, tmp_path / "out")).get_vocab() == tokenizer.get_vocab()
+    apart = kept.rename(tmp_path / "apart")
+    out = convert(folder, tmp_path / "again", "--tokenizer", str(apart))
     assert AutoTokenizer.from_pretrained(out).get_vocab() == tokenizer.get_vocab()
+    pickle_tokenizer(train_tokenizer(TOY_TEXTS, VOCAB - 1), folder)
+    assert "the tokenizer has 299 tokens, the model 300" in refusal(capsys, folder, tmp_path / "no")
 
 
 def test_a_pickled_tokenizer_is_opened_without_tiktoken(tokenizer, tmp_path, monkeypatch):

@@ -1,9 +1,13 @@
 """Resolve a model name to a folder, and say in one line what failed on the Hub or on the way to it."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, model_info, snapshot_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, model_info, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .errors import UserError, one_line
 
@@ -44,6 +48,8 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
     except Exception as error:  # the transport's errors differ between huggingface_hub 1.x and 2.x
         return cached_folder(name, patterns, error)
     try:
+        if len(patterns) == 1 and "*" not in patterns[0]:  # in this thread, which Ctrl-C stops at once
+            return Path(hf_hub_download(name, patterns[0])).parent
         ignored = None if any("/" in pattern for pattern in patterns) else ["*/*"]
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=ignored))
     except Exception as error:
@@ -59,6 +65,19 @@ def cached_folder(name: str, patterns: tuple[str, ...], cause: Exception) -> Pat
         if isinstance(config := try_to_load_from_cache(name, "config.json"), str):
             return Path(config).parent
     raise UserError(f"{name}: no such folder, and {hub_failure(cause) or one_line(cause)}") from cause
+
+
+@contextmanager
+def progress_bars() -> Iterator[None]:
+    """Show the Hub's progress bars within the block, on a terminal and unless the environment forbids it."""
+    were_disabled = are_progress_bars_disabled()
+    if were_disabled and sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_disabled:
+            disable_progress_bars()
 
 
 def hub_failure(error: BaseException, what: str = "model") -> str | None:

@@ -3,18 +3,11 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 from huggingface_hub import constants
-from huggingface_hub.utils import (
-    WeakFileLock,
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
+from huggingface_hub.utils import WeakFileLock
 
 from ..errors import UserError, one_line
 from ..folders import remove
@@ -84,8 +77,7 @@ def convert_once(name: str, folder: Path, step: int, target: Path) -> None:
         f"is not run), into {target}",
         file=sys.stderr,
     )
-    with download_bars():
-        write_model_folder(name, target, step=step)
+    write_model_folder(name, target, step=step)
     for older in target.parent.iterdir():
         if older.is_dir() and older != target:
             remove(older)
@@ -112,16 +104,3 @@ def check_space(name: str, needed: dict[Path, int]) -> None:
                 f"{name}: its conversion takes {on_disk[disk] / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are "
                 "free; free some, or set HF_HOME to a folder on a larger disk"
             )
-
-
-@contextmanager
-def download_bars() -> Iterator[None]:
-    """Show the Hub's progress bars within the block, on a terminal and unless the environment forbids it."""
-    were_disabled = are_progress_bars_disabled()
-    if were_disabled and sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
-        enable_progress_bars()
-    try:
-        yield
-    finally:
-        if were_disabled:
-            disable_progress_bars()

@@ -1,10 +1,15 @@
 """A checkpoint of the original as a model folder: weights, tokenizer, chat template, generation settings, card."""
 
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
+from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,7 +18,7 @@ from ..checks.tokenizer import load_tokenizer
 from ..configuration_nanochat import NanoChatConfig
 from ..errors import UserError, one_line
 from ..folders import atomic_directory
-from ..hub import find_folder
+from ..hub import find_folder, progress_bars
 from ..tokenization_nanochat import save_tokenizer, set_special_tokens, special_token_ids
 from .checkpoint import dtype_name, refuse_loss, state_dict_from_original, turbo_places
 from .config import Architecture, OriginalConfig, config_from_original
@@ -32,6 +37,7 @@ CARD = """{metadata}
 original [nanochat](https://github.com/karpathy/nanochat); the weights are in {dtype}."""
 
 
+@progress_bars()
 def write_model_folder(
     source: str,
     target: str | Path,
@@ -75,7 +81,8 @@ def write_model_folder(
     model = build_model(config, weights, opened)
     try:
         with atomic_directory(target) as unfinished:
-            model.save_pretrained(unfinished)
+            with writing_bar(unfinished, sum(tensor.nbytes for tensor in weights.values())):
+                model.save_pretrained(unfinished)
             save_tokenizer(opened, unfinished)
             card = model_card(Path(target).name, source, model, architecture, step)
             (unfinished / "README.md").write_text(card, encoding="utf-8")
@@ -140,6 +147,25 @@ def build_model(
     model.load_state_dict(state_dict, assign=True)
     set_special_tokens(model, tokenizer)
     return model
+
+
+@contextmanager
+def writing_bar(folder: Path, total: int) -> Iterator[None]:
+    """Show on a terminal how many of `total` bytes are in `folder`, while the block writes them in a single call."""
+    finished = threading.Event()
+
+    def watch(bar: Any) -> None:
+        while not finished.wait(0.2):
+            bar.update(sum(path.stat().st_size for path in folder.iterdir()) - bar.n)
+
+    with tqdm(desc="converting", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        thread = threading.Thread(target=watch, args=(bar,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            thread.join()
 
 
 def model_card(name: str, source: str, model: PreTrainedModel, architecture: Architecture, step: int) -> str:

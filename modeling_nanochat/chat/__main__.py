@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from ..attention_kernels import without_cudnn_attention
@@ -214,9 +215,11 @@ def start(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     logging.disable_progress_bar()
-    model, tokenizer = load_model_and_tokenizer(name, device="cpu" if quantized else None)
     if quantized:
+        model, tokenizer = load_model_and_tokenizer(name, dtype=torch.bfloat16, device="cpu")
         quantize_int8(model)
+    else:
+        model, tokenizer = load_model_and_tokenizer(name)
     engine = Engine(model, tokenizer)
     chat = Chat(
         engine,

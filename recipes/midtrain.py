@@ -28,8 +28,9 @@ from typing import Literal
 
 import torch
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.cli import parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.loading import load_model_and_tokenizer
@@ -126,7 +127,8 @@ def main() -> None:
         replay = TextStreams(texts, tokenizer, loop.max_length, loop.seed)
         make_stream = MixedStreams(make_stream, replay, args.replay_every)
     inherited = inheritance.values(as_given)
-    plan = make_plan(model, train_set, args, loop, inherited)
+    tokens = sum(len(ids) for ids, _ in train_set)
+    plan = make_plan(model.config, tokens, args, loop, inherited)
     val_rows = conversation_rows(val_set, tokenizer.bos_token_id, loop.max_length)
     bits_per_byte = validation(accelerator, val_rows, tokenizer, max_rows=len(val_set))
     evaluations = (bits_per_byte_evaluation(bits_per_byte, loop.eval_steps),)
@@ -157,8 +159,8 @@ def train_and_validation_sets(
 
 
 def make_plan(
-    model: PreTrainedModel,
-    train_set: list[Conversation],
+    config: NanoChatConfig,
+    tokens: int,
     args: MidtrainArguments,
     loop: LoopArguments,
     inherited: Collection[str] = (),
@@ -166,30 +168,31 @@ def make_plan(
     """Hyperparameters, with max_steps from num_train_epochs unless given; replayed text adds to the tokens.
 
     Args:
+        tokens: Of the conversations of one epoch.
         inherited: Names of those that `loop` has from the base run.
 
     Raises:
         UserError: The epochs amount to less than half a step.
     """
     constants = {"max_length": loop.max_length, "stage_defaults": STAGE_DEFAULTS}
-    resolve = partial(resolve_hyperparameters, model.config, loop.training_recipe, **constants)
+    resolve = partial(resolve_hyperparameters, config, loop.training_recipe, **constants)
     overrides = loop.overrides()
     if overrides.max_steps is None:
         batch = resolve(replace(overrides, max_steps=1)).total_batch_size
-        overrides = replace(overrides, max_steps=steps_of_epochs(train_set, args, batch))
+        overrides = replace(overrides, max_steps=steps_of_epochs(tokens, args, batch))
     plan = resolve(overrides)
     taken_over = {name: INHERITED for name in inherited if name in plan.origins}
     return replace(plan, origins=plan.origins | taken_over)
 
 
-def steps_of_epochs(train_set: list[Conversation], args: MidtrainArguments, batch: int) -> int:
-    tokens = args.num_train_epochs * sum(len(ids) for ids, _ in train_set)
+def steps_of_epochs(tokens: int, args: MidtrainArguments, batch: int) -> int:
+    trained_on = args.num_train_epochs * tokens
     if args.replay_files:
-        tokens *= 1 + 1 / args.replay_every
-    if steps := round(tokens / batch):
+        trained_on *= 1 + 1 / args.replay_every
+    if steps := round(trained_on / batch):
         return steps
     raise UserError(
-        f"num_train_epochs {args.num_train_epochs:g}: {tokens:,.0f} tokens are less than one step of "
+        f"num_train_epochs {args.num_train_epochs:g}: {trained_on:,.0f} tokens are less than one step of "
         f"{batch:,}; raise num_train_epochs, lower total_batch_size, or give max_steps"
     )
 

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from evals.core.score import core, load_core
 from evals.samples import PROMPTS, samples
-from modeling_nanochat import ARCHITECTURES, NanoChatForCausalLM
+from modeling_nanochat import ARCHITECTURES, NanoChatConfig, NanoChatForCausalLM
 from modeling_nanochat.attention_kernels import without_cudnn_attention
 from modeling_nanochat.cli import parse
 from modeling_nanochat.configuration_nanochat import ASPECT_RATIO, HEAD_DIM
@@ -113,7 +113,7 @@ def main() -> None:
     accelerator = make_accelerator(loop, output.output_dir)
     set_seed(loop.seed)
     model = build_model(args, loop, tokenizer)
-    plan = make_plan(model, args, loop)
+    plan = make_plan(model.config, args, loop)
     texts = text_source(args.train_files, what="train_files")
     make_stream = TextStreams(texts, tokenizer, loop.max_length, loop.seed)
     if line := out_of_reach(texts, tokenizer, loop.max_length):
@@ -123,10 +123,10 @@ def main() -> None:
     run_stage(LoopStage(record, (args, loop, output), accelerator, model, tokenizer, plan, make_stream, evaluations))
 
 
-def make_plan(model: NanoChatForCausalLM, args: PretrainArguments, loop: LoopArguments) -> Plan:
+def make_plan(config: NanoChatConfig, args: PretrainArguments, loop: LoopArguments) -> Plan:
     targets = {"target_flops": args.target_flops, "target_param_data_ratio": args.target_param_data_ratio}
     return resolve_hyperparameters(
-        model.config,
+        config,
         loop.training_recipe,
         replace(loop.overrides(), **targets),
         max_length=loop.max_length,
@@ -191,7 +191,11 @@ def build_model(
     args: PretrainArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerFast
 ) -> NanoChatForCausalLM:
     """A randomly initialised model, sized by `depth` and the tokenizer's vocabulary."""
-    config_class, model_class = ARCHITECTURES[args.architecture]
+    return ARCHITECTURES[args.architecture][1](make_config(args, loop, len(tokenizer)))
+
+
+def make_config(args: PretrainArguments, loop: LoopArguments, vocab_size: int) -> NanoChatConfig:
+    """The sizes of the model; raises [`UserError`] if they do not fit together."""
     context = args.max_position_embeddings or loop.max_length
     if context < loop.max_length:
         raise UserError(
@@ -199,12 +203,12 @@ def build_model(
         )
     pattern = {"window_pattern": args.window_pattern} if args.window_pattern else {}
     try:
-        config = config_class.from_depth(
+        return ARCHITECTURES[args.architecture][0].from_depth(
             args.depth,
             aspect_ratio=args.aspect_ratio,
             head_dim=args.head_dim,
             num_key_value_heads=args.num_key_value_heads,
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size,
             max_position_embeddings=context,
             **pattern,
         )
@@ -212,7 +216,6 @@ def build_model(
         raise UserError(
             f"{error}; change depth, aspect_ratio, head_dim, num_key_value_heads or window_pattern"
         ) from error
-    return model_class(config)
 
 
 if __name__ == "__main__":

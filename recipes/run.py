@@ -6,6 +6,7 @@
     python recipes/run.py pocket --max_hours 2                   # save and stop then; the same command continues
     python recipes/run.py pocket --config my_data.yaml           # your files instead of the recipe's
     python recipes/run.py pocket --set base.depth=6 'base.sample_prompts=["Once upon a time, there", "One day"]'
+    python recipes/run.py pocket --dry_run true --hardware 1x4090    # hours, dollars and memory; runs nothing
 
 Notable features:
 - every stage runs in its own process, as the same command you would type
@@ -47,6 +48,8 @@ def main() -> None:
     if first is not None and first > last:
         raise UserError(f"--from {args.from_stage} comes after --to {args.to_stage}: nothing to do; give a later --to")
     overrides, run_dir = parse_overrides(args.set), Path(args.run_dir)
+    if args.dry_run:
+        return print_estimate(recipe, args, overrides, LADDER[: last + 1])
     started = time.perf_counter()
     with only_run(run_dir) as lock:
         ladder = {stage: steps(stage, RECIPES / recipe, args, overrides) for stage in LADDER[: last + 1]}
@@ -71,6 +74,14 @@ def continuation(plan: list[tuple[Step, bool, bool]], run_dir: Path) -> str:
     again = "the same command without --from" if any(redo for _, _, redo in plan) else "the same command"
     name = next((step.name for step, todo, _ in plan if todo and not is_finished(step, run_dir)), "report")
     return f"{again} {f'resumes {name} from its checkpoint' if has_checkpoints(name, run_dir) else f'starts {name}'}"
+
+
+def print_estimate(recipe: str, args: RunArguments, overrides: dict[str, list[str]], stages: tuple[str, ...]) -> None:
+    """Print what `--dry_run` tells, after importing all stages."""
+    from recipes.ladder.estimate import estimate
+
+    ladder = [step for stage in stages for step in steps(stage, RECIPES / recipe, args, overrides)]
+    print(estimate(recipe, ladder, args.hardware))
 
 
 def run_plan(plan: list[tuple[Step, bool, bool]], stages: list[str], run_dir: Path, verbose: bool, lock: int) -> None:

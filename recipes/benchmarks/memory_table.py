@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/memory_table.py --output recipes/benchmarks/memory.md
 
-All figures are computed with the formulas in `modeling_nanochat/sizes.py`; no GPU is needed. Speeds come from the
-results of `gpu_check` given by `--speeds`.
+All figures are computed with the formulas of `modeling_nanochat/sizes.py` and `recipes/ladder/estimate_speed.py`; no
+GPU is needed. Speeds come from the results of `gpu_check` given by `--speeds`.
 """
 
 import signal
@@ -11,29 +11,30 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from modeling_nanochat import ARCHITECTURES, NanoChatConfig
+from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import atomic_write
-from modeling_nanochat.sizes import parameter_counts, training_bytes, training_flops_per_token
-from recipes.training.batch_size import ACCELERATOR_TOKENS, divisors
+from modeling_nanochat.sizes import parameter_counts, training_flops_per_token
+from recipes.ladder.estimate_speed import (
+    LENGTH,
+    RESULTS,
+    Machine,
+    Measured,
+    full_size,
+    read_speeds,
+    rows_that_fit,
+    step_bytes,
+)
+from recipes.ladder.hardware import GIB, Hardware, cards
 from recipes.training.optim.hyperparameters import Plan, resolve_hyperparameters
 
-LENGTH = 2048  # tokens per row
-VOCABULARIES = {"plain": 65536, "turbo": 32768}
-# GiB that torch reports for an RTX 4090, L40S, H100 and H200.
-CARDS = {"24 GB": 23.6, "48 GB": 44.4, "80 GB": 79.2, "141 GB": 139.8}
-CONTEXT = 0.6  # GiB used by the CUDA context
-SPARE = 1.04  # reserved / allocated memory; at most 1.033 was measured on the H100
+COLUMNS = {"24 GB": "4090", "48 GB": "l40s", "80 GB": "h100", "141 GB": "h200"}
 COUNTS = (1, 8)
-MEASURED = {"plain": ("g3", 20), "turbo": ("g3_turbo", 24)}  # check of gpu_check and the depth it extrapolates to
-GIB = 2**30
-RESULTS = [Path(__file__).parent / "results" / f"h100-2026-11-{day}.jsonl" for day in (26, 27)]
 
 
 @dataclass
@@ -61,8 +62,7 @@ class Size:
 
     @property
     def config(self) -> NanoChatConfig:
-        sizes = {"vocab_size": VOCABULARIES[self.architecture], "max_position_embeddings": LENGTH}
-        return ARCHITECTURES[self.architecture][0].from_depth(self.depth, **sizes)
+        return full_size(self.architecture, self.depth)
 
     @property
     def plan(self) -> Plan:
@@ -90,91 +90,36 @@ def main() -> None:
         raise UserError(f"output {args.output}: cannot be written ({error.strerror}); give another") from error
 
 
-def document(speeds: dict[str, dict[str, float]]) -> str:
+def document(speeds: Mapping[str, Measured]) -> str:
     return TEMPLATE.format(length=LENGTH, memory=memory_table(), time=time_table(speeds))
 
 
 def memory_table() -> str:
-    header = ["size", "parameters", *(f"{count} × {card}" for count in COUNTS for card in CARDS)]
+    header = ["size", "parameters", *(f"{count} × {memory}" for count in COUNTS for memory in COLUMNS)]
     rows = [
         [size.name, f"{parameter_counts(size.config)['total'] / 1e6:,.0f} M"]
-        + [cell(size, gib, count) for count in COUNTS for gib in CARDS.values()]
+        + [cell(size, cards(card, count)) for count in COUNTS for card in COLUMNS.values()]
         for size in SIZES
     ]
     return markdown_table([header, *rows])
 
 
-def cell(size: Size, gib: float, processes: int) -> str:
+def cell(size: Size, hardware: Hardware) -> str:
     """Rows per forward pass and GiB, as `32: 61.3`."""
-    rows = rows_that_fit(size.config, size.plan, gib, processes)
-    return f"{rows}: {step_bytes(size.config, size.plan, rows, gib, processes) / GIB:.1f}" if rows else "–"
+    tokens = size.plan.total_batch_size
+    rows = rows_that_fit(size.config, tokens, hardware)
+    return f"{rows}: {step_bytes(size.config, tokens, rows, hardware) / GIB:.1f}" if rows else "–"
 
 
-def rows_that_fit(config: NanoChatConfig, plan: Plan, gib: float, processes: int) -> int:
-    """The most rows that divide a rank's share of a step and fit on a card of `gib`; 0 if none do."""
-    budget = (gib - CONTEXT) / SPARE * GIB
-    sizes = divisors(plan.total_batch_size // LENGTH // processes)
-    fitting = (rows for rows in sizes if step_bytes(config, plan, rows, gib, processes) <= budget)
-    return next((rows for rows in fitting if rows * LENGTH <= ACCELERATOR_TOKENS), 0)
-
-
-def step_bytes(config: NanoChatConfig, plan: Plan, rows: int, gib: float, processes: int) -> int:
-    """Peak bytes of a step with passes of `rows`, with gradient accumulation if the step needs several."""
-    several, memory = rows * LENGTH * processes < plan.total_batch_size, int(gib * GIB)
-    return training_bytes(config, rows, LENGTH, processes=processes, accumulates=several, memory=memory)["total"]
-
-
-def time_table(speeds: dict[str, dict[str, float]]) -> str:
+def time_table(speeds: Mapping[str, Measured]) -> str:
     rows = [["size", "tokens", "tokens/s of one card", *(f"{count} × H100, hours" for count in COUNTS)]]
     for size in SIZES:
-        rate = tokens_per_second(size, speeds)
-        hours = [f"{seconds_of_run(size, speeds, count) / 3600:,.1f}" for count in COUNTS]
-        rows.append([size.name, f"{size.plan.tokens / 1e9:.1f} billion", f"{rate:,.0f}", *hours])
+        plan, machines = size.plan, [Machine(cards("h100", count), speeds) for count in COUNTS]
+        rate = machines[0].flops(size.config) / training_flops_per_token(size.config, LENGTH)
+        seconds = [plan.max_steps * m.step_seconds(size.config, plan.total_batch_size, LENGTH) for m in machines]
+        hours = [f"{each / 3600:,.1f}" for each in seconds]
+        rows.append([size.name, f"{plan.tokens / 1e9:.1f} billion", f"{rate:,.0f}", *hours])
     return markdown_table(rows)
-
-
-def tokens_per_second(size: Size, speeds: dict[str, dict[str, float]]) -> float:
-    """Tokens/s of forward and backward on one card, assuming the MFU of the measured depth."""
-    depth = MEASURED[size.architecture][1]
-    measured = Size(size.architecture, depth, size.recipe).config
-    work = training_flops_per_token(measured, LENGTH) / training_flops_per_token(size.config, LENGTH)
-    return speeds[size.architecture]["pass_tokens_per_second"] * work
-
-
-def seconds_of_run(size: Size, speeds: dict[str, dict[str, float]], cards: int) -> float:
-    """Seconds of a run: passes and updates, both divided by the number of cards; communication is not counted."""
-    found, plan = speeds[size.architecture], size.plan
-    measured = Size(size.architecture, MEASURED[size.architecture][1], size.recipe).config
-    update = (found["step_ms"] - found["pass_ms"]) / 1e3 * update_work(size.config) / update_work(measured)
-    passes = plan.total_batch_size / tokens_per_second(size, speeds)
-    return plan.max_steps * (passes + update) / cards
-
-
-def update_work(config: NanoChatConfig) -> int:
-    """Relative cost of Muon's matrix products, which grows as parameters times width."""
-    return parameter_counts(config)["transformer_matrices"] * config.hidden_size
-
-
-def read_speeds(*paths: Path) -> dict[str, dict[str, float]]:
-    """Speeds that `gpu_check` extrapolated to full depth, by architecture.
-
-    Raises:
-        UserError: A file cannot be read, or they lack an architecture.
-    """
-    figures: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        try:
-            results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"speeds {path}: cannot be read ({error}); give the output of gpu_check.py") from error
-        figures |= {result["check"]: result["figures"] for result in results}
-    speeds = {}
-    for architecture, (check, depth) in MEASURED.items():
-        name = f"extrapolated to {depth} layers"
-        if name not in figures.get(check, {}):
-            raise UserError(f"speeds {paths[-1]}: {check} has no {name!r}; run gpu_check.py --only {check}")
-        speeds[architecture] = figures[check][name]
-    return speeds
 
 
 TEMPLATE = """# Memory and time
@@ -194,8 +139,9 @@ gradients and an eighth of the optimizer state.
 
 Entire runs on H100s. None was measured end to end: a pass of d20 plain and d24 turbo is extrapolated from few
 layers on one H100 (`results/`), other depths are assumed to reach the same MFU, and eight cards to be eight times as
-fast as one. Communication, data, evaluation and checkpoints are not included. An H200 computes as fast as an H100.
-Other cards were not measured.
+fast as one, except for the exchange of gradients and weights, assumed at 400 GB/s. Data, evaluation and checkpoints
+are not included; `python recipes/run.py NAME --dry_run true` adds them. An H200 computes as fast as an H100. Other
+cards were not measured.
 
 {time}
 """

@@ -61,14 +61,26 @@ class RunArguments:
     max_hours: float | None = field(
         default=None, metadata={"help": "After these hours the running stage saves and the run ends, to be continued."}
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print steps, tokens, memory, disk, hours and dollars of each stage; run and write nothing."
+        },
+    )
+    hardware: str | None = field(
+        default=None,
+        metadata={"help": "What to plan for with --dry_run: 8xh100, 1x4090, mps, cpu; default: this machine."},
+    )
 
     def __post_init__(self) -> None:
         """
         Raises:
-            UserError: `max_hours` is out of range.
+            UserError: `max_hours` is out of range, or `hardware` has no effect.
         """
         if self.max_hours is not None and not 0 < self.max_hours < float("inf"):
             raise UserError(f"max_hours: is {self.max_hours:g}, must be a positive number; correct it")
+        if self.hardware and not self.dry_run:
+            raise UserError("hardware has no effect without --dry_run true; add that, or leave it out")
 
 
 def stage_number(name: str) -> int:

@@ -193,7 +193,5 @@ def test_the_plan_tells_inherited_from_given_values():
 
 def planned(inherited=(), **given):
     config = NanoChatConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-    model = type("Model", (), {"config": config})
-    conversations = [(list(range(10)), [1] * 10)] * 100
     args = MidtrainArguments(model_name_or_path="m", train_files=["a.jsonl"])
-    return make_plan(model, conversations, args, LoopArguments(max_length=16, **given), inherited)
+    return make_plan(config, 1000, args, LoopArguments(max_length=16, **given), inherited)

@@ -116,9 +116,10 @@ class GRPOSettings(DeviceDefaults, GRPOConfig):  # type: ignore[misc]  # None on
             super().__post_init__()
 
 
-def passes_of_a_step(rows: int, per_device: int) -> int:
+def passes_of_a_step(rows: int, per_device: int, processes: int | None = None) -> int:
     """How many passes of `per_device` rows in each process make a step of `rows`, or more where they do not divide."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # the trainer's state, which knows, does not exist yet
+    if processes is None:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # the trainer's state, which knows, does not exist yet
     return max(1, rows // (per_device * processes))
 
 

@@ -12,8 +12,10 @@ import modeling_nanochat.modeling_nanochat
 from modeling_nanochat import ARCHITECTURES, softcapped_loss
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.sizes import training_bytes
-from recipes.benchmarks import memory_table
-from recipes.benchmarks.memory_table import CARDS, SIZES, VOCABULARIES, document, read_speeds, rows_that_fit
+from recipes.benchmarks.memory_table import COLUMNS, SIZES, document
+from recipes.ladder import estimate_speed
+from recipes.ladder.estimate_speed import VOCABULARIES, read_speeds, rows_that_fit
+from recipes.ladder.hardware import cards
 
 RESULTS = Path(__file__).parents[3] / "recipes" / "benchmarks" / "results" / "h100-2026-11-26.jsonl"
 LENGTH = 2048
@@ -86,14 +88,15 @@ def test_the_update_decides_where_the_pass_is_small():
 
 def test_the_table_in_the_repository_is_the_one_that_the_script_writes():
     assert (RESULTS.parents[1] / "memory.md").read_text(encoding="utf-8") == document(
-        read_speeds(*memory_table.RESULTS)
+        read_speeds(*estimate_speed.RESULTS)
     )
 
 
 def test_a_card_with_more_memory_holds_more_rows():
     for size in SIZES:
         for processes in (1, 8):
-            rows = [rows_that_fit(size.config, size.plan, gib, processes) for gib in CARDS.values()]
+            tokens, hardware = size.plan.total_batch_size, [cards(card, processes) for card in COLUMNS.values()]
+            rows = [rows_that_fit(size.config, tokens, each) for each in hardware]
             assert rows == sorted(rows) and rows[-1] > 0
 
 

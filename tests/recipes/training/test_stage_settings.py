@@ -108,13 +108,12 @@ def conversations(count):
 
 def test_so_few_conversations_that_no_step_results_are_refused():
     config = NanoChatConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-    model = type("Model", (), {"config": config})
     loop = LoopArguments(max_length=16, total_batch_size=320)
-    assert make_plan(model, conversations(100), MidtrainArguments(**MIDTRAIN), loop).max_steps == 3
+    assert make_plan(config, 1000, MidtrainArguments(**MIDTRAIN), loop).max_steps == 3
     for share_of_an_epoch in (0.1, 0.01):
         args = MidtrainArguments(**MIDTRAIN, num_train_epochs=share_of_an_epoch)
         with pytest.raises(UserError, match=f"num_train_epochs {share_of_an_epoch}: .* less than one step of 320"):
-            make_plan(model, conversations(100), args, loop)
+            make_plan(config, 1000, args, loop)
 
 
 def test_a_validation_share_that_leaves_nothing_is_refused():

@@ -10,19 +10,21 @@ import json
 import math
 import random
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from evals.tasks.spelling_bee import Generated, SimpleSpelling, SpellingBee, Split, read_words
+from evals.tasks.spelling_bee import Generated, SimpleSpelling, SpellingBee, Split
 from evals.tasks.table import FORMATS
+from evals.tasks.task_files import word_list
 from modeling_nanochat.cli import text_table
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.records import Record, read_records
 from modeling_nanochat.text.sources import is_hub_id, load_hub
 
+from ..optim.overrides import check_ranges
 from .bad_rows import BadRowArguments, OnBadRow
 from .conversations import Renderer, read_conversations
 from .packing import Conversation
@@ -44,6 +46,10 @@ class MixtureArguments(BadRowArguments):
         metadata={"help": "Conversations, GSM8K, ARC, MMLU: parquet, JSON(L), globs, folders, Hub ids."},
     )
     mixture: list[str] | None = field(default=None, metadata={"help": HELP})  # in YAML also mappings
+    max_rows: int | None = field(
+        default=None,
+        metadata={"help": "At most so many rows of each source of a mixture, to try it out; default: all."},
+    )
 
     def __post_init__(self) -> None:
         """
@@ -53,6 +59,7 @@ class MixtureArguments(BadRowArguments):
         if self.train_files and self.mixture:
             raise UserError("give either train_files or mixture, not both: the mixture can name files too")
         parse_mixture(self.mixture or [], "mixture")
+        check_ranges(positive={"max_rows": self.max_rows}, not_negative={}, shares={})
 
     def check_beginnings(self) -> None:
         """Raise [`UserError`] if the first records of a source would be refused, before the model is read."""
@@ -67,7 +74,7 @@ class MixtureArguments(BadRowArguments):
             UserError: A source or a row is bad, or nothing is left to train on.
         """
         if self.mixture:
-            return read_mixture(parse_mixture(self.mixture, "mixture"), render, seed, "mixture")
+            return read_mixture(parse_mixture(self.mixture, "mixture"), render, seed, "mixture", self.max_rows)
         rendered = render(read_records(self.train_files or [], "train_files", arrays_are="messages"), "train_files")
         return kept(rendered, "train_files", render.max_length)
 
@@ -80,7 +87,7 @@ class Source:
     rows: int | None = None  # of one epoch; None: all
     epochs: float = 1.0
     format: str | None = None  # where the fields do not tell it
-    words: str | None = None  # list of words for a generated task
+    words: str | None = None  # list of words for a generated task; None: nanochat's, downloaded once
 
     @property
     def task(self) -> type[Generated] | None:
@@ -97,10 +104,10 @@ class Source:
             raise UserError(f"{where}: `epochs` must be a number above 0, found {self.epochs!r}")
         if self.format is not None and self.format not in FORMATS:
             raise UserError(f"{where}: `format` must be one of {', '.join(FORMATS)}, found {self.format!r}")
-        if self.task and not (self.rows and isinstance(self.words, str)):
-            raise UserError(
-                f"{where}: a generated task needs `rows` and `words`, a file or Hub id with a list of words"
-            )
+        if self.task and not self.rows:
+            raise UserError(f"{where}: a generated task needs `rows`, how many questions to generate")
+        if self.words is not None and not isinstance(self.words, str):
+            raise UserError(f"{where}: `words` must be a file or Hub id with a list of words, found {self.words!r}")
         if (self.words is not None and not self.task) or (self.format is not None and self.task):
             raise UserError(f"{where}: `words` is for generated tasks only, and `format` for data sets only")
 
@@ -144,14 +151,19 @@ def check_beginnings(sources: Sequence[Source], first: int, skipped: Container[s
     What is in `skipped` does not exist yet.
     """
     for source in sources:
-        if source.words and source.words not in skipped:
-            read_words(source.words)
+        if source.task and source.words not in skipped:
+            word_list(source.words)
         elif not source.task and source.source not in skipped:
             read_conversations([source.source], "mixture", first, source.format, on_bad_row)
 
 
-def read_mixture(mixture: Sequence[Source], render: Renderer, seed: int, what: str) -> list[Conversation]:
+def read_mixture(
+    mixture: Sequence[Source], render: Renderer, seed: int, what: str, max_rows: int | None = None
+) -> list[Conversation]:
     """The rendered conversations in the order of the seed; repeated ones are the same objects. Prints their shares.
+
+    Args:
+        max_rows: At most so many rows of one epoch of each source.
 
     Raises:
         UserError: A source is missing, empty or too short, a row is bad, or nothing is left to train on.
@@ -159,7 +171,7 @@ def read_mixture(mixture: Sequence[Source], render: Renderer, seed: int, what: s
     parts = []
     for number, source in enumerate(mixture, start=1):
         where = f"{what}, entry {number} ({source.source})"
-        parts.append(repeated(one_epoch(source, render, seed, where), source.epochs, where))
+        parts.append(repeated(one_epoch(source, render, seed, where, max_rows), source.epochs, where))
     if render.show_progress:
         print(f"{what}:\n{text_table(shares(mixture, parts))}", flush=True)
     conversations = [conversation for part in parts for conversation in part]
@@ -167,17 +179,20 @@ def read_mixture(mixture: Sequence[Source], render: Renderer, seed: int, what: s
     return kept(conversations, what, render.max_length)
 
 
-def one_epoch(source: Source, render: Renderer, seed: int, where: str) -> list[Conversation | None]:
+def one_epoch(
+    source: Source, render: Renderer, seed: int, where: str, max_rows: int | None = None
+) -> list[Conversation | None]:
     """The rows of a source in the order of the seed; None for those that are left out."""
+    rows = min(filter(None, (source.rows, max_rows)), default=None)
     if source.task:
-        return render(generated(source), source.source)
-    if source.rows is None:
+        return render(generated(replace(source, rows=rows)), source.source)
+    if rows is None:
         rendered = render(read_records([source.source], where, arrays_are="messages"), source.source, source.format)
         return [rendered[row] for row in np.random.default_rng(seed).permutation(len(rendered))]
     total = count_rows(source.source, where)
-    if total < source.rows:
-        raise UserError(f"{where}: has {total:,} rows, not {source.rows:,}; lower `rows`, or repeat them by `epochs`")
-    chosen = np.random.default_rng(seed).permutation(total)[: source.rows]
+    if total < rows and rows == source.rows:
+        raise UserError(f"{where}: has {total:,} rows, not {rows:,}; lower `rows`, or repeat them by `epochs`")
+    chosen = np.random.default_rng(seed).permutation(total)[:rows]
     in_order = sorted(chosen)
     rendered = render(picked(source.source, in_order, where), source.source, source.format)
     return [rendered[place] for place in np.searchsorted(in_order, chosen)]
@@ -185,9 +200,9 @@ def one_epoch(source: Source, render: Renderer, seed: int, where: str) -> list[C
 
 def generated(source: Source) -> Iterator[tuple[str, Record]]:
     """The questions of a generated task with their answers, in the original's order."""
-    assert source.task and source.words and source.rows, "checked"
+    assert source.task and source.rows, "checked"
     split: Split = "test" if source.source.endswith(":test") else "train"
-    for number, question in enumerate(source.task(read_words(source.words), source.rows, split), start=1):
+    for number, question in enumerate(source.task(word_list(source.words), source.rows, split), start=1):
         yield f"{source.source}, question {number}", {"messages": question.conversation()}
 
 

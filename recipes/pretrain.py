@@ -28,7 +28,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from evals.core.bundle import core_folder
 from evals.core.score import core, load_core
 from evals.samples import PROMPTS, samples
 from modeling_nanochat import ARCHITECTURES, NanoChatConfig, NanoChatForCausalLM
@@ -75,9 +74,7 @@ class PretrainArguments:
     )
     target_flops: float | None = field(default=None, metadata={"help": "FLOPs of the entire run, if max_steps is -1."})
     eval_tokens: int = field(default=1048576, metadata={"help": "Tokens per validation."})
-    core_dir: str | None = field(
-        default=None, metadata={"help": "Folder or address of the CORE tasks; no CORE if unset."}
-    )
+    core_dir: str | None = field(default=None, metadata={"help": "Folder of the CORE tasks; no CORE if unset."})
     core_steps: int | None = field(
         default=None, metadata={"help": "Steps between CORE evaluations, 2000; always run at the last step."}
     )
@@ -143,7 +140,7 @@ def make_evaluations(
     """Bits per byte, CORE and samples. All files are read now, so that a bad one is reported before training."""
     rows = text_rows(args.val_files, tokenizer, loop.max_length, "val_files")
     bits_per_byte = validation(accelerator, rows, tokenizer, max(1, args.eval_tokens // loop.max_length))
-    tasks = load_core(core_folder(args.core_dir)) if args.core_dir else []
+    tasks = load_core(args.core_dir) if args.core_dir else []
 
     # Under FSDP every rank must run the same forward passes, so each rank evaluates all tasks.
     split_tasks = not accelerator.is_fsdp2

@@ -87,14 +87,9 @@ def task_records(name: str, source: str | None) -> Iterator[tuple[str, dict[str,
 
 def spelling_bee(source: str | None) -> list[Question]:
     """Return the test questions of SpellingBee about the words of `source`, by default the published ones."""
-    return list(SpellingBee(word_list(source), SPELLING_BEE_QUESTIONS, "test"))
-
-
-def word_list(source: str | None) -> list[str]:
-    """Return the words of a text file or data set; None: the published ones, downloaded once."""
     if source is None:
         source = str(downloaded(PUBLISHED[SPELLING_BEE].source, SPELLING_BEE, keep_words) / WORDS)
-    return read_words(source)
+    return list(SpellingBee(read_words(source), SPELLING_BEE_QUESTIONS, "test"))
 
 
 def keep_words(file: IO[bytes], folder: Path) -> None:

@@ -115,6 +115,7 @@ def arguments(args: MiniseriesArguments, depth: int, budget: float | None) -> li
     folder, texts = args.output_dir, f"{args.output_dir}/data/pretrain"
     words = ["--config", str(FOLDER / "pretrain.yaml"), "--depth", str(depth), "--tokenizer", f"{folder}/tokenizer"]
     words += ["--train_files", f"{texts}/train/*.parquet", "--val_files", f"{texts}/val/*.parquet"]
+    words += ["--core_dir", f"{folder}/data/core"]
     words += ["--output_dir", f"{folder}/{name_of(depth, budget)}/base", "--resume", "auto"]
     words += [] if budget is None else ["--target_flops", str(budget)]
     return words + parse_overrides(args.set)["base"]

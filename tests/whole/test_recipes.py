@@ -9,6 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from evals.evaluate_model import EvaluateArguments
 from modeling_nanochat.cli import parse
+from recipes.fetch import FetchArguments
 from recipes.grpo import GRPOArguments
 from recipes.ladder.arguments import RunArguments
 from recipes.midtrain import MidtrainArguments, MidtrainLoopArguments
@@ -26,6 +27,7 @@ from tokenizer_train.train import TokenizerArguments
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = {
     "world": (WorldArguments,),
+    "data": (FetchArguments,),
     "tokenizer": (TokenizerArguments,),
     "tokenizer_eval": (TokenizerEvaluateArguments,),
     "pretrain": (PretrainArguments, LoopArguments, OutputArguments),

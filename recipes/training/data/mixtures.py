@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from evals.tasks.spelling_bee import Generated, SimpleSpelling, SpellingBee, Split
+from evals.tasks.spelling_bee import Generated, SimpleSpelling, SpellingBee, Split, read_words
 from evals.tasks.table import FORMATS
-from evals.tasks.task_files import word_list
 from modeling_nanochat.cli import text_table
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.records import Record, read_records
@@ -47,8 +46,7 @@ class MixtureArguments(BadRowArguments):
     )
     mixture: list[str] | None = field(default=None, metadata={"help": HELP})  # in YAML also mappings
     max_rows: int | None = field(
-        default=None,
-        metadata={"help": "At most so many rows of each source of a mixture, to try it out; default: all."},
+        default=None, metadata={"help": "At most so many rows of each source of a mixture, to try it; default: all."}
     )
 
     def __post_init__(self) -> None:
@@ -87,7 +85,7 @@ class Source:
     rows: int | None = None  # of one epoch; None: all
     epochs: float = 1.0
     format: str | None = None  # where the fields do not tell it
-    words: str | None = None  # list of words for a generated task; None: nanochat's, downloaded once
+    words: str | None = None  # list of words for a generated task
 
     @property
     def task(self) -> type[Generated] | None:
@@ -104,10 +102,10 @@ class Source:
             raise UserError(f"{where}: `epochs` must be a number above 0, found {self.epochs!r}")
         if self.format is not None and self.format not in FORMATS:
             raise UserError(f"{where}: `format` must be one of {', '.join(FORMATS)}, found {self.format!r}")
-        if self.task and not self.rows:
-            raise UserError(f"{where}: a generated task needs `rows`, how many questions to generate")
-        if self.words is not None and not isinstance(self.words, str):
-            raise UserError(f"{where}: `words` must be a file or Hub id with a list of words, found {self.words!r}")
+        if self.task and not (self.rows and isinstance(self.words, str)):
+            raise UserError(
+                f"{where}: a generated task needs `rows` and `words`, a file or Hub id with a list of words"
+            )
         if (self.words is not None and not self.task) or (self.format is not None and self.task):
             raise UserError(f"{where}: `words` is for generated tasks only, and `format` for data sets only")
 
@@ -151,8 +149,8 @@ def check_beginnings(sources: Sequence[Source], first: int, skipped: Container[s
     What is in `skipped` does not exist yet.
     """
     for source in sources:
-        if source.task and source.words not in skipped:
-            word_list(source.words)
+        if source.words and source.words not in skipped:
+            read_words(source.words)
         elif not source.task and source.source not in skipped:
             read_conversations([source.source], "mixture", first, source.format, on_bad_row)
 
@@ -200,9 +198,9 @@ def one_epoch(
 
 def generated(source: Source) -> Iterator[tuple[str, Record]]:
     """The questions of a generated task with their answers, in the original's order."""
-    assert source.task and source.rows, "checked"
+    assert source.task and source.words and source.rows, "checked"
     split: Split = "test" if source.source.endswith(":test") else "train"
-    for number, question in enumerate(source.task(word_list(source.words), source.rows, split), start=1):
+    for number, question in enumerate(source.task(read_words(source.words), source.rows, split), start=1):
         yield f"{source.source}, question {number}", {"messages": question.conversation()}
 
 

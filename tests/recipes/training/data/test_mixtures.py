@@ -174,8 +174,8 @@ def test_spelling_is_generated_from_a_list_of_words(tmp_path, mixed):
         ({"source": "a", "epochs": float("nan")}, "`epochs` must be a number above 0"),
         ({"source": "a", "format": "alpaca"}, "`format` must be one of messages, sharegpt, cloze, arc, mmlu"),
         ({"source": "a", "words": "b"}, "`words` is for generated tasks only"),
-        ({"source": "spelling_bee", "rows": 3, "words": 3}, r"\(spelling_bee\): `words` must be a file or Hub id"),
-        ({"source": "spelling_bee", "words": "a"}, "a generated task needs `rows`"),
+        ({"source": "spelling_bee", "rows": 3}, r"\(spelling_bee\): a generated task needs `rows` and `words`"),
+        ({"source": "spelling_bee", "words": "a"}, "a generated task needs `rows` and `words`"),
         ({"source": "first"}, "first is listed twice; use `epochs` to repeat it"),
     ],
 )

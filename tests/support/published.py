@@ -7,7 +7,8 @@ import random
 import zipfile
 from pathlib import Path
 
-from datasets import Dataset
+import pyarrow as pa
+import pyarrow.parquet as pq
 from hub import Hub
 
 from evals.core.bundle import PUBLISHED_BUNDLE
@@ -50,7 +51,7 @@ def put_splits(hub: Hub, name: str, configurations: dict[str, dict], rows: int) 
 
 def parquet(rows: list[dict]) -> bytes:
     content = io.BytesIO()
-    Dataset.from_list(rows).to_parquet(content)
+    pq.write_table(pa.Table.from_pylist(rows), content)
     return content.getvalue()
 
 

@@ -20,22 +20,21 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from evals.reporting.curves import BLUE, ORANGE, STYLE
-from modeling_nanochat import ARCHITECTURES
 from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import atomic_write, write_json
 from modeling_nanochat.sizes import parameter_counts, scaling_parameters
 from recipes.ladder.arguments import parse_overrides
-from recipes.ladder.commands import RECIPES, launcher, script
+from recipes.ladder.commands import RECIPES, script
+from recipes.ladder.launch import launcher
 from recipes.ladder.step import read_yaml
-from recipes.pretrain import PretrainArguments, make_plan
+from recipes.pretrain import PretrainArguments, make_config, make_plan
 from recipes.training.arguments import LoopArguments
 from recipes.training.stage import OutputArguments
 
@@ -128,15 +127,10 @@ def planned(words: list[str], args: MiniseriesArguments, budget: float | None) -
     vocabulary = read_yaml(FOLDER / "tokenizer.yaml")["vocab_size"]
     if "--vocab_size" in tokenizer:
         vocabulary = int(tokenizer[tokenizer.index("--vocab_size") + 1])
-    sizes = {"aspect_ratio": given.aspect_ratio, "head_dim": given.head_dim, "vocab_size": vocabulary}
-    config = ARCHITECTURES[given.architecture][0].from_depth(
-        given.depth, max_position_embeddings=loop.max_length, **sizes
-    )
-    plan = make_plan(SimpleNamespace(config=config), given, loop)
-    counted = scaling_parameters(config)
-    total, ratio = parameter_counts(config)["total"], plan.tokens / counted
-    sizes = (given.depth, config.hidden_size, total, counted, plan.max_steps, plan.tokens)
-    return Run(*sizes, ratio, plan.flops, budget)
+    config = make_config(given, loop, vocabulary)
+    plan, total = make_plan(config, given, loop), parameter_counts(config)["total"]
+    sizes = (given.depth, config.hidden_size, total, scaling_parameters(config))
+    return Run(*sizes, plan.max_steps, plan.tokens, plan.tokens_per_parameter, plan.flops, budget)
 
 
 def measure(run: Run, folder: Path) -> None:

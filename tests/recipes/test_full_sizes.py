@@ -1,20 +1,20 @@
 """What the recipes train at full size, computed from their YAMLs, beside the original's published figures."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from modeling_nanochat import ARCHITECTURES
+from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.cli import parse
 from modeling_nanochat.sizes import parameter_counts, scaling_parameters, training_flops_per_token
-from recipes.benchmarks.memory_table import CARDS, rows_that_fit
 from recipes.grpo import GRPOArguments
-from recipes.ladder.arguments import parse_overrides
-from recipes.ladder.commands import RECIPES
+from recipes.ladder.arguments import LADDER, RunArguments, parse_overrides
+from recipes.ladder.commands import RECIPES, steps
+from recipes.ladder.estimate import estimate
+from recipes.ladder.estimate_speed import rows_that_fit
+from recipes.ladder.hardware import choose_hardware
 from recipes.ladder.step import read_yaml
 from recipes.miniseries.train import MiniseriesArguments, Run, optima, planned
 from recipes.miniseries.train import arguments as size_arguments
-from recipes.pretrain import PretrainArguments, make_plan
+from recipes.pretrain import PretrainArguments, make_config, make_plan
 from recipes.sft import SFTArguments
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.mixtures import parse_mixture
@@ -40,10 +40,8 @@ def pretraining(recipe: str, overrides: tuple[str, ...] = (), **changes):
     )
     vars(loop).update(changes)
     vocabulary = dict([settings["tokenizer"]]).get("--vocab_size") if settings["tokenizer"] else None
-    sizes = {"aspect_ratio": args.aspect_ratio, "head_dim": args.head_dim, "max_position_embeddings": loop.max_length}
-    sizes["vocab_size"] = int(vocabulary or read_yaml(RECIPES / recipe / "tokenizer.yaml")["vocab_size"])
-    model = SimpleNamespace(config=ARCHITECTURES[args.architecture][0].from_depth(args.depth, **sizes))
-    return model.config, make_plan(model, args, loop)
+    config = make_config(args, loop, int(vocabulary or read_yaml(RECIPES / recipe / "tokenizer.yaml")["vocab_size"]))
+    return config, make_plan(config, args, loop)
 
 
 def mixture_rows(recipe: str, stage: str) -> int:
@@ -60,7 +58,7 @@ def test_the_speedrun_is_the_original_d20_of_the_launch():
     assert plan.flops == pytest.approx(3.917670e19, rel=1e-6)
     assert (plan.matrix_lr, plan.embedding_lr, plan.unembedding_lr, plan.weight_decay) == (0.02, 0.2, 0.004, 0)
     assert (plan.warmup_steps, plan.warmdown_ratio, plan.final_lr_fraction) == (0, 0.2, 0)
-    assert rows_that_fit(config, plan, CARDS["80 GB"], 8) == 32
+    assert rows_that_fit(config, plan.total_batch_size, choose_hardware("8xh100")) == 32
 
 
 def test_the_thousand_dollar_recipe_is_the_original_d32():
@@ -68,7 +66,7 @@ def test_the_thousand_dollar_recipe_is_the_original_d32():
     assert parameter_counts(config)["total"] == 1_879_048_192
     assert (plan.max_steps, plan.total_batch_size, plan.tokens) == (71_680, 524_288, 37_580_963_840)
     assert plan.flops == pytest.approx(4.539628e20, rel=1e-6)
-    assert rows_that_fit(config, plan, CARDS["80 GB"], 8) == 8
+    assert rows_that_fit(config, plan.total_batch_size, choose_hardware("8xh100")) == 8
 
 
 def test_gpt2_has_the_size_and_the_schedule_of_the_fastest_public_run():
@@ -79,7 +77,7 @@ def test_gpt2_has_the_size_and_the_schedule_of_the_fastest_public_run():
     assert pretraining("gpt2", total_batch_size=None)[1].total_batch_size == 1_048_576
     assert (plan.warmup_steps, plan.warmdown_ratio, plan.final_lr_fraction) == (40, 0.85, 0)
     assert plan.matrix_lr == pytest.approx(0.02 * 2**0.5)
-    assert rows_that_fit(config, plan, CARDS["80 GB"], 8) == 16
+    assert rows_that_fit(config, plan.total_batch_size, choose_hardware("8xh100")) == 16
 
 
 def test_the_second_size_of_gpt2_is_run_6_of_the_leaderboard():
@@ -131,6 +129,18 @@ def test_reinforcement_learning_takes_467_steps_of_16_problems_on_any_number_of_
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert rows * passes_of_a_step(completions, rows) * processes == completions
     assert ROWS["openai/gsm8k:main:train"] * training.num_generations // completions == 467
+
+
+@pytest.mark.parametrize("recipe", ["speedrun", "gpt2", "thousand"])
+def test_the_readme_shows_what_dry_run_prints_for_eight_h100s(recipe):
+    (args,) = parse(RunArguments, args=["--config", str(RECIPES / recipe / "run.yaml")])
+    ladder = [step for stage in LADDER for step in steps(stage, RECIPES / recipe, args, parse_overrides([]))]
+    lines = [line.rstrip() for line in estimate(recipe, ladder, "8xh100").splitlines()]
+    table = [
+        line for line in lines[:20] if line.partition(" ")[0] in ("step", "data", *STAGES, "total") or ".eval" in line
+    ]
+    readme = (RECIPES / recipe / "README.md").read_text().splitlines()
+    assert len(table) > 6 and [line for line in table if line not in readme] == []
 
 
 def test_the_miniseries_has_the_steps_of_the_original():

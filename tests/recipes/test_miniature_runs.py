@@ -26,6 +26,8 @@ SMALL = {
     "eval": "max_examples=4 max_new_tokens=8 max_text_tokens=2000 num_samples=2",
 }
 ONE_PROCESS = "accelerate_configs/cpu.yaml"
+# tiktoken asks elsewhere, and TRL counts its users
+NOWHERE = {"HTTPS_PROXY": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,7 @@ def run(published_hub, home, tmp_path):
         command = [sys.executable, "recipes/run.py", name, *more, "--run_dir", str(folder)]
         command += ["--accelerate_config", launch] if launch else []
         command += ["--set", *settings, *small(name)]
-        nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # tiktoken asks elsewhere
-        variables = environment(**published_hub.environment(home), **nowhere)
+        variables = environment(**published_hub.environment(home), **NOWHERE)
         done = subprocess.run(
             command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=900
         )
@@ -143,7 +144,7 @@ def test_miniseries(published_hub, home, tmp_path):
     settings += ["tokenizer.vocab_size=400", "data.train_shards=1"]
     command = [sys.executable, "recipes/miniseries/train.py", "--output_dir", str(tmp_path / "series")]
     command += ["--accelerate_config", ONE_PROCESS]
-    variables = environment(**published_hub.environment(home))
+    variables = environment(**published_hub.environment(home), **NOWHERE)
     for config, depths, flops in (("series", ["2", "3"], []), ("scaling", ["1", "2", "3"], ["--flops", "1e9"])):
         words = ["--config", f"recipes/miniseries/{config}.yaml", "--depths", *depths, *flops, "--set", *settings]
         done = subprocess.run([*command, *words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False)

@@ -15,10 +15,10 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
-import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -30,15 +30,16 @@ from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import atomic_write, write_json
 from modeling_nanochat.sizes import parameter_counts, scaling_parameters
-from recipes.ladder.arguments import parse_overrides
-from recipes.ladder.commands import RECIPES, script
+from modeling_nanochat.text.records import read_jsonl
+from recipes.ladder.arguments import RunArguments, parse_overrides
+from recipes.ladder.commands import RECIPES, Settings, make_step, script
 from recipes.ladder.launch import launcher
-from recipes.ladder.step import read_yaml
+from recipes.ladder.step import Step, read_yaml
 from recipes.pretrain import PretrainArguments, make_config, make_plan
 from recipes.training.arguments import LoopArguments
-from recipes.training.stage import OutputArguments
+from recipes.training.stage import OutputArguments, read_record
 
-FOLDER = RECIPES / "miniseries"
+PRETRAIN, TOKENIZER = RECIPES / "miniseries" / "pretrain.yaml", RECIPES / "miniseries" / "tokenizer.yaml"
 
 
 @dataclass
@@ -50,9 +51,7 @@ class MiniseriesArguments:
     flops: list[float] = field(
         default_factory=list, metadata={"help": "FLOPs of a run; without, each has the recipe's tokens per parameter."}
     )
-    accelerate_config: str | None = field(
-        default=None, metadata={"help": "File for `accelerate launch --config_file`."}
-    )
+    accelerate_config: str | None = field(default=None, metadata={"help": "File for `accelerate launch`."})
     set: list[str] = field(
         default_factory=list,
         metadata={"help": "Settings of `recipes/run.py --set`: data.key, tokenizer.key, base.key."},
@@ -62,7 +61,7 @@ class MiniseriesArguments:
 
 @dataclass
 class Run:
-    """One trained size, a row of the table; the last three are None until it is finished. `seconds` are all."""
+    """One trained size, a row of the table; the last three are None until it is finished."""
 
     depth: int
     width: int
@@ -81,23 +80,18 @@ class Run:
 def main() -> None:
     (args,) = parse(MiniseriesArguments)
     folder, runs = Path(args.output_dir), list[Run]()
-    if not args.dry_run:
-        prepare(args)
+    if not args.dry_run:  # data and tokenizer, or nothing if both are finished
+        settings = ["--set", *args.set] if args.set else []
+        start([*script("recipes/run.py"), "miniseries", "--run_dir", args.output_dir, "--to", "tokenizer", *settings])
     for budget in args.flops or [None]:
         for depth in args.depths:
-            words = arguments(args, depth, budget)
-            runs.append(planned(words, args, budget))
+            step = training_step(args, depth, budget)
+            runs.append(planned(step, args, budget))
             if not args.dry_run:
-                start([*launcher(args.accelerate_config), *script("recipes/pretrain.py")[1:], *words])
+                start(step.command)
                 measure(runs[-1], folder / name_of(depth, budget))
                 write(runs, folder / ("scaling" if args.flops else "series"))
     print(report(runs))
-
-
-def prepare(args: MiniseriesArguments) -> None:
-    """Fetch the data and train the tokenizer, or do nothing if both are finished."""
-    settings = ["--set", *args.set] if args.set else []
-    start([*script("recipes/run.py"), "miniseries", "--run_dir", args.output_dir, "--to", "tokenizer", *settings])
 
 
 def start(command: list[str]) -> None:
@@ -109,25 +103,21 @@ def name_of(depth: int, budget: float | None) -> str:
     return f"d{depth}" if budget is None else f"d{depth}-{budget:.3g}"
 
 
-def arguments(args: MiniseriesArguments, depth: int, budget: float | None) -> list[str]:
-    """The arguments of `recipes/pretrain.py` for one size."""
-    folder, texts = args.output_dir, f"{args.output_dir}/data/pretrain"
-    words = ["--config", str(FOLDER / "pretrain.yaml"), "--depth", str(depth), "--tokenizer", f"{folder}/tokenizer"]
-    words += ["--train_files", f"{texts}/train/*.parquet", "--val_files", f"{texts}/val/*.parquet"]
-    words += ["--core_dir", f"{folder}/data/core"]
-    words += ["--output_dir", f"{folder}/{name_of(depth, budget)}/base", "--resume", "auto"]
-    words += [] if budget is None else ["--target_flops", str(budget)]
-    return words + parse_overrides(args.set)["base"]
+def training_step(args: MiniseriesArguments, depth: int, budget: float | None) -> Step:
+    """The command that trains one size."""
+    run = RunArguments(run_dir=args.output_dir, accelerate_config=args.accelerate_config)
+    program = [*launcher(args.accelerate_config), *script("recipes/pretrain.py")[1:]]
+    settings: Settings = {"depth": [str(depth)], "target_flops": None if budget is None else [str(budget)]}
+    settings |= {"output_dir": [f"{args.output_dir}/{name_of(depth, budget)}/base"], "resume": ["auto"]}
+    return make_step("base", program, PRETRAIN, run, settings, parse_overrides(args.set)["base"])
 
 
-def planned(words: list[str], args: MiniseriesArguments, budget: float | None) -> Run:
+def planned(step: Step, args: MiniseriesArguments, budget: float | None) -> Run:
     """The row of a size before it is trained."""
+    words = ["--config", str(step.config), *step.arguments]
     given, loop, _ = parse(PretrainArguments, LoopArguments, OutputArguments, args=words)
-    tokenizer = parse_overrides(args.set)["tokenizer"]
-    vocabulary = read_yaml(FOLDER / "tokenizer.yaml")["vocab_size"]
-    if "--vocab_size" in tokenizer:
-        vocabulary = int(tokenizer[tokenizer.index("--vocab_size") + 1])
-    config = make_config(given, loop, vocabulary)
+    overrides = dict(pairwise(parse_overrides(args.set)["tokenizer"]))
+    config = make_config(given, loop, int(overrides.get("--vocab_size", read_yaml(TOKENIZER)["vocab_size"])))
     plan, total = make_plan(config, given, loop), parameter_counts(config)["total"]
     sizes = (given.depth, config.hidden_size, total, scaling_parameters(config))
     return Run(*sizes, plan.max_steps, plan.tokens, plan.tokens_per_parameter, plan.flops, budget)
@@ -135,12 +125,11 @@ def planned(words: list[str], args: MiniseriesArguments, budget: float | None) -
 
 def measure(run: Run, folder: Path) -> None:
     """Fill in what the finished run measured last."""
-    lines = (folder / "logs" / "base.jsonl").read_text(encoding="utf-8").splitlines()
     measured: dict = {}
-    for row in map(json.loads, lines):
+    for _, row in read_jsonl(folder / "logs" / "base.jsonl"):
         measured |= row
     run.bits_per_byte, run.core = measured["bits_per_byte"], measured.get("core")
-    run.seconds = json.loads((folder / "stages" / "base.json").read_text(encoding="utf-8"))["seconds"]
+    run.seconds = read_record(str(folder / "base"))["seconds"]
 
 
 def optima(runs: Sequence[Run]) -> list[tuple[float, float, float]]:
@@ -150,11 +139,10 @@ def optima(runs: Sequence[Run]) -> list[tuple[float, float, float]]:
     """
     found = []
     for budget in dict.fromkeys(run.budget for run in runs if run.budget):
-        of_budget = sorted(
-            (run for run in runs if run.budget == budget and run.bits_per_byte), key=lambda run: run.scaling_parameters
-        )
+        of_budget = [run for run in runs if run.budget == budget and run.bits_per_byte]
         if len(of_budget) < 3:
             continue
+        of_budget.sort(key=lambda run: run.scaling_parameters)
         sizes = np.log10([run.scaling_parameters for run in of_budget])
         curvature, slope, _ = np.polyfit(sizes, [run.bits_per_byte for run in of_budget], 2)
         best = -slope / (2 * curvature) if curvature > 0 else np.inf
@@ -168,12 +156,14 @@ def report(runs: Sequence[Run]) -> str:
     """The runs and the best sizes as Markdown."""
     rows = [["depth", "width", "parameters", "scaling", "steps", "tokens", "ratio", "FLOPs", "bpb", "CORE", "hours"]]
     for run in runs:
-        row = [
-            f"{run.depth}",
-            f"{run.width:,}",
-            *(f"{n / 1e6:,.0f} M" for n in (run.parameters, run.scaling_parameters)),
+        row = [f"{run.depth}", f"{run.width:,}", f"{run.parameters / 1e6:,.0f} M"]
+        row += [
+            f"{run.scaling_parameters / 1e6:,.0f} M",
+            f"{run.steps:,}",
+            f"{run.tokens / 1e9:.3g} B",
+            f"{run.ratio:.3g}",
+            f"{run.flops:.3g}",
         ]
-        row += [f"{run.steps:,}", f"{run.tokens / 1e9:.3g} B", f"{run.ratio:.3g}", f"{run.flops:.3g}"]
         row += ["-" if value is None else f"{value:.4f}" for value in (run.bits_per_byte, run.core)]
         rows.append([*row, "-" if run.seconds is None else f"{run.seconds / 3600:.2f}"])
     best = optima(runs)
@@ -195,13 +185,13 @@ def write(runs: Sequence[Run], path: Path) -> None:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Bits per byte and CORE against FLOPs; in a sweep, bits per byte against parameters, a line for each of flops."""
+    """Bits per byte and CORE against FLOPs; in a sweep against parameters, a line for each of `flops`."""
     budgets = list(dict.fromkeys(run.budget for run in runs))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 3.4))
         for place, key in enumerate(("bits_per_byte", "core"), start=1):
             axes = figure.add_subplot(1, 2, place)
-            axes.set(xscale="log", ylabel={"bits_per_byte": "bits per byte, held-out text", "core": "CORE"}[key])
+            axes.set(xscale="log", ylabel="bits per byte, held-out text" if place == 1 else "CORE")
             axes.set_xlabel("FLOPs" if budgets == [None] else "parameters in matrices and head")
             for budget in budgets:
                 points = [run for run in runs if run.budget == budget and getattr(run, key) is not None]

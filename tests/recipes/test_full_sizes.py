@@ -12,8 +12,7 @@ from recipes.ladder.estimate import estimate
 from recipes.ladder.estimate_speed import rows_that_fit
 from recipes.ladder.hardware import choose_hardware
 from recipes.ladder.step import read_yaml
-from recipes.miniseries.train import MiniseriesArguments, Run, optima, planned
-from recipes.miniseries.train import arguments as size_arguments
+from recipes.miniseries.train import MiniseriesArguments, Run, optima, planned, training_step
 from recipes.pretrain import PretrainArguments, make_config, make_plan
 from recipes.sft import SFTArguments
 from recipes.training.arguments import LoopArguments
@@ -145,7 +144,7 @@ def test_the_readme_shows_what_dry_run_prints_for_eight_h100s(recipe):
 
 def test_the_miniseries_has_the_steps_of_the_original():
     (args,) = parse(MiniseriesArguments, args=["--config", str(RECIPES / "miniseries" / "series.yaml")])
-    runs = {depth: planned(size_arguments(args, depth, None), args, None) for depth in args.depths}
+    runs = {depth: planned(training_step(args, depth, None), args, None) for depth in args.depths}
     expected = {12: 2_520, 16: 5_376, 20: 4_980, 24: 8_352, 26: 10_510}
     assert {depth: runs[depth].steps for depth in expected} == expected
     assert runs[24].parameters == 1_384_122_122 and list(runs) == list(range(12, 27, 2))
@@ -155,7 +154,7 @@ def test_each_run_of_the_sweep_has_the_flops_that_it_is_given():
     (args,) = parse(MiniseriesArguments, args=["--config", str(RECIPES / "miniseries" / "scaling.yaml")])
     assert len(args.depths) * len(args.flops) == 24
     for budget in args.flops:
-        runs = [planned(size_arguments(args, depth, budget), args, budget) for depth in (10, 20)]
+        runs = [planned(training_step(args, depth, budget), args, budget) for depth in (10, 20)]
         assert all(run.flops == pytest.approx(budget, rel=0.005) for run in runs)
         assert runs[0].tokens > runs[1].tokens
 

@@ -110,7 +110,7 @@ class GRPOArguments(
         if not self.mixture:
             return read_problems(self.train_files, bad)
         mixture = parse_mixture(self.mixture, "mixture")
-        parts = read_sources(mixture, lambda records, *_: problem_rows(records, bad), seed, "mixture")
+        parts = read_sources(mixture, lambda records, *_: problem_rows(records, bad), seed, "mixture", self.max_rows)
         if PartialState().is_main_process:
             print(f"mixture:\n{text_table(shares(mixture, parts, 'problems', lambda _: 1))}", flush=True)
         return dataset_of(shuffled(parts, seed), "mixture", bad)

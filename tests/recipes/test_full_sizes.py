@@ -1,6 +1,8 @@
 """What the recipes train at full size, computed from their YAMLs, beside the original's published figures."""
 
 import pytest
+from recipes.ladder.estimate_speed import rows_that_fit
+from recipes.ladder.hardware import choose_hardware
 
 from modeling_nanochat.chat.stages import STAGES
 from modeling_nanochat.cli import parse
@@ -9,8 +11,6 @@ from recipes.grpo import GRPOArguments
 from recipes.ladder.arguments import LADDER, RunArguments, parse_overrides
 from recipes.ladder.commands import RECIPES, steps
 from recipes.ladder.estimate import estimate
-from recipes.ladder.estimate_speed import rows_that_fit
-from recipes.ladder.hardware import choose_hardware
 from recipes.ladder.step import read_yaml
 from recipes.miniseries.train import MiniseriesArguments, Run, optima, planned, training_step
 from recipes.pretrain import PretrainArguments, make_config, make_plan

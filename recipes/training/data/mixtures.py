@@ -59,6 +59,8 @@ class MixtureArguments(BadRowArguments):
         if self.train_files and self.mixture:
             raise UserError("give either train_files or mixture, not both: the mixture can name files too")
         parse_mixture(self.mixture or [], "mixture")
+        if self.max_rows is not None and not self.mixture:
+            raise UserError("max_rows has no effect without a mixture; leave it out")
         check_ranges(positive={"max_rows": self.max_rows}, not_negative={}, shares={})
 
     def check_beginnings(self) -> None:

@@ -31,7 +31,9 @@ from evals.reporting.curves import BLUE, ORANGE, STYLE
 from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import atomic_write
-from recipes.benchmarks.training_speed import PRETRAIN, environment, words
+
+ROOT = Path(__file__).resolve().parents[2]
+PRETRAIN = ROOT / "recipes" / "pretrain.py"
 
 GREEN = "#009E73"
 # Each recipe's rates for 524,288 tokens per step, set explicitly so that neither is scaled to the batch size.
@@ -93,9 +95,18 @@ def train(args: LearningCurvesArguments, settings: dict[str, object], run: Path)
     """Train a variant, or resume it; does nothing if finished with these settings, and fails if with others."""
     common = {key: value for key, value in vars(args).items() if key != "output_dir"}
     fixed = {"output_dir": run, "sample_steps": 0, "torch_compile": "false", "resume": "auto"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(PRETRAIN), *words(common | settings | fixed)]
-    if subprocess.run(command, check=False, env=environment()).returncode:
+    if subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": path}).returncode:
         raise UserError(f"{run} failed; fix the error above, then the same command continues")
+
+
+def words(settings: dict[str, object]) -> list[str]:
+    """Command-line arguments for settings."""
+    line = []
+    for key, value in settings.items():
+        line += [f"--{key}", *([str(item) for item in value] if isinstance(value, list) else [str(value)])]
+    return line
 
 
 def read_curve(name: str, run: Path) -> Curve:

@@ -44,6 +44,13 @@ class GPT(torch.nn.Module):
     def forward(self, ids, targets):
         return torch.nn.functional.cross_entropy(self.head(self.table(ids)).flatten(0, 1), targets.flatten())
 """
+ENGINE = """
+class Engine:
+    def __init__(self, model, tokenizer):
+        pass
+    def generate(self, prompt, num_samples, max_tokens, temperature):
+        yield from ([0] * num_samples for _ in range(max_tokens))
+"""
 
 
 @pytest.fixture
@@ -330,7 +337,7 @@ def test_core(check):
 
 
 def write_original(folder: Path) -> None:
-    for name, text in (("__init__.py", ""), ("gpt.py", ORIGINAL)):
+    for name, text in (("__init__.py", ""), ("gpt.py", ORIGINAL), ("engine.py", ENGINE)):
         path = folder / "classic" / "nanochat" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -352,6 +359,17 @@ def test_compiled_steps_beside_the_original_s(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["beside_original.py", "--original", str(tmp_path), "--version", "current"])
     with pytest.raises(UserError, match="original: no current version"):
         beside_original.main()
+
+
+def test_decoding_beside_the_original_s(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    write_original(tmp_path)
+    words = "--version classic --what decoding --torch_compile false --depth 1 --vocab_size 300 --rows 3 --length 7"
+    words += f" --new_tokens 5 --turns 1 --original {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["beside_original.py", *words.split()])
+    beside_original.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["seconds"].keys() == {"ours decoding", "original decoding"} and found["ratios"]["decoding"] > 0
 
 
 @pytest.mark.slow

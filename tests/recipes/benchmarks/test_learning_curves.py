@@ -1,4 +1,4 @@
-"""The scripts that measure training: reading of logs, interpolation, tables; once each as a whole."""
+"""Learning curves of several variants: reading of logs, interpolation, table and plot; once as a whole."""
 
 import json
 import os
@@ -10,7 +10,6 @@ import training
 
 from modeling_nanochat.errors import UserError
 from recipes.benchmarks.learning_curves import Curve, LearningCurvesArguments, cost_of, draw, main, read_curve, table
-from recipes.benchmarks.training_speed import read_log
 
 ROOT = training.ROOT
 
@@ -70,31 +69,14 @@ def test_a_curve_of_other_settings_is_not_taken_for_one_of_these(tmp_path, monke
     assert asked[0][asked[0].index("--depth") + 1] == "6"
 
 
-def test_the_log_gives_medians_after_the_warm_up(tmp_path):
-    parts = {"seconds_data": 0.1, "seconds_model": 0.6, "seconds_optimizer": 0.2, "seconds_rest": 0.1}
-    rows = [{"step": 1, "loss": 5, "seconds_training": 99.0, **parts}]
-    rows += [{"step": n, "loss": 5, "seconds_training": 1.0, **parts} for n in (3, 4, 5)]
-    rows[-1]["seconds_checkpoint"] = 0.5
-    write_log(tmp_path / "base", rows)
-    found = read_log(tmp_path / "base", steps=8)
-    assert found["training"] == 1.0 and found["optimizer"] == 0.2 and found["checkpoint"] == 0.5
-    assert found["data_share"] == pytest.approx(0.1)
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("script", ["training_speed", "learning_curves"])
-def test_the_scripts_run(script, tmp_path):
+def test_the_script_runs(tmp_path):
     world = training.write_world(tmp_path / "world")
-    own = {
-        "training_speed": {"steps": 8, "repeats": 1, "processes": 2, "total_batch_size": 256},
-        "learning_curves": {
-            "output_dir": tmp_path / "curves",
-            "max_steps": 6,
-            "eval_steps": 3,
-            "total_batch_size": 256,
-        },
-    }[script]
-    common = {
+    settings = {
+        "output_dir": tmp_path / "curves",
+        "max_steps": 6,
+        "eval_steps": 3,
+        "total_batch_size": 256,
         "tokenizer": world / "tokenizer",
         "train_files": world / "train.parquet",
         "val_files": world / "val.parquet",
@@ -104,13 +86,8 @@ def test_the_scripts_run(script, tmp_path):
         "max_length": 32,
         "per_device_train_batch_size": 4,
     }
-    words = [word for key, value in (common | own).items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, str(ROOT / "recipes" / "benchmarks" / f"{script}.py"), *words]
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, str(ROOT / "recipes" / "benchmarks" / "learning_curves.py"), *words]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=training.environment())
     assert done.returncode == 0, done.stderr
-    if script == "training_speed":
-        results = json.loads(done.stdout.splitlines()[-1])
-        assert 0 < results["loop"]["loop_over_bare"] and 0 < results["processes"]["ratio"]
-        assert results["settings"]["depth"] == 2
-    else:
-        assert os.path.exists(tmp_path / "curves" / "curves.svg") and "turbo + current" in done.stdout
+    assert os.path.exists(tmp_path / "curves" / "curves.svg") and "turbo + current" in done.stdout

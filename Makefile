@@ -11,7 +11,7 @@ MAKE_AGAIN = make$(if $(MAKEOVERRIDES), $(MAKEOVERRIDES))
 INSTALLED = $(VENV)/.installed-$(LIBRARIES)
 JAVASCRIPT = @huggingface/jinja@0.5.11 @huggingface/tokenizers@0.2.0
 
-.PHONY: help run install test lint pytest slow gpu-check chat space constraints clean
+.PHONY: help run install test lint javascript pytest slow all-tests gpu-check chat space constraints clean
 
 help:  ## list these targets (what `make` alone does)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,7 +29,7 @@ space: $(INSTALLED)  ## chat with it in the browser
 
 install: $(INSTALLED)  ## create the virtual environment with the libraries
 
-test: lint pytest  ## lint and the quick tests; CI also runs slow
+test: lint pytest  ## lint and the quick tests; CI also runs the slow ones
 
 # Types are checked against the tested libraries only: other versions have other annotations.
 lint: $(INSTALLED)  ## ruff: rules and format; mypy: types
@@ -41,12 +41,17 @@ lint: $(INSTALLED)  ## ruff: rules and format; mypy: types
 # process: on two cores, two threads next to a busy process are many times slower.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NODE_PATH=$(abspath $(VENV)/js/node_modules) $(BIN)/python -m pytest -n 2 --dist loadfile
 
-pytest: $(INSTALLED)  ## the quick tests that need no GPU, two files at a time
+javascript: $(INSTALLED)
 	@npm install --prefix $(VENV)/js --no-audit --no-fund --loglevel error $(JAVASCRIPT) >/dev/null 2>&1 || echo "no npm, or no network: the chat template is not tested in JavaScript"
+
+pytest: javascript  ## the quick tests that need no GPU, two files at a time
 	$(PYTEST)
 
-slow: $(INSTALLED)  ## the tests of more than seven seconds each
+slow: javascript  ## the tests of more than seven seconds each
 	$(PYTEST) -m slow
+
+all-tests: javascript  ## the quick and the slow tests in one go, as in CI: what a file's tests share is made once
+	$(PYTEST) -m 'not long and not gpu'
 
 gpu-check: $(INSTALLED)  ## check kernels, gradients, speed and stages on this machine's GPU, in eight minutes
 	$(BIN)/python recipes/benchmarks/gpu_check.py

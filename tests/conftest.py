@@ -51,15 +51,21 @@ def random_model(architecture: str, **others):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
+        "num_hidden_layers": 3 if architecture == "plain" else 5,
     } | others
     torch.manual_seed(0)
     if architecture == "plain":
-        model = NanoChatForCausalLM(NanoChatConfig(num_hidden_layers=3, **sizes))
+        model = NanoChatForCausalLM(NanoChatConfig(**sizes))
     else:  # a window of 12, so that short texts exceed it
-        model = NanoChatTurboForCausalLM(NanoChatTurboConfig(num_hidden_layers=5, sliding_window=12, **sizes))
+        model = NanoChatTurboForCausalLM(NanoChatTurboConfig(sliding_window=12, **sizes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=0.5 if parameter.dim() == 1 else 0.0, std=0.3)
     return model.eval()
+
+
+def shallow_model(architecture: str, **others):
+    """[`random_model`] with few layers, for what is compiled; turbo's see a window, a window and everything."""
+    return random_model(architecture, num_hidden_layers=2 if architecture == "plain" else 3, **others)
 
 
 @pytest.fixture(params=["plain", "turbo"])

@@ -87,9 +87,8 @@ class Engine:
             UserError: The conversation does not fit the model's context, or a setting is out of its range.
         """
         sampler = self.sampler(seed)
-        prompt = self.codec.prompt(messages)
-        turn = self.turn(prompt, max_new_tokens, options, live=True)
-        for _, event in self.decode([prompt], [turn], sampler):
+        turn = self.turn(self.codec.prompt(messages), max_new_tokens, options, live=True)
+        for _, event in self.decode([turn], sampler):
             yield event
 
     def generate_batch(
@@ -192,12 +191,10 @@ class Engine:
         length = min(max_new_tokens, room)
         return Turn(self.codec, self.tool, length, self.max_tool_calls, options or self.options, prompt, live)
 
-    def decode(self, prompts: list[list[int]], turns: list[Turn], sampler: Sampler) -> Iterator[tuple[int, Event]]:
-        """Generate `turns` together; yields (index, event)."""
-        arriving = list(turns)
-        number = {id(turn): index for index, turn in enumerate(turns)}
-        for turn, event in self.run(lambda free: [arriving.pop(0) for _ in range(len(arriving))], len(turns), sampler):
-            yield number[id(turn)], event
+    def decode(self, turns: Sequence[Turn], sampler: Sampler) -> Iterator[tuple[Turn, Event]]:
+        """Generate `turns` together, starting all at once."""
+        arriving = deque(turns)
+        return self.run(lambda free: [arriving.popleft() for _ in range(len(arriving))], len(turns), sampler)
 
     # The decorator enters inference mode only while the generator itself runs, not while its consumer does.
     @torch.inference_mode()

@@ -31,9 +31,8 @@ from evals.reporting.curves import BLUE, ORANGE, STYLE
 from modeling_nanochat.cli import markdown_table, parse
 from modeling_nanochat.errors import UserError, exit_on_user_error
 from modeling_nanochat.folders import atomic_write
-
-ROOT = Path(__file__).resolve().parents[2]
-PRETRAIN = ROOT / "recipes" / "pretrain.py"
+from recipes.ladder.commands import RECIPES
+from recipes.ladder.execution import search_path
 
 GREEN = "#009E73"
 # Each recipe's rates for 524,288 tokens per step, set explicitly so that neither is scaled to the batch size.
@@ -95,9 +94,8 @@ def train(args: LearningCurvesArguments, settings: dict[str, object], run: Path)
     """Train a variant, or resume it; does nothing if finished with these settings, and fails if with others."""
     common = {key: value for key, value in vars(args).items() if key != "output_dir"}
     fixed = {"output_dir": run, "sample_steps": 0, "torch_compile": "false", "resume": "auto"}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(PRETRAIN), *words(common | settings | fixed)]
-    if subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": path}).returncode:
+    command = [sys.executable, str(RECIPES / "pretrain.py"), *words(common | settings | fixed)]
+    if subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": search_path()}).returncode:
         raise UserError(f"{run} failed; fix the error above, then the same command continues")
 
 

@@ -42,6 +42,8 @@ def unfused(monkeypatch):
     That happens with heads of 16 and 40, 56, 72 … keys. Compiled for CPUs it cannot train, and no stage uses it there.
     """
     monkeypatch.setattr(transformers_flex, "WrappedFlexAttention", lambda training: lambda: flex_attention)
+    # Traced anew for every layer and length otherwise, for seconds
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

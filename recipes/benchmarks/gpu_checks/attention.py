@@ -69,27 +69,13 @@ def variants(setting: Setting, length: int) -> dict[str, Callable]:
         return {"causal": causal, "dense mask": masked, "window flex": flexible(setting, length)}
     found = {f"causal {name}": on_backend(causal, backend) for name, backend in BACKENDS.items()}
     found |= {f"dense mask {name}": on_backend(masked, BACKENDS[name]) for name in ("cudnn", "efficient")}
-    return found | {"window varlen": variable_length(setting, length), "window flex": flexible(setting, length)}
+    return found | {"window flex": flexible(setting, length)}
 
 
 def on_backend(attend: Callable, backend: SDPBackend) -> Callable:
     def call(*inputs: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(backend):
             return attend(*inputs)
-
-    return call
-
-
-def variable_length(setting: Setting, length: int) -> Callable:
-    """torch's `varlen_attn` with a window and one document per row, including the transposes a model would need."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    def call(query, key, value):
-        rows = len(query)
-        ends = torch.arange(0, (rows + 1) * length, length, device=setting.device, dtype=torch.int32)
-        flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
-        output = varlen_attn(*flat, ends, ends, length, length, window_size=(WINDOW, 0))
-        return output.unflatten(0, (rows, length)).transpose(1, 2)
 
     return call
 

@@ -17,6 +17,7 @@ Only this package knows names and contents of these files: others hand over stat
 """
 
 import json
+import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
@@ -38,7 +40,6 @@ from modeling_nanochat.folders import flush
 from ..processes import on_main_process
 from .files import Damaged, copied, verify, write_files, write_marker
 from .folders import checkpoint_folders, discard
-from .random_state import random_state, set_random_state
 
 KEPT = 2  # checkpoints: one is left if the newest is damaged
 FORMAT = 2  # of files and states; raise it when one of them changes. Checkpoints without a version are of format 1
@@ -282,3 +283,30 @@ def restore_random_state(checkpoint: Checkpoint, accelerator: Accelerator) -> No
     if accelerator.process_index < len(shards):
         shard = shards[accelerator.process_index]
         set_random_state({name: shard.get_tensor(name) for name in shard.keys()}, accelerator.device)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of this process's random generators, as tensors."""
+    version, words, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy_keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+        "numpy": torch.tensor([numpy["state"]["pos"], numpy["has_gauss"], numpy["gauss"]], dtype=torch.float64),
+    }
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restore the states returned by [`random_state`]."""
+    version, *words = states["python"].tolist()
+    gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    position, has_gauss, cached = states["numpy"].tolist()
+    keys = states["numpy_keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

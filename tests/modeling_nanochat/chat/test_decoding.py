@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, shallow_model
 from greedy import alone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -86,7 +86,7 @@ def greedy_alone(model, prompt):
 @torch.inference_mode()
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_the_compiled_step_is_the_same_and_compiles_once_per_shape(architecture):
-    model = random_model(architecture)
+    model = shallow_model(architecture)
     expected = greedy(Decoder(model), PROMPTS, 40)
     decoder = CompiledDecoder(model)
     assert greedy(decoder, PROMPTS, 40) == expected
@@ -98,7 +98,7 @@ def test_the_compiled_step_is_the_same_and_compiles_once_per_shape(architecture)
 
 @torch.inference_mode()
 def test_transformers_static_cache_compiles_once_too():
-    model, cache = random_model("plain"), None
+    model, cache = shallow_model("plain"), None
     step = torch.compile(model.forward, fullgraph=True)
     ids = torch.tensor([PROMPTS[1]])
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_transformers_static_cache_compiles_once_too():
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_training_compiles_to_one_graph_with_the_same_gradients(architecture):
-    model = random_model(architecture).train()
+    model = shallow_model(architecture).train()
     compiled = torch.compile(model, fullgraph=True)
     ids = torch.arange(128).reshape(2, 64)
     positions = torch.cat([torch.arange(40), torch.arange(24)]).expand(2, -1)  # two documents in each row

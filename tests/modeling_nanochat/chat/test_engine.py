@@ -48,7 +48,7 @@ def play(engine, text, messages=QUESTION, **kwargs):
     prompt = engine.codec.prompt(messages)
     turn = engine.turn(prompt, kwargs.pop("max_new_tokens", 100), kwargs.pop("options", None), live=True)
     ids = text if isinstance(text, list) else spelled(engine.codec.tokenizer, text)
-    return turn, [event for _, event in engine.decode([prompt], [turn], script(ids))]
+    return turn, [event for _, event in engine.decode([turn], script(ids))]
 
 
 # `?` stands for samples that are drawn and discarded while "<|output_start|>19<|output_end|>" is forced
@@ -106,7 +106,7 @@ def test_cached_greedy_equals_the_whole_sequence_again(engine):
     for messages in QUESTIONS:
         ids = engine.codec.prompt(messages)
         turn = engine.turn(ids, 30, GREEDY)
-        list(engine.decode([ids], [turn], engine.sampler(None)))
+        list(engine.decode([turn], engine.sampler(None)))
         again = list(ids)
         while len(again) < len(ids) + len(turn.ids):
             logits = model(torch.tensor([again]), use_cache=False).logits
@@ -138,7 +138,7 @@ def test_rows_that_finish_leave_the_batch_and_the_others_go_on(engine, monkeypat
     def sampler(logits, *_):
         return torch.tensor(next(left)) if logits.shape[0] == 4 else survivors(logits)
 
-    finished = [row for row, event in engine.decode(prompts, turns, sampler) if isinstance(event, Finished)]
+    finished = [turns.index(turn) for turn, event in engine.decode(turns, sampler) if isinstance(event, Finished)]
     assert finished == [0, 1, 2, 3]
     assert set(rows_fed) == {1}
     assert turns[3].messages == [{"role": "assistant", "content": "Once upon a time"}]
@@ -187,7 +187,7 @@ def test_turns_that_arrive_and_leave_at_any_time_are_what_they_are_alone(engine,
 @functools.cache
 def greedy_ids(engine, prompt):
     turn = engine.turn(list(prompt), 12, GREEDY)
-    list(engine.decode([list(prompt)], [turn], engine.sampler(None)))
+    list(engine.decode([turn], engine.sampler(None)))
     return turn.ids
 
 
@@ -200,7 +200,7 @@ def test_tool_use_in_a_batch_of_different_prompts(engine):
     filler = len(ids) - len(plain)
     both = script(ids, plain + [0] * filler)
     list(
-        engine.decode(prompts, turns, lambda logits, *_: both(logits)[: len(logits)])
+        engine.decode(turns, lambda logits, *_: both(logits)[: len(logits)])
     )  # row 1 leaves when it is finished
     assert [message["content"] for message in turns[0].messages] == ["Let me see. ", "19", "It is 19."]
     assert turns[1].messages == [{"role": "assistant", "content": "no tool here"}]
@@ -443,7 +443,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(toy_model_and_tokenizer):
     engine = Engine(padded, tokenizer)
     prompt = engine.codec.prompt(QUESTION)
     turn = engine.turn(prompt, 20, SamplingOptions(1.0, top_k=None))
-    list(engine.decode([prompt], [turn], engine.sampler(0)))
+    list(engine.decode([turn], engine.sampler(0)))
     assert max(turn.ids) < len(tokenizer)
 
 
@@ -467,7 +467,7 @@ def test_tokens_of_prompt_and_reply_are_penalized_as_in_transformers(engine, mes
     prompt, replies = engine.codec.prompt(messages), []
     for penalty in (1.0, 1.1, 1.3):
         turn = engine.turn(prompt, 20, SamplingOptions(0, repetition_penalty=penalty))
-        list(engine.decode([prompt], [turn], engine.sampler(None)))
+        list(engine.decode([turn], engine.sampler(None)))
         settings = GenerationConfig(max_new_tokens=20, do_sample=False, repetition_penalty=penalty, pad_token_id=0)
         ids = engine.model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()
         assert turn.ids == ids
@@ -564,7 +564,7 @@ def test_rows_of_a_batch_stop_at_their_own_strings(engine):
     ]
     ids = engine.codec.encode(STORY) + spelled(engine.codec.tokenizer, "<|assistant_end|>")
     tokens = iter(ids)
-    list(engine.decode(prompts, turns, lambda logits, *_: torch.full((len(logits),), next(tokens))))
+    list(engine.decode(turns, lambda logits, *_: torch.full((len(logits),), next(tokens))))
     assert [turn.messages[0]["content"] for turn in turns] == ["Once upon a ", STORY, "Once "]
     assert {turn.finish_reason for turn in turns} == {"stop"}
     assert len(turns[2].ids) < len(turns[0].ids) < len(turns[1].ids) == len(ids)

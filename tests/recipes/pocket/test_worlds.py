@@ -471,5 +471,5 @@ def streamed(engine: Engine, ids: list[int]) -> list[str]:
     rest = iter([*ids, *engine.codec.stop])
     prompt = engine.codec.prompt([{"role": "user", "content": "?"}])
     turn = engine.turn(prompt, len(ids) + 1, live=True)
-    events = engine.decode([prompt], [turn], lambda logits, *_: torch.tensor([next(rest)]))
+    events = engine.decode([turn], lambda logits, *_: torch.tensor([next(rest)]))
     return [event.text for _, event in events if isinstance(event, TextDelta)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model
+from conftest import shallow_model
 from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
@@ -102,7 +102,7 @@ def dtype(request):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_training_keeps_activations_in_the_precision_of_products(architecture, dtype):
-    model = random_model(architecture).train()
+    model = shallow_model(architecture).train()
     passes = Passes(model, dtype)
     assert len(passes.forward) == len(passes.backward) == 1, "one graph each, in both steps"
     assert passes.loss.dtype == torch.float32
@@ -114,7 +114,7 @@ def test_training_keeps_activations_in_the_precision_of_products(architecture, d
 
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_training_asks_for_attention_in_the_precision_of_products(architecture, dtype):
-    compiled, graphs = captured(random_model(architecture).train())
+    compiled, graphs = captured(shallow_model(architecture).train())
     with autocast(dtype):
         compiled(input_ids=IDS, shift_labels=IDS, use_cache=False).loss.backward()
     numbers, masks = attention_dtypes(graphs)
@@ -124,7 +124,7 @@ def test_training_asks_for_attention_in_the_precision_of_products(architecture, 
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_an_evaluation_has_float32_logits_from_products_in_autocasts_precision(architecture, dtype):
     """Also twice and between steps of training: the same graph."""
-    model = random_model(architecture)
+    model = shallow_model(architecture)
     compiled, graphs = captured(model)
     for _ in range(3):
         with torch.no_grad(), autocast(dtype):
@@ -138,7 +138,7 @@ def test_an_evaluation_has_float32_logits_from_products_in_autocasts_precision(a
 @pytest.mark.parametrize("way", ["weights", "autocast"])
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_decoding_in_bfloat16_is_one_graph_over_a_bfloat16_cache(architecture, way):
-    model = random_model(architecture)
+    model = shallow_model(architecture)
     model = model.to(torch.bfloat16) if way == "weights" else model
     decoder = CompiledDecoder(model)
     decoder.compiled, graphs = captured(model.forward, fullgraph=True)

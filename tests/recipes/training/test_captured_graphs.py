@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model
+from conftest import shallow_model
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.utils import run_and_get_code
 from torch.nn.attention import flex_attention
@@ -18,8 +18,8 @@ from recipes.training.attention import evaluation_attention
 IDS = torch.arange(64).reshape(2, 32)
 CAUSAL, MASKED, UNMASKED, BLOCKS = "causal", "masked", "unmasked", "block mask"
 FLEX = torch.ops.higher_order.flex_attention
-FULL = {"plain": 3, "turbo": 2}  # layers of each kind in `random_model`
-SLIDING = {"plain": 0, "turbo": 3}
+FULL = {"plain": 2, "turbo": 1}  # layers of each kind in `shallow_model`
+SLIDING = {"plain": 0, "turbo": 2}
 
 
 class Graphs(list):
@@ -92,11 +92,11 @@ def graphs_of_training(model, dtype: torch.dtype, positions=(None,) * 5, autogra
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_training_is_one_graph_with_causal_attention_in_full_layers(architecture, dtype):
-    assert graphs_of_training(random_model(architecture), dtype).attention() == expected(architecture)
+    assert graphs_of_training(shallow_model(architecture), dtype).attention() == expected(architecture)
 
 
 def test_windows_that_rows_do_not_fill_need_no_mask():
-    model = random_model("turbo")
+    model = shallow_model("turbo")
     model.config.sliding_window = IDS.shape[1]
     assert graphs_of_training(model, torch.float32).attention() == {CAUSAL: FULL["turbo"] + SLIDING["turbo"]}
 
@@ -106,7 +106,7 @@ def test_windows_that_rows_do_not_fill_need_no_mask():
 def test_cosines_and_sines_are_computed_once(architecture):
     """Inductor would compute them in two kernels of every layer."""
     torch._dynamo.reset()
-    model = random_model(architecture).train()
+    model = shallow_model(architecture).train()
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
         _, (code,) = run_and_get_code(torch.compile(model, dynamic=False), input_ids=IDS, use_cache=False)
     vectorized = [code.count(f".{wave}()") for wave in ("cos", "sin")]
@@ -117,7 +117,7 @@ def test_cosines_and_sines_are_computed_once(architecture):
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_attention_s_output_is_not_copied(architecture, monkeypatch):
     """Its queries' layout is its output's, which the next product reads as it is."""
-    model, attend, outputs, read = random_model(architecture).train(), F.scaled_dot_product_attention, [], []
+    model, attend, outputs, read = shallow_model(architecture).train(), F.scaled_dot_product_attention, [], []
 
     def attending(*args, **kwargs):
         outputs.append(attend(*args, **kwargs))
@@ -139,7 +139,7 @@ def flexible(monkeypatch):
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
 
     def make(architecture: str):
-        model = random_model(architecture)
+        model = shallow_model(architecture)
         model.set_attn_implementation("flex_attention")
         return model
 
@@ -182,7 +182,7 @@ def block_mask(node: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_flex_attention_gives_the_loss_and_gradients_of_sdpa(flexible, architecture, positions):
     """In float64: the scalars' gradients are sums over everything, and float32 rounding hides other differences."""
-    reference, model = random_model(architecture).double().train(), flexible(architecture).double().train()
+    reference, model = shallow_model(architecture).double().train(), flexible(architecture).double().train()
     loss = optimizer_step(reference, torch.float32, positions)
     assert optimizer_step(captured(model, autograd=True)[0], torch.float32, positions).item() == pytest.approx(
         loss.item(), rel=1e-6
@@ -194,7 +194,7 @@ def test_flex_attention_gives_the_loss_and_gradients_of_sdpa(flexible, architect
 
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_an_evaluation_is_one_graph_with_causal_attention_in_full_layers(architecture):
-    compiled, graphs = captured(random_model(architecture))
+    compiled, graphs = captured(shallow_model(architecture))
     for _ in range(2):
         with torch.no_grad():
             assert compiled(input_ids=IDS, use_cache=False).logits.dtype == torch.float32
@@ -205,7 +205,7 @@ def test_an_evaluation_is_one_graph_with_causal_attention_in_full_layers(archite
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_decoding_steps_in_a_static_cache_are_one_graph_with_a_mask(architecture):
     """The mask is what leaves out the part of the cache that is still empty."""
-    model = random_model(architecture)
+    model = shallow_model(architecture)
     decoder = CompiledDecoder(model)
     decoder.compiled, graphs = captured(model.forward, fullgraph=True)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_decoding_steps_in_a_static_cache_are_one_graph_with_a_mask(architecture
 
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_under_autocast_the_stream_is_bfloat16_and_the_loss_float32(architecture):
-    model = random_model(architecture).train()
+    model = shallow_model(architecture).train()
     with precision(torch.bfloat16):
         outputs = model(input_ids=IDS, shift_labels=IDS, use_cache=False, output_hidden_states=True)
         last = model.model(input_ids=IDS, use_cache=False).last_hidden_state
@@ -237,7 +237,7 @@ class NoLooking(TorchDispatchMode):
 
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_an_eager_pass_without_positions_never_looks_at_values(architecture):
-    model = random_model(architecture).train()
+    model = shallow_model(architecture).train()
     with NoLooking():
         loss = model(input_ids=IDS, shift_labels=IDS, use_cache=False).loss
         loss.backward()
@@ -246,7 +246,7 @@ def test_an_eager_pass_without_positions_never_looks_at_values(architecture):
 
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_positions_that_are_given_count_as_before(architecture):
-    model = random_model(architecture)
+    model = shallow_model(architecture)
     positions = torch.arange(32).expand(2, -1)
     restarting = positions % 16
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_positions_that_are_given_count_as_before(architecture):
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 @pytest.mark.parametrize("backend", ["eager", "flex_attention"])
 def test_other_backends_are_still_causal(backend, architecture):
-    model = random_model(architecture)
+    model = shallow_model(architecture)
     with torch.no_grad():
         wanted = model(input_ids=IDS, use_cache=False).logits
         model.set_attn_implementation(backend)

@@ -29,11 +29,12 @@ from recipes.training.checkpoint.checkpoints import (
     Checkpoints,
     RunState,
     interrupted_run,
+    random_state,
     restore_random_state,
+    set_random_state,
 )
 from recipes.training.checkpoint.files import Damaged, sha256, verify
 from recipes.training.checkpoint.optimizer_state import load_optimizer_state, optimizer_state
-from recipes.training.checkpoint.random_state import random_state, set_random_state
 from recipes.training.optim.optimizer import MuonAdamW
 from recipes.training.setup import find_checkpoint
 

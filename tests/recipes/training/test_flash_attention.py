@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import shallow_model
 from flash import install_flash_attention
 
 IDS = torch.arange(64).reshape(2, 32)
@@ -16,7 +16,7 @@ PACKED = [
 @pytest.fixture(params=["plain", "turbo"])
 def model(request, monkeypatch):
     install_flash_attention(monkeypatch)
-    return random_model(request.param)
+    return shallow_model(request.param)
 
 
 def logits(model, implementation: str, **inputs) -> torch.Tensor:

@@ -3,8 +3,10 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from trl import GRPOTrainer
 
 from evals.full_python import check_full_python
+from modeling_nanochat.chat.python_tool import python
 from modeling_nanochat.chat.sampling import SamplingOptions
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.loading import load_model_and_tokenizer
@@ -128,6 +130,22 @@ def test_completions_follow_torch_s_global_seed(trainer):
         torch.manual_seed(seed)
         drawn.append(rollouts(prompts, trainer)["completion_ids"])
     assert drawn[0] == drawn[1] != drawn[2] and len({tuple(ids) for ids in drawn[0]}) > 4
+
+
+def test_greedy_completions_are_those_of_trl_s_own_loop(trainer, toy_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "sampling", SamplingOptions(temperature=0))
+    prompts = [problem["prompt"] for problem in trainer.train_dataset for _ in range(4)]
+    model, tokenizer = load_model_and_tokenizer(toy_model_folder, dtype=torch.float32, device="cpu")
+    args = GRPOSettings(
+        output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=20,
+        max_tool_calling_iterations=8, top_k=1, bf16=False, use_cpu=True, report_to="none",
+    )  # fmt: skip
+    theirs = GRPOTrainer(
+        model, exact_answer, args=args, train_dataset=trainer.train_dataset, processing_class=tokenizer, tools=[python]
+    )
+    # As TRL does before generating, in a method that also computes the reference model's logits
+    theirs._sync_tool_dicts, theirs._async_tool_dicts = [{"python": python}] * len(prompts), [{}] * len(prompts)
+    assert list(rollouts(prompts, trainer)["completion_ids"]) == theirs._generate(prompts)[1]
 
 
 def test_problems_without_room_for_a_completion_are_refused_or_counted(trainer, capsys):

@@ -17,10 +17,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
+from ..versions import warn_of_untested_versions
 from .decoding import CompiledDecoder, Decoder
 from .python_tool import check_sandbox, run_python
 from .sampling import Sampler, SamplingOptions, check_setting
-from .self_check import check_cached_decoding, warn_of_untested_versions
+from .self_check import check_cached_decoding
 from .turn import MAX_TOOL_CALLS, ChatCodec, Event, Finished, Turn, chat_codec
 
 Arrivals = Callable[[int], list[Turn]]

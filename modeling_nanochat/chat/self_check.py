@@ -5,19 +5,16 @@ behaviour is tested: [`check_cached_decoding`] runs before rollouts, chat and se
 conversations become ids.
 """
 
-import sys
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
+from ..versions import installed_versions
 from .decoding import Decoder
 
-PACKAGE = "modeling-nanochat"
 PROMPT_LENGTHS, STEPS = (16, 11), 4  # two rows, so that one is padded
 FLOAT32_LIMIT = 1e-3  # on the largest difference between two logits
 # On the root mean square over the vocabulary at any position, in standard deviations of the logits there. Rounding to
@@ -161,39 +158,3 @@ def check_renderings(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the assistant writes after a generation prompt. Installed: {installed_versions()}; install the tested "
             "versions (constraints.txt), or use the chat template of this project's tokenizers"
         )
-
-
-def warn_of_untested_versions() -> None:
-    """Print a warning for each to stderr; the checks above find out whether they break a model."""
-    for warning in untested_versions():
-        print(f"warning: {warning}", file=sys.stderr)
-
-
-def untested_versions() -> list[str]:
-    """A line for each installed library that is older or newer than the tested versions."""
-    lines = [
-        f"{need.name} {installed} is not among the tested versions ({need.specifier})"
-        for need in requirements()
-        if (installed := version(need.name)) and not need.specifier.contains(installed, prereleases=True)
-    ]
-    return list(dict.fromkeys(lines))  # extras repeat requirements
-
-
-def installed_versions() -> str:
-    names = ("torch", "transformers", "tokenizers", "accelerate", "trl")
-    return ", ".join(f"{name} {installed}" for name in names if (installed := version(name)))
-
-
-def requirements() -> list[Requirement]:
-    """This package's requirements, extras included; empty if it is used without being installed."""
-    try:
-        return [Requirement(line) for line in metadata.requires(PACKAGE) or ()]
-    except metadata.PackageNotFoundError:
-        return []
-
-
-def version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -199,9 +199,7 @@ def test_tool_use_in_a_batch_of_different_prompts(engine):
     ids = call_text(tokenizer)
     filler = len(ids) - len(plain)
     both = script(ids, plain + [0] * filler)
-    list(
-        engine.decode(turns, lambda logits, *_: both(logits)[: len(logits)])
-    )  # row 1 leaves when it is finished
+    list(engine.decode(turns, lambda logits, *_: both(logits)[: len(logits)]))  # row 1 leaves when it is finished
     assert [message["content"] for message in turns[0].messages] == ["Let me see. ", "19", "It is 19."]
     assert turns[1].messages == [{"role": "assistant", "content": "no tool here"}]
 

@@ -12,9 +12,8 @@ import torch
 from conftest import random_model
 from golden import plain_model, turbo_model
 
-from modeling_nanochat import ARCHITECTURES, NanoChatModel, NanoChatTurboModel
+from modeling_nanochat import ARCHITECTURES, NanoChatModel, NanoChatTurboModel, versions
 from modeling_nanochat.chat import __main__ as chat
-from modeling_nanochat.chat import self_check
 from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.self_check import (
     FLOAT32_LIMIT,
@@ -24,7 +23,6 @@ from modeling_nanochat.chat.self_check import (
     check_renderings,
     disagreement,
     probe,
-    untested_versions,
     without_cache,
 )
 from modeling_nanochat.errors import UserError
@@ -166,21 +164,19 @@ def test_renderings_that_do_not_agree_are_one_line(toy_model_and_tokenizer, befo
 
 
 def test_versions_outside_of_the_tested_ones_are_named_with_both(monkeypatch):
-    assert untested_versions() == []
-    real = self_check.version
+    assert versions.untested_versions() == []
+    real = versions.version
     for installed in ("5.16.0", "6.0.0"):
-        monkeypatch.setattr(
-            self_check, "version", lambda name, v=installed: v if name == "transformers" else real(name)
-        )
-        (line,) = [line for line in untested_versions() if line.startswith("transformers ")]
+        monkeypatch.setattr(versions, "version", lambda name, v=installed: v if name == "transformers" else real(name))
+        (line,) = [line for line in versions.untested_versions() if line.startswith("transformers ")]
         assert installed in line and ">=5.17" in line
 
 
 def test_chat_and_training_warn_of_such_versions_once_and_go_on(
     toy_model_and_tokenizer, tmp_path, monkeypatch, capsys
 ):
-    real = self_check.version
-    monkeypatch.setattr(self_check, "version", lambda name: "9.9.9" if name == "transformers" else real(name))
+    real = versions.version
+    monkeypatch.setattr(versions, "version", lambda name: "9.9.9" if name == "transformers" else real(name))
     for start in (
         lambda: Engine(*toy_model_and_tokenizer),
         lambda: check_output(OutputArguments(str(tmp_path / "base"))),

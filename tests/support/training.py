@@ -113,17 +113,19 @@ def run(
     *,
     stage: str = "pretrain",
     processes: int = 1,
+    nodes: int = 1,
     before: Callable[[], None] | None = None,
     says: Path | None = None,
 ) -> int:
-    """Train in `processes` local processes and return the first nonzero exit code, or 0.
+    """Train in `processes` processes on this machine and return the first nonzero exit code, or 0.
 
     Args:
+        nodes: How many machines the processes take this one for.
         before: Called in each process.
         says: File to append their output to.
     """
-    port = str(free_port())
-    places = [(str(rank), str(processes), port) for rank in range(processes)]
+    port, local = str(free_port()), processes // nodes
+    places = [(str(rank), str(rank % local), str(processes), str(local), port) for rank in range(processes)]
     workers = [forks.Process(target=child, args=(stage, arguments, place, before, says)) for place in places]
     for worker in workers:
         worker.start()
@@ -138,13 +140,12 @@ def run(
 
 
 def child(
-    stage: str, arguments: list[str], place: tuple[str, str, str], before: Callable[[], None] | None, says: Path | None
+    stage: str, arguments: list[str], place: tuple[str, ...], before: Callable[[], None] | None, says: Path | None
 ) -> None:
     """One process of the trainer."""
-    rank, world_size, port = place
-    if world_size != "1":
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if place[2] != "1":
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        os.environ |= dict(zip(names, place, strict=True)) | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     if before:
         before()
@@ -193,16 +194,6 @@ def start(arguments: list[str], processes: int = 1, **more: object) -> subproces
     command = [*launcher, str(ROOT / "recipes/pretrain.py"), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(), **(pipes | more))
-
-
-def start_nodes(arguments: list[str], nodes: int = 2) -> list[subprocess.Popen]:
-    """Start `recipes/pretrain.py` on several nodes of one process each, all on this machine."""
-    port = free_port()
-    common = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=1"]
-    common += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    script = [str(ROOT / "recipes/pretrain.py"), *arguments]
-    return [subprocess.Popen([*common, f"--node_rank={n}", *script], env=environment(), **pipes) for n in range(nodes)]
 
 
 def free_port() -> int:

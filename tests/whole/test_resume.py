@@ -45,25 +45,24 @@ def stop_after_a_checkpoint(process, output: Path):
 
 
 @pytest.mark.slow
-def test_two_nodes_of_one_process_train_the_same_curve(world, undisturbed, tmp_path):
+def test_two_nodes_of_one_process_train_the_same_curve(world, undisturbed, forks, tmp_path):
     output = tmp_path / "base"
-    nodes = training.start_nodes(training.pretrain_arguments(world, output, **SETTINGS))
-    for code, _, errors in [training.finish(node) for node in nodes]:
-        assert code == 0, errors
+    arguments = training.pretrain_arguments(world, output, **SETTINGS)
+    assert training.run(forks, arguments, processes=2, nodes=2) == 0
     training.assert_the_same_course(output, undisturbed)
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_one_process_to_two(world, undisturbed, tmp_path):
-    output = tmp_path / "base"
+def test_a_run_moves_from_one_process_to_two(world, undisturbed, forks, tmp_path):
+    output, log = tmp_path / "base", tmp_path / "log"
     arguments = training.pretrain_arguments(world, output, **SETTINGS, resume="auto")
-    code, said, errors = stop_after_a_checkpoint(training.start(arguments), output)
-    assert code == 0, errors
+    assert training.run(forks, arguments, before=training.ask_to_stop_after_a_checkpoint, says=log) == 0
+    said = log.read_text()
     assert "no checkpoint in" in said and "training from the start" in said
     assert "SIGTERM received: stopped after step" in said and "--resume auto goes on" in said
     assert not output.exists()
-    code, said, errors = training.finish(training.start(arguments, processes=2))
-    assert code == 0, errors
+    assert training.run(forks, arguments, processes=2, says=log) == 0
+    said = log.read_text().removeprefix(said)
     assert "going on after step" in said and "2 processes x 1 passes x 4 rows" in said
     training.assert_the_same_course(output, undisturbed)
 
@@ -96,9 +95,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(world, undistu
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
-    code, said, errors = training.finish(training.start([*arguments, "--resume", "auto"]))
-    assert code == 0, errors
-    assert f"{newer} is damaged (optimizer-00000-of-00001.safetensors has changed" in errors
+    assert training.run(forks, [*arguments, "--resume", "auto"], says=tmp_path / "log") == 0
+    said = (tmp_path / "log").read_text()
+    assert f"{newer} is damaged (optimizer-00000-of-00001.safetensors has changed" in said
     assert f"from {older}" in said
     assert training.curve(output) == training.curve(undisturbed)
 
@@ -106,10 +105,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(world, undistu
 @pytest.mark.slow
 def test_what_would_bury_or_bend_a_run_is_refused(world, forks, tmp_path):
     _, arguments = stopped_run(world, tmp_path, forks)
-    code, _, errors = training.finish(training.start(arguments))
-    assert code == 1 and "holds the checkpoints of an unfinished run; pass --resume auto" in errors.splitlines()[-1]
-    code, _, errors = training.finish(training.start([*arguments, "--resume", "auto", "--matrix_lr", "0.01"]))
-    assert code == 1 and "was trained with matrix_lr 0.02, now it is 0.01" in errors.splitlines()[-1]
+    said = tmp_path / "log"
+    assert training.run(forks, arguments, says=said) == 1
+    assert "holds the checkpoints of an unfinished run; pass --resume auto" in said.read_text().splitlines()[-1]
+    assert training.run(forks, [*arguments, "--resume", "auto", "--matrix_lr", "0.01"], says=said) == 1
+    assert "was trained with matrix_lr 0.02, now it is 0.01" in said.read_text().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

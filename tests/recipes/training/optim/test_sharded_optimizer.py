@@ -172,7 +172,7 @@ def folder(tmp_path_factory):
     """What one, two and three processes have written."""
     folder = tmp_path_factory.mktemp("runs")
     one_process(folder)
-    torch.multiprocessing.spawn(worker, (folder,), nprocs=3)
+    torch.multiprocessing.start_processes(worker, (folder,), nprocs=3, start_method="fork")  # everything is imported
     return folder
 
 

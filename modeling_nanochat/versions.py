@@ -9,7 +9,7 @@ PACKAGE = "modeling-nanochat"
 
 
 def warn_of_untested_versions() -> None:
-    """Print a warning for each to stderr; `chat/self_check.py` finds out whether they break a model."""
+    """Print a warning to stderr for each such library; `chat/self_check.py` finds out whether it breaks a model."""
     for warning in untested_versions():
         print(f"warning: {warning}", file=sys.stderr)
 

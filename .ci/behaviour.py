@@ -73,8 +73,10 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def lines(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def lines(path: Path) -> list[object]:
+    """The lines of a log; those of completions are text."""
+    found = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in found] if path.suffix == ".jsonl" else found
 
 
 def without_clock(value: object) -> object:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checks.versions import warn_of_untested_versions
 from ..errors import UserError
-from ..versions import warn_of_untested_versions
 from .decoding import CompiledDecoder, Decoder
 from .python_tool import check_sandbox, run_python
 from .sampling import Sampler, SamplingOptions, check_setting

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checks.versions import installed_versions
 from ..errors import UserError
-from ..versions import installed_versions
 from .decoding import Decoder
 
 PROMPT_LENGTHS, STEPS = (16, 11), 4  # two rows, so that one is padded

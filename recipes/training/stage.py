@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from modeling_nanochat.checks.versions import warn_of_untested_versions
 from modeling_nanochat.errors import UserError, one_line
 from modeling_nanochat.folders import atomic_directory, flush, settle
 from modeling_nanochat.hub import hub_failure
 from modeling_nanochat.tokenization_nanochat import has_control_tokens, save_tokenizer, set_special_tokens
-from modeling_nanochat.versions import warn_of_untested_versions
 
 from .checkpoint.files import write_text
 from .checkpoint.folders import checkpoint_folders, discard

@@ -12,7 +12,7 @@ import torch
 from conftest import random_model
 from golden import plain_model, turbo_model
 
-from modeling_nanochat import ARCHITECTURES, NanoChatModel, NanoChatTurboModel, versions
+from modeling_nanochat import ARCHITECTURES, NanoChatModel, NanoChatTurboModel
 from modeling_nanochat.chat import __main__ as chat
 from modeling_nanochat.chat.engine import Engine
 from modeling_nanochat.chat.self_check import (
@@ -25,6 +25,7 @@ from modeling_nanochat.chat.self_check import (
     probe,
     without_cache,
 )
+from modeling_nanochat.checks import versions
 from modeling_nanochat.errors import UserError
 from recipes import grpo
 from recipes.training.stage import OutputArguments, check_output

@@ -5,6 +5,7 @@ as they are known, and raises [`Skipped`] if it cannot run. The checks are liste
 starts without importing any model.
 """
 
+import gc
 import importlib
 import os
 from collections.abc import Callable
@@ -158,3 +159,11 @@ def environment(setting: Setting) -> dict[str, str]:
     else:
         more |= {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
     return os.environ | more
+
+
+def free() -> None:
+    """Free unreferenced device memory and reset the peak statistics."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -6,8 +6,7 @@ import traceback
 
 import torch
 
-from . import CHECKS, MARK, Report, Setting, Skipped, load
-from .runs import free
+from . import CHECKS, MARK, Report, Setting, Skipped, free, load
 
 LEAST_MEMORY = 70 * 2**30  # bytes on a device to run checks and compile concurrently
 TRIES, WAIT = 8, 8.0  # seconds

@@ -11,8 +11,8 @@ from evals.speed.timing import median_seconds
 from evals.token_trees import Row
 from modeling_nanochat import ARCHITECTURES
 
-from . import Report, Setting
-from .runs import free, make_config
+from . import Report, Setting, free
+from .runs import make_config
 
 DEPTH = 20
 LEAST_SPEEDUP = 5.0  # over one prompt at a time

@@ -12,8 +12,8 @@ from modeling_nanochat import ARCHITECTURES, NanoChatConfig
 from modeling_nanochat.chat.decoding import CompiledDecoder, Decoder
 from modeling_nanochat.sizes import decode_bytes_per_step
 
-from . import Report, Setting
-from .runs import free, make_batch, make_config
+from . import Report, Setting, free
+from .runs import make_batch, make_config
 
 DEPTH = 20
 LEAST_STEPS = 1200.0  # per second, compiled, one row

@@ -10,8 +10,8 @@ from recipes.training.batch_size import ACCELERATOR_TOKENS
 from recipes.training.device import maybe_compile
 from recipes.training.setup import choose_batch_size
 
-from . import Report, Setting
-from .runs import TrainingRun, free, make_batch, make_config, make_plan, make_run
+from . import Report, Setting, free
+from .runs import TrainingRun, make_batch, make_config, make_plan, make_run
 
 LENGTH = 2048
 STEP_ROWS = 256  # rows per optimizer step: 524,288 tokens

@@ -18,8 +18,8 @@ import torch
 from evals.speed.timing import take_turns
 from modeling_nanochat import NanoChatConfig
 
-from . import Report, Setting, Skipped
-from .runs import TrainingRun, free, make_batch, make_config, make_run
+from . import Report, Setting, Skipped, free
+from .runs import TrainingRun, make_batch, make_config, make_run
 from .train import DEPTHS, layer_counts, prepare, rows_and_length
 
 LEAST_RATIO = 1.0  # our tokens/s relative to the original's

@@ -14,8 +14,8 @@ from modeling_nanochat.chat.decoding import Decoder
 from recipes.training.attention import choose_attention, evaluation_attention
 from recipes.training.loop import Batch, model_inputs
 
-from . import Report, Setting
-from .runs import TrainingRun, free, make_batch, make_config, make_run
+from . import Report, Setting, free
+from .runs import TrainingRun, make_batch, make_config, make_run
 
 DEPTH = 4
 PADDED_LENGTHS = (64, 192, 704, 640)  # three are 64 modulo 128, where a cuDNN kernel is known to fail

@@ -1,7 +1,6 @@
 """Training as in the recipes, without data and files: same accelerator, compilation, loss and optimizer."""
 
 import copy
-import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,11 +137,3 @@ def make_batch(
     for column in range(1, length + 1):
         ids[:, column] = torch.where(follows[:, column], (ids[:, column - 1] * 31 + 7) % vocabulary, noise[:, column])
     return {"input_ids": ids.pin_memory() if setting.on_gpu else ids}
-
-
-def free() -> None:
-    """Free unreferenced device memory and reset the peak statistics."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

@@ -19,9 +19,9 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.sizes import training_flops_per_token
 from recipes.training.device import is_float8
 
-from . import Report, Setting, Skipped
+from . import Report, Setting, Skipped, free
 from .profiles import idle_share, kernel_spans, longest, milliseconds_by_kind
-from .runs import TrainingRun, free, make_batch, make_config, make_run
+from .runs import TrainingRun, make_batch, make_config, make_run
 
 DEPTHS = {"plain": 20, "turbo": 24}
 ROWS = {"plain": 32, "turbo": 16}  # that fit at full depth on 80 GB

@@ -40,9 +40,11 @@ from modeling_nanochat.tokenization_nanochat import special_token_ids
 from recipes.training.arguments import LoopArguments
 from recipes.training.data.documents import out_of_reach
 from recipes.training.data.streams import TextStreams
+from recipes.training.data.tokenized import token_cache
 from recipes.training.evaluation import Evaluation, bits_per_byte_evaluation, text_rows, validation
 from recipes.training.optim.hyperparameters import Plan, resolve_hyperparameters
 from recipes.training.optim.overrides import check_ranges, given_or_none
+from recipes.training.processes import on_main_process
 from recipes.training.setup import LoopStage, given, make_accelerator, run_stage
 from recipes.training.stage import OutputArguments, check_output
 
@@ -63,6 +65,9 @@ class PretrainArguments:
     aspect_ratio: int = field(default=ASPECT_RATIO, metadata={"help": "Width per layer, before rounding up to heads."})
     head_dim: int = field(default=HEAD_DIM, metadata={"help": "Dimension of an attention head."})
     num_key_value_heads: int | None = field(default=None, metadata={"help": "Fewer than heads: grouped queries."})
+    tokenized_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the token ids of train_files, to tokenize them only once."}
+    )
     max_position_embeddings: int | None = field(
         default=None, metadata={"help": "Context length, if later stages train on rows longer than max_length."}
     )
@@ -115,7 +120,9 @@ def main() -> None:
     model = build_model(args, loop, tokenizer)
     plan = make_plan(model, args, loop)
     texts = text_source(args.train_files, what="train_files")
-    make_stream = TextStreams(texts, tokenizer, loop.max_length, loop.seed)
+    cache = token_cache(args.tokenized_cache, texts, args.train_files, tokenizer) if args.tokenized_cache else None
+    make_stream = TextStreams(texts, tokenizer, loop.max_length, loop.seed, cache=cache)
+    on_main_process(make_stream.fill_cache)
     if line := out_of_reach(texts, tokenizer, loop.max_length):
         accelerator.print(line)
     evaluations = make_evaluations(args, loop, accelerator, tokenizer)

@@ -3,10 +3,11 @@
 import glob
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import UserError
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+SECONDS_TO_ANSWER = 30.0  # of the Hub, for requests without a limit of their own
 
 
 def expand(names: Sequence[str], what: str) -> list[str]:
@@ -113,9 +115,37 @@ def load_hub(name: str, **options) -> "Dataset | IterableDataset":
         raise UserError(
             f"{name}: too many colons; write owner/name, owner/name:split or owner/name:configuration:split"
         )
+    limit_waiting()
     configuration, split = configuration_and_split(rest)
     with opening_on_hub(name):
         return load_dataset(repository, *configuration, split=split, **options)
+
+
+def limit_waiting() -> None:
+    """Let a request to the Hub fail if nothing arrives for `SECONDS_TO_ANSWER`.
+
+    huggingface_hub sets no limit for most requests: a server that accepts connections and stays silent would hold them
+    forever. What changes the Hub has as long as it takes.
+    """
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    factory = _http._GLOBAL_CLIENT_FACTORY  # the user's, perhaps
+    if getattr(factory, "func", None) is not client_with_limit:
+        set_client_factory(partial(client_with_limit, factory))
+
+
+def client_with_limit(factory: Callable[[], Any]) -> Any:
+    client = factory()
+    client.event_hooks["request"].append(set_limit)
+    return client
+
+
+def set_limit(request: Any) -> None:
+    if request.method in ("GET", "HEAD") or "/paths-info/" in str(request.url):
+        given = request.extensions.get("timeout") or {}
+        limits = {kind: given.get(kind) or SECONDS_TO_ANSWER for kind in ("connect", "read", "write", "pool")}
+        request.extensions["timeout"] = limits
 
 
 @contextmanager
@@ -140,6 +170,26 @@ def opening_on_hub(name: str) -> Iterator[None]:
         if type(error) is ValueError:  # no such configuration or split; errors about the data are of subclasses
             what_to_do = f"write {repository}:split or {repository}:configuration:split"
         raise UserError(f"{name}: cannot be opened ({first_line(error, lines=2)}); {what_to_do}") from error
+
+
+def versions(names: Sequence[str], what: str) -> list[tuple]:
+    """What changes when the content of the sources `names` does: commits on the Hub, size and time of local files.
+
+    Raises:
+        UserError: As [`expand`]; or the Hub does not tell.
+    """
+    from huggingface_hub import dataset_info
+
+    found: list[tuple] = []
+    for name in expand(names, what):
+        if is_hub_id(name):
+            limit_waiting()
+            with opening_on_hub(name):
+                found.append((name, dataset_info(name.partition(":")[0], timeout=SECONDS_TO_ANSWER).sha))
+        else:
+            status = os.stat(name)
+            found.append((os.path.realpath(name), status.st_size, status.st_mtime_ns))
+    return found
 
 
 def lacks_rows(file: str) -> bool:
@@ -209,6 +259,21 @@ def broke_off(error: BaseException, where: str, row: int) -> UserError:
     return UserError(
         f"{where}: reading failed after row {row}" + (f": {failure}" if failure else f" ({first_line(error)})")
     )
+
+
+def may_recover(error: BaseException) -> bool:
+    """Whether the Hub may serve later what failed: no connection, too many requests, an error of its own."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from ..hub import hub_failure
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
+        cause = cause.__cause__ or cause.__context__
+    return hub_failure(error) is not None and not constants.HF_HUB_OFFLINE
 
 
 def first_line(error: BaseException, lines: int = 1) -> str:

@@ -89,6 +89,7 @@ class LoopArguments(AttentionArguments, ResumeArguments):
 # May change when a run is resumed: affects measurements and speed, not the training.
 FREE_TO_CHANGE = {
     "per_device_train_batch_size",
+    "tokenized_cache",
     "val_files",
     "eval_steps",
     "eval_tokens",

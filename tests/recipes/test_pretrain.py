@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 def pretrain(tmp_path, tokenizer, **options):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     text = "The cat sat on the mat. Once upon a time there was a lamp. What is 12+7? It is 19.\n\n" * 60
-    (tmp_path / "text.txt").write_text(text)
+    if not (tmp_path / "text.txt").exists():  # a file that is written again is other text to the caches
+        (tmp_path / "text.txt").write_text(text)
     settings = {
         "tokenizer": tmp_path / "tokenizer",
         "train_files": tmp_path / "text.txt",
@@ -52,6 +53,20 @@ def test_both_architectures_learn_and_leave_a_folder(architecture, words, toy_mo
     log = [json.loads(line) for line in (tmp_path / "logs" / "base.jsonl").read_text().splitlines()]
     measured = [entry["bits_per_byte"] for entry in log if "bits_per_byte" in entry]
     assert measured[-1] < measured[0]
+
+
+@pytest.mark.slow
+def test_cached_token_ids_train_the_same_model(toy_model_and_tokenizer, tmp_path):
+    def run(name, **options):
+        options |= {"output_dir": tmp_path / name, "max_steps": 3, "logging_steps": 1}
+        done = pretrain(tmp_path, toy_model_and_tokenizer[1], **options)
+        assert done.returncode == 0, done.stderr
+        log = [json.loads(line) for line in (tmp_path / "logs" / f"{name}.jsonl").read_text().splitlines()]
+        return [entry["loss"] for entry in log if "loss" in entry], "tokenizing 60 documents" in done.stdout
+
+    losses, _ = run("base")
+    assert run("first", tokenized_cache=tmp_path / "cache") == (losses, True)
+    assert run("second", tokenized_cache=tmp_path / "cache") == (losses, False)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -44,7 +45,9 @@ class Repository:
 
     @property
     def sha(self) -> str:
-        return sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+        return sha1(
+            repr(sorted((path, digests(content)) for path, content in self.files.items())).encode()
+        ).hexdigest()
 
 
 @dataclass
@@ -58,6 +61,9 @@ class Fault:
     keep: int | None = None  # bytes of the answer's body
     breaks: bool = False  # whether the connection breaks after them, not the answer ends
     silent: bool = False
+    delay: float = 0  # seconds before the answer, which is then whole
+    every: int = 1  # so many matching requests, the last of them fails
+    seen: int = 0
 
 
 class Hub:
@@ -157,8 +163,10 @@ class Hub:
     def take_fault(self, request: Request) -> Fault | None:
         fault = next((f for f in self.faults if f.times and re.search(f.on, f"{request.method} {request.path}")), None)
         if fault:
-            fault.times -= 1
-        return fault
+            fault.seen += 1
+            fault.times -= (due := fault.seen % fault.every == 0)
+            return fault if due else None
+        return None
 
 
 class Call(NamedTuple):
@@ -177,6 +185,7 @@ class Handler(BaseHTTPRequestHandler):
         request = Request(self.command, self.path, self.headers.get("Range", "").removeprefix("bytes="))
         hub.requests.append(request)
         fault = hub.take_fault(request)
+        time.sleep(fault.delay if fault else 0)
         if fault and fault.silent:
             hub.closed.wait()
         elif fault and fault.status:
@@ -188,9 +197,8 @@ class Handler(BaseHTTPRequestHandler):
         content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
         kept = content if fault is None else content[: fault.keep]
         self.send_response(answer.status)
-        for name, value in (
-            {"Content-Length": len(content if fault and fault.breaks else kept)} | answer.headers
-        ).items():
+        length = {"Content-Length": len(content if fault and fault.breaks else kept)}
+        for name, value in (length | answer.headers).items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(kept if self.command != "HEAD" else b"")
@@ -217,10 +225,16 @@ def of_repository(respond):
     return find
 
 
+@lru_cache(256)  # SHA-1 and SHA-256; large files are listed often
+def digests(content: bytes) -> tuple[str, str]:
+    return sha1(content).hexdigest(), sha256(content).hexdigest()
+
+
 def entry(path: str, content: bytes) -> dict:
     """A file as in listings."""
-    found = {"type": "file", "path": path, "size": len(content), "oid": sha1(content).hexdigest()}
-    lfs = {"oid": sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    oid, lfs_oid = digests(content)
+    found = {"type": "file", "path": path, "size": len(content), "oid": oid}
+    lfs = {"oid": lfs_oid, "size": len(content), "pointerSize": 130}
     return found | ({"lfs": lfs} if path.endswith(LFS) else {})
 
 

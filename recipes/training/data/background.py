@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from datasets import config
 
 from modeling_nanochat.errors import UserError
 
@@ -149,6 +150,8 @@ def set_up_worker(parent: int) -> None:
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
+    # By itself `datasets` would try for half an hour, in silence, what `shards.py` tries again
+    config.STREAMING_OPEN_MAX_RETRIES = config.STREAMING_READ_MAX_RETRIES = 1
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork; the encoder has its own
     threading.Thread(target=exit_with, args=(parent,), daemon=True).start()
 

@@ -3,10 +3,10 @@
 Every cursor can be saved and restored.
 """
 
-import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from itertools import islice
-from typing import TypeGuard
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -14,13 +14,13 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.sources import first_line
 from modeling_nanochat.tokenization_nanochat import encode_documents
+
+from .shards import BYTES_AHEAD, ReadAhead, Shards, is_text
 
 CHUNK_SIZE = 128  # documents that a stream reads and encodes at a time
 CONVERSATIONS = 32  # the same for conversations: more would hardly reduce padding (0.8 % at 512 tokens per row)
 SAMPLED, SAMPLED_CHARACTERS = 64, 2000  # sampled documents, and characters of each, to estimate bytes per token
-BLOCK = 1024  # rows of a streamed dataset that are shuffled together
 State = Mapping[str, np.ndarray]
 
 
@@ -55,10 +55,6 @@ class StridedSampler:
         indices = [self.epochs[position] for position in range(self.cursor, end, self.streams)]
         self.cursor = end
         return indices
-
-
-def is_text(text: str | None) -> TypeGuard[str]:
-    return bool(text and not text.isspace())
 
 
 def out_of_reach(texts: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerFast, max_length: int) -> str | None:
@@ -106,82 +102,86 @@ class ShuffledDocuments:
         self.sampler.cursor = int(state["cursor"])
 
 
-class StreamedDocuments:
-    """A stream's texts of a `datasets.IterableDataset` with a column `text`.
+class Position(NamedTuple):
+    """A block of a stream.
 
-    The dataset's shards (files or row groups) are reshuffled every epoch and distributed across the streams; rows are
-    shuffled in blocks of 1024. If there are fewer shards than streams, every stream reads all shards and keeps its
-    rows of each block.
+    Attributes:
+        shard: Number among the stream's own shards of the epoch.
+        found: Whether the epoch has had a text, this block included.
+    """
+
+    epoch: int = 0
+    shard: int = 0
+    block: int = 0
+    found: bool = False
+
+
+class StreamedDocuments:
+    """A stream's documents of shards that are read one after the other.
+
+    The shards (files or row groups) are reshuffled every epoch and distributed across the streams; rows are shuffled
+    in blocks of 1024. If there are fewer shards than streams, every stream reads all shards and keeps its rows of each
+    block.
     """
 
     chunk_size = CHUNK_SIZE
 
-    def __init__(self, dataset: IterableDataset, index: int, streams: int, seed: int):
-        self.dataset, self.index, self.streams, self.seed = dataset, index, streams, seed
-        self.fingerprint = [dataset.num_shards, seed]
-        self.epoch, self.shard, self.block, self.offset = 0, 0, 0, 0  # position of the next text
-        self.shard_state: dict | None = None  # the library's, before that block
-        self.found = False  # whether this epoch has had a text
+    def __init__(self, shards: Shards, index: int, streams: int, seed: int):
+        self.shards, self.index, self.streams, self.seed = shards, index, streams, seed
+        self.fingerprint = [shards.count, seed]
+        self.position, self.offset = Position(), 0  # of the next document
 
-    def __iter__(self) -> Iterator[list[str]]:
-        while True:
-            for texts in self.blocks():
-                while self.offset < len(texts):
-                    chosen = texts[self.offset : self.offset + CHUNK_SIZE]
+    def __iter__(self) -> Iterator[list]:
+        with closing(ReadAhead(self.blocks(self.position), size)) as blocks:
+            for position, documents in blocks:
+                self.position = position
+                while self.offset < len(documents):
+                    chosen = documents[self.offset : self.offset + CHUNK_SIZE]
                     self.offset += len(chosen)
                     yield chosen
-                self.block, self.offset = self.block + 1, 0
+                self.offset = 0
 
-    def blocks(self) -> Iterator[list[str]]:
-        """Yield the remaining blocks of this shard, then move to the start of the next shard."""
-        shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=self.own_shards()[self.shard])
-        if self.shard_state is not None:
-            shard.load_state_dict(self.shard_state)
-        rows = shard.iter(BLOCK)
+    def blocks(self, position: Position) -> Iterator[tuple[Position, list]]:
+        """Yield blocks from `position` on, shuffled, epoch after epoch."""
+        epoch, first, block, found = position
         while True:
-            self.shard_state = shard.state_dict()
-            texts = next_texts(rows)
-            if texts is None:
-                break
-            yield self.own_texts(texts)
-        self.shard_state, self.shard, self.block = None, self.shard + 1, 0
-        if self.shard == len(self.own_shards()):
-            self.end_epoch()
+            own = self.own_shards(epoch)
+            for shard in range(first, len(own)):
+                for in_order in self.shards.read(own[shard], block):
+                    documents = self.shuffled(in_order, [self.seed, epoch, own[shard], block])
+                    found = found or any(document is not None for document in documents)
+                    yield Position(epoch, shard, block, found), documents
+                    block += 1
+                block = 0
+            if not found:
+                raise UserError(
+                    f"the streamed text has too few documents for {self.streams} streams; download it and give its "
+                    "files"
+                )
+            epoch, first, found = epoch + 1, 0, False
 
-    def own_shards(self) -> list[int]:
+    def shuffled(self, documents: list, seed: list[int]) -> list:
+        """This stream's documents of a block, shuffled."""
+        order = np.random.default_rng(seed).permutation(len(documents))
+        if self.shards.count < self.streams:
+            order = order[self.index :: self.streams]
+        return [documents[i] for i in order]
+
+    def own_shards(self, epoch: int) -> list[int]:
         """This stream's shards of the epoch."""
-        order = np.random.default_rng(self.seed + self.epoch).permutation(self.dataset.num_shards)
+        order = np.random.default_rng(self.seed + epoch).permutation(self.shards.count)
         return (order[self.index :: self.streams] if len(order) >= self.streams else order).tolist()
 
-    def own_texts(self, texts: list[str]) -> list[str]:
-        shard = self.own_shards()[self.shard]
-        order = np.random.default_rng([self.seed, self.epoch, shard, self.block]).permutation(len(texts))
-        if self.dataset.num_shards < self.streams:
-            order = order[self.index :: self.streams]
-        texts = [texts[i] for i in order]
-        self.found |= any(is_text(text) for text in texts)
-        return texts
-
-    def end_epoch(self) -> None:
-        if not self.found:
-            raise UserError(
-                f"the streamed text has too few documents for {self.streams} streams; download it and give its files"
-            )
-        self.epoch, self.shard, self.found = self.epoch + 1, 0, False
-
     def state_dict(self) -> dict[str, np.ndarray]:
-        cursor = [self.epoch, self.shard, self.block, self.offset, self.found]
-        library = json.dumps(self.shard_state).encode()
-        return {"cursor": np.array(cursor, dtype=np.int64), "part": np.frombuffer(library, dtype=np.uint8)}
+        epoch, shard, block, found = self.position
+        return {"cursor": np.array([epoch, shard, block, self.offset, found], dtype=np.int64)}
 
     def load_state_dict(self, state: State) -> None:
-        self.epoch, self.shard, self.block, self.offset, found = state["cursor"].tolist()
-        self.shard_state, self.found = json.loads(state["part"].tobytes()), bool(found)
+        epoch, shard, block, self.offset, found = state["cursor"].tolist()
+        self.position = Position(epoch, shard, block, bool(found))
 
 
-def next_texts(rows: Iterator[dict[str, list[str]]]) -> list[str] | None:
-    try:
-        batch = next(rows, None)
-    except Exception as error:  # no network, a broken file: the libraries raise many types
-        raise UserError(f"streaming the text failed ({first_line(error)}); resume when it can be read") from error
-    return None if batch is None else batch["text"]
+def size(block: tuple[Position, list]) -> int:
+    """Bytes of the block's texts or ids, if a character takes one; at least an eighth of what is read ahead."""
+    total = sum(getattr(document, "nbytes", len(document)) for document in block[1] if document is not None)
+    return max(total, BYTES_AHEAD // 8)

@@ -5,6 +5,7 @@ processes have received the same number of rows, so one number is the position o
 can resume it.
 """
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from math import gcd
@@ -19,6 +20,8 @@ from .background import BackgroundBatches, Fill, Shapes
 from .streams import STREAMS, Row, RowStream, StreamMaker, below
 
 TOKENS_BETWEEN_STATES = 2**20  # per process: at most this many are packed again when resuming
+STALLED = 0.03  # share of the time waited for data that is reported
+STALL_SECONDS = 60.0  # over which it is measured at first
 StreamStates = dict[int, dict[str, np.ndarray]]
 
 
@@ -52,12 +55,15 @@ class Loader:
         self.row = 0  # of the run; rows before it have been returned
         self.states: StreamStates = {}  # at some earlier row
         self.batches: BackgroundBatches | None = None
+        self.stalls = StallReport(rank)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        batch, states = next(self.start())
+        batches, started = self.start(), time.perf_counter()
+        batch, states = next(batches)
+        self.stalls.add(time.perf_counter() - started)
         self.row += self.batch_size * self.world_size
         if states is not None:
             self.states = by_stream(states)
@@ -70,6 +76,7 @@ class Loader:
                 begin_filling, self.make_stream, self.rank, self.world_size, self.row, self.states, self.document_start
             )
             self.batches = BackgroundBatches(begin, self.shapes())
+            self.stalls = StallReport(self.rank)
         return self.batches
 
     def shapes(self) -> Shapes:
@@ -102,6 +109,33 @@ class Loader:
         if self.batches is not None:
             self.batches.close()
             self.batches = None
+
+
+class StallReport:
+    """Warns if training waits for data, with fewer lines the longer it does."""
+
+    def __init__(self, rank: int):
+        self.rank, self.window = rank, STALL_SECONDS
+        self.since: float | None = None  # the first batch, for which everything starts
+        self.seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Add the seconds that a batch was waited for."""
+        now = time.perf_counter()
+        if self.since is None:
+            self.since = now
+            return
+        self.seconds += seconds
+        if (passed := now - self.since) < self.window:
+            return
+        if self.seconds > STALLED * passed:
+            print(
+                f"warning: process {self.rank} waited {self.seconds:.0f} of the last {passed:.0f} seconds for data; "
+                "download text that is streamed, set tokenized_cache, or use more CPU cores",
+                flush=True,
+            )
+            self.window *= 2
+        self.since, self.seconds = now, 0.0
 
 
 def own_streams(rank: int, world_size: int) -> list[int]:

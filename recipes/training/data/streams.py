@@ -14,8 +14,9 @@ instead of 22.4 %; of documents with web-like lengths (lognormal), 24.5 % instea
 the one buffer was still filling with documents longer than a row (in the long run at least 21.7 % are cropped).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -35,9 +36,10 @@ from .documents import (
     StreamedDocuments,
     StridedSampler,
     chunk_size,
-    is_text,
 )
 from .packing import Buffer, Conversation, fill_with_conversations, fill_with_documents
+from .shards import Shards, TextShards, is_text
+from .tokenized import Ids, TokenCache, TokenizedFile, TokenizedShards
 
 STREAMS = 16
 FEW = STREAMS * CHUNK_SIZE  # up to this many documents are encoded only once, for all streams and epochs
@@ -198,6 +200,7 @@ class TextStreams:
     max_length: int
     seed: int = 0
     threads: int | None = None  # for encoding; None: by the number of cores
+    cache: TokenCache | None = None
 
     @property
     def widths(self) -> dict[str, int]:
@@ -218,15 +221,31 @@ class TextStreams:
         """Cache of encoded documents by index, for small data sets."""
         return {}
 
+    @cached_property
+    def tokenized(self) -> TokenizedFile | None:
+        """The ids of the whole data set, if it is cached."""
+        return self.cache.open() if self.cache else None
+
     def __call__(self, stream: int) -> TextStream:
         if isinstance(self.texts, IterableDataset):
-            streamed = StreamedDocuments(self.texts, stream, STREAMS, self.seed)
-            return TextStream(streamed, self.encode, self.max_length + 1)
+            shards: Shards = TextShards(self.texts)
+            encode: Encode = self.encode
+            if self.cache and shards.count >= STREAMS:  # otherwise every stream reads all shards
+                _ = self.encoder  # created here once, not in the thread of each stream
+                shards, encode = TokenizedShards(shards, self.ids, self.cache), self.shortened
+            return TextStream(StreamedDocuments(shards, stream, STREAMS, self.seed), encode, self.max_length + 1)
         shuffled = ShuffledDocuments(StridedSampler(self.epochs, stream, STREAMS))
         return TextStream(shuffled, self.encode_at, self.max_length + 1)
 
+    def fill_cache(self) -> None:
+        """Tokenize a whole data set for the cache on all cores. Shards of a stream are cached when they are read."""
+        if self.cache and isinstance(self.texts, Dataset):
+            self.cache.tokenize(self.texts, replace(self, threads=os.cpu_count()).ids)
+
     def encode_at(self, indices: list[int]) -> list[Document | None]:
         """The documents at `indices`, which may repeat; small data sets are cached: every stream rereads them."""
+        if self.tokenized:
+            return self.shortened(self.tokenized[index] for index in indices)
         encoded = self.encoded if len(self.texts) <= FEW else {}
         missing = [index for index in dict.fromkeys(indices) if index not in encoded]
         if missing:
@@ -234,13 +253,21 @@ class TextStreams:
         return [encoded[index] for index in indices]
 
     def encode(self, texts: list[str | None]) -> list[Document | None]:
-        batches = groups([text for text in texts if is_text(text)])
-        documents = (self.shortened(ids) for batch in batches for ids in self.encoder.encode(batch))
-        return [next(documents) if is_text(text) else None for text in texts]
+        return self.shortened(self.ids(texts))
 
-    def shortened(self, ids: np.ndarray) -> Document:
-        """The full length, which packing needs, and at most one row of ids."""
-        return len(ids), ids if len(ids) <= self.max_length + 1 else ids[: self.max_length + 1].copy()
+    def ids(self, texts: list[str | None]) -> Iterator[Ids]:
+        """The ids of each document at full length; None for a blank one."""
+        encoder = self.encoder
+        batches = groups([text for text in texts if is_text(text)])
+        encoded = (ids for batch in batches for ids in encoder.encode(batch))
+        return (next(encoded) if is_text(text) else None for text in texts)
+
+    def shortened(self, documents: Iterable[Ids]) -> list[Document | None]:
+        """The full lengths, which packing needs, and at most one row of ids each."""
+        most = self.max_length + 1
+        return [
+            None if ids is None else (len(ids), ids if len(ids) <= most else ids[:most].copy()) for ids in documents
+        ]
 
 
 def groups(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, IterableDataset
+from huggingface_hub import constants
 
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text import texts
+from modeling_nanochat.text import sources, texts
 from modeling_nanochat.text.texts import check_text_files, read_texts, text_dataset, text_in_order, text_source
 
 TEXTS = [f"document {i}" for i in range(200)]
@@ -104,6 +105,18 @@ def test_a_connection_that_breaks_while_opening_is_one_line(hub, read):
     hub.cut("GET .*a.jsonl", keep=20, times=99)
     with pytest.raises(UserError, match=r"^me/corpus: no local file or folder, and the connection to .*; check"):
         read(["me/corpus"])
+
+
+@pytest.mark.parametrize("silent", ["/tree/", "GET .*parquet"])
+@pytest.mark.parametrize("read", [text_source, text_in_order])
+def test_a_hub_that_takes_connections_and_never_answers_is_one_line(hub, corpus, monkeypatch, silent, read):
+    corpus(2)
+    monkeypatch.setattr(sources, "SECONDS_TO_ANSWER", 0.1)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.silence(silent)
+    with pytest.raises(UserError, match=r"^me/corpus: no local file or folder, and the connection to .*; check"):
+        read(["me/corpus"])
+    assert any(fault.seen for fault in hub.faults)
 
 
 def test_a_dataset_that_is_not_on_the_hub_is_an_error_of_one_line(hub):

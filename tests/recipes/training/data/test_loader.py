@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from modeling_nanochat.errors import UserError
 from recipes.training.data import loader as loader_module
 from recipes.training.data.background import BackgroundBatches
-from recipes.training.data.loader import Loader, begin_filling, own_streams, positions
+from recipes.training.data.loader import Loader, StallReport, begin_filling, own_streams, positions
 from recipes.training.data.streams import STREAMS, ConversationStreams, MixedStreams, TextStreams
 
 MAX_LENGTH = 24
@@ -214,6 +214,31 @@ def test_states_of_different_steps_or_lanes_are_refused(streams, tmp_path, here)
         loader.load_state_dict(saved([states[0] | {"streams": torch.tensor(4)}], tmp_path))
 
 
+def test_waiting_for_data_is_reported_with_fewer_lines_the_longer_it_lasts(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(loader_module.time, "perf_counter", lambda: now)
+    report = StallReport(rank=3)
+    report.add(500)  # the first batch, for which everything starts
+    for second in range(1, 800):
+        now = float(second)
+        report.add(0.05)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(";")[0] for line in lines] == [
+        f"warning: process 3 waited {waited} of the last {passed} seconds for data"
+        for waited, passed in ((3, 60), (6, 120), (12, 240))
+    ]
+
+
+def test_short_waits_are_not_reported(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(loader_module.time, "perf_counter", lambda: now)
+    report = StallReport(rank=0)
+    for second in range(400):
+        now = float(second)
+        report.add(0.02)
+    assert capsys.readouterr().out == ""
+
+
 def test_document_masking_counts_from_every_beginning(streams, tokenizer, anywhere):
     loader = Loader(streams, batch_size=4, document_start=tokenizer.bos_token_id)
     for batch in take(loader, 5):
@@ -375,7 +400,9 @@ def test_the_worker_ends_with_a_killed_trainer():
 
 
 def test_the_speed_of_the_loader_alone(toy_model_and_tokenizer, tmp_path, monkeypatch, capsys):
-    from recipes.benchmarks.loader_speed import main
+    from recipes.benchmarks import loader_speed
+
+    monkeypatch.setattr(loader_speed, "WARM_UP", 0.0)
 
     toy_model_and_tokenizer[1].save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("the cat sat on the mat\n\n" * 50)
@@ -388,5 +415,5 @@ def test_the_speed_of_the_loader_alone(toy_model_and_tokenizer, tmp_path, monkey
         "0.1",
     ]
     monkeypatch.setattr(sys, "argv", ["loader_speed.py", *arguments, "--max_length", "64"])
-    main()
+    loader_speed.main()
     assert re.match(r"first batch after \d+\.\d s, then [\d,]+ tokens/s = [\d.]+ MB/s", capsys.readouterr().out)

@@ -10,10 +10,11 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.texts import read_all
 from modeling_nanochat.tokenization_nanochat import encode_documents
-from recipes.training.data import documents as documents_module
+from recipes.training.data import shards as shards_module
 from recipes.training.data import streams as streams_module
 from recipes.training.data.documents import Epochs, StreamedDocuments, StridedSampler, out_of_reach
 from recipes.training.data.packing import IGNORED
+from recipes.training.data.shards import TextShards
 from recipes.training.data.streams import STREAMS, ConversationStreams, MixedStreams, TextStreams
 
 MAX_LENGTH = 32
@@ -101,7 +102,7 @@ def few_parts(part_files):
 
 @pytest.mark.parametrize("kind", ["text", "stream", "dataset of few parts", "conversations", "mixed"])
 def test_a_restored_lane_continues_exactly(tokenizer, part_files, kind, monkeypatch):
-    monkeypatch.setattr(documents_module, "BLOCK", 7)  # that blocks end within parts
+    monkeypatch.setattr(shards_module, "BLOCK", 7)  # that blocks end within parts
     streams = make_stream_each_kind(tokenizer, part_files)[kind]
     stream = streams(3)
     for before in (0, 1, 37, 150):
@@ -123,9 +124,9 @@ def test_lanes_differ_and_seeds_do(tokenizer, part_files, kind):
 
 
 def first_epoch(dataset, stream, epochs=1):
-    documents, texts = StreamedDocuments(dataset, stream, STREAMS, seed=3), []
+    documents, texts = StreamedDocuments(TextShards(dataset), stream, STREAMS, seed=3), []
     for chosen in documents:
-        if documents.epoch >= epochs:
+        if documents.position.epoch >= epochs:
             return texts
         texts += chosen
 
@@ -155,7 +156,7 @@ def test_an_epoch_of_a_stream_without_text_for_a_lane_is_an_error(tmp_path):
     Dataset.from_dict({"text": ["one", " ", "three"]}).to_parquet(tmp_path / "a.parquet")
     dataset = load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True)
     with pytest.raises(UserError, match="too few documents for 16 streams"):
-        list(islice(StreamedDocuments(dataset, 15, STREAMS, seed=0), 5))
+        list(islice(StreamedDocuments(TextShards(dataset), 15, STREAMS, seed=0), 5))
 
 
 def test_a_stream_that_breaks_off_is_an_error_of_one_line(tmp_path):
@@ -163,7 +164,7 @@ def test_a_stream_that_breaks_off_is_an_error_of_one_line(tmp_path):
     dataset = load_dataset("json", data_files=str(tmp_path / "a.jsonl"), split="train", streaming=True)
     (tmp_path / "a.jsonl").write_text("{nonsense\n")
     with pytest.raises(UserError, match="streaming the text failed") as caught:
-        next(iter(StreamedDocuments(dataset, 0, STREAMS, seed=0)))
+        next(iter(StreamedDocuments(TextShards(dataset), 0, STREAMS, seed=0)))
     assert "\n" not in str(caught.value)
 
 

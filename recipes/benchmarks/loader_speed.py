@@ -22,6 +22,7 @@ from recipes.training.data.streams import TextStreams
 from recipes.training.data.tokenized import token_cache
 
 NEEDED = 1_100_000  # tokens/s of d20 on 8 H100s, by the original's 3 hours for 11.2 billion tokens
+WARM_UP = 10.0  # seconds in which training compiles its first step, and the buffers fill
 
 
 @dataclass
@@ -69,6 +70,7 @@ def measure(args: LoaderSpeedArguments) -> Measurement:
     loader = Loader(streams, batch_size=args.per_device_train_batch_size, world_size=args.processes)
     ids = next(loader)["input_ids"].flatten().tolist()
     first = time.perf_counter() - started
+    time.sleep(WARM_UP)
     _, waited = read(loader, args.seconds, args.needed / args.processes)
     speed, _ = read(loader, args.seconds)
     loader.close()

@@ -165,9 +165,8 @@ class Hub:
         fault = next((f for f in self.faults if f.times and re.search(f.on, f"{request.method} {request.path}")), None)
         if fault:
             fault.seen += 1
-            if fault.seen % fault.every == 0:
-                fault.times -= 1
-                return fault
+            fault.times -= (due := fault.seen % fault.every == 0)
+            return fault if due else None
         return None
 
 

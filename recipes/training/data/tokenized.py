@@ -56,7 +56,8 @@ class UnfinishedFile:
 
     def __init__(self, target: Path, dtype: np.dtype):
         self.target, self.path = target, target.with_name(f".{target.stem}.{os.getpid()}.unfinished")
-        self.dtype, self.writer, self.failed = dtype, None, False
+        self.dtype, self.failed = dtype, False
+        self.writer: Any = None  # pyarrow's, which has no types
 
     def attempt(self, write: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -400,7 +400,9 @@ def test_the_worker_ends_with_a_killed_trainer():
 
 
 def test_the_speed_of_the_loader_alone(toy_model_and_tokenizer, tmp_path, monkeypatch, capsys):
-    from recipes.benchmarks.loader_speed import main
+    from recipes.benchmarks import loader_speed
+
+    monkeypatch.setattr(loader_speed, "WARM_UP", 0.0)
 
     toy_model_and_tokenizer[1].save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("the cat sat on the mat\n\n" * 50)
@@ -413,5 +415,5 @@ def test_the_speed_of_the_loader_alone(toy_model_and_tokenizer, tmp_path, monkey
         "0.1",
     ]
     monkeypatch.setattr(sys, "argv", ["loader_speed.py", *arguments, "--max_length", "64"])
-    main()
+    loader_speed.main()
     assert re.match(r"first batch after \d+\.\d s, then [\d,]+ tokens/s = [\d.]+ MB/s", capsys.readouterr().out)

@@ -133,7 +133,7 @@ def recipe_and_words(words: list[str]) -> tuple[str, list[str]]:
     return recipe, rest
 
 
-def check_pending(pending: list[Step], accelerate_config: str) -> None:
+def check_pending(pending: list[Step], accelerate_config: str | None) -> None:
     """Check settings and files of the pending steps. Imports all stages, so a run with nothing to do skips it."""
     if any(step.name != "report" for step in pending):
         from recipes.ladder.preflight import check_steps

@@ -18,7 +18,10 @@ class RunArguments:
     """One run of a recipe. Files that are given replace those that the recipe's YAMLs name."""
 
     run_dir: str = field(metadata={"help": "Folder for everything the run writes."})
-    accelerate_config: str = field(metadata={"help": "File for `accelerate launch --config_file`."})
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={"help": "File for `accelerate launch --config_file`; default: one process, on the device there is."},
+    )
     pretrain_files: list[str] | None = field(
         default=None, metadata={"help": "Raw text: parquet, JSON(L), .txt, folders, Hub ids."}
     )

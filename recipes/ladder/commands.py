@@ -135,6 +135,6 @@ def evaluation_step(stage: str, recipe: Path, args: RunArguments, more: list[str
         "base_model": None if STAGES[stage].chats else ["true"],
     }
     program = script("evals/evaluate_model.py")
-    if process_count(launch_file(args.accelerate_config)[1]) > 1:
+    if args.accelerate_config and process_count(launch_file(args.accelerate_config)[1]) > 1:
         program = [*launcher(args.accelerate_config), *program[1:]]
     return make_step(f"{stage}.eval", program, recipe / "eval.yaml", args, settings, more)

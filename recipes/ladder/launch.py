@@ -21,12 +21,14 @@ ONLY_CPU = {
 }
 
 
-def launcher(config: str) -> list[str]:
-    """The launcher's command, with this Python; shipped configurations are found from any folder.
+def launcher(config: str | None) -> list[str]:
+    """The launcher's command, with this Python, and nothing else without a file; shipped ones are found from anywhere.
 
     For one CPU process `accelerate launch` only sets variables, after two seconds of imports; `env` replaces it there.
     It never starts more than one on a CPU; torchrun does.
     """
+    if config is None:
+        return [sys.executable]
     found, settings = launch_file(config)
     threads, processes = threads_on_cpu(settings), process_count(settings)
     if needs_no_launcher(settings):
@@ -63,10 +65,12 @@ def threads_on_cpu(settings: dict) -> list[int]:
     return [max(1, (psutil.cpu_count(logical=False) or 1) // process_count(settings))]
 
 
-def check_processes(config: str) -> None:
+def check_processes(config: str | None) -> None:
     """Raise [`UserError`] if a launch file asks for more processes than would start on this machine."""
     import torch
 
+    if config is None:
+        return
     _, settings = launch_file(config)
     where, wanted = f"accelerate_config {config}", process_count(settings) // (settings.get("num_machines") or 1)
     if settings.get("use_cpu"):

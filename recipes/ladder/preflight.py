@@ -48,7 +48,7 @@ class PendingOutputs:
         return [name for name in names or () if name not in self]
 
 
-def check_steps(steps: Sequence[Step], accelerate_config: str) -> None:
+def check_steps(steps: Sequence[Step], accelerate_config: str | None) -> None:
     """Check the machine, parse the settings of the steps and read the beginning of their files, as the steps will.
 
     Skips world and tokenizer, which run first and report errors themselves, and the report, which has no settings.

@@ -10,7 +10,7 @@ import json
 import math
 import random
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -23,6 +23,7 @@ from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.records import Record, read_records
 from modeling_nanochat.text.sources import is_hub_id, load_hub
 
+from ..optim.overrides import check_ranges
 from .bad_rows import BadRowArguments, OnBadRow
 from .conversations import Renderer, read_conversations
 from .packing import Conversation
@@ -44,6 +45,9 @@ class MixtureArguments(BadRowArguments):
         metadata={"help": "Conversations, GSM8K, ARC, MMLU: parquet, JSON(L), globs, folders, Hub ids."},
     )
     mixture: list[str] | None = field(default=None, metadata={"help": HELP})  # in YAML also mappings
+    max_rows: int | None = field(
+        default=None, metadata={"help": "At most so many rows of each source of a mixture, to try it; default: all."}
+    )
 
     def __post_init__(self) -> None:
         """
@@ -53,6 +57,7 @@ class MixtureArguments(BadRowArguments):
         if self.train_files and self.mixture:
             raise UserError("give either train_files or mixture, not both: the mixture can name files too")
         parse_mixture(self.mixture or [], "mixture")
+        check_ranges(positive={"max_rows": self.max_rows}, not_negative={}, shares={})
 
     def check_beginnings(self) -> None:
         """Raise [`UserError`] if the first records of a source would be refused, before the model is read."""
@@ -67,7 +72,7 @@ class MixtureArguments(BadRowArguments):
             UserError: A source or a row is bad, or nothing is left to train on.
         """
         if self.mixture:
-            return read_mixture(parse_mixture(self.mixture, "mixture"), render, seed, "mixture")
+            return read_mixture(parse_mixture(self.mixture, "mixture"), render, seed, "mixture", self.max_rows)
         rendered = render(read_records(self.train_files or [], "train_files", arrays_are="messages"), "train_files")
         return kept(rendered, "train_files", render.max_length)
 
@@ -150,8 +155,13 @@ def check_beginnings(sources: Sequence[Source], first: int, skipped: Container[s
             read_conversations([source.source], "mixture", first, source.format, on_bad_row)
 
 
-def read_mixture(mixture: Sequence[Source], render: Renderer, seed: int, what: str) -> list[Conversation]:
+def read_mixture(
+    mixture: Sequence[Source], render: Renderer, seed: int, what: str, max_rows: int | None = None
+) -> list[Conversation]:
     """The rendered conversations in the order of the seed; repeated ones are the same objects. Prints their shares.
+
+    Args:
+        max_rows: At most so many rows of one epoch of each source.
 
     Raises:
         UserError: A source is missing, empty or too short, a row is bad, or nothing is left to train on.
@@ -159,7 +169,7 @@ def read_mixture(mixture: Sequence[Source], render: Renderer, seed: int, what: s
     parts = []
     for number, source in enumerate(mixture, start=1):
         where = f"{what}, entry {number} ({source.source})"
-        parts.append(repeated(one_epoch(source, render, seed, where), source.epochs, where))
+        parts.append(repeated(one_epoch(source, render, seed, where, max_rows), source.epochs, where))
     if render.show_progress:
         print(f"{what}:\n{text_table(shares(mixture, parts))}", flush=True)
     conversations = [conversation for part in parts for conversation in part]
@@ -167,17 +177,20 @@ def read_mixture(mixture: Sequence[Source], render: Renderer, seed: int, what: s
     return kept(conversations, what, render.max_length)
 
 
-def one_epoch(source: Source, render: Renderer, seed: int, where: str) -> list[Conversation | None]:
+def one_epoch(
+    source: Source, render: Renderer, seed: int, where: str, max_rows: int | None = None
+) -> list[Conversation | None]:
     """The rows of a source in the order of the seed; None for those that are left out."""
+    rows = min(filter(None, (source.rows, max_rows)), default=None)
     if source.task:
-        return render(generated(source), source.source)
-    if source.rows is None:
+        return render(generated(replace(source, rows=rows)), source.source)
+    if rows is None:
         rendered = render(read_records([source.source], where, arrays_are="messages"), source.source, source.format)
         return [rendered[row] for row in np.random.default_rng(seed).permutation(len(rendered))]
     total = count_rows(source.source, where)
-    if total < source.rows:
-        raise UserError(f"{where}: has {total:,} rows, not {source.rows:,}; lower `rows`, or repeat them by `epochs`")
-    chosen = np.random.default_rng(seed).permutation(total)[: source.rows]
+    if total < rows and rows == source.rows:
+        raise UserError(f"{where}: has {total:,} rows, not {rows:,}; lower `rows`, or repeat them by `epochs`")
+    chosen = np.random.default_rng(seed).permutation(total)[:rows]
     in_order = sorted(chosen)
     rendered = render(picked(source.source, in_order, where), source.source, source.format)
     return [rendered[place] for place in np.searchsorted(in_order, chosen)]

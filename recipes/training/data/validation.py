@@ -50,7 +50,7 @@ class ValidationArguments(MixtureArguments):
         conversations = self.conversations(render, seed)
         if self.validation_mixture:
             held_out = parse_mixture(self.validation_mixture, "validation_mixture")
-            return conversations, read_mixture(held_out, render, seed, "validation_mixture")
+            return conversations, read_mixture(held_out, render, seed, "validation_mixture", self.max_rows)
         if self.validation_share is None:
             return conversations, []
         return split(conversations, self.validation_share, seed)

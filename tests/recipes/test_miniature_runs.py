@@ -145,7 +145,7 @@ def test_miniseries(published_hub, home, tmp_path):
     command = [sys.executable, "recipes/miniseries/train.py", "--output_dir", str(tmp_path / "series")]
     command += ["--accelerate_config", ONE_PROCESS]
     variables = environment(**published_hub.environment(home), **NOWHERE)
-    for config, depths, flops in (("series", ["2", "3"], []), ("scaling", ["1", "2", "3"], ["--flops", "1e9"])):
+    for config, depths, flops in (("series", ["2", "3"], []), ("scaling", ["2", "3", "4"], ["--flops", "1e9"])):
         words = ["--config", f"recipes/miniseries/{config}.yaml", "--depths", *depths, *flops, "--set", *settings]
         done = subprocess.run([*command, *words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -54,14 +54,14 @@ class MixtureArguments(BadRowArguments):
     def __post_init__(self) -> None:
         """
         Raises:
-            UserError: Both are given, or an entry is malformed.
+            UserError: Both are given, an entry is malformed, or a key has no effect.
         """
         if self.train_files and self.mixture:
             raise UserError("give either train_files or mixture, not both: the mixture can name files too")
         parse_mixture(self.mixture or [], "mixture")
-        if self.max_rows is not None and not self.mixture:
-            raise UserError("max_rows has no effect without a mixture; leave it out")
         check_ranges(positive={"max_rows": self.max_rows}, not_negative={}, shares={})
+        if self.max_rows and not (self.mixture or getattr(self, "validation_mixture", None)):
+            raise UserError("max_rows has no effect without mixture; give one, or leave it out")
 
     def check_beginnings(self) -> None:
         """Raise [`UserError`] if the first records of a source would be refused, before the model is read."""

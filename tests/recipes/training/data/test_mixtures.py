@@ -81,6 +81,16 @@ def test_rows_are_drawn_and_shuffled_as_in_the_original(tmp_path, mixed):
     assert questions(mixed(*entries, seed=7)) != pairs
 
 
+def test_of_each_source_at_most_max_rows_are_taken_before_its_epochs(tmp_path, renderer):
+    for name, size in {"a": 9, "b": 2}.items():
+        write(tmp_path / f"{name}.jsonl", [chat(f"{name} {i}") for i in range(size)])
+    (tmp_path / "words.txt").write_text("lamp mat cat")
+    entries = [{"source": f"{tmp_path}/a.jsonl", "rows": 8, "epochs": 2}, f"{tmp_path}/b.jsonl"]
+    entries.append({"source": "simple_spelling", "rows": 1000, "words": str(tmp_path / "words.txt")})
+    render = renderer()
+    assert len(read_mixture(parse_mixture(entries, "mixture"), render, 42, "mixture", max_rows=3)) == 2 * 3 + 2 + 3
+
+
 def test_the_order_is_the_same_whatever_the_process(tmp_path, mixed):
     files = [write(tmp_path / f"{name}.jsonl", [chat(f"{name} {i}") for i in range(20)]) for name in "ab"]
     entries = [{"source": files[0], "rows": 15}, {"source": files[1], "epochs": 1.5}]
@@ -214,6 +224,7 @@ def test_the_mixtures_of_the_readme_are_those_of_the_original():
     [
         (["--train_files", "a", "--mixture", "b"], "^give either train_files or mixture, not both"),
         ([], "^--train_files is missing; set it"),
+        (["--train_files", "a", "--max_rows", "3"], "^max_rows has no effect without mixture"),
     ],
 )
 def test_either_files_or_a_mixture_are_needed(more, complaint):

@@ -41,7 +41,7 @@ lint: $(INSTALLED)  ## ruff: rules and format; mypy: types
 # process: on two cores, two threads next to a busy process are many times slower.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NODE_PATH=$(abspath $(VENV)/js/node_modules) $(BIN)/python -m pytest -n 2 --dist loadfile
 
-javascript: $(INSTALLED)
+javascript: $(INSTALLED)  ## install what the tests of the chat template in JavaScript need, if npm is there
 	@npm install --prefix $(VENV)/js --no-audit --no-fund --loglevel error $(JAVASCRIPT) >/dev/null 2>&1 || echo "no npm, or no network: the chat template is not tested in JavaScript"
 
 pytest: javascript  ## the quick tests that need no GPU, two files at a time

@@ -10,6 +10,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from modeling_nanochat.cli import markdown_table, parse
-from modeling_nanochat.errors import exit_on_user_error
-from recipes.benchmarks.training_speed import ROOT, environment, wait, words
+from modeling_nanochat.errors import UserError, exit_on_user_error
+from recipes.benchmarks.learning_curves import RECIPES, search_path, words
 
 ROWS = {
     "packed": {"packing": "true"},
@@ -54,9 +55,10 @@ def main() -> None:
 def tokens_per_second(args: SFTPackingArguments, rows: str, output: Path) -> float:
     """The conversations' tokens per second, without padding, of a run of `recipes/sft.py`."""
     settings = asdict(args) | ROWS[rows] | {"output_dir": output, "save_strategy": "no", "logging_steps": 1}
-    command = [sys.executable, str(ROOT / "recipes" / "sft.py"), *words(settings)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    wait([subprocess.Popen(command, **pipes, env=environment())])
+    command = [sys.executable, str(RECIPES / "sft.py"), *words(settings)]
+    environment = os.environ | {"PYTHONPATH": search_path()}
+    if subprocess.run(command, check=False, stdout=subprocess.DEVNULL, env=environment).returncode:
+        raise UserError(f"{output} failed; fix the error above")
     lines = (output.parent / "logs" / "sft.jsonl").read_text().splitlines()
     first, *_, last = [row for row in map(json.loads, lines) if row["step"] >= args.max_steps // 4]
     return (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])

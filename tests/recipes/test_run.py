@@ -408,7 +408,7 @@ def test_help_names_every_option_and_recipe(words, capsys):
         recipe_and_words(words)
     assert end.value.code == 0
     said = capsys.readouterr().out
-    for option in ("--from", "--to", "--set", "--sft_files", "{pocket}"):
+    for option in ("--from", "--to", "--set", "--sft_files", "pocket", "speedrun"):
         assert option in said
 
 

@@ -236,9 +236,9 @@ class ListeningEngine(Engine):
 
     prompts: list[list[int]] = []  # noqa: RUF012  one list for those that a command line builds
 
-    def decode(self, prompts, turns, sampler):
-        self.prompts.extend(prompts)
-        return super().decode(prompts, turns, sampler)
+    def decode(self, turns, sampler):
+        self.prompts.extend(list(turn.prompt) for turn in turns)
+        return super().decode(turns, sampler)
 
 
 @pytest.fixture

@@ -151,7 +151,8 @@ def check_evaluation(step: Step, pending: PendingOutputs) -> None:
     check_texts(args.text_files, "text_files", pending)
     args.tasks = [entry for entry in args.tasks if entry.partition("=")[2] not in pending]
     load_core_tasks(args)
-    load_tasks(args)
+    for task in load_tasks(args):
+        task.task.check_grading()
 
 
 CHECKS: dict[str, Callable[[Step, PendingOutputs], None]] = {

@@ -7,6 +7,7 @@ import sys
 import pytest
 from datasets import Dataset
 
+from evals.tasks.humaneval import HumanEvalQuestion
 from modeling_nanochat.chat import python_tool
 from modeling_nanochat.errors import UserError
 from recipes.ladder.arguments import LADDER, RunArguments, parse_overrides
@@ -157,6 +158,17 @@ def test_grpo_without_an_interpreter_for_its_tool_is_refused(files, monkeypatch)
     monkeypatch.setitem(sys.modules, "pydantic_monty", None)
     with pytest.raises(UserError, match="rl: .*pydantic-monty"):
         check(files)
+
+
+def test_an_evaluation_whose_answers_cannot_be_graded_here_is_refused(files, monkeypatch):
+    def refuse():
+        raise UserError("programs cannot be isolated here")
+
+    names = ("prompt", "canonical_solution", "test", "entry_point")
+    (files / "programs.jsonl").write_text(json.dumps(dict.fromkeys(names, "f")) + "\n")
+    monkeypatch.setattr(HumanEvalQuestion, "check_grading", refuse)
+    with pytest.raises(UserError, match=r"mid\.eval: programs cannot be isolated here"):
+        check(files, eval_tasks=["humaneval=@programs.jsonl"])
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from modeling_nanochat.cli import VERBOSE
 from modeling_nanochat.errors import UserError
 
 GRACE_SECONDS = 60.0  # for an interrupted stage to write its checkpoint
+LAUNCHER_SECONDS = 300  # that torchrun gives its processes for the same before it kills them, by itself 30
 
 
 class HoursOver(SystemExit):
@@ -71,9 +72,9 @@ def call(
         return wait_for_fork(lambda: run_script(words[1:], {**environment, **variables}, silent), again)
     held = () if lock is None else (lock,)
     output = subprocess.DEVNULL if silent else None
-    with subprocess.Popen(
-        command, env={**os.environ, **environment}, process_group=0, pass_fds=held, stdout=output
-    ) as process:
+    patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(LAUNCHER_SECONDS)}
+    inherited = {**patience, **os.environ, **environment}
+    with subprocess.Popen(command, env=inherited, process_group=0, pass_fds=held, stdout=output) as process:
         with stopping(process.pid, again):
             return process.wait()
 

@@ -23,6 +23,7 @@ import atexit, json, os, signal, sys
 atexit.register(print, "at exit", flush=True)
 found = {
     "argv": sys.argv, "name": __name__, "told": os.environ["TOLD"], "pid": os.getpid(), "group": os.getpgid(0),
+    "launcher": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
     "torch": "torch" in sys.modules,
     "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
     "int": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
@@ -62,6 +63,7 @@ def test_a_script_finds_the_same_forked_or_anew(tmp_path, capfd, how):
     assert call(command, {"TOLD": "this"}) == 3
     found = json.loads((tmp_path / "found").read_text())
     how = how if can_fork() else "anew"
+    assert found["launcher"] == (None if how == "forked" else "300")
     assert found["torch"] == (how == "forked") and found["threads"] == (1 if how == "forked" else None)
     assert found["argv"][0].endswith("script.py") and found["argv"][1:] == [str(tmp_path / "found")]
     assert (found["name"], found["told"], found["int"], found["default"]) == ("__main__", "this", True, [True, True])

@@ -15,7 +15,6 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports exits without a traceback
 
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -33,7 +32,8 @@ from modeling_nanochat.sizes import parameter_counts, scaling_parameters
 from modeling_nanochat.text.records import read_jsonl
 from recipes.ladder.arguments import RunArguments, parse_overrides
 from recipes.ladder.commands import RECIPES, Settings, make_step, script
-from recipes.ladder.launch import launcher
+from recipes.ladder.launch import check_processes, launcher
+from recipes.ladder.process import call
 from recipes.ladder.step import Step, read_yaml
 from recipes.pretrain import PretrainArguments, make_config, make_plan
 from recipes.training.arguments import LoopArguments
@@ -80,7 +80,9 @@ class Run:
 def main() -> None:
     (args,) = parse(MiniseriesArguments)
     folder, runs = Path(args.output_dir), list[Run]()
-    if not args.dry_run:  # data and tokenizer, or nothing if both are finished
+    if not args.dry_run:
+        check_processes(args.accelerate_config)
+        # Data and tokenizer, or nothing if both are finished
         settings = ["--set", *args.set] if args.set else []
         start([*script("recipes/run.py"), "miniseries", "--run_dir", args.output_dir, "--to", "tokenizer", *settings])
     for budget in args.flops or [None]:
@@ -95,7 +97,7 @@ def main() -> None:
 
 
 def start(command: list[str]) -> None:
-    if subprocess.run(command, check=False).returncode:
+    if call(command, {}):
         raise UserError("fix the error above, then the same command continues")
 
 

@@ -84,7 +84,7 @@ def main() -> None:
         check_processes(args.accelerate_config)
         # Data and tokenizer, or nothing if both are finished
         settings = ["--set", *args.set] if args.set else []
-        start([*script("recipes/run.py"), "miniseries", "--run_dir", args.output_dir, "--to", "tokenizer", *settings])
+        start([*script("recipes/run.py"), "miniseries", "--run_dir", args.output_dir, *settings])
     for budget in args.flops or [None]:
         for depth in args.depths:
             step = training_step(args, depth, budget)

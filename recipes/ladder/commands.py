@@ -75,7 +75,7 @@ def make_step(
     name: str, program: list[str], config: Path, args: RunArguments, settings: Settings, more: list[str]
 ) -> Step:
     """A step with its YAML's paths moved to this run's folder; `more` are words that override all others."""
-    default = read_yaml(config.parent / "run.yaml")["run_dir"]
+    default = read_yaml(config.parent / "run.yaml").get("run_dir", args.run_dir)
     arguments: dict[str, list[str]] = {}
     for key, value in read_yaml(config).items():
         if (moved := relocated(value, default, args.run_dir)) != value:

@@ -9,7 +9,7 @@ from evals.reporting.records import summary_line
 from evals.reporting.run_folder import MODELS, RunFolder, read_run
 
 TITLES = {
-    "data": "writing texts, conversations, problems and questions",
+    "data": "texts, conversations, problems and questions",
     "tokenizer": "training the vocabulary on the text",
     "base": "pretraining, the language itself",
     "mid": "midtraining, conversations and the python tool",

@@ -46,6 +46,7 @@ from recipes.training.inheritance import check_optimizer_state, find_inheritance
 from recipes.training.model_card import CardArguments
 from recipes.training.optim.hyperparameters import INHERITED, RECIPES, Plan, resolve_hyperparameters
 from recipes.training.optim.overrides import SHAPE, check_ranges
+from recipes.training.processes import on_main_process
 from recipes.training.setup import LoopStage, given, make_accelerator, run_stage
 from recipes.training.stage import OutputArguments, check_output
 
@@ -109,7 +110,7 @@ def main() -> None:
     args, as_given, output = parse(MidtrainArguments, MidtrainLoopArguments, OutputArguments)
     if check_output(output, as_given.resume, given(args, as_given, output)):
         return
-    args.check_beginnings()
+    on_main_process(args.check_beginnings)
     inheritance = find_inheritance(as_given, args.model_name_or_path, output.output_dir, args.warm_start)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     if not is_nanochat(model):

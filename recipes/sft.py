@@ -34,6 +34,7 @@ from recipes.training.data.conversations import Renderer
 from recipes.training.data.packing import Conversation
 from recipes.training.data.validation import ValidationArguments
 from recipes.training.model_card import CardArguments
+from recipes.training.processes import on_main_process
 from recipes.training.stage import check_output
 from recipes.training.trl.adapters import AdapterArguments
 from recipes.training.trl.optimizers import training_options
@@ -84,7 +85,7 @@ def main() -> None:
     if check_output(output, args.resume, run_settings(given)):
         return
     checkpoint = find_checkpoint(args, training, given)
-    args.check_beginnings()
+    on_main_process(args.check_beginnings)
     tasks = args.load_tasks(training.seed)
     model, tokenizer = load_model_and_tokenizer(args.model_name_or_path, dtype=torch.float32, device="cpu")
     set_attention(model, args.attn_implementation, training.device, training.bf16)

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modeling_nanochat.errors import UserError
 from modeling_nanochat.text.sources import is_hub_id
-from recipes.grpo import GRPOArguments
 from recipes.training.data.mixtures import MixtureArguments, Source, parse_mixture
 
 CHARACTERS_PER_TOKEN = 4.8  # published, vocabulary 65,536
@@ -49,41 +49,60 @@ class DataSizes:
     settings: Mapping[str, object] = field(default_factory=dict)
     assumed: dict[str, str] = field(default_factory=dict)
 
+    def number(self, key: str) -> int:
+        """A whole number among the settings; 0 if it is not there.
+
+        Raises:
+            UserError: It is no number.
+        """
+        try:
+            return int(str(self.settings.get(key) or 0))
+        except ValueError as error:
+            raise UserError(f"data.{key}: {self.settings[key]} is not a whole number; correct it") from error
+
     def size(self, name: str) -> tuple[int, float]:
         """Rows and mean tokens per row of one source."""
         for file, (key, tokens) in WORLD.items():
             if key in self.settings and name.endswith(file):
-                return int(str(self.settings[key])), tokens
+                return self.number(key), tokens
         if not is_hub_id(name) and Path(name).is_file():
             return local_size(Path(name))
         rows, tokens = assumed_size(name)
         self.assumed[name] = f"{name} {rows:,} x {tokens}"
         return rows, tokens
 
-    def total(self, sources: Iterable[Source]) -> "Conversations":
-        """Rows and tokens of a mixture."""
+    def total(self, sources: Iterable[Source], most: int | None = None) -> "Conversations":
+        """Rows and tokens of a mixture, of each epoch of a source at most so many rows."""
         parts = []
         for source in sources:
             rows, tokens = self.size(source.source)
-            parts.append((round((source.rows or rows) * source.epochs), tokens))
+            rows = source.rows or rows
+            parts.append((round(min(rows, most or rows) * source.epochs), tokens))
         return Conversations(sum(rows for rows, _ in parts), round(sum(rows * tokens for rows, tokens in parts)))
 
-    def conversations(self, args: MixtureArguments | GRPOArguments) -> "Conversations":
-        """Rows and tokens of a stage's mixture or files."""
-        mixture = getattr(args, "mixture", None) or args.train_files or []
-        return self.total(parse_mixture(mixture, "mixture"))
+    def conversations(self, args: MixtureArguments) -> "Conversations":
+        """Rows and tokens of a stage's mixture or files.
+
+        Raises:
+            UserError: There are none.
+        """
+        sources = parse_mixture(args.mixture or args.train_files or [], "mixture")
+        found = self.total(sources, args.max_rows if args.mixture else None)
+        if not found.rows:
+            raise UserError("no conversations to train on: give train_files or a mixture that is not empty")
+        return found
 
     def text_epochs(self, tokens: int) -> tuple[float, int]:
         """How often a run of `tokens` reads the fetched shards of text, 0 if there are none; and how many it needs."""
-        shards = int(str(self.settings.get("train_shards", 0)))
+        shards = self.number("train_shards")
         needed = tokens / (SHARD_TOKENS * (1 - CROPPED))
         return needed / shards if shards else 0.0, math.ceil(needed)
 
     @property
     def text_bytes(self) -> float:
         """Bytes on the disk of the text that the data step fetches or writes."""
-        shards = sum(int(str(self.settings.get(key, 0))) for key in ("train_shards", "val_shards"))
-        return shards * SHARD_BYTES + int(str(self.settings.get("pretrain_characters", 0)))
+        shards = self.number("train_shards") + self.number("val_shards")
+        return shards * SHARD_BYTES + self.number("pretrain_characters")
 
     def conversation_bytes(self, names: Sequence[str]) -> float:
         """Bytes of sources on the Hub: Arrow, and half as much for the parquet that it is made from."""
@@ -102,10 +121,6 @@ class Conversations:
         """Those that are left if a share is held out."""
         kept = 1 - (share or 0)
         return Conversations(round(self.rows * kept), round(self.tokens * kept))
-
-    def packed(self, length: int) -> int:
-        """Full rows of `length`, as packing fills them up to a few percent."""
-        return math.ceil(self.tokens / length)
 
 
 def assumed_size(name: str) -> tuple[int, int]:

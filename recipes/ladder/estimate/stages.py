@@ -37,7 +37,7 @@ def data(step: Step, sizes: DataSizes, sources: Sequence[str], with_core: bool) 
 def tokenizer(step: Step, sizes: DataSizes) -> tuple[Estimate, int]:
     """The estimate, and the number of entries."""
     (args,) = arguments(step, TokenizerArguments)
-    characters = min(args.max_chars, sizes.settings.get("pretrain_characters", args.max_chars))
+    characters = min(args.max_chars, sizes.number("pretrain_characters") or args.max_chars)
     entries = args.vocab_size or VOCABULARY_SIZES[args.training_recipe]
     return Estimate(step.name, kept=4e6, seconds={"training": characters / TOKENIZER}), entries
 
@@ -66,7 +66,7 @@ def mid(step: Step, trained: Trained, sizes: DataSizes, machine: Machine) -> Est
     everything = sizes.conversations(args)
     conversations = everything.without(args.validation_share)
     plan = midtraining_plan(trained.config, conversations.tokens, args, loop, inheritance.values(as_given))
-    held_out = sizes.total(parse_mixture(args.validation_mixture or [], "validation_mixture")).tokens
+    held_out = sizes.total(parse_mixture(args.validation_mixture or [], "validation_mixture"), args.max_rows).tokens
     held_out += everything.tokens - conversations.tokens
     evaluation = validations(plan, loop) * bits_per_byte_seconds(trained.config, held_out, loop.max_length, machine)
     most_rows = inheritance.most_rows(loop)

@@ -36,7 +36,7 @@ def sft(step: Step, trained: Trained, sizes: DataSizes, machine: Machine, planne
     set_max_length(training, trained.config.max_position_embeddings)
     length, hardware = training.max_length, machine.hardware
     conversations = sizes.conversations(args).without(args.validation_share)
-    rows = conversations.packed(length) if training.packing else conversations.rows
+    rows = math.ceil(conversations.tokens / length) if training.packing else conversations.rows
     row_tokens = conversations.tokens / rows
     per_device, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
     rounded = math.floor if training.dataloader_drop_last else math.ceil

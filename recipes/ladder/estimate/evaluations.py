@@ -33,7 +33,7 @@ def evaluation(step: Step, trained: Trained, machine: Machine, planned: int) -> 
     names, config = list(parse_tasks(args.tasks)), trained.config
     seconds = machine.forward_seconds(config, args.max_text_tokens, config.max_position_embeddings, processes)
     if CORE in names:
-        seconds += core_seconds(config, args.core_max_per_task, machine, processes)
+        seconds += core_seconds(config, args.core_limit, machine, processes)
     asked = [entry for entry in args.tasks if not (args.base_model and entry.partition("=")[0] != "cloze")]
     seconds += questions_seconds(asked, args, config, machine, processes, args.batch_size)
     start = START_SECONDS / 3 if machine.hardware.kind == "cuda" else 0

@@ -121,10 +121,11 @@ def with_trl(
     """
     hardware, config = machine.hardware, trained.config
     cuda = hardware.kind == "cuda"
-    shape = {"number_bytes": 2 if cuda else 4, "memory": int(hardware.gib * GIB), "accumulates": batch[1] > 1}
+    shape = {"number_bytes": 2 if cuda else 4, "memory": int(hardware.gib * GIB)}
     checkpointing = bool(training.gradient_checkpointing or getattr(training, "activation_checkpointing", False))
     memory = partial(eager_bytes, config, length=length, checkpointing=checkpointing, **shape)
-    bytes_of = {rows: memory(rows) for rows in (*divisors(batch[0]), 0)}
+    several = max(batch[1], wanted or 1) > 1  # as set, or as advised: then gradients exist during forward passes
+    bytes_of = {rows: memory(rows, accumulates=several or rows < batch[0]) for rows in (*divisors(batch[0]), 0)}
     fitting = next((rows for rows, size in bytes_of.items() if size <= usable(hardware)), None)
     return Estimate(
         name,
@@ -132,7 +133,7 @@ def with_trl(
         tokens=tokens,
         flops=tokens * training_flops_per_token(config, length),
         batch=batch,
-        memory=bytes_of[batch[0]],
+        memory=memory(batch[0], accumulates=batch[1] > 1),
         kept=trained.weights,
         passing=2 * trained.checkpoint if training.save_strategy != "no" else 0,
         seconds={**seconds, "evaluation": evaluation, "start": START_SECONDS if cuda else 0},

@@ -57,7 +57,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Machine:
-    """Hardware with the measured speeds, by architecture; `float8` if its large layers compute in that."""
+    """Hardware with the measured speeds, by architecture.
+
+    Attributes:
+        float8: Whether our own loop trains large layers in that; TRL's trainers and evaluations compute in bfloat16.
+    """
 
     hardware: Hardware
     speeds: Mapping[str, Measured]
@@ -74,13 +78,13 @@ class Machine:
         return self.speeds[architecture(config)].flops / PEAK if self.is_measured else ASSUMED_MFU
 
     def flops(self, config: NanoChatConfig) -> float:
-        """FLOP/s that one device reaches in compiled passes."""
-        return self.utilization(config) * self.hardware.flops * (FLOAT8_GAIN if self.float8 else 1)
+        """FLOP/s that one device reaches in compiled passes, without float8."""
+        return self.utilization(config) * self.hardware.flops
 
     def step_seconds(self, config: NanoChatConfig, tokens: int, length: int) -> float:
         """Seconds of a step of `tokens` in rows of `length`: passes, exchange of gradients and weights, update."""
-        devices = self.hardware.count
-        passes = tokens * training_flops_per_token(config, length) / (self.flops(config) * devices)
+        devices, gain = self.hardware.count, FLOAT8_GAIN if self.float8 else 1
+        passes = tokens * training_flops_per_token(config, length) / (gain * self.flops(config) * devices)
         exchanged = 2 * 4 * parameter_counts(config)["total"] * (devices - 1) / devices
         return passes + exchanged / self.hardware.link + self.update_seconds(config) / devices
 

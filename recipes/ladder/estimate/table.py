@@ -221,7 +221,7 @@ def assumptions(machine: Machine, trained: Trained | None, sizes: DataSizes) -> 
     else:
         lines.append(f"speed: assumed {ASSUMED_MFU:.0%} of the bfloat16 peak of {hardware.flops / 1e12:.0f} TFLOP/s")
     if machine.float8:
-        lines.append(f"float8: {FLOAT8_GAIN} times bfloat16's speed, as measured on six layers")
+        lines.append(f"pretraining in float8: {FLOAT8_GAIN} times bfloat16's speed, as measured on six layers")
     if hardware.dollars:
         lines.append("price: assumed, on demand; eight H100s as the published runs paid")
     if hardware.kind == "cuda":

@@ -64,7 +64,3 @@ def questions_seconds(
 def core_seconds(config: NanoChatConfig, most: int | None, machine: Machine, processes: int) -> float:
     examples = sum(min(count, most) if most and most > 0 else count for count in CORE_EXAMPLES)
     return machine.forward_seconds(config, examples * CORE_TOKENS, 1024, processes)
-
-
-def bits_per_byte_seconds(config: NanoChatConfig, tokens: int, length: int, machine: Machine) -> float:
-    return machine.forward_seconds(config, tokens, length, machine.hardware.count)

@@ -44,6 +44,7 @@ SPARE = 1.04  # reserved / allocated memory; at most 1.033 was measured on the H
 EAGER_SECONDS_PER_LAYER, EAGER_SHARE = 0.094 / 12, 0.6
 DECODE_SECONDS_PER_LAYER = 0.0155 / 20  # the chat engine at d20, uncompiled: 49 to 81 steps/s from 1 to 128 rows
 DECODE_SHARE = 0.35  # of the peak bandwidth
+RENDERING = 115e3  # tokens/s of a core that renders conversations, as measured on identity data
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class Machine:
         """Seconds of uncompiled forward passes over `tokens`, which `devices` share."""
         work = tokens * training_flops_per_token(config, length) / 3
         return work / (EAGER_SHARE * self.flops(config) * devices)
+
+    def rendering_seconds(self, tokens: float) -> float:
+        """Seconds in which each process renders all conversations, on its share of the cores."""
+        return tokens / (RENDERING * self.hardware.cores)
 
     def decode_seconds(self, config: NanoChatConfig, replies: float, rows: int, longest: int) -> float:
         """Seconds of one device for `replies` of up to `longest` tokens, `rows` at a time; the next take free rows.

@@ -23,15 +23,12 @@ from ..step import Step
 from .data_sizes import DataSizes
 from .evaluations import questions_seconds
 from .hardware import GIB
-from .line import START_SECONDS, Estimate, Trained, rendering_seconds
+from .line import START_SECONDS, Estimate, Trained
 from .machine import Machine, usable
 
 
 def sft(step: Step, trained: Trained, sizes: DataSizes, machine: Machine, planned: int) -> Estimate:
-    """
-    Args:
-        planned: Processes of the launch file.
-    """
+    """`planned`: processes of the launch file."""
     args, training, _ = parse_settings(SFTArguments, SFTSettings, on_any_device(step))
     set_max_length(training, trained.config.max_position_embeddings)
     length, hardware = training.max_length, machine.hardware
@@ -57,7 +54,7 @@ def sft(step: Step, trained: Trained, sizes: DataSizes, machine: Machine, planne
         tokens=tokens,
         seconds={
             "steps": steps * passes * machine.eager_seconds(trained.config, per_device * row_tokens, length),
-            "rendering": rendering_seconds(conversations.tokens, machine),
+            "rendering": machine.rendering_seconds(conversations.tokens),
         },
         evaluation=evaluation,
         training=training,

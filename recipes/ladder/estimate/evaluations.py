@@ -33,7 +33,7 @@ def evaluation(step: Step, trained: Trained, machine: Machine, planned: int) -> 
     names, config = list(parse_tasks(args.tasks)), trained.config
     seconds = machine.forward_seconds(config, args.max_text_tokens, config.max_position_embeddings, processes)
     if CORE in names:
-        seconds += core_seconds(config, args.core_max_per_task, machine, processes)
+        seconds += core_seconds(config, args.core_limit, machine, processes)
     asked = [entry for entry in args.tasks if not (args.base_model and entry.partition("=")[0] != "cloze")]
     seconds += questions_seconds(asked, args, config, machine, processes, args.batch_size)
     start = START_SECONDS / 3 if machine.hardware.kind == "cuda" else 0
@@ -64,7 +64,3 @@ def questions_seconds(
 def core_seconds(config: NanoChatConfig, most: int | None, machine: Machine, processes: int) -> float:
     examples = sum(min(count, most) if most and most > 0 else count for count in CORE_EXAMPLES)
     return machine.forward_seconds(config, examples * CORE_TOKENS, 1024, processes)
-
-
-def bits_per_byte_seconds(config: NanoChatConfig, tokens: int, length: int, machine: Machine) -> float:
-    return machine.forward_seconds(config, tokens, length, machine.hardware.count)

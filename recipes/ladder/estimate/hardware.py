@@ -93,18 +93,8 @@ def cards(name: str, count: int) -> Hardware:
     card = CARDS[name]
     flops, bandwidth = device_peaks(card.device)
     assert flops and bandwidth, "every card of the table has known peaks"
-    return Hardware(
-        name=f"{count}x{name}",
-        kind="cuda",
-        count=count,
-        device=card.device,
-        gib=card.gib,
-        flops=flops,
-        bandwidth=bandwidth,
-        link=card.link,
-        dollars=card.dollars * count,
-        float8=card.float8,
-    )
+    own = vars(card) | {"dollars": card.dollars * count}
+    return Hardware(name=f"{count}x{name}", kind="cuda", count=count, flops=flops, bandwidth=bandwidth, **own)
 
 
 def this_machine() -> Hardware:

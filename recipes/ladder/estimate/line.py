@@ -6,10 +6,7 @@ from dataclasses import dataclass, field
 from modeling_nanochat import NanoChatConfig
 from modeling_nanochat.sizes import parameter_counts
 
-from .machine import Machine
-
 START_SECONDS = 60  # assumed: loading and compiling before the first step
-RENDERING = 115e3  # tokens/s of a core that renders conversations, as measured on identity data
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,3 @@ class Trained:
         """Bytes of weights and optimizer state."""
         counts = parameter_counts(self.config)
         return 4 * (3 * counts["total"] - counts["transformer_matrices"])
-
-
-def rendering_seconds(tokens: float, machine: Machine) -> float:
-    """Seconds in which each process renders all conversations, on its share of the cores."""
-    return tokens / (RENDERING * machine.hardware.cores)

@@ -44,6 +44,7 @@ SPARE = 1.04  # reserved / allocated memory; at most 1.033 was measured on the H
 EAGER_SECONDS_PER_LAYER, EAGER_SHARE = 0.094 / 12, 0.6
 DECODE_SECONDS_PER_LAYER = 0.0155 / 20  # the chat engine at d20, uncompiled: 49 to 81 steps/s from 1 to 128 rows
 DECODE_SHARE = 0.35  # of the peak bandwidth
+RENDERING = 115e3  # tokens/s of a core that renders conversations, as measured on identity data
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Machine:
-    """Hardware with the measured speeds, by architecture; `float8` if its large layers compute in that."""
+    """Hardware with the measured speeds, by architecture.
+
+    Attributes:
+        float8: Whether our own loop trains large layers in that; TRL's trainers and evaluations compute in bfloat16.
+    """
 
     hardware: Hardware
     speeds: Mapping[str, Measured]
@@ -74,13 +79,13 @@ class Machine:
         return self.speeds[architecture(config)].flops / PEAK if self.is_measured else ASSUMED_MFU
 
     def flops(self, config: NanoChatConfig) -> float:
-        """FLOP/s that one device reaches in compiled passes."""
-        return self.utilization(config) * self.hardware.flops * (FLOAT8_GAIN if self.float8 else 1)
+        """FLOP/s that one device reaches in compiled passes, without float8."""
+        return self.utilization(config) * self.hardware.flops
 
     def step_seconds(self, config: NanoChatConfig, tokens: int, length: int) -> float:
         """Seconds of a step of `tokens` in rows of `length`: passes, exchange of gradients and weights, update."""
-        devices = self.hardware.count
-        passes = tokens * training_flops_per_token(config, length) / (self.flops(config) * devices)
+        devices, gain = self.hardware.count, FLOAT8_GAIN if self.float8 else 1
+        passes = tokens * training_flops_per_token(config, length) / (gain * self.flops(config) * devices)
         exchanged = 2 * 4 * parameter_counts(config)["total"] * (devices - 1) / devices
         return passes + exchanged / self.hardware.link + self.update_seconds(config) / devices
 
@@ -101,6 +106,10 @@ class Machine:
         """Seconds of uncompiled forward passes over `tokens`, which `devices` share."""
         work = tokens * training_flops_per_token(config, length) / 3
         return work / (EAGER_SHARE * self.flops(config) * devices)
+
+    def rendering_seconds(self, tokens: float) -> float:
+        """Seconds in which each process renders all conversations, on its share of the cores."""
+        return tokens / (RENDERING * self.hardware.cores)
 
     def decode_seconds(self, config: NanoChatConfig, replies: float, rows: int, longest: int) -> float:
         """Seconds of one device for `replies` of up to `longest` tokens, `rows` at a time; the next take free rows.

@@ -1,5 +1,6 @@
 """What data, tokenizer, pretraining and midtraining take, by their own settings and rules."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -17,10 +18,10 @@ from tokenizer_train.train import VOCABULARY_SIZES, TokenizerArguments
 
 from ..preflight import arguments
 from ..step import Step
-from .data_sizes import DataSizes
-from .evaluations import CORE_BYTES, bits_per_byte_seconds, core_seconds
+from .data_sizes import SHARD_TOKENS, DataSizes
+from .evaluations import CORE_BYTES, core_seconds
 from .hardware import GIB
-from .line import START_SECONDS, Estimate, Trained, rendering_seconds
+from .line import START_SECONDS, Estimate, Trained
 from .machine import Machine, rows_that_fit, step_bytes, usable
 
 # All assumed: bytes/s of downloads and of checkpoints, which are hashed; characters/s of the tokenizer's training, two
@@ -37,7 +38,7 @@ def data(step: Step, sizes: DataSizes, sources: Sequence[str], with_core: bool) 
 def tokenizer(step: Step, sizes: DataSizes) -> tuple[Estimate, int]:
     """The estimate, and the number of entries."""
     (args,) = arguments(step, TokenizerArguments)
-    characters = min(args.max_chars, sizes.settings.get("pretrain_characters", args.max_chars))
+    characters = min(args.max_chars, sizes.number("pretrain_characters") or args.max_chars)
     entries = args.vocab_size or VOCABULARY_SIZES[args.training_recipe]
     return Estimate(step.name, kept=4e6, seconds={"training": characters / TOKENIZER}), entries
 
@@ -46,14 +47,15 @@ def base(step: Step, entries: int, sizes: DataSizes, machine: Machine) -> tuple[
     args, loop, _ = arguments(step, PretrainArguments, LoopArguments, OutputArguments)
     config = make_config(args, loop, entries)
     plan = make_plan(config, args, loop)
-    core = core_seconds(config, args.core_max_per_task, machine, machine.hardware.count) if args.core_dir else 0.0
+    devices = machine.hardware.count
+    core = core_seconds(config, args.core_max_per_task, machine, devices) if args.core_dir else 0.0
     evaluation = core * (1 + plan.max_steps // args.core_steps if args.core_dir and args.core_steps else 1)
-    evaluation += validations(plan, loop) * bits_per_byte_seconds(config, args.eval_tokens, loop.max_length, machine)
+    evaluation += validations(plan, loop) * machine.forward_seconds(config, args.eval_tokens, loop.max_length, devices)
     estimate, rows = on_the_loop(step.name, config, plan, loop, machine, evaluation)
-    epochs, shards = sizes.text_epochs(plan.tokens)
-    notes = estimate.notes
-    if epochs > 1.05:
-        notes += (f"reads its text {epochs:.1f} times: --set data.train_shards={shards} for once",)
+    notes, shards, needed = estimate.notes, sizes.number("train_shards"), plan.tokens / SHARD_TOKENS
+    if needed > 1.05 * shards > 0:
+        advice = f"--set data.train_shards={math.ceil(needed)} for once"
+        notes += (f"reads its text {needed / shards:.1f} times: {advice}",)
     values = asdict(plan) | {"training_recipe": loop.training_recipe, "max_length": loop.max_length}
     settings = {name: values.get(name) for name in TYPES} | {"per_device_train_batch_size": rows}
     return replace(estimate, notes=notes), Trained(config, settings)
@@ -66,12 +68,13 @@ def mid(step: Step, trained: Trained, sizes: DataSizes, machine: Machine) -> Est
     everything = sizes.conversations(args)
     conversations = everything.without(args.validation_share)
     plan = midtraining_plan(trained.config, conversations.tokens, args, loop, inheritance.values(as_given))
-    held_out = sizes.total(parse_mixture(args.validation_mixture or [], "validation_mixture")).tokens
+    held_out = sizes.total(parse_mixture(args.validation_mixture or [], "validation_mixture"), args.max_rows).tokens
     held_out += everything.tokens - conversations.tokens
-    evaluation = validations(plan, loop) * bits_per_byte_seconds(trained.config, held_out, loop.max_length, machine)
+    once = machine.forward_seconds(trained.config, held_out, loop.max_length, machine.hardware.count)
+    evaluation = once * validations(plan, loop)
     most_rows = inheritance.most_rows(loop)
     estimate, _ = on_the_loop(step.name, trained.config, plan, loop, machine, evaluation, most_rows)
-    rendering = rendering_seconds(everything.tokens + held_out, machine)
+    rendering = machine.rendering_seconds(everything.tokens + held_out)
     return replace(estimate, seconds={**estimate.seconds, "rendering": rendering})
 
 

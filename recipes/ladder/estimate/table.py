@@ -178,7 +178,7 @@ def launch_notes(launch: Mapping[str, Any], hardware: Hardware) -> list[str]:
     wanted = one if hardware.count == 1 else f"ddp_8gpu.yaml with num_processes {hardware.count}"
     if bool(launch.get("use_cpu")) != (hardware.kind == "cpu") and launch:
         notes.append(f"the launch file is for {'the CPU' if launch.get('use_cpu') else 'GPUs'}: take {wanted}")
-    elif planned != hardware.count and hardware.kind == "cuda":
+    elif planned != hardware.count and hardware.kind != "cpu":
         notes.append(f"the launch file is for {planned} process{'es' * (planned > 1)}: take {wanted}")
     if launch.get("mixed_precision") == "fp8" and not hardware.float8:
         notes.append(f"{hardware.device} has no float8: take a launch file with mixed_precision bf16")
@@ -221,7 +221,7 @@ def assumptions(machine: Machine, trained: Trained | None, sizes: DataSizes) -> 
     else:
         lines.append(f"speed: assumed {ASSUMED_MFU:.0%} of the bfloat16 peak of {hardware.flops / 1e12:.0f} TFLOP/s")
     if machine.float8:
-        lines.append(f"float8: {FLOAT8_GAIN} times bfloat16's speed, as measured on six layers")
+        lines.append(f"pretraining in float8: {FLOAT8_GAIN} times bfloat16's speed, as measured on six layers")
     if hardware.dollars:
         lines.append("price: assumed, on demand; eight H100s as the published runs paid")
     if hardware.kind == "cuda":

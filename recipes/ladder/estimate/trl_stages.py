@@ -23,20 +23,17 @@ from ..step import Step
 from .data_sizes import DataSizes
 from .evaluations import questions_seconds
 from .hardware import GIB
-from .line import START_SECONDS, Estimate, Trained, rendering_seconds
+from .line import START_SECONDS, Estimate, Trained
 from .machine import Machine, usable
 
 
 def sft(step: Step, trained: Trained, sizes: DataSizes, machine: Machine, planned: int) -> Estimate:
-    """
-    Args:
-        planned: Processes of the launch file.
-    """
+    """`planned`: processes of the launch file."""
     args, training, _ = parse_settings(SFTArguments, SFTSettings, on_any_device(step))
     set_max_length(training, trained.config.max_position_embeddings)
     length, hardware = training.max_length, machine.hardware
     conversations = sizes.conversations(args).without(args.validation_share)
-    rows = conversations.packed(length) if training.packing else conversations.rows
+    rows = math.ceil(conversations.tokens / length) if training.packing else conversations.rows
     row_tokens = conversations.tokens / rows
     per_device, passes = training.per_device_train_batch_size, training.gradient_accumulation_steps
     rounded = math.floor if training.dataloader_drop_last else math.ceil
@@ -57,7 +54,7 @@ def sft(step: Step, trained: Trained, sizes: DataSizes, machine: Machine, planne
         tokens=tokens,
         seconds={
             "steps": steps * passes * machine.eager_seconds(trained.config, per_device * row_tokens, length),
-            "rendering": rendering_seconds(conversations.tokens, machine),
+            "rendering": machine.rendering_seconds(conversations.tokens),
         },
         evaluation=evaluation,
         training=training,
@@ -121,10 +118,11 @@ def with_trl(
     """
     hardware, config = machine.hardware, trained.config
     cuda = hardware.kind == "cuda"
-    shape = {"number_bytes": 2 if cuda else 4, "memory": int(hardware.gib * GIB), "accumulates": batch[1] > 1}
+    shape = {"number_bytes": 2 if cuda else 4, "memory": int(hardware.gib * GIB)}
     checkpointing = bool(training.gradient_checkpointing or getattr(training, "activation_checkpointing", False))
     memory = partial(eager_bytes, config, length=length, checkpointing=checkpointing, **shape)
-    bytes_of = {rows: memory(rows) for rows in (*divisors(batch[0]), 0)}
+    several = max(batch[1], wanted or 1) > 1  # as set, or as advised: then gradients exist during forward passes
+    bytes_of = {rows: memory(rows, accumulates=several or rows < batch[0]) for rows in (*divisors(batch[0]), 0)}
     fitting = next((rows for rows, size in bytes_of.items() if size <= usable(hardware)), None)
     return Estimate(
         name,
@@ -132,7 +130,7 @@ def with_trl(
         tokens=tokens,
         flops=tokens * training_flops_per_token(config, length),
         batch=batch,
-        memory=bytes_of[batch[0]],
+        memory=memory(batch[0], accumulates=batch[1] > 1),
         kept=trained.weights,
         passing=2 * trained.checkpoint if training.save_strategy != "no" else 0,
         seconds={**seconds, "evaluation": evaluation, "start": START_SECONDS if cuda else 0},

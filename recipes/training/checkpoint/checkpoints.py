@@ -42,7 +42,7 @@ from .files import Damaged, copied, verify, write_files, write_marker
 from .folders import checkpoint_folders, discard
 
 KEPT = 2  # checkpoints: one is left if the newest is damaged
-FORMAT = 2  # of files and states; raise it when one of them changes. Checkpoints without a version are of format 1
+FORMAT = 3  # of files and states; raise it when one of them changes. Checkpoints without a version are of format 1
 
 
 @dataclass(frozen=True)

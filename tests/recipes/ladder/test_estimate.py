@@ -139,6 +139,16 @@ def test_overrides_and_the_dial_set_the_sizes(tmp_path):
     assert found["sft"].steps == 7
 
 
+def test_a_source_has_at_most_max_rows(tmp_path):
+    found, _ = estimated(ladder(tmp_path, mid=["--max_rows", "1000"]), "8xh100")
+    assert found["mid"].steps == round(1000 * (790 + 360 + 220) / 524_288)
+
+
+def test_numbers_of_the_data_step_are_checked(tmp_path):
+    with pytest.raises(UserError, match="data.train_shards: many is not a whole number"):
+        estimated(ladder(tmp_path, data=["--train_shards", "many"]), "8xh100")
+
+
 def test_midtraining_inherits_rows_and_batch(tmp_path):
     given = ["--total_batch_size", "262144", "--per_device_train_batch_size", "16"]
     found, _ = estimated(ladder(tmp_path, base=given), "8xh100")

@@ -5,7 +5,6 @@ blocks in which streams are read. Its folder is named after everything that the 
 name is complete. The format is Arrow's: `datasets` would convert a stream's shards only all at once.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -52,10 +52,13 @@ def documents(block: pa.LargeListArray) -> list[Ids]:
 
 
 class UnfinishedFile:
-    """A file of the cache under a temporary name. After an error of the disk nothing more is written."""
+    """A file of the cache under a temporary name. After an error of the disk nothing more is written.
+
+    The name is unique: streams in different epochs may write the same shard at once, also in one process.
+    """
 
     def __init__(self, target: Path, dtype: np.dtype):
-        self.target, self.path = target, target.with_name(f".{target.stem}.{os.getpid()}.unfinished")
+        self.target, self.path = target, target.with_name(f".{target.stem}.{uuid4().hex}.unfinished")
         self.dtype, self.failed = dtype, False
         self.writer: Any = None  # pyarrow's, which has no types
 

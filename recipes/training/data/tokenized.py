@@ -104,8 +104,9 @@ class TokenCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(".*.unfinished"):
-                if time.time() - path.stat().st_mtime > ABANDONED:
-                    path.unlink()
+                with suppress(FileNotFoundError):  # another process removes it, too
+                    if time.time() - path.stat().st_mtime > ABANDONED:
+                        path.unlink()
         except OSError as error:
             raise UserError(f"tokenized_cache: {folder} is not writable ({one_line(error)}); give another") from error
 

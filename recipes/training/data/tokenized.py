@@ -67,7 +67,7 @@ class UnfinishedFile:
             if not self.failed:
                 write(*arguments)
         except OSError as error:
-            self.failed = True
+            self.failed, self.writer = True, None  # an open file would keep its space
             print(f"warning: tokenized_cache: {self.target}: {one_line(error)}; going on without it", flush=True)
             self.remove()
 

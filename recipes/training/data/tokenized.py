@@ -92,6 +92,17 @@ class UnfinishedFile:
             self.path.unlink()
 
 
+def written(blocks: Iterable[list[Ids]], file: UnfinishedFile) -> Iterator[list[Ids]]:
+    """Yield the blocks, and write each after it was used."""
+    try:
+        for block in blocks:
+            yield block
+            file.attempt(file.add, block)
+        file.attempt(file.complete)
+    finally:
+        file.remove()
+
+
 class TokenCache:
     """The files of one text and tokenizer in `folder`, which is created.
 
@@ -119,21 +130,16 @@ class TokenCache:
 
     def keep(self, blocks: Iterable[list[Ids]], shard: int = 0) -> Iterator[list[Ids]]:
         """Yield the blocks of `shard`, and write them to its file; if the disk is full, only yield them."""
-        file = UnfinishedFile(self.folder / f"{shard}.arrow", self.dtype)
-        try:
-            for block in blocks:
-                yield block
-                file.attempt(file.add, block)
-            file.attempt(file.complete)
-        finally:
-            file.remove()
+        return written(blocks, UnfinishedFile(self.folder / f"{shard}.arrow", self.dtype))
 
     def tokenize(self, texts: Dataset, encode: Encode) -> None:
         """Write the file of all `texts`, unless it is there."""
         if self.open() is None:
             print(f"tokenizing {len(texts):,} documents for {self.folder}", flush=True)
-            for _ in self.keep(list(encode(batch["text"])) for batch in texts.iter(BLOCK)):
-                pass
+            file = UnfinishedFile(self.folder / "0.arrow", self.dtype)
+            for _ in written((list(encode(batch["text"])) for batch in texts.iter(BLOCK)), file):
+                if file.failed:  # the rest would be tokenized for nothing
+                    return
 
 
 class TokenizedShards:

@@ -82,12 +82,15 @@ def progress_bars() -> Iterator[None]:
 
 def hub_failure(error: BaseException, what: str = "model") -> str | None:
     """Why the Hub did not serve a `what`, and what to do; None if neither the Hub nor the network raised `error`."""
+    return next((failure for one in reversed(causes(error)) if (failure := failure_of(one, what))), None)
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """`error` and what led to it, also what `from None` hides."""
     chain = [error]
-    while (
-        cause := chain[-1].__cause__ or chain[-1].__context__
-    ) and cause not in chain:  # also what `from None` hides
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    return next((failure for one in reversed(chain) if (failure := failure_of(one, what))), None)
+    return chain
 
 
 def failure_of(error: BaseException, what: str) -> str | None:

@@ -266,13 +266,11 @@ def may_recover(error: BaseException) -> bool:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    from ..hub import hub_failure
+    from ..hub import causes, hub_failure
 
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         if isinstance(cause, HfHubHTTPError):
             return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
-        cause = cause.__cause__ or cause.__context__
     return hub_failure(error) is not None and not constants.HF_HUB_OFFLINE
 
 

@@ -3,17 +3,20 @@
 import atexit
 import errno
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from evals.harness.processes import several_on_cpu
+from evals.harness.processes import several_on_cpu, shared_store
 from modeling_nanochat.errors import UserError
 
+POLL_SECONDS = 0.05
 Result = TypeVar("Result")
 
 
@@ -24,15 +27,28 @@ def on_main_process(work: Callable[[], Result]) -> Result:
         UserError: `work` raised one; raised in every process, so that none waits for the others.
     """
     answer: list[Any] = [None, None]
-    if PartialState(cpu=several_on_cpu()).is_main_process:
+    if is_main := PartialState(cpu=several_on_cpu()).is_main_process:
         try:
             answer[0] = work()
         except UserError as error:
             answer[1] = str(error)
+    wait_for_main_process(is_main)
     broadcast_object_list(answer)
     if answer[1]:
         raise UserError(answer[1])
     return answer[0]
+
+
+def wait_for_main_process(is_main: bool) -> None:
+    """Wait without a collective, which NCCL ends after ten minutes: tokenizing gigabytes may take longer."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    store = shared_store()
+    done = f"done {store.add(f'calls of process {dist.get_rank()}', 1)}"  # all make the same calls
+    if is_main:
+        store.set(done, "yes")
+    while not store.check([done]):
+        time.sleep(POLL_SECONDS)
 
 
 def lock_output(output_dir: str | Path) -> None:

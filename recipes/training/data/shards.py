@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeGuard, TypeVar
 from datasets import IterableDataset
 
 from modeling_nanochat.errors import UserError
-from modeling_nanochat.text.sources import first_line, may_recover
+from modeling_nanochat.text.sources import first_line, limit_waiting, may_recover
 
 BLOCK = 1024  # rows of a streamed dataset that are read, and shuffled, together
 BYTES_AHEAD = 2**24  # of text that a stream reads ahead, in addition to one block
@@ -40,6 +40,7 @@ class TextShards:
     """
 
     def __init__(self, dataset: IterableDataset):
+        limit_waiting()  # once more: a process that was spawned, not forked, has not done it
         self.dataset, self.count = dataset, dataset.num_shards
 
     def read(self, shard: int, first: int = 0) -> Iterator[list[str | None]]:

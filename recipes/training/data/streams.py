@@ -239,8 +239,13 @@ class TextStreams:
 
     def fill_cache(self) -> None:
         """Tokenize a whole data set for the cache on all cores. Shards of a stream are cached when they are read."""
-        if self.cache and isinstance(self.texts, Dataset):
+        if self.cache is None:
+            return
+        if isinstance(self.texts, Dataset):
             self.cache.tokenize(self.texts, replace(self, threads=os.cpu_count()).ids)
+        elif self.texts.num_shards < STREAMS:
+            few = f"{self.texts.num_shards} shards, fewer than the {STREAMS} streams; give more files"
+            print(f"warning: tokenized_cache has no effect on streamed text of {few}", flush=True)
 
     def encode_at(self, indices: list[int]) -> list[Document | None]:
         """The documents at `indices`, which may repeat; small data sets are cached: every stream rereads them."""

@@ -5,7 +5,6 @@ blocks in which streams are read. Its folder is named after everything that the 
 name is complete. The format is Arrow's: `datasets` would convert a stream's shards only all at once.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -52,10 +52,13 @@ def documents(block: pa.LargeListArray) -> list[Ids]:
 
 
 class UnfinishedFile:
-    """A file of the cache under a temporary name. After an error of the disk nothing more is written."""
+    """A file of the cache under a temporary name. After an error of the disk nothing more is written.
+
+    The name is unique: streams in different epochs may write the same shard at once, also in one process.
+    """
 
     def __init__(self, target: Path, dtype: np.dtype):
-        self.target, self.path = target, target.with_name(f".{target.stem}.{os.getpid()}.unfinished")
+        self.target, self.path = target, target.with_name(f".{target.stem}.{uuid4().hex}.unfinished")
         self.dtype, self.failed = dtype, False
         self.writer: Any = None  # pyarrow's, which has no types
 
@@ -64,7 +67,7 @@ class UnfinishedFile:
             if not self.failed:
                 write(*arguments)
         except OSError as error:
-            self.failed = True
+            self.failed, self.writer = True, None  # an open file would keep its space
             print(f"warning: tokenized_cache: {self.target}: {one_line(error)}; going on without it", flush=True)
             self.remove()
 
@@ -89,6 +92,17 @@ class UnfinishedFile:
             self.path.unlink()
 
 
+def written(blocks: Iterable[list[Ids]], file: UnfinishedFile) -> Iterator[list[Ids]]:
+    """Yield the blocks, and write each after it was used."""
+    try:
+        for block in blocks:
+            yield block
+            file.attempt(file.add, block)
+        file.attempt(file.complete)
+    finally:
+        file.remove()
+
+
 class TokenCache:
     """The files of one text and tokenizer in `folder`, which is created.
 
@@ -101,8 +115,9 @@ class TokenCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(".*.unfinished"):
-                if time.time() - path.stat().st_mtime > ABANDONED:
-                    path.unlink()
+                with suppress(FileNotFoundError):  # another process removes it, too
+                    if time.time() - path.stat().st_mtime > ABANDONED:
+                        path.unlink()
         except OSError as error:
             raise UserError(f"tokenized_cache: {folder} is not writable ({one_line(error)}); give another") from error
 
@@ -115,21 +130,16 @@ class TokenCache:
 
     def keep(self, blocks: Iterable[list[Ids]], shard: int = 0) -> Iterator[list[Ids]]:
         """Yield the blocks of `shard`, and write them to its file; if the disk is full, only yield them."""
-        file = UnfinishedFile(self.folder / f"{shard}.arrow", self.dtype)
-        try:
-            for block in blocks:
-                yield block
-                file.attempt(file.add, block)
-            file.attempt(file.complete)
-        finally:
-            file.remove()
+        return written(blocks, UnfinishedFile(self.folder / f"{shard}.arrow", self.dtype))
 
     def tokenize(self, texts: Dataset, encode: Encode) -> None:
         """Write the file of all `texts`, unless it is there."""
         if self.open() is None:
             print(f"tokenizing {len(texts):,} documents for {self.folder}", flush=True)
-            for _ in self.keep(list(encode(batch["text"])) for batch in texts.iter(BLOCK)):
-                pass
+            file = UnfinishedFile(self.folder / "0.arrow", self.dtype)
+            for _ in written((list(encode(batch["text"])) for batch in texts.iter(BLOCK)), file):
+                if file.failed:  # the rest would be tokenized for nothing
+                    return
 
 
 class TokenizedShards:

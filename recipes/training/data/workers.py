@@ -88,7 +88,7 @@ def work(function: Callable[[Item], Result], connection: Connection, parent: int
         batch = connection.recv()
         try:
             connection.send([function(item) for item in batch])
-        except Exception:
+        except BaseException:  # also a Rust panic: the trainer would take it for a lack of memory
             connection.send(traceback.format_exc())
 
 

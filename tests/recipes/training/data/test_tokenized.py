@@ -113,6 +113,16 @@ def test_an_interrupted_shard_leaves_nothing_that_is_used(corpus, tokenizer, tmp
     assert not list(cache.folder.iterdir())
 
 
+def test_two_streams_may_write_the_same_shard_at_once(corpus, tokenizer, tmp_path, capsys):
+    cache = streams(corpus["streamed"], tokenizer, tmp_path / "cache").cache
+    one, other = (cache.keep(iter([[None], [None]]), shard=9) for _ in range(2))
+    for blocks in (one, other, one, other):
+        next(blocks)
+    assert len(list(cache.folder.glob(".9.*.unfinished"))) == 2
+    assert (*one, *other) == () and list(cache.open(9).read(0)) == [[None], [None]]
+    assert [path.name for path in cache.folder.iterdir()] == ["9.arrow"] and "warning" not in capsys.readouterr().out
+
+
 def test_what_a_killed_run_left_is_removed_after_a_day(corpus, tokenizer, tmp_path):
     folder = streams(corpus["streamed"], tokenizer, tmp_path / "cache").cache.folder
     for name, age in ((".1.77.unfinished", 90_000), (".2.77.unfinished", 60)):

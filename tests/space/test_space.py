@@ -75,7 +75,8 @@ def test_visitors_are_answered_together(toy_model_folder, monkeypatch):
     try:
         visitors = [Client(url, verbose=False) for _ in range(4)]
         jobs = [visitor.submit(f"Count to {i}", 1.0, 0, 200, api_name="/chat") for i, visitor in enumerate(visitors)]
-        assert all(job.result(timeout=60) for job in jobs)
+        for job in jobs:
+            job.result(timeout=60)  # may be nothing: the model is random
     finally:
         demo.close()
     assert max(together) >= 3

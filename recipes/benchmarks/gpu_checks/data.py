@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from evals.speed.timing import seconds_of
 from modeling_nanochat.text.texts import text_source
-from recipes.benchmarks.loader_speed import measure
+from recipes.benchmarks.loader_speed import read
 from recipes.training.data.loader import Loader
 from recipes.training.data.streams import TextStreams
 
@@ -24,13 +24,13 @@ def check_data(setting: Setting, report: Report) -> None:
     loader = Loader(TextStreams(texts, tokenizer, length), batch_size=rows)
     batches = []
     report.figure("seconds until the first batch", seconds_of(lambda: batches.append(next(loader)), "cpu"))
-    tokens, passed = measure(loader, seconds)
+    speed, _ = read(loader, seconds)
     loader.close()
     ids = batches[0]["input_ids"]
     in_range = ids.shape == (rows, length + 1) and int(ids.max()) < len(tokenizer)
-    report.figure("tokens/s", tokens / passed)
+    report.figure("tokens/s", speed)
     report.figure("vocabulary", len(tokenizer))
     report.holds("batches are whole rows of tokens", in_range)
     report.holds("every row begins with a document", bool((ids[:, 0] == tokenizer.bos_token_id).all()))
     if setting.on_gpu:
-        report.at_least("tokens/s of one loader", tokens / passed, LEAST_TOKENS_PER_SECOND)
+        report.at_least("tokens/s of one loader", speed, LEAST_TOKENS_PER_SECOND)

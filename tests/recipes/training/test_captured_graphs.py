@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shallow_model
+from conftest import random_model, shallow_model
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.utils import run_and_get_code
 from torch.nn.attention import flex_attention
@@ -138,8 +138,8 @@ def flexible(monkeypatch):
     """
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
 
-    def make(architecture: str):
-        model = shallow_model(architecture)
+    def make(architecture: str, model_of=shallow_model):
+        model = model_of(architecture)
         model.set_attn_implementation("flex_attention")
         return model
 
@@ -182,7 +182,10 @@ def block_mask(node: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
 @pytest.mark.parametrize("architecture", ["plain", "turbo"])
 def test_flex_attention_gives_the_loss_and_gradients_of_sdpa(flexible, architecture, positions):
     """In float64: the scalars' gradients are sums over everything, and float32 rounding hides other differences."""
-    reference, model = shallow_model(architecture).double().train(), flexible(architecture).double().train()
+    reference, model = (
+        random_model(architecture).double().train(),
+        flexible(architecture, random_model).double().train(),
+    )
     loss = optimizer_step(reference, torch.float32, positions)
     assert optimizer_step(captured(model, autograd=True)[0], torch.float32, positions).item() == pytest.approx(
         loss.item(), rel=1e-6

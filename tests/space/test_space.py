@@ -73,7 +73,7 @@ def test_visitors_are_answered_together(toy_model_folder, monkeypatch):
     demo, options = served[0]
     _, url, _ = launch(demo, **options | {"prevent_thread_lock": True, "quiet": True})
     try:
-        visitors = [Client(url, verbose=False) for _ in range(4)]
+        visitors = [Client(url, verbose=False) for _ in range(6)]
         jobs = [visitor.submit(f"Count to {i}", 1.0, 0, 200, api_name="/chat") for i, visitor in enumerate(visitors)]
         for job in jobs:
             job.result(timeout=60)  # may be nothing: the model is random
@@ -124,7 +124,7 @@ def test_of_a_question_too_long_by_itself_nothing_is_said_about_older_messages(t
     told = []
     monkeypatch.setattr(app.gr, "Info", lambda message, **_: told.append(message))
     answers = app.answers_of(ScriptedEngine(*toy_model_and_tokenizer))
-    turns = [app.Turn("lamp", [{"text": "mat " * 60}]) for _ in range(4)]
+    turns = [app.Turn("lamp", [{"text": "mat " * 60}]) for _ in range(6)]
     with pytest.raises(UserError, match="too long"):
         list(answers("lamp " * 400, turns, *DEFAULTS))
     assert told == []

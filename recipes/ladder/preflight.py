@@ -39,6 +39,7 @@ class PendingOutputs:
 
     def __init__(self, steps: Sequence[Step]):
         self.results = {step.result for step in steps}
+        self.tasks: set[tuple[bool | str, ...]] = set()  # read already, as base and chat models read them
 
     def __contains__(self, name: str) -> bool:
         paths = Path(name), Path(name.partition(":")[0])  # a folder's split
@@ -150,6 +151,9 @@ def check_evaluation(step: Step, pending: PendingOutputs) -> None:
     args.check()
     check_texts(args.text_files, "text_files", pending)
     args.tasks = [entry for entry in args.tasks if entry.partition("=")[2] not in pending]
+    if (read := (args.base_model, *args.tasks)) in pending.tasks:
+        return
+    pending.tasks.add(read)
     load_core_tasks(args)
     for task in load_tasks(args):
         task.task.check_grading()
